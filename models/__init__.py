@@ -1,0 +1,1 @@
+"""Chapter `models/`: generate images, from the autoencoder to the diffusion transformer."""

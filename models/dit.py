@@ -1,0 +1,246 @@
+"""Diffusion Transformer: a plain transformer takes the U-Net's place, and draws the digit it is asked for.
+
+Peebles & Xie 2022, arXiv:2212.09748. Cut the noisy image into patches, read them as a sentence, and let the time step
+and the class steer every block through its normalisation (adaLN-Zero). Training starts from blocks that do nothing.
+Sampling asks twice, with the class and without, and goes further in the direction in which the class points:
+classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598). Section and figure numbers are Peebles & Xie's.
+
+Shapes: B images, C channels, H x W pixels, patches of P x P pixels, N = (H/P)(W/P) tokens, D width, K classes.
+y (B,) are classes 0..K-1, and K stands for "no class". t is an integer tensor (B,) whose 0 is the paper's t = 1.
+Differences from the paper: pixels instead of an autoencoder's latents (`stable_diffuser.py` has those); v under the
+cosine schedule as in `ddpm.py`, and no learned variance; 50 DDIM steps instead of 250 DDPM steps; the learning rate
+rises and falls.
+
+    python models/dit.py                                  # train, sample, measure: @TIME@ on two CPU cores
+    python models/dit.py --pretrained                     # sample from the shipped weights
+    python models/dit.py --pretrained --guidance 0 1 8    # 0 ignores the class, 1 is plain, above 1 exaggerates
+    python models/dit.py --size S --patch 2 --batch 256 --lr 1e-4 --ema 0.9999 --steps 100000   # DiT-S/2, for a GPU
+"""
+
+import copy
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from models import ddim, ddpm, quality
+from models.unet import Attention, TimeEmbedding, timestep_embedding
+from utils import checkpoint, data, figures, run
+
+WEIGHTS = Path(__file__).parent / "weights" / "dit.safetensors"
+SIZES = {  # blocks, width D, heads: Table 1, and one small enough for a laptop
+    "tiny": (6, 160, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a class-conditional diffusion transformer on MNIST, sample every digit and measure what guidance does."""
+
+    steps: int = 1500  # training steps
+    batch: int = 64  # images per step
+    lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
+    size: str = "tiny"  # tiny, or the paper's S, B, L, XL
+    patch: int = 4  # side of a patch in pixels; half of it is four times the tokens
+    dropout: float = 0.1  # share of labels hidden in training, so that the network also learns "no class"
+    ema: float = 0.995  # samples come from a running mean of the weights with this memory
+    guidance: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6)  # scales to compare; 1 is no guidance
+    samples: int = 200  # digits to sample and measure at each scale
+    pretrained: bool = False  # start from the shipped weights and skip the training
+    resume: bool = False  # go on from the last checkpoint in --out, bit for bit
+    save_every: int = 500  # steps between checkpoints
+    seed: int = 0  # same seed, same numbers
+    device: str = "auto"  # cpu, cuda, ...
+    out: str = "outputs/dit"  # where the results go
+
+
+def position_embedding(dim, size):
+    """Where a token stands, in sines and cosines of its column and its row: (size * size, dim). Sec. 3.2, as in MAE."""
+    frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(size)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # (size, dim / 2)
+    return torch.cat([line.repeat(size, 1), line.repeat_interleave(size, 0)], dim=-1)  # column first
+
+
+def modulate(x, shift, scale):
+    """What adaLN does to normalised tokens: (B, N, D), (B, 1, D), (B, 1, D) -> (B, N, D). Zeros change nothing."""
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """A transformer block steered by the condition: (B, N, D), (B, D) -> (B, N, D). Fig. 3, adaLN-Zero."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.attention = Attention(width, width // heads, bias=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=-1)  # beta, gamma, alpha
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class DiT(nn.Module):
+    """(B, C, H, W), time steps (B,), classes (B,), of which the last is "no class" -> (B, C, H, W). Fig. 3."""
+
+    def __init__(self, depth, width, heads, patch, image=28, channels=1, classes=10):
+        super().__init__()
+        self.patch, self.side = patch, image // patch
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.register_buffer("position", position_embedding(width, self.side), persistent=False)  # not learned
+        self.time = TimeEmbedding(256, width)
+        self.label = nn.Embedding(classes + 1, width)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.head = nn.Linear(width, channels * patch**2)
+        self.initialise()
+
+    def initialise(self):
+        """As the authors' code: zero gates make a block the identity, a zero head the output zero. Sec. 3.2."""
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for layer in (self.label, self.time.linear_1, self.time.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        for linear in (*(block.adaln[1] for block in self.blocks), self.adaln[1], self.head):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, x, t, y):
+        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)  # "patchify", Fig. 4
+        x = self.embed(x) + self.position  # (B, N, D)
+        c = self.time(timestep_embedding(t, 256)) + self.label(y)  # (B, D)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.head(modulate(self.norm(x), *self.adaln(c)[:, None].chunk(2, dim=-1)))  # (B, N, P P C)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch, q=self.patch)
+
+
+def drop_labels(y, share, null):
+    """Hide this share of the labels behind the null class: (B,) -> (B,). Ho & Salimans 2022, Algorithm 1."""
+    return torch.where(torch.rand(y.shape, device=y.device) < share, null, y)
+
+
+def guide(model, y, scale):
+    """A network of (xt, t), as every sampler takes it: null + scale (class - null), both halves in one batch. Sec. 3.1.
+
+    The paper guides eps. But eps is a number times v plus a number times xt, and the weights 1 - scale and scale add up
+    to one: guiding v, as here, is guiding eps.
+    """
+    null = torch.full_like(y, model.label.num_embeddings - 1)
+
+    def guided(xt, t):
+        with_class, without = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
+        return without + scale * (with_class - without)
+
+    return guided
+
+
+def batches(images, labels, batch, seed=0, start=0):
+    """ddpm.batches with labels: for ever, (B, C, H, W) floats in [-1, 1] and (B,), in an order that the seed fixes."""
+    per_epoch = len(images) // batch
+    run.check(per_epoch > 0, f"--batch {batch} is more than the {len(images)} images there are")
+    for i in count(start):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + i // per_epoch))
+        pick = order[i % per_epoch * batch :][:batch]
+        yield data.to_float(images[pick]), labels[pick]
+
+
+def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
+    """Steps `start` to cfg.steps of ddpm's Algorithm 1, with labels; yields the loss of each."""
+    device, null = schedule.beta.device, model.label.num_embeddings - 1
+    for i, (x0, y) in zip(range(start, cfg.steps), batches(images, labels, cfg.batch, cfg.seed, start)):
+        optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
+        y = drop_labels(y.to(device), cfg.dropout, null)
+        with run.autocast(device):
+            value = ddpm.loss(partial(model, y=y), schedule, x0.to(device), "v")
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ddpm.average(ema, model, min(cfg.ema, (1 + i) / (10 + i)))
+        yield value.item()
+
+
+def build(size, patch, **_):
+    """The network of this chapter, for digits."""
+    run.check(size in SIZES, f"there is no --size {size}; there are: {', '.join(SIZES)}")
+    run.check(patch > 0 and 28 % patch == 0, f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14")
+    return DiT(*SIZES[size], patch)
+
+
+def load(path, device="cpu"):
+    """Weights written by this script -> (model, schedule, config as a dict), ready to sample."""
+    tensors, meta = checkpoint.read(path)
+    model = build(**meta).to(device).eval().requires_grad_(False)
+    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return model, ddpm.Schedule(kind="cosine").to(device), meta
+
+
+def measure(classifier, real, images, y):
+    """quality.score of (N, 1, 28, 28), and the share that the classifier takes for the digit asked for, y (N,)."""
+    probabilities = quality.evaluate(classifier, images)[1]
+    return {"accuracy": float((probabilities.argmax(-1) == y).float().mean())} | quality.score(classifier, images, real)
+
+
+def main(cfg: Config) -> dict:
+    """Train (or load), sample at every guidance scale, measure; writes the digits, what guidance does, the weights."""
+    run.check(min(cfg.steps, cfg.batch, cfg.save_every) > 0, "--steps, --batch and --save-every must be at least 1")
+    run.check(cfg.samples >= 10, "--samples must be at least 10, one of each digit")
+    run.check(0 <= cfg.dropout < 1, "--dropout must be at least 0 and less than 1")
+    run.check(cfg.guidance and min(cfg.guidance) >= 0, "--guidance takes one or more scales, none of them negative")
+    run.seed(cfg.seed)
+    folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
+    metrics, state = {}, folder / "state.safetensors"
+    if cfg.pretrained:
+        model, schedule, _ = load(WEIGHTS, device)
+    else:
+        schedule, model = ddpm.Schedule(kind="cosine").to(device), build(**asdict(cfg)).to(device)
+        ema = copy.deepcopy(model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)  # no decay: Sec. 4
+        parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
+        if cfg.resume:
+            losses = checkpoint.load_state(state, **parts)["losses"]
+        save = lambda: checkpoint.save_state(state, **parts, losses=losses)  # noqa: E731
+        steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, len(losses))
+        for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
+            losses.append(value)
+        save()
+        metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock()}
+        figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50)
+        checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
+        model = ema.eval()
+    clock, classifier = run.Clock(), quality.load(device)
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    real = quality.evaluate(classifier, data.to_float(data.mnist("test")[0]))[0]
+    y = torch.arange(cfg.samples) % 10
+    noise, digits, scores = torch.randn(cfg.samples, 1, 28, 28), {}, {}
+    for scale in cfg.guidance:  # the same noise under each
+        with run.autocast(device):
+            chain = ddim.sample(guide(model, y.to(device), scale), schedule, noise.to(device), 50, "v")
+            digits[scale] = ddim.last(run.bar(chain, 51, name=f"sample, guidance {scale:g}")).cpu()
+        scores[scale] = measure(classifier, real, digits[scale], y)
+        metrics |= {f"guidance {scale:g}: {k}": v for k, v in scores[scale].items()}
+    best = min(scores, key=lambda scale: scores[scale]["frechet"])
+    metrics |= {"best_guidance": best, "sample_seconds": clock()}
+    figures.rows(folder / "samples.png", {str(k): digits[best][y == k][:8] for k in range(10)})
+    figures.rows(folder / "guidance.png", {f"{scale:g}": x[:10] for scale, x in digits.items()}, range(10))
+    wrong, frechet = zip(*((100 - 100 * s["accuracy"], s["frechet"]) for s in scores.values()))
+    curves = {"wrong digits, %": (list(scores), wrong), "Frechet distance": (list(scores), frechet)}
+    figures.curves(folder / "guidance_curve.png", curves, "guidance scale", "less is better")
+    return run.report(folder, metrics, then=f"open {folder}/guidance.png")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

@@ -1,0 +1,233 @@
+"""How good are generated digits? Two numbers from one small classifier: the Frechet distance and the share it recognises.
+
+Heusel et al. 2017, arXiv:1706.08500 (the FID): pretend that the features of real and of generated images are Gaussian, and
+measure the distance of the two Gaussians. Theirs are Inception features of photographs; digits get features of their own, from a
+classifier trained on MNIST by this script and shipped with the project. The second number asks the same classifier how many
+samples it takes for a digit with a confidence of at least 0.9.
+
+Shapes: B or N images, D = 64 features, K = 10 classes.
+
+    python models/quality.py                # train the classifier, then score real digits and spoiled ones
+    python models/quality.py --pretrained   # only the scores
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import nn
+
+from utils import assets, checkpoint, data, figures, pretrained, run
+
+WEIGHTS = Path(__file__).parent / "weights" / "quality.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train the classifier that scores generated digits, and try the scores on real and spoiled digits."""
+
+    epochs: int = 4  # passes over the 60 000 training digits
+    batch: int = 128  # images per step
+    lr: float = 2e-3  # peak learning rate of AdamW; one cycle up and down
+    pretrained: bool = False  # use the shipped classifier and skip the training
+    seed: int = 0  # same seed, same numbers
+    device: str = "auto"  # cpu, cuda, ...
+    out: str = "outputs/quality"  # where the results go
+
+
+class Classifier(nn.Module):
+    """Three convolutions and two linear layers: images (B, 1, 28, 28) in [-1, 1] -> features (B, 64) -> logits (B, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+
+    def features(self, x):
+        """(B, 1, 28, 28) in [-1, 1] -> (B, 64)."""
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def frechet_distance(x, y):
+    """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of features (N, D) and (M, D). Heusel et al., Eq. 6.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C_x C_y, taken here from the symmetric
+    C_x^(1/2) C_y C_x^(1/2), which has the same ones and no imaginary parts.
+    """
+    x, y = x.double(), y.double()
+    mean = (x.mean(0) - y.mean(0)).square().sum()
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    value, vector = torch.linalg.eigh(cx)
+    root = vector * value.clamp(min=0).sqrt() @ vector.T
+    trace_root = torch.linalg.eigvalsh(root @ cy @ root).clamp(min=0).sqrt().sum()
+    return float(mean + cx.trace() + cy.trace() - 2 * trace_root)
+
+
+@torch.no_grad()
+def evaluate(model, images, batch=500):
+    """Images (N, 1, 28, 28) in [-1, 1] -> features (N, 64), probabilities (N, 10)."""
+    model.eval()
+    where = next(model.parameters()).device
+    features = torch.cat([model.features(x.to(where)) for x in images.split(batch)])
+    return features.cpu(), model.head(features).softmax(-1).cpu()
+
+
+def recognised(probabilities, confidence=0.9):
+    """Share of images, from (N, K) class probabilities, that the classifier takes for some digit with this confidence."""
+    return float((probabilities.max(-1).values >= confidence).float().mean())
+
+
+def score(model, images, real):
+    """Both numbers for images (N, 1, 28, 28) in [-1, 1]; `real` are features of test digits, (M, 64)."""
+    run.check(images.shape[1:] == (1, 28, 28), f"quality is measured on (N, 1, 28, 28) digits, not on {tuple(images.shape)}")
+    run.check(images.isfinite().all(), "the images hold numbers that are not finite")
+    features, probabilities = evaluate(model, images)
+    spread = probabilities.argmax(-1).bincount(minlength=10) / len(images)
+    entropy = float(-(spread * spread.clamp(min=1e-9).log()).sum())
+    return {
+        "recognised": recognised(probabilities),
+        "frechet": frechet_distance(features, real),
+        "digits_seen": float(torch.tensor(entropy).exp()),  # 10 if all digits come equally often, 1 if one only
+    }
+
+
+def load(device="cpu"):
+    """The shipped classifier, ready to score."""
+    model = Classifier().to(device).eval().requires_grad_(False)
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in checkpoint.read(WEIGHTS)[0].items()})
+    return model
+
+
+def judge(device="cpu"):
+    """A function images -> scores, with the classifier and the features of all test digits inside."""
+    model = load(device)
+    real = evaluate(model, data.to_float(data.mnist("test")[0]))[0]
+    return lambda images: score(model, images.float(), real)
+
+
+# Text to image: does a picture show its prompt? Asked in the features of an ImageNet classifier, EfficientNet-lite0.
+
+HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}  # where emoji have them on the colour circle, in [0, 1)
+
+
+def picture_features(images):
+    """(N, 3, H, W) in [-1, 1] or uint8 -> unit vectors (N, 1280)."""
+    return F.normalize(pretrained.efficientnet_features(pretrained.efficientnet(), images))
+
+
+def emoji_features(images):
+    """The same for the whole emoji set, which takes a minute, so the result is kept in the cache."""
+    path = assets.cache() / f"efficientnet-emoji-{len(images)}.safetensors"
+    if not path.exists():
+        checkpoint.write(path, {"features": picture_features(images)})
+    return checkpoint.read(path)[0]["features"]
+
+
+def cosine(x, y):
+    """Similarity of unit vectors, row by row: (N, D), (N, D) -> (N,)."""
+    return (x * y).sum(-1)
+
+
+def nearest_rank(drawn, features, index):
+    """How many emoji are nearer to each drawn picture than the one it should show: (N, D), (M, D), (N,) -> (N,), 0 is best."""
+    similarity = drawn @ features.T
+    return (similarity > similarity.gather(1, index[:, None])).sum(1)
+
+
+def hue(image):
+    """The word of HUES for the colour of most of the picture (3, H, W) in [-1, 1]; "" if it is grey."""
+    rgb = data.to_uint8(image).permute(1, 2, 0).numpy()
+    h, s, _ = (torch.from_numpy(c).float() / 255 for c in np.asarray(Image.fromarray(rgb).convert("HSV")).transpose(2, 0, 1).copy())
+    strong = s > 0.4
+    if strong.float().mean() < 0.02:
+        return ""
+    votes = {word: ((h[strong] - at + 0.5) % 1 - 0.5).abs() for word, at in HUES.items()}
+    nearest = torch.stack(list(votes.values())).argmin(0).bincount(minlength=len(HUES))
+    return list(HUES)[int(nearest.argmax())]
+
+
+def not_digits(x):
+    """As many pictures that are no digits: noise of every strength, and digits cut into 16 squares and shuffled."""
+    squares = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", h=4, w=4)[:, torch.randperm(16)]
+    shuffled = rearrange(squares, "b (h w) c p q -> b c (h p) (w q)", h=4)
+    noise = torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * 2 + torch.rand(len(x), 1, 1, 1, device=x.device) * 2 - 1
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, shuffled, noise.clamp(-1, 1))
+
+
+def train(model, images, labels, cfg):
+    """Cross-entropy with AdamW and one cycle of the learning rate; yields the loss of every step.
+
+    A plain classifier is sure of everything: it calls pure noise an 8 with confidence 1. So an eighth of every batch is no digit at
+    all, and the right answer there is a tenth for each class.
+    """
+    steps = cfg.epochs * (len(images) // cfg.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.05)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=steps)
+    for step in range(steps):
+        if step % (len(images) // cfg.batch) == 0:
+            order = torch.randperm(len(images)).split(cfg.batch)
+        pick = order[step % (len(images) // cfg.batch)]
+        x = data.to_float(images[pick])
+        shift = torch.randint(-2, 3, (2,)).tolist()  # digits stand anywhere, and generated ones are rarely centred
+        x = x.roll(shift, (2, 3)).to(next(model.parameters()).device)
+        truth = F.one_hot(labels[pick], 10).float().to(x.device)
+        spoiled = len(x) // 8
+        x[:spoiled], truth[:spoiled] = not_digits(x[:spoiled]), 0.1
+        loss = F.cross_entropy(model(x), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cycle.step()
+        yield loss.item()
+
+
+def main(cfg: Config) -> dict:
+    """Train or load the classifier; score real digits and digits spoiled by noise, blur and repetition."""
+    run.check(cfg.epochs > 0 and cfg.batch > 0, "--epochs and --batch must be at least 1")
+    run.seed(cfg.seed)
+    folder, where, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
+    test, labels = data.mnist("test")
+    metrics = {}
+    if cfg.pretrained:
+        model = load(where)
+    else:
+        model = Classifier().to(where).train()
+        losses = list(run.progress(train(model, *data.mnist("train"), cfg), cfg.epochs * (60_000 // cfg.batch)))
+        checkpoint.write(folder / "model.safetensors", model.state_dict(), {"class": "Classifier"})
+        figures.curves(folder / "loss.png", {"cross-entropy": losses}, "step", "loss", smooth=50)
+        metrics["train_seconds"] = clock()
+    real = data.to_float(test)
+    features, probabilities = evaluate(model, real)
+    metrics["test_accuracy"] = float((probabilities.argmax(-1) == labels).float().mean())
+    x, other = real[:5000], features[5000:]
+    spoiled = {
+        "real": x,
+        "noise 0.1": x + 0.1 * torch.randn_like(x),
+        "noise 0.3": x + 0.3 * torch.randn_like(x),
+        "noise 1.0": x + torch.randn_like(x),
+        "blurred": F.avg_pool2d(x, 5, 1, 2),
+        "upside down": x.flip(2),
+        "one digit only": x[labels[:5000] == 1],
+        "pure noise": torch.randn_like(x),
+    }
+    for name, images in spoiled.items():
+        result = score(model, images.clamp(-1, 1), other)
+        metrics |= {f"{name}: {k}": v for k, v in result.items()}
+    figures.rows(folder / "spoiled.png", {name: images[:10] for name, images in spoiled.items()})
+    return run.report(folder, metrics, then="python models/ddpm.py --pretrained")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

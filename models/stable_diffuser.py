@@ -1,0 +1,259 @@
+"""Stable diffusion in small: text to image, in the latents of an autoencoder. Rombach et al. 2022, arXiv:2112.10752.
+
+Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 8 x 8 latents while it looks at
+the words, a decoder (models/autoencoder.py) paints the latents as 64 x 64 pixels. Guidance (Ho & Salimans 2022, arXiv:2207.12598)
+draws what the words say more than what pictures look like in general. Sections and equations are the first paper's unless named.
+
+Shapes: B images, D latent channels, h x w latents, L words, E = 384 features of a word.
+Differences from the paper: MiniLM, not a transformer of its own, reads the text; v is predicted under the cosine schedule (see ddpm.py).
+
+    python models/stable_diffuser.py                                        # @TIME@ on two CPU cores
+    python models/stable_diffuser.py --pretrained --prompt "red apple"      # seconds
+    python models/stable_diffuser.py --pretrained --prompt "face" --negative "yellow"
+    torchrun --nproc_per_node 2 models/stable_diffuser.py                   # gloo on CPUs, nccl on GPUs
+    torchrun --nproc_per_node 8 models/stable_diffuser.py --channels 192 384 --batch 256 --steps 50000    # larger, for GPUs
+"""
+
+import copy
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from models import autoencoder, ddim, ddpm, quality
+from models.unet import UNet
+from utils import checkpoint, data, figures, pretrained, run
+
+WEIGHTS = Path(__file__).parent / "weights" / "stable_diffuser.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a text-to-image model on emoji and their names, draw prompts, measure."""
+
+    prompt: str = ""  # draw this, eight times
+    negative: str = ""  # and steer away from this
+    guidance: float = 3.0  # 1: the prompt as it is; more: the prompt exaggerated
+    sampling_steps: int = 50  # DDIM steps per image
+    steps: int = 800  # training steps
+    batch: int = 32  # images per step, all processes together
+    lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
+    channels: tuple[int, ...] = (64, 128)  # widths of the U-Net, one per resolution
+    drop_text: float = 0.1  # share of captions replaced by the empty one, for guidance
+    autoencoder: str = str(autoencoder.WEIGHTS)  # weights written by models/autoencoder.py
+    pretrained: bool = False  # start from the shipped weights and skip the training
+    resume: bool = False  # go on from the last checkpoint in --out, bit for bit
+    seed: int = 0  # same seed, same numbers
+    device: str = "auto"  # cpu, cuda, ...
+    out: str = "outputs/stable_diffuser"  # where the results go
+
+
+class TextEncoder:
+    """Captions -> word features (N, L, E) and a mask (N, L), True where there is a word. Sec. 3.3's tau, frozen."""
+
+    def __init__(self, device="cpu", words=16):
+        self.tokenizer, self.model = pretrained.minilm(device)
+        self.words = words
+
+    @torch.no_grad()
+    def __call__(self, captions, batch=256):
+        states, masks = [], []
+        for i in range(0, len(captions), batch):
+            tokens = self.tokenizer(captions[i : i + batch], padding="max_length", truncation=True, max_length=self.words, return_tensors="pt")
+            tokens = tokens.to(self.model.device)
+            states.append(self.model(**tokens).last_hidden_state)
+            masks.append(tokens["attention_mask"].bool())
+        return torch.cat(states), torch.cat(masks)
+
+
+def drop_text(words, mask, empty, empty_mask, dropped):
+    """Replace the caption by the empty one where `dropped` (B,) is True. Ho & Salimans 2022, Algorithm 1."""
+    return torch.where(dropped[:, None, None], empty, words), torch.where(dropped[:, None], empty_mask, mask)
+
+
+def guided(model, words, mask, empty, empty_mask, scale):
+    """A network (xt, t) -> output that steers away from the empty (or negative) prompt: e + scale (c - e). Ho & Salimans 2022, Eq. 6.
+
+    Both halves go through the network in one batch. v is linear in eps, so guiding the one guides the other.
+    """
+
+    def network(xt, t):
+        if scale == 1:
+            return model(xt, t, words, mask)
+        n = len(xt)
+        both_words = torch.cat([empty.expand(n, -1, -1), words])
+        both_masks = torch.cat([empty_mask.expand(n, -1), mask])
+        without, with_text = model(torch.cat([xt, xt]), torch.cat([t, t]), both_words, both_masks).float().chunk(2)
+        return without + scale * (with_text - without)
+
+    return network
+
+
+def sample(model, schedule, noise, words, mask, empty, empty_mask, scale=3.0, n=50):
+    """Noise (B, D, h, w) and text -> scaled latents: DDIM with guidance; a generator of every step. Latents are not clipped."""
+    network = guided(model, words, mask, empty, empty_mask, scale)
+    yield from ddim.sample(network, schedule, noise, n, "v", clip=False)
+
+
+def loss(model, schedule, z0, words, mask, t, eps):
+    """Eq. 3: the error of the denoiser that reads the text; z0: scaled latents (B, D, h, w)."""
+    return ddpm.loss(lambda xt, t: model(xt, t, words, mask), schedule, z0, "v", t, eps)
+
+
+def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, start=0, rank=0, world=1):
+    """Steps `start` to cfg.steps; yields the loss of each.
+
+    All processes draw the same random numbers for the whole batch and each takes its part of it; gradients are averaged between
+    them (DistributedDataParallel), so they are those of one process.
+    """
+    device = schedule.beta.device
+    numbers = torch.arange(len(latents))
+    for i, pick in zip(range(start, cfg.steps), ddpm.shuffled(numbers, cfg.batch, cfg.seed, start)):
+        optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
+        t, eps = torch.randint(schedule.steps, (cfg.batch,)), torch.randn(cfg.batch, *latents.shape[1:])
+        dropped = torch.rand(cfg.batch) < cfg.drop_text
+        z0, w, m, t, eps, dropped = (x[rank::world].to(device) for x in (latents[pick], words[pick], mask[pick], t, eps, dropped))
+        with run.autocast(device):
+            value = loss(model, schedule, z0, *drop_text(w, m, *empty, dropped), t, eps)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ddpm.average(ema, model, min(0.998, (1 + i) / (10 + i)))
+        yield value.item()
+
+
+def processes():
+    """(rank, world size) under torchrun or torch.distributed.launch, after joining the group; (0, 1) alone."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def build(channels, latent, **_):
+    """The U-Net of this chapter with cross-attention at every resolution."""
+    return UNet(latent, channels, 1, [True] * len(channels), context_dim=384)
+
+
+def load(path, device="cpu"):
+    """Weights written by this script -> the U-Net."""
+    tensors, meta = checkpoint.read(path)
+    model = build(**meta).to(device).eval().requires_grad_(False)
+    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return model
+
+
+@dataclass
+class Painter:
+    """Everything that turns prompts into pictures."""
+
+    model: UNet
+    decoder: autoencoder.Autoencoder
+    scale: float  # of the latents
+    text: TextEncoder
+    schedule: ddpm.Schedule
+
+    def draw(self, prompts, noise, guidance=3.0, n=50, negative=""):
+        """Prompts, noise (B, D, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+        device = self.schedule.beta.device
+        words, mask = self.text(list(prompts))
+        with run.autocast(device), torch.no_grad():
+            chain = sample(self.model, self.schedule, noise.to(device), words, mask, *self.text([negative]), guidance, n)
+            z0 = ddim.last(run.bar(chain, n + 1, name="sample")).float()
+        return autoencoder.decode_all(self.decoder, z0 / self.scale)
+
+
+def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
+    """Do pictures show their prompt? -> metrics, figures {label: images}."""
+    seen, unseen = (torch.tensor([i for i, h in enumerate(held_out) if h == kind]) for kind in (False, True))
+    seen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:count]]
+    unseen = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:count]]
+    noise = torch.randn(count, *shape)
+    drawn, new = (
+        painter.draw([captions[i] for i in pick], noise[: len(pick)], cfg.guidance, cfg.sampling_steps) for pick in (seen, unseen)
+    )
+    features = quality.emoji_features(images)
+    ranks = quality.nearest_rank(quality.picture_features(drawn), features, seen)
+    truth, other = (quality.cosine(quality.picture_features(new), features[pick]) for pick in (unseen, unseen.roll(1)))
+    pairs = [(colour, thing) for colour in quality.HUES for thing in ("heart", "circle", "book")]
+    coloured = painter.draw([" ".join(p) for p in pairs], noise[: len(pairs)], cfg.guidance, cfg.sampling_steps)
+    metrics = {
+        "seen_top1": float((ranks == 0).float().mean()), "seen_top10": float((ranks < 10).float().mean()),
+        "chance_top1": 1 / len(images), "chance_top10": 10 / len(images),
+        "held_out_similarity": float(truth.mean()), "random_similarity": float(other.mean()),
+        "held_out_closer_than_random": float((truth > other).float().mean()),
+        "colours_right": sum(quality.hue(x) == c for x, (c, _) in zip(coloured, pairs)) / len(pairs),
+    }  # fmt: skip
+    true = data.to_float(images)
+    return metrics, {
+        "seen.png": {"drawn": drawn[:12], "true": true[seen[:12]], "drawn ": drawn[12:24], "true ": true[seen[12:24]]},
+        "held_out.png": {"drawn": new[:12], "true": true[unseen[:12]]},
+        "colours.png": {thing: coloured[i::3] for i, thing in enumerate(("heart", "circle", "book"))},
+    }
+
+
+def main(cfg: Config) -> dict:
+    """Train (or load), draw, measure; process 0 writes the weights and the pictures."""
+    rank, world = processes()
+    run.check(min(cfg.steps, cfg.batch, cfg.sampling_steps) > 0, "--steps, --batch and --sampling-steps must be at least 1")
+    run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
+    run.check(0 <= cfg.drop_text <= 1 and cfg.guidance >= 0, "--drop-text must be in [0, 1] and --guidance not negative")
+    run.check(all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32, the width of a head")
+    run.seed(cfg.seed)
+    folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
+    images, captions, _ = data.emoji(64)
+    held_out = torch.tensor(autoencoder.split(captions))
+    coder, scale = autoencoder.load(cfg.autoencoder, device)
+    text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
+    shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
+    metrics, state = {}, folder / "state.safetensors"
+    if cfg.pretrained:
+        model = load(WEIGHTS, device)
+    else:
+        latents = autoencoder.encode_all(coder, images[~held_out]) * scale
+        words, mask = (x.cpu() for x in text([c for c, h in zip(captions, held_out) if not h]))
+        model = build(cfg.channels, shape[0]).to(device)
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
+        parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
+        if cfg.resume:
+            losses = checkpoint.load_state(state, **parts)["losses"]
+        save = lambda: rank == 0 and checkpoint.save_state(state, **parts, losses=losses)  # noqa: E731
+        shared = DistributedDataParallel(model) if world > 1 else model
+        run.seed(cfg.seed + len(losses))  # the same on every process
+        steps = train(shared, ema, optimizer, schedule, latents, words, mask, text([""]), cfg, len(losses), rank, world)
+        for value in run.progress(steps, cfg.steps, len(losses), 500, save):
+            losses.append(value)
+        save()
+        metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock(), "processes": world}
+        model = ema
+        if rank == 0:
+            figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50)
+            checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg) | {"latent": shape[0]})
+    if rank > 0:
+        return metrics
+    painter = Painter(model, coder, scale, text, schedule)
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    noise, clock = torch.randn(8, *shape), run.Clock()
+    if cfg.prompt:
+        pictures = painter.draw([cfg.prompt] * 8, noise, cfg.guidance, cfg.sampling_steps, cfg.negative)
+        figures.grid(folder / "prompt.png", pictures, 4, scale=3)
+        metrics["sample_seconds"] = clock()
+        return run.report(folder, metrics, then=f"open {folder}/prompt.png")
+    scores, pictures = evaluate(painter, images, captions, held_out.tolist(), shape, cfg)
+    scales = (1.0, 2.0, 3.0, 5.0, 8.0)
+    prompts = ["red apple", "blue heart", "cat face", "crying face", "evergreen tree", "flag: japan", "yellow circle", "umbrella"]
+    pictures["guidance.png"] = {f"scale {s:g}": painter.draw(prompts, noise, s, cfg.sampling_steps) for s in scales}
+    for name, rows in pictures.items():
+        figures.rows(folder / name, rows, prompts if name == "guidance.png" else quality.HUES if name == "colours.png" else ())
+    return run.report(folder, metrics | scores, then=f'open {folder}/guidance.png; then add --pretrained --prompt "red apple"')
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

@@ -1,0 +1,272 @@
+"""utils/checkpoint.py and utils/run.py: nothing is half-written, nothing damaged is read, runs go on bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint, run
+from utils.run import UserError
+
+
+def toy(width=8):
+    """A small network and its optimizer."""
+    model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 1))
+    return model, torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.8, 0.9))
+
+
+def steps(model, optimizer, n):
+    """n steps on random data, with dropout: every one depends on the random state."""
+    for _ in range(n):
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def same(a, b):
+    """Equal types, keys and bits, however nested."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_write_and_read_give_back_every_bit(tmp_path):
+    tensors = {
+        "bf16": torch.randn(3, 5).bfloat16(), "turned": torch.randn(4, 6).T, "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 3), "nan": torch.tensor([torch.nan, torch.inf]), "bool": torch.tensor([True, False]),
+    }  # fmt: skip
+    meta = {"name": "é", "list": [1, 2.5, None, True]}
+    path = checkpoint.write(tmp_path / "a" / "b.safetensors", tensors, meta)
+    found, text = checkpoint.read(path)
+    assert text == meta and found.keys() == tensors.keys()
+    for k, x in tensors.items():
+        assert found[k].dtype == x.dtype and torch.equal(found[k].nan_to_num(9), x.nan_to_num(9))
+    assert [p.name for p in path.parent.iterdir()] == ["b.safetensors"]
+
+
+def test_state_of_an_optimizer_keeps_its_integer_keys(tmp_path):
+    model, optimizer = toy()
+    list(steps(model, optimizer, 3))
+    before = optimizer.state_dict()
+    path = checkpoint.save_state(
+        tmp_path / "s.safetensors", model=model, optimizer=optimizer, losses=[1.5, 2.0], step=3
+    )
+    other, fresh = toy()
+    rest = checkpoint.load_state(path, model=other, optimizer=fresh)
+    assert rest == {"losses": [1.5, 2.0], "step": 3}
+    assert set(fresh.state_dict()["state"]) == set(range(6)) and same(model.state_dict(), other.state_dict())
+    assert same(before["state"], fresh.state_dict()["state"])
+    assert fresh.param_groups[0]["betas"][0] == 0.8
+
+
+def test_resume_goes_on_bit_for_bit(tmp_path):
+    run.seed(3)
+    model, optimizer = toy()
+    first = list(steps(model, optimizer, 5))
+    path = checkpoint.save_state(tmp_path / "s.safetensors", model=model, optimizer=optimizer)
+    rest = list(steps(model, optimizer, 5))
+    run.seed(99)
+    other, fresh = toy()
+    checkpoint.load_state(path, model=other, optimizer=fresh)
+    assert list(steps(other, fresh, 5)) == rest and len(set(first + rest)) == 10
+    assert same(model.state_dict(), other.state_dict())
+
+
+def test_same_seed_same_numbers():
+    runs = []
+    for seed in (1, 1, 2):
+        run.seed(seed)
+        runs.append(list(steps(*toy(), 5)))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_one_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    path = checkpoint.write(
+        tmp_path / "w.safetensors", {"a": torch.arange(64.0), "b": torch.ones(3).bfloat16()}, {"steps": 10}
+    )
+    good = path.read_bytes()
+    for i in range(len(good)):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :])
+        with pytest.raises(UserError):
+            checkpoint.read(path)
+    path.write_bytes(good)
+    assert checkpoint.read(path)[1] == {"steps": 10}
+
+
+def test_a_file_cut_short_is_noticed(tmp_path):
+    path = checkpoint.write(tmp_path / "w.safetensors", {"a": torch.arange(64.0)}, {"steps": 10})
+    good = path.read_bytes()
+    for n in (0, 1, 7, 8, 20, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:n])
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            checkpoint.read(path)
+
+
+def test_files_of_others_and_missing_files(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match="not written by this project"):
+        checkpoint.read(tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.read(tmp_path / "none.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = checkpoint.write(tmp_path / "w.safetensors", {"a": torch.zeros(4)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoint.write(path, {"a": torch.ones(4)})
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    assert torch.equal(checkpoint.read(path)[0]["a"], torch.zeros(4))
+
+
+def test_nowhere_to_write(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.write(tmp_path / "file" / "w.safetensors", {"a": torch.zeros(4)})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.write(tmp_path / "folder", {"a": torch.zeros(4)})  # a folder of that name
+    with pytest.raises(UserError, match="--out"):
+        run.output(tmp_path / "file" / "run", Settings())
+    assert (tmp_path / "file").read_text() == "in the way"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+KILLER = """
+import itertools, os, random, signal, sys, time, torch
+from utils import checkpoint
+torch.set_num_threads(1)
+path, end = sys.argv[1], time.monotonic() + 3
+checkpoint.write(path, {"a": torch.zeros(200_000)}, 0)
+while time.monotonic() < end:
+    child = os.fork()
+    if child == 0:
+        for i in itertools.count(checkpoint.read(path)[1] + 1):
+            checkpoint.write(path, {"a": torch.full((200_000,), float(i))}, i)
+    time.sleep(random.uniform(0.01, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    tensors, i = checkpoint.read(path)
+    assert (tensors["a"] == i).all()
+    print(i)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    """A process is forked, writes in a loop and is killed, over and over for three seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path / "w.safetensors")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    written = [int(line) for line in done.stdout.split()]
+    assert len(written) >= 5 and written[-1] > 5 and written == sorted(written)
+
+
+@pytest.mark.parametrize("parts", ["width", "depth", "name", "kind"])
+def test_state_of_another_network_is_refused(tmp_path, parts):
+    model, optimizer = toy()
+    list(steps(model, optimizer, 1))
+    path = checkpoint.save_state(tmp_path / "s.safetensors", model=model, optimizer=optimizer, losses=[1.0])
+    wanted = {
+        "width": {"model": toy(9)[0]},
+        "depth": {"model": nn.Linear(4, 8)},
+        "name": {"ema": model},
+        "kind": {"losses": model},
+    }[parts]
+    with pytest.raises(UserError, match="other settings"):
+        checkpoint.load_state(path, **wanted)
+
+
+def test_ship_makes_small_weights_with_their_record(tmp_path):
+    folder = tmp_path / "run"
+    checkpoint.write(folder / "model.safetensors", {"w": torch.randn(10), "count": torch.tensor(3)}, {"width": 8})
+    for name in ("config", "metrics"):
+        run.write_json(folder / f"{name}.json", {"what": name})
+    (folder / "loss.png").write_bytes(b"png")
+    checkpoint.ship(checkpoint.Config(folder, tmp_path / "weights" / "toy"))
+    tensors, meta = checkpoint.read(tmp_path / "weights" / "toy.safetensors")
+    assert tensors["w"].dtype == torch.bfloat16 and tensors["count"].dtype == torch.int64 and meta == {"width": 8}
+    assert json.loads((tmp_path / "weights" / "toy.json").read_text())["metrics"] == {"what": "metrics"}
+    assert (tmp_path / "weights" / "toy_loss.png").exists()
+
+
+def test_progress_saves_at_the_right_steps():
+    saved, seen = [], []
+    for loss in run.progress([0.5] * 7, total=7, every=3, save=lambda: saved.append(len(seen))):
+        seen.append(loss)
+    assert saved == [3, 6] and len(seen) == 7
+    saved.clear()
+    list(run.progress([0.5] * 3, total=6, start=3, every=3, save=lambda: saved.append(1)))
+    assert saved == []  # the last one is the caller's
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_progress_stops_at_a_loss_that_is_no_number(bad):
+    saved, seen = [], []
+    with pytest.raises(UserError, match="at step 4"):
+        for loss in run.progress([1.0, 1.0, 1.0, bad], total=9, every=4, save=lambda: saved.append(1)):
+            seen.append(loss)
+    assert len(seen) == 3 and saved == []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A toy."""
+
+    size: int = 3  # how many
+    out: str = "outputs/toy"  # where
+
+
+def test_output_and_report(tmp_path, capsys):
+    folder = run.output(tmp_path / "deep" / "er", Settings(size=5))
+    assert json.loads((folder / "config.json").read_text()) == {"size": 5, "out": "outputs/toy"}
+    assert (
+        run.report(folder, {"loss": 0.25}, then="python x.py")
+        == json.loads((folder / "metrics.json").read_text())
+        == {"loss": 0.25}
+    )
+    text = capsys.readouterr().out
+    assert "0.25" in text and "config.json, metrics.json" in text and "next: python x.py" in text
+
+
+@pytest.mark.parametrize(
+    "flags, code, line",
+    [([], 0, ""), (["--size", "0"], 2, "error: --size"), (["--size", "x"], 2, "size"), (["--sice", "1"], 2, "sice")],
+)
+def test_cli_exit_codes(monkeypatch, capsys, flags, code, line):
+    def main(cfg):
+        run.check(cfg.size > 0, "--size must be at least 1")
+        return cfg.size
+
+    monkeypatch.setattr(sys, "argv", ["toy.py", *flags])
+    if code == 0:
+        assert run.cli(main, Settings) == 3
+        return
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(main, Settings)
+    text = capsys.readouterr().err
+    assert stopped.value.code == code and line in text and "Traceback" not in text
+
+
+def test_device():
+    assert run.device("cpu").type == "cpu"
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(UserError, match=name):
+            run.device(name)

@@ -1,0 +1,348 @@
+"""models/dit.py: equal to diffusers' DiT, as large as the paper's, nothing at first, steered by class and guidance."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import ddim, ddpm, dit
+from tests.conftest import gradients
+from utils import checkpoint, data, run
+
+ROOT = Path(__file__).parent.parent
+TINY = {"depth": 3, "width": 32, "heads": 2, "patch": 2, "image": 8, "channels": 3, "classes": 5}
+BLOCK = {  # ours -> diffusers', inside a block
+    "adaln.1": "norm1.linear",
+    "attention.to_q": "attn1.to_q",
+    "attention.to_k": "attn1.to_k",
+    "attention.to_v": "attn1.to_v",
+    "attention.to_out.0": "attn1.to_out.0",
+    "mlp.0": "ff.net.0.proj",
+    "mlp.2": "ff.net.2",
+}
+
+
+def random_dit(**changes):
+    """A tiny DiT all of whose weights are random: the zeros of the initialisation would hide most of it."""
+    model = dit.DiT(**TINY | changes)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def names_of_theirs(depth):
+    """{our name: diffusers' names for the same weight}; each of their blocks has its own copy of the embedders."""
+    each = [f"transformer_blocks.{i}." for i in range(depth)]
+    layers = {"embed": ["pos_embed.proj"], "adaln.1": ["proj_out_1"], "head": ["proj_out_2"]}
+    for layer in ("linear_1", "linear_2"):
+        layers[f"time.{layer}"] = [f"{block}norm1.emb.timestep_embedder.{layer}" for block in each]
+    for i, block in enumerate(each):
+        layers |= {f"blocks.{i}.{ours}": [block + theirs] for ours, theirs in BLOCK.items()}
+    kinds = ("weight", "bias")
+    names = {f"{ours}.{kind}": [f"{n}.{kind}" for n in ns] for ours, ns in layers.items() for kind in kinds}
+    return names | {"label.weight": [f"{block}norm1.emb.class_embedder.embedding_table.weight" for block in each]}
+
+
+def diffusers_dit(ours):
+    """diffusers' model with the weights of ours."""
+    from diffusers import DiTTransformer2DModel
+
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=TINY["heads"],
+        attention_head_dim=TINY["width"] // TINY["heads"],
+        in_channels=TINY["channels"],
+        num_layers=TINY["depth"],
+        sample_size=TINY["image"],
+        patch_size=TINY["patch"],
+        num_embeds_ada_norm=TINY["classes"],
+        norm_eps=1e-6,
+    ).eval()  # eval: their embedder drops labels in training
+    names, weights = names_of_theirs(TINY["depth"]), dict(ours.named_parameters())
+    assert names.keys() == weights.keys()
+    shapes = {name: p.shape for name, p in theirs.named_parameters()}
+    state = {n: weights[name].detach().view(shapes[n]) for name, ns in names.items() for n in ns}
+    assert state.keys() == shapes.keys()  # none of their parameters is left as it was
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def inputs():
+    side, classes = TINY["image"], TINY["classes"]
+    x = torch.randn(4, TINY["channels"], side, side)
+    return x, torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, classes - 1, classes])  # the last: no class
+
+
+def test_equals_diffusers(parity):
+    """Forward, and the gradient of every parameter.
+
+    The frequencies of diffusers' time embedding divide the exponent by half - 1, those of the authors' code, and ours,
+    by half: a switch in diffusers, set here to the authors' side. The next test shows that nothing else differs.
+    """
+    x, t, y = inputs()
+    ours = random_dit()
+    theirs = diffusers_dit(ours)
+    for block in theirs.transformer_blocks:
+        assert block.norm1.emb.time_proj.downscale_freq_shift == 1
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    mine, other = ours(x, t, y), theirs(x, t, y).sample
+    assert other.std() > 0.1
+    parity("DiT", "dit.DiT", "diffusers.DiTTransformer2DModel", mine, other, atol=1e-4)
+    mine, other = gradients(ours, mine), gradients(theirs, other)
+    shared = {}  # the weight that their blocks each have a copy of: gradients add up
+    for name, ns in names_of_theirs(TINY["depth"]).items():
+        shared[name] = sum(other[n] for n in ns).view_as(mine[name])
+        assert shared[name].abs().max() > 0, name
+    largest = max(g.abs().max() for g in shared.values())
+    mine, shared = ({k: g / largest for k, g in gs.items()} for gs in (mine, shared))
+    parity("DiT", "dit.DiT, gradients", "diffusers.DiTTransformer2DModel", mine, shared, atol=1e-5)
+
+
+def test_time_embedding_is_all_that_differs_from_diffusers():
+    """At t = 0 every frequency gives the same angle, so diffusers as it comes is equal there, and only there."""
+    x, t, y = inputs()
+    ours = random_dit()
+    theirs = diffusers_dit(ours)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t * 0, y), theirs(x, t * 0, y).sample, atol=1e-4, rtol=1e-5)
+        assert (ours(x, t, y) - theirs(x, t, y).sample)[2].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dim, size", [(32, 4), (160, 7), (1152, 16)])
+def test_position_embedding_equals_diffusers(parity, dim, size):
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    ours, theirs = dit.position_embedding(dim, size), get_2d_sincos_pos_embed(dim, size, base_size=size).float()
+    parity("DiT", "dit.position_embedding", "diffusers get_2d_sincos_pos_embed", ours, theirs, 1e-6)
+
+
+TABLE_4 = [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)]
+
+
+@pytest.mark.parametrize("size, millions, gflops", TABLE_4)
+def test_size_of_the_paper(size, millions, gflops):
+    """Parameters and Gflops (the paper counts multiply-adds) with patch 2 on 4 x 32 x 32 latents and 1000 classes.
+
+    On the meta device: no memory, no time. The paper's head also says a variance: as many outputs again as ours.
+    """
+    depth, width, heads = dit.SIZES[size]
+    with torch.device("meta"):
+        model = dit.DiT(depth, width, heads, 2, image=32, channels=4, classes=1000)
+        variance = torch.nn.Linear(width, 2 * 2 * 4)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    parameters = sum(p.numel() for p in [*model.parameters(), *variance.parameters()])
+    assert parameters == pytest.approx(millions * 1e6, rel=0.01)
+    assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(gflops, rel=0.01)
+    if size == "XL":  # what the authors' train.py prints; it counts the fixed position embedding too
+        assert parameters + model.position.numel() == 675_129_632
+
+
+def test_default_is_small():
+    assert sum(p.numel() for p in dit.build("tiny", 4).parameters()) < 4.5e6
+
+
+def test_blocks_are_the_identity_and_the_output_is_zero_at_first():
+    model = dit.DiT(**TINY)
+    x, t, y = inputs()
+    tokens, condition = torch.randn(4, 16, 32), torch.randn(4, 32)
+    for block in model.blocks:
+        assert torch.equal(block(tokens, condition), tokens)
+    assert torch.equal(model(x, t, y), torch.zeros_like(x))
+
+
+def test_output_lies_where_its_patch_lies():
+    """Blocks that do nothing do not mix tokens: a change of one patch must change the output there and nowhere else."""
+    model = dit.DiT(**TINY)
+    torch.nn.init.normal_(model.head.weight)
+    x, t, y = inputs()
+    other = x.clone()
+    other[:, :, 2:4, 6:8] += 1  # row 1, column 3
+    changed = (model(x, t, y) != model(other, t, y)).any(dim=(0, 1))
+    assert changed[2:4, 6:8].all() and changed.sum() == 4
+
+
+def test_guidance():
+    """Scale 1 is the class's own prediction, 0 that of no class; guiding v is guiding eps."""
+    model, schedule = random_dit(), ddpm.Schedule(kind="cosine")
+    x, t, y = inputs()
+    null = torch.full_like(y, TINY["classes"])
+    with torch.no_grad():
+        with_class, without = model(x, t, y), model(x, t, null)
+        assert not torch.allclose(with_class[:3], without[:3], atol=1e-2)
+        torch.testing.assert_close(dit.guide(model, y, 1)(x, t), with_class, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dit.guide(model, y, 0)(x, t), without, atol=1e-5, rtol=1e-5)
+        eps_class, eps_null = (ddpm.to_eps(schedule, x, t, v, "v") for v in (with_class, without))
+        eps = ddpm.to_eps(schedule, x, t, dit.guide(model, y, 3.0)(x, t), "v")
+        torch.testing.assert_close(eps, eps_null + 3 * (eps_class - eps_null), atol=1e-4, rtol=1e-5)
+
+
+def test_guided_sampling_of_gaussians():
+    """Two classes with known densities, N(mean_y, 1): the exact v is known, so guided DDIM must end where theory says.
+
+    Guidance turns a score of N(mean, 1) into that of N(scale mean_y + (1 - scale) mean_null, 1).
+    """
+    schedule, means = ddpm.Schedule(kind="cosine"), torch.tensor([-0.5, 0.4, 0.1])
+
+    class Exact(torch.nn.Module):
+        label = torch.nn.Embedding(3, 1)
+
+        def forward(self, xt, t, y):
+            alpha_bar = ddpm.at(schedule.alpha_bar, t)
+            eps = (1 - alpha_bar).sqrt() * (xt - alpha_bar.sqrt() * means[y][:, None, None, None])
+            return (eps - (1 - alpha_bar).sqrt() * xt) / alpha_bar.sqrt()  # v, from to_eps solved for it
+
+    y, scale = torch.tensor([0, 1]), 1.5
+    noise = 0.1 * torch.randn(2, 1, 4, 4)
+    x = ddim.last(ddim.sample(dit.guide(Exact(), y, scale), schedule, noise, 50, "v"))
+    expected = scale * means[y] + (1 - scale) * means[2]
+    torch.testing.assert_close(x, noise + expected[:, None, None, None], atol=0.05, rtol=0)
+
+
+def test_drop_labels():
+    y = torch.arange(20_000) % 10
+    dropped = dit.drop_labels(y, 0.1, 10)
+    hidden = dropped == 10
+    assert abs(hidden.float().mean() - 0.1) < 0.01
+    assert torch.equal(dropped[~hidden], y[~hidden])
+    assert torch.equal(dit.drop_labels(y, 0.0, 10), y)
+    shares = hidden.float().view(-1, 10).mean(0)  # every class alike
+    assert (shares - 0.1).abs().max() < 0.03
+
+
+def test_batches_keep_labels_with_their_images():
+    labels = torch.arange(50)
+    images = labels.to(torch.uint8).view(50, 1, 1, 1).expand(50, 1, 28, 28)
+    seen = []
+    for _, (x, y) in zip(range(5), dit.batches(images, labels, 10)):
+        assert torch.equal(x, data.to_float(y.view(10, 1, 1, 1).expand(10, 1, 28, 28)))
+        seen += y.tolist()
+    assert sorted(seen) == list(range(50))  # each once an epoch
+    late = next(dit.batches(images, labels, 10, start=3))[1]
+    assert late.tolist() == seen[30:40]
+
+
+def test_learns_digits_and_their_names():
+    """A minute network and 64 real zeros and ones: the loss falls, and a wrong name makes it worse."""
+    images, labels = data.mnist("test")
+    pick = (labels < 2).nonzero()[:64, 0]
+    images, labels = images[pick], labels[pick]
+    model, schedule = dit.DiT(2, 64, 2, 4), ddpm.Schedule(kind="cosine")
+    cfg = dit.Config(steps=120, batch=32, lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    ema = dit.DiT(2, 64, 2, 4).requires_grad_(False)
+
+    @torch.no_grad()
+    def loss(y):  # the same noise every time
+        torch.manual_seed(1)
+        return float(ddpm.loss(partial(model, y=y), schedule, data.to_float(images), "v"))
+
+    before = loss(labels)
+    list(dit.train(model, ema, optimizer, schedule, images, labels, cfg))
+    after, misnamed = loss(labels), loss(1 - labels)
+    assert after < 0.5 * before
+    assert misnamed > 1.02 * after
+    drift = (ema.head.weight - model.head.weight).norm() / model.head.weight.norm()
+    assert 0 < drift < 0.5  # the mean lags behind, not far
+
+
+def test_command(tmp_path):
+    """The README's command with small numbers: every file it promises, and weights that load again."""
+    flags = f"--steps 3 --batch 8 --samples 10 --guidance 1 2 --out {tmp_path}".split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "models/dit.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = {p.name for p in tmp_path.iterdir()}
+    figures = {"loss.png", "samples.png", "guidance.png", "guidance_curve.png"}
+    assert files == figures | {"config.json", "metrics.json", "model.safetensors", "state.safetensors"}
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for scale in (1, 2):
+        assert {f"guidance {scale}: {k}" for k in ("accuracy", "recognised", "frechet")} <= metrics.keys()
+    assert "next:" in done.stdout
+    model, _, meta = dit.load(tmp_path / "model.safetensors")
+    assert meta["steps"] == 3 and model.head.weight.abs().max() > 0
+
+
+def test_resume_is_bit_exact(tmp_path, monkeypatch):
+    """Six steps, and six steps killed in the fifth after a checkpoint at the third, end in the same bits."""
+    images, labels = data.mnist("test")
+    monkeypatch.setattr(data, "mnist", lambda _: (images[:200], labels[:200]))
+    monkeypatch.setitem(dit.SIZES, "tiny", (2, 32, 2))
+    flags = {"steps": 6, "batch": 8, "samples": 10, "guidance": (1,), "save_every": 3}
+    dit.main(dit.Config(**flags, out=str(tmp_path / "whole")))
+    train = dit.train
+
+    def killed(*args):
+        for i, value in enumerate(train(*args)):
+            if i == 4:
+                raise KeyboardInterrupt
+            yield value
+
+    monkeypatch.setattr(dit, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        dit.main(dit.Config(**flags, out=str(tmp_path / "parts")))
+    monkeypatch.setattr(dit, "train", train)
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    dit.main(dit.Config(**flags, resume=True, out=str(tmp_path / "parts")))
+    for name in ("model", "state"):
+        whole, parts = (checkpoint.read(tmp_path / out / f"{name}.safetensors")[0] for out in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and len(whole) > 10
+        assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--patch", "8"], "--patch 8"),
+        (["--patch", "0"], "--patch 0"),
+        (["--size", "XXL"], "XXL"),
+        (["--steps", "0"], "--steps"),
+        (["--samples", "5"], "--samples"),
+        (["--dropout", "1"], "--dropout"),
+        (["--guidance", "-1"], "--guidance"),
+        (["--batch", "70000"], "--batch"),
+        (["--resume"], "no checkpoint"),
+        (["--device", "cuda:99"], "--device"),
+    ],
+)
+def test_bad_flags_give_one_line(flags, word, tmp_path, monkeypatch, capsys):
+    error = one_line([*flags, "--out", str(tmp_path)], monkeypatch, capsys)
+    assert word in error
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "other"])
+def test_damaged_checkpoint_gives_one_line_and_stays(damage, tmp_path, monkeypatch, capsys):
+    state = tmp_path / "state.safetensors"
+    model = dit.DiT(1, 32, 2, 4)
+    checkpoint.save_state(state, model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()), losses=[1.0])
+    content = bytearray(state.read_bytes())
+    if damage == "bit":
+        content[-5] ^= 1
+    if damage == "cut":
+        content = content[:-100]
+    state.write_bytes(content)
+    error = one_line(["--resume", "--out", str(tmp_path)], monkeypatch, capsys)
+    assert {"bit": "damaged", "cut": "not a whole", "other": "other settings"}[damage] in error
+    assert state.read_bytes() == content
+    if damage == "bit":
+        monkeypatch.setattr(dit, "WEIGHTS", state)
+        assert "damaged" in one_line(["--pretrained", "--out", str(tmp_path / "new")], monkeypatch, capsys)
+
+
+def one_line(flags, monkeypatch, capsys):
+    """Run the command in this process; it must end with exit code 2 and one line on stderr, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["dit.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(dit.main, dit.Config)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    lines = [line for line in error.splitlines() if "error" in line]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]

@@ -1,0 +1,281 @@
+"""models/vae.py: its formulas against torch.distributions, its failures without noise and without KL, its command."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+from models import vae
+from utils import checkpoint, data
+from utils.run import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--steps",
+    "3",
+    "--batch",
+    "8",
+    "--samples",
+    "70",
+    "--channels",
+    "4",
+    "8",
+    "--hidden",
+    "16",
+    "--latents",
+    "2",
+    "3",
+]
+
+
+def codes(b=6, d=5):
+    """Means and log variances to differentiate by."""
+    return (2 * torch.randn(b, d)).requires_grad_(), (2 * torch.randn(b, d)).requires_grad_()
+
+
+def with_gradients(value, *inputs):
+    """A tensor and its gradients, for a weighted sum of its elements."""
+    weight = torch.linspace(-1, 1, value.numel()).view_as(value)
+    return [value, *torch.autograd.grad((value * weight).sum(), inputs)]
+
+
+def small(latent=2):
+    return vae.VAE(latent, (4, 8), 16)
+
+
+def command(folder, *flags):
+    """models/vae.py as a subprocess."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    line = [sys.executable, "models/vae.py", "--device", "cpu", "--out", str(folder), *flags]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_kl_divergence(parity):
+    mu, logvar = codes()
+    theirs = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=1)
+    ours, theirs = (with_gradients(kl, mu, logvar) for kl in (vae.kl_divergence(mu, logvar), theirs))
+    assert ours[0].shape == (6,)
+    parity("VAE", "vae.kl_divergence", "torch.distributions.kl_divergence", ours, theirs, atol=1e-5)
+
+
+def test_reparameterize(parity):
+    mu, logvar = codes()
+    torch.manual_seed(1)
+    ours = with_gradients(vae.reparameterize(mu, logvar), mu, logvar)
+    torch.manual_seed(1)
+    theirs = with_gradients(Normal(mu, (logvar / 2).exp()).rsample(), mu, logvar)
+    parity("VAE", "vae.reparameterize", "torch.distributions.Normal.rsample", ours, theirs, atol=1e-6)
+
+
+def test_reconstruction(parity):
+    logits, x = (3 * torch.randn(4, 1, 28, 28)).requires_grad_(), data.to_float(torch.randint(256, (4, 1, 28, 28)))
+    coins = Bernoulli(logits=logits, validate_args=False)  # grey targets: the mean over black and white draws
+    theirs = -coins.log_prob((x + 1) / 2).sum(dim=(1, 2, 3))
+    ours = with_gradients(vae.reconstruction(logits, x), logits)
+    parity(
+        "VAE", "vae.reconstruction", "torch.distributions.Bernoulli", ours, with_gradients(theirs, logits), atol=1e-3
+    )
+    parity("VAE", "vae.picture", "torch.distributions.Bernoulli", vae.picture(logits), 2 * coins.mean - 1, atol=1e-6)
+
+
+def test_grey_target_is_the_mean_over_binarised_images():
+    """E over coins of -log p(coins | z) is the cross-entropy with the grey itself."""
+    logits, x = torch.randn(1, 1, 4, 4), torch.rand(1, 1, 4, 4) * 2 - 1
+    draws = torch.bernoulli(((x + 1) / 2).expand(40_000, -1, -1, -1)) * 2 - 1
+    mean = vae.reconstruction(logits.expand_as(draws), draws).mean()
+    torch.testing.assert_close(mean, vae.reconstruction(logits, x)[0], rtol=0.005, atol=0)
+
+
+def test_kl_divergence_of_known_cases():
+    zero = torch.zeros(3, 4)
+    assert (vae.kl_divergence(zero, zero) == 0).all()
+    torch.testing.assert_close(
+        vae.kl_divergence(zero + 2, zero), torch.full((3,), 4 * 2.0**2 / 2)
+    )  # a shift: mu^2 / 2 each
+    narrow = (0.01 - 1 - math.log(0.01)) / 2  # sigma = 0.1
+    torch.testing.assert_close(vae.kl_divergence(zero, zero + math.log(0.01)), torch.full((3,), 4 * narrow))
+    assert (vae.kl_divergence(torch.randn(1000, 4), 3 * torch.randn(1000, 4)) > 0).all()
+    mu, logvar = torch.randn(2, 4), torch.randn(2, 4)  # it adds up over dimensions, not over images
+    apart = sum(vae.kl_divergence(mu[:, i : i + 1], logvar[:, i : i + 1]) for i in range(4))
+    torch.testing.assert_close(vae.kl_divergence(mu, logvar), apart)
+
+
+def test_reparameterize_draws_from_the_normal_it_is_given():
+    mu, logvar = (
+        torch.tensor([1.0, -3.0]).expand(200_000, 2),
+        torch.tensor([0.5, 3.0]).square().log().expand(200_000, 2),
+    )
+    z = vae.reparameterize(mu, logvar)
+    torch.testing.assert_close(z.mean(0), mu[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.tensor([0.5, 3.0]), atol=0, rtol=0.01)
+
+
+def test_reparameterize_is_new_every_time_and_still_without_variance():
+    mu, logvar = torch.randn(4, 3), torch.zeros(4, 3)
+    assert not (vae.reparameterize(mu, logvar) == vae.reparameterize(mu, logvar)).any()
+    assert torch.equal(vae.reparameterize(mu, torch.full((4, 3), -400.0)), mu)
+
+
+def test_loss_is_the_negative_bound_and_reaches_every_weight():
+    model, x = small(), data.to_float(torch.randint(256, (8, 1, 28, 28)))
+    value, error, kl = vae.loss(model, x)
+    assert value.shape == () and value.item() == pytest.approx((error + kl).item())
+    value.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    for beta, noise in ((0.0, True), (1.0, False), (4.0, True)):
+        value, error, kl = vae.loss(model, x, beta, noise)
+        assert value.item() == pytest.approx((error + beta * kl).item())
+    still = [vae.loss(model, x, noise=False)[0].item() for _ in range(2)]
+    noisy = [vae.loss(model, x)[0].item() for _ in range(2)]
+    assert still[0] == still[1] and noisy[0] != noisy[1]
+
+
+def test_bound_stays_below_the_likelihood():
+    """With a linear decoder of one latent and one pixel, log p(x) is an integral that a sum can do."""
+    slope, x, mu, logvar = 2.0, 1.0, torch.tensor([[0.6]]), torch.tensor([[-0.4]])
+    z = torch.linspace(-12, 12, 20_001)
+    exact = (Normal(0, 1).log_prob(z).exp() * torch.sigmoid(slope * z)).sum().log() + math.log(24 / 20_000)
+    z = vae.reparameterize(mu.expand(100_000, 1), logvar.expand(100_000, 1))[..., None, None]
+    bound = -vae.reconstruction(slope * z, torch.full_like(z, x)).mean() - vae.kl_divergence(mu, logvar)
+    assert exact - 0.1 < bound.item() < exact
+
+
+def test_shapes():
+    model = small(latent=7)
+    mu, logvar = model.encode(torch.zeros(5, 1, 28, 28))
+    assert mu.shape == logvar.shape == (5, 7)
+    assert model.decode(mu).shape == (5, 1, 28, 28)
+    images = vae.sample(model, 9)
+    assert images.shape == (9, 1, 28, 28) and images.min() >= -1 and images.max() <= 1 and images[0].ne(images[1]).any()
+    assert vae.interpolate(model, *torch.zeros(2, 1, 28, 28), n=4).shape == (4, 1, 28, 28)
+
+
+def test_latent_grid_lies_like_the_scatter_plot():
+    """Codes by equal steps of probability; z_1 grows to the right and z_2 upwards."""
+    model = small()
+    model.decode = lambda z: z[:, :, None, None]
+    z = 2 * vae.latent_grid(model, 5).atanh()[:, :, 0, 0].unflatten(0, (5, 5))
+    expected = Normal(0, 1).icdf(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
+    torch.testing.assert_close(z[2, :, 0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(z[:, 2, 1], expected.flip(0), atol=1e-4, rtol=0)
+
+
+def test_interpolation_goes_straight_from_code_to_code():
+    model, images = small(), torch.rand(2, 1, 28, 28) * 2 - 1
+    a, b = model.encode(images)[0].detach()
+    model.decode = lambda z: z[:, :, None, None]
+    path = 2 * vae.interpolate(model, *images, n=6).atanh()[:, :, 0, 0]
+    expected = torch.stack([a + (b - a) * i / 5 for i in range(6)])
+    torch.testing.assert_close(path, expected, atol=1e-6, rtol=0)
+    assert (a - b).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.full((2, 1, 28, 28), 255.0),
+        torch.full((2, 1, 28, 28), -1.5),
+        torch.zeros(2, 3, 28, 28),
+        torch.zeros(2, 1, 32, 32),
+    ],
+)
+def test_wrong_images(bad):
+    with pytest.raises(UserError):
+        vae.loss(small(), bad)
+
+
+def trained(name, steps=250):
+    """One variant after some steps on real digits -> losses, what it measures on 500 test digits, their codes."""
+    cfg = vae.Config(latents=(2,), steps=steps, batch=32, channels=(8, 8), hidden=64, lr=4e-3)
+    variant, curves = vae.variants(cfg)[name], {"reconstruction": [], "kl": []}
+    torch.manual_seed(0)
+    model = vae.VAE(variant.latent, cfg.channels, cfg.hidden)
+    losses = list(
+        vae.train(model, torch.optim.Adam(model.parameters(), cfg.lr), data.mnist("train")[0], cfg, curves, variant)
+    )
+    assert len(losses) == steps == len(curves["kl"]) and all(math.isfinite(x) for x in losses)
+    return losses, *vae.measure(model, data.to_float(data.mnist("test")[0][:500]))
+
+
+def test_learning_and_what_each_part_is_for():
+    """The bound improves; without KL the codes leave the prior, without noise the code is a free point."""
+    losses, whole, codes = trained("2-d")
+    assert losses[0] > 500 and sum(losses[-10:]) / 10 < 200  # grey everywhere costs 784 ln 2 = 543
+    assert whole["elbo"] == pytest.approx(-whole["reconstruction"] - whole["kl"]) and -200 < whole["elbo"] < -120
+    _, no_kl, far = trained("no KL")
+    assert no_kl["kl"] > 2 * whole["kl"] and far.abs().max() > 2 * codes.abs().max()
+    _, no_noise, _ = trained("no noise")
+    assert no_noise["elbo"] < whole["elbo"] - 20
+
+
+def test_command_writes_what_it_promises(tmp_path):
+    done = command(tmp_path / "a", *TINY)
+    assert done.returncode == 0, done.stderr
+    promised = "config.json metrics.json model.safetensors samples.png reconstructions.png map.png interpolation.png"
+    for name in f"{promised} latents.png reconstruction.png kl.png loss.png".split():
+        assert (tmp_path / "a" / name).stat().st_size > 0 and name in done.stdout
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    for name in ("2-d", "3-d", "no noise", "no KL"):
+        assert metrics[f"{name}: elbo"] == pytest.approx(
+            -metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"], rel=1e-5
+        )
+        assert {f"{name}: {k}" for k in ("recognised", "frechet", "digits_seen")} <= metrics.keys()
+    models = vae.load(tmp_path / "a" / "model.safetensors")
+    assert list(models) == ["2-d", "3-d", "no noise", "no KL"] and models["3-d"].latent == 3
+
+
+def test_resume_goes_on_bit_for_bit(tmp_path):
+    """Broken off after two of six steps, then resumed: the same weights and curves as in one go."""
+    cfg = vae.Config(latents=(2,), steps=6, batch=8, channels=(4, 8), hidden=16, save_every=2)
+    images, (whole, broken) = data.mnist("train")[0][:100], (tmp_path / "whole", tmp_path / "broken")
+    variant = vae.variants(cfg)["2-d"]
+    model, curves = vae.fit("2-d", variant, images, cfg, whole, torch.device("cpu"))
+
+    def interrupted(*arguments):
+        yield from (loss for loss, _ in zip(train(*arguments), range(3)))
+        raise KeyboardInterrupt
+
+    train, vae.train = vae.train, interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            vae.fit("2-d", variant, images, cfg, broken, torch.device("cpu"))
+    finally:
+        vae.train = train
+    state = checkpoint.read(broken / "state_2-d.safetensors")[0]
+    assert not torch.equal(state["state.model.encoder.0.weight"], model.state_dict()["encoder.0.weight"])
+    resumed = vae.Config(**{**vars(cfg), "resume": True})
+    other, again = vae.fit("2-d", variant, images, resumed, broken, torch.device("cpu"))
+    assert again == curves and len(curves["kl"]) == 6
+    for a, b in zip(model.state_dict().values(), other.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ({"latents": (0,)}, "--latents"), ({"latents": ()}, "--latents"),
+        ({"steps": -1}, "--steps"), ({"samples": 9}, "--samples"),
+        ({"batch": 0}, "--batch"), ({"device": "abacus"}, "--device"), ({"resume": True}, "no checkpoint"),
+    ],
+)  # fmt: skip
+def test_bad_flags(tmp_path, flags, word):
+    with pytest.raises(UserError, match=word) as error:
+        vae.main(vae.Config(**{"out": str(tmp_path / "out"), "steps": 1, "latents": (2,), **flags}))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_checkpoint_and_blocked_folder(tmp_path):
+    state = tmp_path / "state_2-d.safetensors"
+    state.write_bytes(b"\x00" * 100)
+    done = command(tmp_path, *TINY, "--resume")
+    assert done.returncode == 2 and "not a whole safetensors file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert state.read_bytes() == b"\x00" * 100
+    with pytest.raises(UserError, match="--out"):
+        vae.main(vae.Config(out=str(state / "below")))

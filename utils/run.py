@@ -1,0 +1,125 @@
+"""What every script does around its idea: read the flags, choose the device, fix the seed, write the results."""
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that says what is wrong and how to mend it, exit code 2, no traceback."""
+
+
+def check(condition: Any, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def cli(main: Callable[[Any], Any], config: type) -> Any:
+    """Parse the command line into the dataclass `config`, run main(config); a UserError becomes one line and exit code 2."""
+    # launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
+    args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
+    try:
+        return main(tyro.cli(config, args=args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def device(name: str = "auto") -> torch.device:
+    """auto, cpu, cuda, cuda:1, mps ... -> the torch device. Raises UserError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def seed(value: int) -> None:
+    """Seed Python, NumPy and torch on every device: same seed, same numbers."""
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def autocast(on: torch.device, bf16: bool = True) -> torch.autocast:
+    """Matrix products in bf16, everything that needs range in fp32. Never fp16: a CPU is a hundred times slower in it."""
+    return torch.autocast(on.type, torch.bfloat16, enabled=bf16)
+
+
+def output(folder: str | Path, cfg: Any) -> Path:
+    """Make the folder that a run writes to and put the configuration there. Raises UserError if it cannot be written."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", asdict(cfg))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place with --out") from None
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    temporary.replace(path)
+
+
+def bar(things: Iterable[Any], total: int, start: int = 0, name: str = "train") -> tqdm:
+    """A progress bar; in a log file a line every half minute instead."""
+    return tqdm(things, total=total, initial=start, desc=name, mininterval=0.2 if sys.stderr.isatty() else 30, maxinterval=30)
+
+
+def progress(losses: Iterable[float], total: int, start: int = 0, every: int = 0, save: Callable[[], None] | None = None) -> Iterator[float]:
+    """Pass the losses on under a progress bar; call `save` every so many steps.
+
+    Raises UserError at the first loss that is not finite, before anything is saved over the last good checkpoint.
+    """
+    smooth = None
+    for step, loss in enumerate(shown := bar(losses, total, start), start + 1):
+        check(math.isfinite(loss), f"the loss is {loss} at step {step}; the last checkpoint is kept. Try a lower --lr")
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        shown.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
+        yield loss
+        if save and every and step % every == 0 and step < total:
+            save()
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, Any]:
+    """Write metrics.json, say what lies in the folder and what to run next; returns the metrics."""
+    write_json(folder / "metrics.json", metrics)
+    for name, value in metrics.items():
+        if isinstance(value, dict):  # a row of a table
+            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
+        print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else f"{name:>28}  {value}")
+    written = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    print(f"written to {folder}/: {', '.join(written)}")
+    if then:
+        print(f"next: {then}")
+    return metrics
