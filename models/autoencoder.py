@@ -1,7 +1,8 @@
-"""The first stage of latent diffusion: an autoencoder that folds 64 x 64 pixels into 8 x 8 latents. Rombach et al. 2022, arXiv:2112.10752.
+"""The first stage of latent diffusion: 64 x 64 pixels folded into 8 x 8 latents. Rombach et al. 2022, arXiv:2112.10752.
 
-Most bits of an image are texture that nobody asked for. An encoder throws them away once, a decoder paints them back, and the
-diffusion model of `stable_diffuser.py` works on what is left: here 12 288 numbers become 1024. Sections are the paper's.
+Most bits of an image are texture that nobody asked for. An encoder throws them away once, a decoder paints them back,
+and the diffusion model of `stable_diffuser.py` works on what is left: here 12 288 numbers become 1024. Sections are the
+paper's.
 
 Shapes: B images, C = 3 colours, H x W pixels, D latent channels, h x w latents with h = H / 8.
 Modules carry the names of diffusers' AutoencoderKL, so weights move both ways by load_state_dict.
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """encode: (B, 3, H, W) in [-1, 1] -> mu, logvar, each (B, D, h, w); decode: (B, D, h, w) -> (B, 3, H, W)."""
 
-    def __init__(self, channels=(32, 64, 96, 128), latent=16):
+    def __init__(self, channels=(16, 48, 96, 128), latent=16):
         super().__init__()
         self.encoder, self.decoder = Encoder(channels, latent), Decoder(channels, latent)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
@@ -120,7 +121,7 @@ class Autoencoder(nn.Module):
 
 
 def features(classifier, x):
-    """Maps of the frozen EfficientNet after its stem and its stages of stride 4, 8 and 16; x: (B, 3, H, W) in [-1, 1]."""
+    """(B, 3, H, W) in [-1, 1] -> maps of the frozen EfficientNet: after its stem and its stages of stride 4, 8, 16."""
     x = F.relu6(classifier._bn0(classifier._conv_stem(x)))
     maps = [x]
     for i, block in enumerate(classifier._blocks[:11]):
@@ -131,19 +132,26 @@ def features(classifier, x):
 
 
 def perceptual_distance(classifier, x, y):
-    """Squared distance of unit feature vectors, averaged over positions, summed over maps. Zhang et al. 2018, arXiv:1801.03924, Eq. 1."""
+    """Squared distance of unit feature vectors, averaged over positions, summed over maps.
+
+    Zhang et al. 2018, arXiv:1801.03924, Eq. 1, without its learned weights.
+    """
     pairs = zip(features(classifier, x), features(classifier, y), strict=True)
     return sum((F.normalize(a, eps=1e-6) - F.normalize(b, eps=1e-6)).square().sum(1).mean() for a, b in pairs)
 
 
 class Discriminator(nn.Module):
-    """Says of each patch of about 30 pixels whether it is real: (B, 3, H, W) -> (B, 1, H/8, W/8). Isola et al. 2017, arXiv:1611.07004."""
+    """Says of each patch of 38 x 38 pixels whether it is real: (B, 3, H, W) -> (B, 1, H/8, W/8).
+
+    Isola et al. 2017, arXiv:1611.07004.
+    """
 
     def __init__(self, width=32):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         layers = [
-            nn.Sequential(nn.Conv2d(i, o, 4, 2, 1), nn.GroupNorm(8, o), nn.LeakyReLU(0.2)) for i, o in zip(widths, widths[1:])
+            nn.Sequential(nn.Conv2d(i, o, 4, 2, 1), nn.GroupNorm(8, o), nn.LeakyReLU(0.2))
+            for i, o in zip(widths, widths[1:])
         ]
         self.body = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
@@ -158,7 +166,9 @@ def discriminator_loss(real, fake):
 
 def adaptive_weight(reconstruction_loss, generator_loss, last_layer):
     """Make both losses pull equally hard at the decoder's last layer. Esser et al. 2021, arXiv:2012.09841, Eq. 7."""
-    ours, theirs = (torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (reconstruction_loss, generator_loss))
+    ours, theirs = (
+        torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (reconstruction_loss, generator_loss)
+    )
     return (ours / (theirs + 1e-4)).clamp(0, 1e4).detach()
 
 
@@ -191,7 +201,7 @@ def train(model, ema, optimizer, images, cfg, start=0, discriminator=None, optim
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if discriminator is not None:
+        if discriminator and optimizer_d:
             with run.autocast(device):
                 value_d = discriminator_loss(discriminator(x), discriminator(y.detach()))
             optimizer_d.zero_grad()
@@ -233,7 +243,7 @@ def load(path, device="cpu"):
 def main(cfg: Config) -> dict:
     """Train (or load), reconstruct emoji that were held out, measure; writes weights and pictures."""
     run.check(min(cfg.steps, cfg.batch, cfg.latent) > 0, "--steps, --batch and --latent must be at least 1")
-    run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the number of norm groups")
+    run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     images, captions, _ = data.emoji(64)
@@ -248,10 +258,13 @@ def main(cfg: Config) -> dict:
         parts, losses, critic = {"model": model, "ema": ema, "optimizer": optimizer}, [], {}
         if cfg.adversarial:
             discriminator = Discriminator().to(device)
-            critic = {"discriminator": discriminator, "optimizer_d": torch.optim.AdamW(discriminator.parameters(), 2e-4, betas=(0.5, 0.9))}
+            optimizer_d = torch.optim.AdamW(discriminator.parameters(), 2e-4, betas=(0.5, 0.9))
+            critic = {"discriminator": discriminator, "optimizer_d": optimizer_d}
         if cfg.resume:
-            losses = checkpoint.load_state(state, **parts, **critic)["losses"]
-        save = lambda: checkpoint.save_state(state, **parts, **critic, losses=losses)  # noqa: E731
+            before = checkpoint.load_state(state, **parts, **critic)
+            losses, clock = before["losses"], run.Clock(before["seconds"])
+        values = {"losses": losses}
+        save = lambda: checkpoint.save_state(state, **parts, **critic, **values, seconds=clock())  # noqa: E731
         steps = train(model, ema, optimizer, images[~held_out], cfg, len(losses), **critic)
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
             losses.append(value)
@@ -266,8 +279,11 @@ def main(cfg: Config) -> dict:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics |= {"held_out_l1": float((again - unseen).abs().mean()), "scale": scale}
     metrics["held_out_psnr"] = float(-10 * (((again - unseen) / 2) ** 2).mean((1, 2, 3)).log10().mean())
-    figures.rows(folder / "reconstructions.png", {"held out": unseen[:12], "again": again[:12], "held out ": unseen[12:24], "again ": again[12:24]})
-    figures.rows(folder / "latents.png", {f"channel {i}": latents[:12, i : i + 1] * scale / 3 for i in range(4)})
+    first, second = torch.linspace(0, len(unseen) - 1, 24).long().split(12)
+    pairs = {"held out": unseen[first], "again": again[first], "held out ": unseen[second], "again ": again[second]}
+    figures.rows(folder / "reconstructions.png", pairs)
+    channels = {f"channel {i}": latents[second, i : i + 1] * scale / 3 for i in range(4)}
+    figures.rows(folder / "latents.png", {"held out": unseen[second]} | channels)
     return run.report(folder, metrics, then="python models/stable_diffuser.py")
 
 

@@ -1,11 +1,14 @@
-"""Denoising Diffusion Implicit Models: the same network in fifty steps instead of a thousand. Song, Meng & Ermon 2020, arXiv:2010.02502.
+"""Denoising Diffusion Implicit Models: fifty steps, not a thousand. Song, Meng & Ermon 2020, arXiv:2010.02502.
 
-DDPM's training never asks that the chain be Markov, so any other chain with the same noise levels may be walked: one that skips
-most steps, and one that adds no noise at all. Without noise, image and starting noise determine each other: images can be turned
-back into noise, and points between two noises are images between two images. Equation numbers are the paper's, its alpha is our alpha_bar.
+DDPM's training never asks that the chain be Markov, so the same network may walk any other chain with the same noise
+levels: one that skips most steps, and one that adds no noise at all. Without noise, image and starting noise determine
+each other: images can be turned back into noise, and points between two noises are images between two images. Equation
+numbers are the paper's, its alpha is our alpha_bar.
 
-Shapes: B images, C channels, H x W pixels, T training steps. t is an integer tensor (B,) whose 0 is the paper's t = 1; -1 is the clean image.
-Difference from the paper: time steps are spaced evenly (leading as in the authors' code, or trailing, Lin et al. 2024, arXiv:2305.08891).
+Shapes: B images, C channels, H x W pixels, T training steps.
+t is an integer tensor (B,) whose 0 is the paper's t = 1; -1 is the clean image.
+Difference from the paper: time steps are spaced evenly, leading as in the authors' code, or trailing (Lin et al. 2024,
+arXiv:2305.08891).
 
     python models/ddim.py                 # uses the weights of models/ddpm.py; trains them if there are none
     python models/ddim.py --pretrained    # uses the shipped weights
@@ -29,8 +32,7 @@ class Config:
     counts: tuple[int, ...] = (10, 20, 50, 100, 1000)  # numbers of steps to compare
     eta: float = 0.0  # 0: no noise (DDIM), 1: as much as DDPM
     spacing: Literal["leading", "trailing"] = "trailing"  # which steps are kept
-    samples: int = 256  # digits to sample and measure at each number of steps
-    long_samples: int = 64  # the same beyond 100 steps, where they are dear
+    samples: int = 128  # digits to sample and measure at each number of steps
     weights: str = "outputs/ddpm/model.safetensors"  # what models/ddpm.py wrote
     pretrained: bool = False  # use the shipped weights instead
     seed: int = 0  # same seed, same numbers
@@ -41,7 +43,8 @@ class Config:
 def timesteps(schedule, n, spacing="trailing"):
     """n of the T steps, evenly spaced, from noisy to clean: (n,). Lin et al. 2024, Table 2.
 
-    Leading keeps 0 and misses the last step, T - 1, which is pure noise; trailing keeps T - 1: start from noise, so use trailing.
+    Leading keeps 0 and misses the last step, T - 1, which is pure noise; trailing keeps T - 1. Sampling starts from
+    pure noise, so use trailing.
     """
     run.check(1 <= n <= schedule.steps, f"cannot take {n} of {schedule.steps} steps")
     if spacing == "leading":
@@ -50,7 +53,7 @@ def timesteps(schedule, n, spacing="trailing"):
 
 
 def levels(schedule, t):
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): (B,) -> two of (B, 1, 1, 1); a negative t is the clean image: 1 and 0."""
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): (B,) -> two (B, 1, 1, 1); t < 0 is the clean image: 1 and 0."""
     signal, noise = (table[t.clamp(min=0)] for table in (schedule.signal, schedule.noise))
     return (torch.where(t < 0, end, x)[:, None, None, None] for x, end in ((signal, 1.0), (noise, 0.0)))
 
@@ -66,12 +69,13 @@ def step(schedule, xt, t, t_prev, eps, eta=0.0, noise=None, clip=True):
         return (signal_prev * x0 + level_prev * eps).to(xt.dtype)  # Eq. 12
     sigma = eta * level_prev / level * (1 - signal**2 / signal_prev**2).sqrt()  # Eq. 16
     noise = torch.randn_like(xt) if noise is None else noise
-    return (signal_prev * x0 + (level_prev**2 - sigma**2).clamp(min=0).sqrt() * eps + sigma * noise).to(xt.dtype)  # Eq. 12
+    direction = (level_prev**2 - sigma**2).clamp(min=0).sqrt() * eps
+    return (signal_prev * x0 + direction + sigma * noise).to(xt.dtype)  # Eq. 12
 
 
 @torch.no_grad()
 def sample(model, schedule, xt, n, predict="eps", spacing="trailing", eta=0.0, clip=True):
-    """From noise xt (B, C, H, W) to images in n steps: yields every x. clip: keep x0 in [-1, 1], for pixels, not for latents."""
+    """From noise xt (B, C, H, W) to images in n steps; yields every x. clip: keep x0 in [-1, 1]; not for latents."""
     steps = [*timesteps(schedule, n, spacing).tolist(), -1]
     yield xt
     for now, before in zip(steps[:-1], steps[1:], strict=True):
@@ -85,8 +89,8 @@ def sample(model, schedule, xt, n, predict="eps", spacing="trailing", eta=0.0, c
 def invert(model, schedule, x0, n, predict="eps", rounds=4):
     """From images to the noise that `sample` turns into them: the same steps, walked upwards. Sec. 4.3.
 
-    The way down asks the network at the upper end of each step, which the way up does not know yet: guess it from the lower
-    end, and use the answer as a better guess, a few rounds (one round is the paper's).
+    The way down asks the network at the upper end of each step, which the way up does not know yet: guess it from the
+    lower end, and use the answer as a better guess, a few rounds (one round is the paper's).
     """
     steps = [-1, *timesteps(schedule, n).flip(0).tolist()]
     x = x0
@@ -108,7 +112,7 @@ def last(chain):
 
 
 def slerp(a, b, weight):
-    """From noise a to noise b on the sphere, where Gaussian noise lives; straight lines leave it. Eq. 67: weight in [0, 1]."""
+    """From noise a to noise b on the sphere, where Gaussian noise lives; a straight line leaves it. Eq. 67."""
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = cosine.clamp(-1, 1).acos()
     return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
@@ -118,39 +122,45 @@ def find_weights(cfg):
     """The network to sample: shipped, or trained before, or trained now."""
     if cfg.pretrained:
         return ddpm.WEIGHTS
-    if not Path(cfg.weights).is_file():
-        print(f"there are no weights at {cfg.weights}: training them first with models/ddpm.py (--pretrained takes the shipped ones)")
+    if not Path(cfg.weights).is_file() and cfg.weights == Config.weights:
+        print(f"no weights at {cfg.weights}: training them first with models/ddpm.py; --pretrained takes shipped ones")
         ddpm.main(replace(ddpm.Config(), seed=cfg.seed, device=cfg.device, out=str(Path(cfg.weights).parent)))
     return cfg.weights
 
 
 def main(cfg: Config) -> dict:
     """Compare numbers of steps, turn test digits into noise and back, and walk from digit to digit."""
-    run.check(cfg.counts and min(*cfg.counts, cfg.samples, cfg.long_samples) > 0, "--counts, --samples and --long-samples must be at least 1")
+    run.check(cfg.counts and min(cfg.counts) > 0, "--counts must be one or more numbers from 1 on")
+    run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figures show")
     run.check(cfg.eta >= 0, "--eta must not be negative")
     folder, device = run.output(cfg.out, cfg), run.device(cfg.device)
     model, schedule, predict = ddpm.load(find_weights(cfg), device)
     run.check(max(cfg.counts) <= schedule.steps, f"--counts: the schedule has {schedule.steps} steps and no more")
     run.seed(cfg.seed)
-    judge, noise, metrics, shown = quality.judge(device), torch.randn(max(cfg.samples, cfg.long_samples), 1, 28, 28).to(device), {}, {}
+    judge, metrics, shown = quality.judge(device), {}, {}
+    noise = torch.randn(cfg.samples, 1, 28, 28).to(device)
     with run.autocast(device):
         for n in cfg.counts:
-            start, clock = noise[: cfg.samples if n <= 100 else cfg.long_samples], run.Clock()
-            chain = sample(model, schedule, start, n, predict, cfg.spacing, cfg.eta)
+            clock, chain = run.Clock(), sample(model, schedule, noise, n, predict, cfg.spacing, cfg.eta)
             images = last(run.bar(chain, n + 1, name=f"{n} steps")).cpu()
-            metrics[f"{n} steps"] = judge(images) | {"samples": len(start), "seconds_per_64": clock() * 64 / len(start)}
+            seconds = clock() * 64 / cfg.samples
+            metrics[f"{n} steps"] = judge(images) | {"seconds_per_64": seconds}
             shown[f"{n} steps"] = images[:10]
         digits = data.to_float(data.mnist("test")[0][:10]).to(device)
-        back = {n: last(sample(model, schedule, invert(model, schedule, digits, n, predict), n, predict)).cpu() for n in (20, 100)}
+        inverted = {n: invert(model, schedule, digits, n, predict) for n in (20, 100)}
+        back = {n: last(sample(model, schedule, z, n, predict)).cpu() for n, z in inverted.items()}
         a, b = noise[:4].repeat_interleave(10, 0), noise[4:8].repeat_interleave(10, 0)
         path = torch.cat([slerp(x[None], y[None], w) for x, y, w in zip(a, b, torch.linspace(0, 1, 10).repeat(4))])
         between = last(sample(model, schedule, path, 50, predict)).cpu()
     digits = digits.cpu()
     metrics |= {f"inversion_error_{n}_steps": float((x - digits).abs().mean()) for n, x in back.items()}
     figures.rows(folder / "steps.png", shown)
-    quality_at = {k: [metrics[f"{n} steps"][k] for n in cfg.counts] for k in ("recognised", "frechet", "seconds_per_64")}
-    figures.curves(folder / "quality.png", {"recognised at >= 0.9": (cfg.counts, quality_at["recognised"])}, "steps", "share of samples", log="x")
-    figures.curves(folder / "frechet.png", {"Frechet distance": (cfg.counts, quality_at["frechet"])}, "steps", "distance", log="x")
+    for name, score, label in (
+        ("quality", "recognised", "share recognised at >= 0.9"),
+        ("frechet", "frechet", "Frechet distance"),
+    ):
+        values = [metrics[f"{n} steps"][score] for n in cfg.counts]
+        figures.curves(folder / f"{name}.png", {label: (cfg.counts, values)}, "steps", label, log="x")
     figures.rows(folder / "inversion.png", {"test digits": digits, **{f"{n} steps": x for n, x in back.items()}})
     figures.rows(folder / "interpolation.png", {f"pair {i + 1}": between[10 * i : 10 * i + 10] for i in range(4)})
     return run.report(folder, metrics, then="python models/autoencoder.py")

@@ -1,11 +1,13 @@
 """Denoising Diffusion Probabilistic Models: digits grow out of noise. Ho, Jain & Abbeel 2020, arXiv:2006.11239.
 
-Add a little Gaussian noise a thousand times and nothing of an image is left. Train a network to see which noise was added; then
-walk the thousand steps back, from pure noise to an image that nobody drew. Equation numbers are the paper's.
+Add a little Gaussian noise a thousand times and nothing of an image is left. Train a network to see which noise was
+added; then walk the thousand steps back, from pure noise to an image that nobody drew. Equation numbers are the
+paper's.
 
 Shapes: B images, C channels, H x W pixels, T steps of noise. t is an integer tensor (B,) whose 0 is the paper's t = 1.
-Differences from the paper: the network may predict eps, x0 or v (Salimans & Ho 2022, arXiv:2202.00512), by default v under the cosine
-schedule (Nichol & Dhariwal 2021, arXiv:2102.09672): the paper's eps and linear schedule are flags, and slower to learn.
+Differences from the paper: the network may predict eps, x0 or v (Salimans & Ho 2022, arXiv:2202.00512), by default v
+under the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672): the paper's eps and linear schedule are flags, and
+slower to learn.
 
     python models/ddpm.py                                      # train, sample, measure: @TIME@ on two CPU cores
     python models/ddpm.py --pretrained                         # sample from the shipped weights
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 
 from models import quality
 from models.unet import UNet
+from models.vae import learning_rate
 from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "ddpm.safetensors"
@@ -54,7 +57,8 @@ class Config:
 class Schedule:
     """The noise of each step: beta, alpha = 1 - beta and alpha_bar = prod(alpha), each (T,); index 0 is t = 1. Sec. 2.
 
-    signal = sqrt(alpha_bar) and noise = sqrt(1 - alpha_bar) are kept in double precision: 1 - 0.9999 leaves three digits in single.
+    signal = sqrt(alpha_bar) and noise = sqrt(1 - alpha_bar) are kept in double precision: in single, 1 - 0.9999 leaves
+    three digits.
     """
 
     def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02, kind="linear"):
@@ -116,7 +120,7 @@ def to_eps(schedule, xt, t, output, predict="eps"):
 
 
 def loss(model, schedule, x0, predict="eps", t=None, eps=None):
-    """Mean squared error at a random t for every image of the batch: (B, C, H, W) -> (). Algorithm 1; t, eps: drawn if not given."""
+    """Mean squared error, each image at a random t: (B, C, H, W) -> (). Algorithm 1; t, eps: drawn if not given."""
     t = torch.randint(schedule.steps, (len(x0),), device=x0.device) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     output = model(add_noise(schedule, x0, t, eps), t)
@@ -144,7 +148,7 @@ def sample(model, schedule, shape, predict="eps"):
 
 
 def shuffled(items, batch, seed=0, start=0):
-    """Batches in a new order every epoch, for ever; the order depends on the seed only, so `start` goes on where it broke off."""
+    """Batches in a new order every epoch, for ever. The seed alone sets it: `start` goes on where it broke off."""
     per_epoch = len(items) // batch
     run.check(per_epoch > 0, f"--batch {batch} is more than the {len(items)} images there are")
     while True:
@@ -156,11 +160,6 @@ def shuffled(items, batch, seed=0, start=0):
 def batches(images, batch, seed=0, start=0):
     """Shuffled batches of uint8 images as floats in [-1, 1]."""
     return map(data.to_float, shuffled(images, batch, seed, start))
-
-
-def learning_rate(cfg, step):
-    """A hundred steps up, then a cosine down to zero."""
-    return cfg.lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
 
 
 def average(ema, model, decay):
@@ -200,8 +199,9 @@ def load(path, device="cpu"):
 
 def main(cfg: Config) -> dict:
     """Train (or load), sample, measure; writes the digits, the film strip, the loss curve and the weights."""
-    run.check(min(cfg.steps, cfg.batch, cfg.samples, cfg.layers) > 0, "--steps, --batch, --samples and --layers must be at least 1")
-    run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the number of norm groups")
+    run.check(min(cfg.steps, cfg.batch, cfg.layers) > 0, "--steps, --batch and --layers must be at least 1")
+    run.check(cfg.samples >= 6, "--samples must be at least 6, as many as the film shows")
+    run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     metrics, state = {}, folder / "state.safetensors"
@@ -214,10 +214,12 @@ def main(cfg: Config) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
-            losses = checkpoint.load_state(state, **parts)["losses"]
-        save = lambda: checkpoint.save_state(state, **parts, losses=losses)  # noqa: E731
+            before = checkpoint.load_state(state, **parts)
+            losses, clock = before["losses"], run.Clock(before["seconds"])
+        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock())  # noqa: E731
         images, _ = data.mnist("train")
-        for value in run.progress(train(model, ema, optimizer, schedule, images, cfg, len(losses)), cfg.steps, len(losses), cfg.save_every, save):
+        steps = train(model, ema, optimizer, schedule, images, cfg, len(losses))
+        for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
             losses.append(value)
         save()
         metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock()}
@@ -229,10 +231,12 @@ def main(cfg: Config) -> dict:
         chain = run.bar(sample(model, schedule, (cfg.samples, 1, 28, 28), predict), schedule.steps + 1, name="sample")
         film = [xt[:10].cpu() if i < schedule.steps else xt.cpu() for i, xt in enumerate(chain)]
     digits = film[-1]
-    metrics |= quality.judge(device)(digits) | {"sample_seconds": clock(), "parameters": sum(p.numel() for p in model.parameters())}
+    metrics |= {"sample_seconds": clock(), "parameters": sum(p.numel() for p in model.parameters())}
+    metrics |= quality.judge(device)(digits)
     figures.grid(folder / "samples.png", digits[:64])
-    shown = [999, 800, 600, 500, 400, 300, 200, 100, 50, 0]
-    figures.rows(folder / "film.png", {f"digit {j + 1}": torch.stack([film[1000 - t if t < 999 else 0][j] for t in shown]) for j in range(6)}, [f"t={t}" for t in shown])
+    shown = [1000, 800, 600, 500, 400, 300, 200, 100, 50, 0]  # the paper's t: x_1000 is noise, x_0 the digit
+    strips = {f"digit {j + 1}": torch.stack([film[1000 - t][j] for t in shown]) for j in range(6)}
+    figures.rows(folder / "film.png", strips, [f"t={t}" for t in shown])
     return run.report(folder, metrics, then=f"open {folder}/film.png; then python models/ddim.py")
 
 

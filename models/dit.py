@@ -20,7 +20,6 @@ rises and falls.
 import copy
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "dit.safetensors"
 SIZES = {  # blocks, width D, heads: Table 1, and one small enough for a laptop
-    "tiny": (6, 160, 4),
+    "tiny": (6, 128, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -47,13 +46,13 @@ class Config:
 
     steps: int = 1500  # training steps
     batch: int = 64  # images per step
-    lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
+    lr: float = 3e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     size: str = "tiny"  # tiny, or the paper's S, B, L, XL
     patch: int = 4  # side of a patch in pixels; half of it is four times the tokens
     dropout: float = 0.1  # share of labels hidden in training, so that the network also learns "no class"
     ema: float = 0.995  # samples come from a running mean of the weights with this memory
     guidance: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6)  # scales to compare; 1 is no guidance
-    samples: int = 200  # digits to sample and measure at each scale
+    samples: int = 100  # digits to sample and measure at each guidance scale
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
     save_every: int = 500  # steps between checkpoints
@@ -114,7 +113,8 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
         for layer in (self.label, self.time.linear_1, self.time.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
-        for linear in (*(block.adaln[1] for block in self.blocks), self.adaln[1], self.head):
+        adaln = [m.adaln[1] for m in self.modules() if isinstance(m, (Block, DiT))]
+        for linear in (*adaln, self.head):
             nn.init.zeros_(linear.weight)
 
     def forward(self, x, t, y):
@@ -141,30 +141,23 @@ def guide(model, y, scale):
     null = torch.full_like(y, model.label.num_embeddings - 1)
 
     def guided(xt, t):
+        if scale == 1:
+            return model(xt, t, y)
         with_class, without = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
         return without + scale * (with_class - without)
 
     return guided
 
 
-def batches(images, labels, batch, seed=0, start=0):
-    """ddpm.batches with labels: for ever, (B, C, H, W) floats in [-1, 1] and (B,), in an order that the seed fixes."""
-    per_epoch = len(images) // batch
-    run.check(per_epoch > 0, f"--batch {batch} is more than the {len(images)} images there are")
-    for i in count(start):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + i // per_epoch))
-        pick = order[i % per_epoch * batch :][:batch]
-        yield data.to_float(images[pick]), labels[pick]
-
-
 def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
     """Steps `start` to cfg.steps of ddpm's Algorithm 1, with labels; yields the loss of each."""
     device, null = schedule.beta.device, model.label.num_embeddings - 1
-    for i, (x0, y) in zip(range(start, cfg.steps), batches(images, labels, cfg.batch, cfg.seed, start)):
+    picks = ddpm.shuffled(torch.arange(len(images)), cfg.batch, cfg.seed, start)
+    for i, pick in zip(range(start, cfg.steps), picks):
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
-        y = drop_labels(y.to(device), cfg.dropout, null)
+        x0, y = data.to_float(images[pick]).to(device), drop_labels(labels[pick].to(device), cfg.dropout, null)
         with run.autocast(device):
-            value = ddpm.loss(partial(model, y=y), schedule, x0.to(device), "v")
+            value = ddpm.loss(partial(model, y=y), schedule, x0, "v")
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,8 +204,9 @@ def main(cfg: Config) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)  # no decay: Sec. 4
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
-            losses = checkpoint.load_state(state, **parts)["losses"]
-        save = lambda: checkpoint.save_state(state, **parts, losses=losses)  # noqa: E731
+            before = checkpoint.load_state(state, **parts)
+            losses, clock = before["losses"], run.Clock(before["seconds"])
+        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock())  # noqa: E731
         steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, len(losses))
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
             losses.append(value)

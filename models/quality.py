@@ -1,9 +1,9 @@
-"""How good are generated digits? Two numbers from one small classifier: the Frechet distance and the share it recognises.
+"""How good are generated digits? Two numbers from a small classifier: the Frechet distance and the share it recognises.
 
-Heusel et al. 2017, arXiv:1706.08500 (the FID): pretend that the features of real and of generated images are Gaussian, and
-measure the distance of the two Gaussians. Theirs are Inception features of photographs; digits get features of their own, from a
-classifier trained on MNIST by this script and shipped with the project. The second number asks the same classifier how many
-samples it takes for a digit with a confidence of at least 0.9.
+Heusel et al. 2017, arXiv:1706.08500 (the FID): pretend that the features of real and of generated images are Gaussian,
+and measure the distance of the two Gaussians. Theirs are Inception features of photographs; digits get features of
+their own, from a classifier trained on MNIST by this script and shipped with the project. The second number asks the
+same classifier how many samples it takes for a digit with a confidence of at least 0.9.
 
 Shapes: B or N images, D = 64 features, K = 10 classes.
 
@@ -40,7 +40,7 @@ class Config:
 
 
 class Classifier(nn.Module):
-    """Three convolutions and two linear layers: images (B, 1, 28, 28) in [-1, 1] -> features (B, 64) -> logits (B, 10)."""
+    """Three convolutions, two linear layers: images (B, 1, 28, 28) in [-1, 1] -> features (B, 64) -> logits (B, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -85,13 +85,15 @@ def evaluate(model, images, batch=500):
 
 
 def recognised(probabilities, confidence=0.9):
-    """Share of images, from (N, K) class probabilities, that the classifier takes for some digit with this confidence."""
+    """Share of images, by (N, K) class probabilities, that the classifier takes for some digit with this confidence."""
     return float((probabilities.max(-1).values >= confidence).float().mean())
 
 
 def score(model, images, real):
     """Both numbers for images (N, 1, 28, 28) in [-1, 1]; `real` are features of test digits, (M, 64)."""
-    run.check(images.shape[1:] == (1, 28, 28), f"quality is measured on (N, 1, 28, 28) digits, not on {tuple(images.shape)}")
+    shape = tuple(images.shape)
+    run.check(shape[1:] == (1, 28, 28), f"quality is measured on (N, 1, 28, 28) digits, not on {shape}")
+    run.check(len(images) > 1, "a Frechet distance needs two images or more")
     run.check(images.isfinite().all(), "the images hold numbers that are not finite")
     features, probabilities = evaluate(model, images)
     spread = probabilities.argmax(-1).bincount(minlength=10) / len(images)
@@ -106,25 +108,35 @@ def score(model, images, real):
 def load(device="cpu"):
     """The shipped classifier, ready to score."""
     model = Classifier().to(device).eval().requires_grad_(False)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in checkpoint.read(WEIGHTS)[0].items()})
+    tensors, _ = checkpoint.read(WEIGHTS)
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     return model
 
 
 def judge(device="cpu"):
-    """A function images -> scores, with the classifier and the features of all test digits inside."""
+    """A function images -> scores against all test digits, with what as many real training digits would score.
+
+    The distance grows as samples get fewer, for real digits too: compare it with theirs, `frechet_of_real`.
+    """
     model = load(device)
-    real = evaluate(model, data.to_float(data.mnist("test")[0]))[0]
-    return lambda images: score(model, images.float(), real)
+    real, (others, _) = evaluate(model, data.to_float(data.mnist("test")[0]))[0], data.mnist("train")
+
+    def scores(images):
+        pick = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[: len(images)]
+        floor = frechet_distance(evaluate(model, data.to_float(others[pick]))[0], real)
+        return score(model, images.float(), real) | {"frechet_of_real": floor}
+
+    return scores
 
 
 # Text to image: does a picture show its prompt? Asked in the features of an ImageNet classifier, EfficientNet-lite0.
 
-HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}  # where emoji have them on the colour circle, in [0, 1)
+HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}  # where emoji have them on the circle of colours
 
 
 def picture_features(images):
     """(N, 3, H, W) in [-1, 1] or uint8 -> unit vectors (N, 1280)."""
-    return F.normalize(pretrained.efficientnet_features(pretrained.efficientnet(), images))
+    return F.normalize(pretrained.efficientnet_features(pretrained.efficientnet(), images, batch=16))
 
 
 def emoji_features(images):
@@ -141,7 +153,7 @@ def cosine(x, y):
 
 
 def nearest_rank(drawn, features, index):
-    """How many emoji are nearer to each drawn picture than the one it should show: (N, D), (M, D), (N,) -> (N,), 0 is best."""
+    """How many emoji are nearer to a picture than the one it should show: (N, D), (M, D), (N,) -> (N,); 0 is best."""
     similarity = drawn @ features.T
     return (similarity > similarity.gather(1, index[:, None])).sum(1)
 
@@ -149,7 +161,8 @@ def nearest_rank(drawn, features, index):
 def hue(image):
     """The word of HUES for the colour of most of the picture (3, H, W) in [-1, 1]; "" if it is grey."""
     rgb = data.to_uint8(image).permute(1, 2, 0).numpy()
-    h, s, _ = (torch.from_numpy(c).float() / 255 for c in np.asarray(Image.fromarray(rgb).convert("HSV")).transpose(2, 0, 1).copy())
+    hsv = np.array(Image.fromarray(rgb).convert("HSV"))
+    h, s, _ = (torch.from_numpy(hsv).float() / 255).unbind(-1)
     strong = s > 0.4
     if strong.float().mean() < 0.02:
         return ""
@@ -162,15 +175,19 @@ def not_digits(x):
     """As many pictures that are no digits: noise of every strength, and digits cut into 16 squares and shuffled."""
     squares = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", h=4, w=4)[:, torch.randperm(16)]
     shuffled = rearrange(squares, "b (h w) c p q -> b c (h p) (w q)", h=4)
-    noise = torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * 2 + torch.rand(len(x), 1, 1, 1, device=x.device) * 2 - 1
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, shuffled, noise.clamp(-1, 1))
+
+    def chance():
+        return torch.rand(len(x), 1, 1, 1, device=x.device)
+
+    noise = chance() * torch.randn_like(x) * 2 + chance() * 2 - 1
+    return torch.where(chance() < 0.5, shuffled, noise.clamp(-1, 1))
 
 
 def train(model, images, labels, cfg):
     """Cross-entropy with AdamW and one cycle of the learning rate; yields the loss of every step.
 
-    A plain classifier is sure of everything: it calls pure noise an 8 with confidence 1. So an eighth of every batch is no digit at
-    all, and the right answer there is a tenth for each class.
+    A plain classifier is sure of everything: it calls pure noise an 8 with confidence 1. So an eighth of every batch is
+    no digit at all, and the right answer there is a tenth for each class.
     """
     steps = cfg.epochs * (len(images) // cfg.batch)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.05)
@@ -199,6 +216,7 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     folder, where, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     test, labels = data.mnist("test")
+    others, names = data.mnist("train")
     metrics = {}
     if cfg.pretrained:
         model = load(where)
@@ -211,7 +229,8 @@ def main(cfg: Config) -> dict:
     real = data.to_float(test)
     features, probabilities = evaluate(model, real)
     metrics["test_accuracy"] = float((probabilities.argmax(-1) == labels).float().mean())
-    x, other = real[:5000], features[5000:]
+    pick = torch.randperm(len(others))[:5000]  # of other writers than those of the test digits
+    x, names = data.to_float(others[pick]), names[pick]
     spoiled = {
         "real": x,
         "noise 0.1": x + 0.1 * torch.randn_like(x),
@@ -219,11 +238,11 @@ def main(cfg: Config) -> dict:
         "noise 1.0": x + torch.randn_like(x),
         "blurred": F.avg_pool2d(x, 5, 1, 2),
         "upside down": x.flip(2),
-        "one digit only": x[labels[:5000] == 1],
+        "one digit only": x[names == 1],
         "pure noise": torch.randn_like(x),
     }
     for name, images in spoiled.items():
-        result = score(model, images.clamp(-1, 1), other)
+        result = score(model, images.clamp(-1, 1), features)
         metrics |= {f"{name}: {k}": v for k, v in result.items()}
     figures.rows(folder / "spoiled.png", {name: images[:10] for name, images in spoiled.items()})
     return run.report(folder, metrics, then="python models/ddpm.py --pretrained")

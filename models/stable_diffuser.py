@@ -1,21 +1,22 @@
 """Stable diffusion in small: text to image, in the latents of an autoencoder. Rombach et al. 2022, arXiv:2112.10752.
 
-Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 8 x 8 latents while it looks at
-the words, a decoder (models/autoencoder.py) paints the latents as 64 x 64 pixels. Guidance (Ho & Salimans 2022, arXiv:2207.12598)
-draws what the words say more than what pictures look like in general. Sections and equations are the first paper's unless named.
+Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 8 x 8 latents
+while it looks at the words, a decoder (models/autoencoder.py) paints the latents as 64 x 64 pixels. Guidance (Ho &
+Salimans 2022, arXiv:2207.12598) draws what the words say more than what pictures look like in general. Sections and
+equations are the first paper's unless named.
 
 Shapes: B images, D latent channels, h x w latents, L words, E = 384 features of a word.
-Differences from the paper: MiniLM, not a transformer of its own, reads the text; v is predicted under the cosine schedule (see ddpm.py).
+Differences from the paper: MiniLM, not a transformer of its own, reads the text; v is predicted under the cosine
+schedule (see ddpm.py).
 
     python models/stable_diffuser.py                                        # @TIME@ on two CPU cores
     python models/stable_diffuser.py --pretrained --prompt "red apple"      # seconds
     python models/stable_diffuser.py --pretrained --prompt "face" --negative "yellow"
     torchrun --nproc_per_node 2 models/stable_diffuser.py                   # gloo on CPUs, nccl on GPUs
-    torchrun --nproc_per_node 8 models/stable_diffuser.py --channels 192 384 --batch 256 --steps 50000    # larger, for GPUs
+    torchrun --nproc_per_node 8 models/stable_diffuser.py --channels 192 384 --batch 256 --steps 50000   # larger: GPUs
 """
 
 import copy
-import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,9 +63,9 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, captions, batch=256):
         states, masks = [], []
+        length = dict(padding="max_length", truncation=True, max_length=self.words)
         for i in range(0, len(captions), batch):
-            tokens = self.tokenizer(captions[i : i + batch], padding="max_length", truncation=True, max_length=self.words, return_tensors="pt")
-            tokens = tokens.to(self.model.device)
+            tokens = self.tokenizer(captions[i : i + batch], return_tensors="pt", **length).to(self.model.device)
             states.append(self.model(**tokens).last_hidden_state)
             masks.append(tokens["attention_mask"].bool())
         return torch.cat(states), torch.cat(masks)
@@ -76,8 +77,9 @@ def drop_text(words, mask, empty, empty_mask, dropped):
 
 
 def guided(model, words, mask, empty, empty_mask, scale):
-    """A network (xt, t) -> output that steers away from the empty (or negative) prompt: e + scale (c - e). Ho & Salimans 2022, Eq. 6.
+    """A network (xt, t) -> output that steers away from the empty (or negative) prompt: e + scale (c - e).
 
+    Ho & Salimans 2022, Eq. 6, whose w is scale - 1.
     Both halves go through the network in one batch. v is linear in eps, so guiding the one guides the other.
     """
 
@@ -94,7 +96,7 @@ def guided(model, words, mask, empty, empty_mask, scale):
 
 
 def sample(model, schedule, noise, words, mask, empty, empty_mask, scale=3.0, n=50):
-    """Noise (B, D, h, w) and text -> scaled latents: DDIM with guidance; a generator of every step. Latents are not clipped."""
+    """Noise (B, D, h, w) and text -> scaled latents, not clipped: DDIM with guidance; a generator of every step."""
     network = guided(model, words, mask, empty, empty_mask, scale)
     yield from ddim.sample(network, schedule, noise, n, "v", clip=False)
 
@@ -107,8 +109,8 @@ def loss(model, schedule, z0, words, mask, t, eps):
 def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, start=0, rank=0, world=1):
     """Steps `start` to cfg.steps; yields the loss of each.
 
-    All processes draw the same random numbers for the whole batch and each takes its part of it; gradients are averaged between
-    them (DistributedDataParallel), so they are those of one process.
+    All processes draw the same random numbers for the whole batch and each takes its part of it; gradients are averaged
+    between them (DistributedDataParallel), so they are those of one process.
     """
     device = schedule.beta.device
     numbers = torch.arange(len(latents))
@@ -116,9 +118,11 @@ def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, sta
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
         t, eps = torch.randint(schedule.steps, (cfg.batch,)), torch.randn(cfg.batch, *latents.shape[1:])
         dropped = torch.rand(cfg.batch) < cfg.drop_text
-        z0, w, m, t, eps, dropped = (x[rank::world].to(device) for x in (latents[pick], words[pick], mask[pick], t, eps, dropped))
+        z0, w, m, t, eps, dropped = (
+            x[rank::world].to(device) for x in (latents[pick], words[pick], mask[pick], t, eps, dropped)
+        )
         with run.autocast(device):
-            value = loss(model, schedule, z0, *drop_text(w, m, *empty, dropped), t, eps)
+            value = loss(model, schedule, z0, *drop_text(w, m, *empty, dropped=dropped), t, eps)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,12 +131,12 @@ def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, sta
         yield value.item()
 
 
-def processes():
+def processes(device):
     """(rank, world size) under torchrun or torch.distributed.launch, after joining the group; (0, 1) alone."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -162,9 +166,9 @@ class Painter:
     def draw(self, prompts, noise, guidance=3.0, n=50, negative=""):
         """Prompts, noise (B, D, h, w) -> images (B, 3, H, W) in [-1, 1]."""
         device = self.schedule.beta.device
-        words, mask = self.text(list(prompts))
+        text, empty = self.text(list(prompts)), self.text([negative])
         with run.autocast(device), torch.no_grad():
-            chain = sample(self.model, self.schedule, noise.to(device), words, mask, *self.text([negative]), guidance, n)
+            chain = sample(self.model, self.schedule, noise.to(device), *text, *empty, guidance, n)
             z0 = ddim.last(run.bar(chain, n + 1, name="sample")).float()
         return autoencoder.decode_all(self.decoder, z0 / self.scale)
 
@@ -176,7 +180,8 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
     unseen = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:count]]
     noise = torch.randn(count, *shape)
     drawn, new = (
-        painter.draw([captions[i] for i in pick], noise[: len(pick)], cfg.guidance, cfg.sampling_steps) for pick in (seen, unseen)
+        painter.draw([captions[i] for i in pick], noise[: len(pick)], cfg.guidance, cfg.sampling_steps)
+        for pick in (seen, unseen)
     )
     features = quality.emoji_features(images)
     ranks = quality.nearest_rank(quality.picture_features(drawn), features, seen)
@@ -200,13 +205,17 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
 
 def main(cfg: Config) -> dict:
     """Train (or load), draw, measure; process 0 writes the weights and the pictures."""
-    rank, world = processes()
-    run.check(min(cfg.steps, cfg.batch, cfg.sampling_steps) > 0, "--steps, --batch and --sampling-steps must be at least 1")
+    device = run.device(cfg.device)
+    rank, world = processes(device)
+    sizes = (cfg.steps, cfg.batch, cfg.sampling_steps)
+    run.check(min(sizes) > 0, "--steps, --batch and --sampling-steps must be at least 1")
     run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
-    run.check(0 <= cfg.drop_text <= 1 and cfg.guidance >= 0, "--drop-text must be in [0, 1] and --guidance not negative")
-    run.check(all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32, the width of a head")
+    run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
+    run.check(cfg.guidance >= 0, "--guidance must not be negative")
+    run.check(cfg.guidance != 1 or not cfg.negative, "--negative needs a --guidance other than 1 to steer with")
+    run.check(all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32, a head's width")
     run.seed(cfg.seed)
-    folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
+    folder, clock = run.output(cfg.out, cfg), run.Clock()
     images, captions, _ = data.emoji(64)
     held_out = torch.tensor(autoencoder.split(captions))
     coder, scale = autoencoder.load(cfg.autoencoder, device)
@@ -223,10 +232,11 @@ def main(cfg: Config) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
-            losses = checkpoint.load_state(state, **parts)["losses"]
-        save = lambda: rank == 0 and checkpoint.save_state(state, **parts, losses=losses)  # noqa: E731
+            before = checkpoint.load_state(state, **parts)
+            losses, clock = before["losses"], run.Clock(before["seconds"])
+        values = {"losses": losses}
+        save = lambda: rank == 0 and checkpoint.save_state(state, **parts, **values, seconds=clock())  # noqa: E731
         shared = DistributedDataParallel(model) if world > 1 else model
-        run.seed(cfg.seed + len(losses))  # the same on every process
         steps = train(shared, ema, optimizer, schedule, latents, words, mask, text([""]), cfg, len(losses), rank, world)
         for value in run.progress(steps, cfg.steps, len(losses), 500, save):
             losses.append(value)
@@ -236,6 +246,8 @@ def main(cfg: Config) -> dict:
         if rank == 0:
             figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50)
             checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg) | {"latent": shape[0]})
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank > 0:
         return metrics
     painter = Painter(model, coder, scale, text, schedule)
@@ -248,11 +260,14 @@ def main(cfg: Config) -> dict:
         return run.report(folder, metrics, then=f"open {folder}/prompt.png")
     scores, pictures = evaluate(painter, images, captions, held_out.tolist(), shape, cfg)
     scales = (1.0, 2.0, 3.0, 5.0, 8.0)
-    prompts = ["red apple", "blue heart", "cat face", "crying face", "evergreen tree", "flag: japan", "yellow circle", "umbrella"]
+    prompts = ["red apple", "blue heart", "cat face", "crying face"]
+    prompts += ["evergreen tree", "flag: japan", "yellow circle", "umbrella"]
     pictures["guidance.png"] = {f"scale {s:g}": painter.draw(prompts, noise, s, cfg.sampling_steps) for s in scales}
+    titles = {"guidance.png": prompts, "colours.png": list(quality.HUES)}
     for name, rows in pictures.items():
-        figures.rows(folder / name, rows, prompts if name == "guidance.png" else quality.HUES if name == "colours.png" else ())
-    return run.report(folder, metrics | scores, then=f'open {folder}/guidance.png; then add --pretrained --prompt "red apple"')
+        figures.rows(folder / name, rows, titles.get(name, ()))
+    then = f'open {folder}/guidance.png; then add --pretrained --prompt "red apple"'
+    return run.report(folder, metrics | scores, then)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""U-Net, the network that predicts the noise. Ho, Jain & Abbeel 2020, arXiv:2006.11239, Appendix B; with text: Rombach et al. 2022, arXiv:2112.10752.
+"""U-Net, the network that predicts the noise. Ho, Jain & Abbeel 2020, arXiv:2006.11239, App. B.
 
-A ladder of resolutions: residual blocks go down, every activation is remembered, residual blocks go up and read what was
-remembered. The time step enters every residual block; text, if any, enters by cross-attention. There is nothing to run here:
-`ddpm.py` and `stable_diffuser.py` import it.
+With text: Rombach et al. 2022, arXiv:2112.10752. A ladder of resolutions: residual blocks go down, every activation is
+remembered, residual blocks go up and read what was remembered. The time step enters every residual block; text, if any,
+enters by cross-attention. There is nothing to run here: `ddpm.py` and `stable_diffuser.py` import it.
 
 Shapes: B images, C channels, H x W pixels, N = H*W positions, L words of text, D features of a word or a time step.
-Modules carry the names of diffusers' UNet2DModel and UNet2DConditionModel, so weights move both ways by load_state_dict.
+Modules carry the names of diffusers' UNet2DModel and UNet2DConditionModel: weights move both ways by load_state_dict.
 Differences from Ho et al.: pixels may be folded into channels first (`patch`), which is four times cheaper at patch=2.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 
 def timestep_embedding(t, dim):
-    """Sines and cosines of t at geometric frequencies: (B,) -> (B, dim). Vaswani et al. 2017, Sec. 3.5; cosines first."""
+    """Cosines, then sines, of t at geometric frequencies: (B,) -> (B, dim). Vaswani et al. 2017, Sec. 3.5."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -56,7 +56,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V, in heads of `head_dim`. Vaswani et al. 2017, Eq. 1. (B, N, C), (B, L, D) -> (B, N, C)."""
+    """softmax(Q K^T / sqrt(d)) V in heads of `head_dim`: (B, N, C), (B, L, D) -> (B, N, C). Vaswani 2017, Eq. 1."""
 
     def __init__(self, channels, head_dim=32, context_dim=None, bias=False):
         super().__init__()
@@ -69,7 +69,10 @@ class Attention(nn.Module):
     def forward(self, x, context=None, mask=None):
         """mask: (B, L), True where there is a word to look at; positions look at each other if there is no context."""
         context = x if context is None else context
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         if mask is not None:
             score = score.masked_fill(~mask[:, None, None, :], -torch.inf)
@@ -111,17 +114,17 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.attn1 = Attention(channels, head_dim)
         self.attn2 = Attention(channels, head_dim, context_dim)
-        self.ff = nn.Module()
-        self.ff.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        feed_forward = (GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.ModuleDict({"net": nn.Sequential(*feed_forward)})
 
     def forward(self, x, context, mask):
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context, mask)
-        return x + self.ff.net(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class CrossAttentionBlock(nn.Module):
-    """A transformer block between two 1x1 convolutions. (B, C, H, W), (B, L, D) -> (B, C, H, W). Rombach et al., Sec. 3.3."""
+    """A transformer block between two 1x1 convolutions: (B, C, H, W), (B, L, D) -> (B, C, H, W). Rombach, Sec. 3.3."""
 
     def __init__(self, channels, head_dim, context_dim, groups=8):
         super().__init__()
@@ -159,10 +162,10 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution of the ladder: residual blocks, each with attention behind it if wanted, then a change of resolution."""
+    """One resolution of the ladder: residual blocks, attention after each if wanted, then a change of resolution."""
 
     def __init__(self, widths, attention=None, down=False, up=False, down_padding=1, **kw):
-        """widths: [(channels in, channels out), ...] of the residual blocks; attention: a function channels -> module."""
+        """widths: [(channels in, channels out), ...] of the residual blocks; attention: function channels -> module."""
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(i, o, **kw) for i, o in widths)
         self.attentions = nn.ModuleList(attention(o) for _, o in widths) if attention else None
@@ -170,7 +173,7 @@ class Stage(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])]) if up else None
 
     def forward(self, x, time=None, context=None, mask=None, memory=()):
-        """-> x, [output of every block]; on the way up, each block also reads the last of `memory` and takes it away."""
+        """-> x, [output of every block]. On the way up, each block also takes the last of `memory` and reads it."""
         outputs = []
         for j, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, memory.pop()], dim=1) if memory else x, time)
@@ -187,9 +190,10 @@ class UNet(nn.Module):
     """Predict the noise (or the image, or v) in xt: (B, C, H, W), (B,) [, (B, L, D), (B, L)] -> (B, C, H, W)."""
 
     def __init__(
-        self, in_channels=1, channels=(32, 64), layers=2, attention=(False, True), context_dim=None, head_dim=32, groups=8, patch=1
-    ):
-        """One entry of `channels` and `attention` a resolution, finest first; `layers` residual blocks each on the way down."""
+        self, in_channels=1, channels=(32, 64), layers=2, attention=(False, True),
+        context_dim=None, head_dim=32, groups=8, patch=1,
+    ):  # fmt: skip
+        """`channels`, `attention`: one entry a resolution, finest first; `layers`: residual blocks each going down."""
         super().__init__()
         self.patch, self.channels = patch, channels
         folded, time_dim = in_channels * patch**2, 4 * channels[0]

@@ -3,8 +3,8 @@
 An encoder turns an image into a small cloud of codes, a decoder turns a code into an image. Two terms pull at them, in
 nats: the image must come back (reconstruction), and the cloud must stay close to a standard normal (KL divergence), so
 that codes drawn from the normal are images too. The script also trains what fails. Without the KL term the codes stray
-to where the normal never goes, and samples show few kinds of digits. Without the noise codes are points packed close:
-samples may look as good, but the least blur of a code ruins its image, and the bound breaks. Equation numbers are the
+to where the normal never goes, and samples show few kinds of digits. Without the noise the codes crowd together:
+samples look as good, but put the noise back and no image returns, so the bound is lost. Equation numbers are the
 paper's.
 
 Shapes: B images, D latent dimensions; images are (B, 1, 28, 28) in [-1, 1].
@@ -14,17 +14,13 @@ Differences from the paper: convolutions, not one hidden layer; Adam, not Adagra
 
     python models/vae.py                              # four models, pictures, numbers: @TIME@ on two CPU cores
     python models/vae.py --latents 2 --no-ablations   # the map alone: @SHORT@
-    python models/vae.py --pretrained                 # everything but the training, from the shipped weights
     python models/vae.py --latents 2 64 --channels 64 128 --hidden 512 --batch 512 --steps 20000   # larger, for a GPU
 """
 
-import copy
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,17 +28,12 @@ from torch import nn
 from models import quality
 from utils import checkpoint, data, figures, run
 
-WEIGHTS = Path(__file__).parent / "weights" / "vae.safetensors"
-
 
 @dataclass(frozen=True)
 class Config:
     """Train variational autoencoders on MNIST, whole and with parts left out; draw their latent spaces, measure all."""
 
-    latents: tuple[int, ...] = (
-        2,
-        16,
-    )  # a model for each number of dimensions: 2 can be drawn as a map, 16 makes better digits
+    latents: tuple[int, ...] = (2, 16)  # a model for each: 2 dimensions can be drawn as a map, 16 make better digits
     ablations: bool = True  # train the first one without the noise and without the KL term, too
     steps: int = 1000  # training steps of each model
     batch: int = 128  # images per step
@@ -50,7 +41,6 @@ class Config:
     channels: tuple[int, int] = (16, 32)  # widths at 14 x 14 and at 7 x 7 pixels
     hidden: int = 256  # width of the linear layer between convolutions and latents
     samples: int = 2000  # digits to sample from the prior and measure, for each model
-    pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoints in --out, bit for bit
     save_every: int = 500  # steps between checkpoints
     seed: int = 0  # same seed, same numbers
@@ -162,14 +152,11 @@ def fit(name, variant, images, cfg, folder, device):
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr)
     parts, curves = {"model": model, "optimizer": optimizer}, {"reconstruction": [], "kl": []}
     state = folder / f"state_{name.replace(' ', '_')}.safetensors"
-    if cfg.resume and (
-        state.exists() or not any(folder.glob("state_*"))
-    ):  # those after the interrupted one were never begun
+    if cfg.resume and state.exists():  # those after the interrupted one were never begun
         curves = checkpoint.load_state(state, **parts)["curves"]
     save = lambda: checkpoint.save_state(state, **parts, curves=curves)  # noqa: E731
-    for _ in run.progress(
-        train(model, optimizer, images, cfg, curves, variant), cfg.steps, len(curves["kl"]), cfg.save_every, save
-    ):
+    steps = train(model, optimizer, images, cfg, curves, variant)
+    for _ in run.progress(steps, cfg.steps, len(curves["kl"]), cfg.save_every, save):
         pass
     save()
     return model.eval().requires_grad_(False), curves
@@ -178,137 +165,101 @@ def fit(name, variant, images, cfg, folder, device):
 def load(path, device="cpu"):
     """Weights written by this script -> {name: model}, ready to sample."""
     tensors, meta = checkpoint.read(path)
-    models = {}
-    for name, latent in meta["latent"].items():
-        models[name] = VAE(latent, meta["channels"], meta["hidden"]).to(device).eval().requires_grad_(False)
-        models[name].load_state_dict(
-            {k.removeprefix(f"{name}/"): v.float() for k, v in tensors.items() if k.startswith(f"{name}/")}
-        )
+    models = {name: VAE(latent, meta["channels"], meta["hidden"]) for name, latent in meta["latent"].items()}
+    together = nn.ModuleDict(models).to(device).eval().requires_grad_(False)
+    together.load_state_dict(tensors)
     return models
 
 
 @torch.no_grad()
 def measure(model, images):
     """Images (N, 1, 28, 28) in [-1, 1] -> the bound on their log-likelihood, in nats per image; codes (N, D)."""
-    where, parts = next(model.parameters()).device, []
-    for x in images.split(500):
-        parts.append(torch.tensor([*loss(model, x.to(where))]) * len(x) / len(images))
-    value, error, kl = torch.stack(parts).sum(0).tolist()
-    codes = torch.cat([model.encode(x.to(where))[0] for x in images.split(500)])
+    parts = [x.to(next(model.parameters()).device) for x in images.split(500)]
+    sums = torch.stack([torch.stack(loss(model, x)) * len(x) for x in parts]).sum(0)
+    value, error, kl = (sums / len(images)).tolist()
+    codes = torch.cat([model.encode(x)[0] for x in parts])
     return {"elbo": -value, "reconstruction": error, "kl": kl}, codes
 
 
 @torch.no_grad()
+def paint(model, z):
+    """Codes (N, D) -> expected images (N, 1, 28, 28) in [-1, 1], on the CPU."""
+    return picture(model.decode(z.to(next(model.parameters()).device))).cpu()
+
+
 def sample(model, n):
     """n images from the prior, (n, 1, 28, 28) in [-1, 1]: draw z ~ N(0, 1), decode."""
-    return picture(model.decode(torch.randn(n, model.latent, device=next(model.parameters()).device))).cpu()
+    return paint(model, torch.randn(n, model.latent))
 
 
-@torch.no_grad()
 def latent_grid(model, n=20):
     """n x n images (n^2, 1, 28, 28) of a 2-d latent space, in steps of equal probability (inverse CDF). Fig. 4."""
     steps = torch.special.ndtri((torch.arange(n) + 0.5) / n)
     z = torch.cartesian_prod(steps.flip(0), steps).flip(1)  # z_1 to the right, z_2 upwards, as in the scatter plots
-    return picture(model.decode(z.to(next(model.parameters()).device))).cpu()
+    return paint(model, z)
 
 
-@torch.no_grad()
 def interpolate(model, a, b, n=10):
     """n images on the straight line between the codes of a and b, (1, 28, 28) each -> (n, 1, 28, 28)."""
-    weight = torch.linspace(0, 1, n)[:, None]
     mu, _ = model.encode(torch.stack([a, b]).to(next(model.parameters()).device))
-    return picture(model.decode(mu[:1].lerp(mu[1:], weight.to(mu.device)))).cpu()
-
-
-def panels(path, rows, size=3.0):
-    """Panels, row by row: {"title": images (N, C, H, W), or (codes (N, D), labels (N,)) for a scatter plot}."""
-    columns = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(size * columns, (size + 0.25) * len(rows)), squeeze=False)
-    for i, row in enumerate(rows):
-        for axis, (title, content) in zip(axes[i], row.items()):
-            axis.set_title(title, fontsize=9)
-            if isinstance(content, tuple):
-                scatter(axis, *content)
-            else:
-                axis.imshow(figures.tile(content, math.isqrt(len(content)), pad=0), interpolation="lanczos")
-                axis.axis("off")
-    figure.tight_layout()
-    return figures.close(figure, path)
-
-
-def scatter(axis, codes, labels):
-    """The first two dimensions of codes (N, D), coloured by label; the circle holds 95 % of a 2-d standard normal."""
-    codes = codes[:, :2].cpu()
-    axis.scatter(*codes.T, c=labels, cmap="tab10", s=1, alpha=0.4, linewidths=0)
-    for k in labels.unique():
-        middle = codes[labels == k].median(0).values
-        axis.text(*middle, str(int(k)), ha="center", va="center", weight="bold", fontsize=9)
-    axis.add_patch(plt.Circle((0, 0), math.sqrt(-2 * math.log(0.05)), fill=False, color="black", linewidth=1))
-    reach = max(3.0, 1.1 * float(codes.abs().quantile(0.998)))
-    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    weight = torch.linspace(0, 1, n, device=mu.device)[:, None]
+    return paint(model, mu[:1].lerp(mu[1:], weight))
 
 
 def main(cfg: Config) -> dict:
-    """Train (or load) every variant, measure on the test digits, and draw."""
+    """Train every variant, measure on the test digits, and draw."""
     sizes = (cfg.steps, cfg.batch, cfg.hidden, *cfg.channels)
     run.check(min(sizes) > 0, "--steps, --batch, --hidden and --channels must be at least 1")
     run.check(cfg.samples >= 64, "--samples must be at least 64, as many as the figures show")
-    run.check(
-        cfg.latents and min(cfg.latents) > 1, "--latents must be one or more numbers from 2 on: a map has two axes"
-    )
+    run.check(cfg.latents and min(cfg.latents) > 1, "--latents must be numbers from 2 on: a map has two axes")
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
+    begun = any(folder.glob("state_*.safetensors"))
+    run.check(begun or not cfg.resume, f"no checkpoint in {folder} to go on from; leave out --resume")
+    images, models, curves = data.mnist("train")[0], {}, {}
+    for name, variant in variants(cfg).items():
+        models[name], curves[name] = fit(name, variant, images, cfg, folder, device)
+    metrics = {"train_seconds": clock()}
+    meta = asdict(cfg) | {"latent": {name: model.latent for name, model in models.items()}}
+    checkpoint.write(folder / "model.safetensors", nn.ModuleDict(models).state_dict(), meta)
+    run.seed(cfg.seed)
     test, labels = data.mnist("test")
     test = data.to_float(test)
-    metrics, curves = {}, {}
-    if cfg.pretrained:
-        models = load(WEIGHTS, device)
-    else:
-        images, models = data.mnist("train")[0], {}
-        for name, variant in variants(cfg).items():
-            models[name], curves[name] = fit(name, variant, images, cfg, folder, device)
-        metrics["train_seconds"] = clock()
-        tensors = {f"{name}/{k}": v for name, model in models.items() for k, v in model.state_dict().items()}
-        meta = asdict(cfg) | {"latent": {name: model.latent for name, model in models.items()}}
-        checkpoint.write(folder / "model.safetensors", tensors, meta)
-    run.seed(cfg.seed)
     judge, codes, samples = quality.judge(device), {}, {}
     for name, model in models.items():
         result, codes[name] = measure(model, test)
         samples[name] = sample(model, cfg.samples)
         metrics |= {f"{name}: {k}": v for k, v in (result | judge(samples[name])).items()}
-    draw(folder, curves, models, codes, samples, test, labels)
+    draw(folder, cfg, curves, models, codes, samples, test, labels)
     return run.report(folder, metrics, then=f"open {folder}/; then python models/ddpm.py")
 
 
-def draw(folder, curves, models, codes, samples, test, labels):
+def draw(folder, cfg, curves, models, codes, samples, test, labels):
     """Every figure of the run."""
-    first, best = list(models)[0], [name for name in models if name.endswith("-d")][-1]
+    first, best = f"{cfg.latents[0]}-d", f"{cfg.latents[-1]}-d"
     figures.grid(folder / "samples.png", samples[best][:64])
-    with torch.no_grad():
-        back = {name: picture(model.decode(codes[name][:10])).cpu() for name, model in models.items()}
+    back = {name: paint(model, codes[name][:10]) for name, model in models.items()}
     figures.rows(folder / "reconstructions.png", {"original": test[:10]} | back)
-    if models[first].latent == 2:
-        untrained = copy.deepcopy(models[first])
-        untrained.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-        maps = {"before training": latent_grid(untrained), "after": latent_grid(models[first])}
-        panels(folder / "map.png", [maps], size=5)
-    pairs = [(test[labels == a][1], test[labels == b][1], f"{a} to {b}") for a, b in ((3, 8), (4, 9), (0, 6), (1, 7))]
-    weight = torch.linspace(0, 1, 10)[:, None, None, None]
-    strips = {}
-    for a, b, name in pairs:
-        strips |= {f"{name}, pixels": a[None].lerp(b[None], weight), f"{name}, {best}": interpolate(models[best], a, b)}
+    if cfg.latents[0] == 2:
+        grey = latent_grid(VAE(2, cfg.channels, cfg.hidden), n=8)  # a weave too faint to see, alike at every point
+        low, high = grey.aminmax()
+        before = f"before training, contrast x {2 / (high - low):.0f}"
+        maps = {before: (grey - low) / (high - low) * 2 - 1, "after training": latent_grid(models[first])}
+        figures.panels(folder / "map.png", [maps], size=5)
+    strips, weight = {}, torch.linspace(0, 1, 10)[:, None, None, None]
+    for i, j in ((3, 8), (4, 9), (0, 6), (1, 7)):
+        a, b = test[labels == i][1], test[labels == j][1]
+        strips |= {f"{i} to {j}, pixels": a.lerp(b, weight), f"{i} to {j}, {best}": interpolate(models[best], a, b)}
     figures.rows(folder / "interpolation.png", strips)
     names = [name for name in models if name == first or not name.endswith("-d")]
-    panels(folder / "latents.png", [
+    figures.panels(folder / "latents.png", [
         {f"{name}: codes of test digits": (codes[name], labels) for name in names},
         {f"{name}: samples from the prior": samples[name][:64] for name in names},
     ])  # fmt: skip
-    for part in ("reconstruction", "kl") if curves else ():
+    for part in ("reconstruction", "kl"):
         log = {name: curve[part] for name, curve in curves.items()}
         figures.curves(folder / f"{part}.png", log, "step", f"{part}, nats per image", smooth=20, log="y")
-    if curves:
-        bound = {name: [a + b for a, b in zip(*curves[name].values())] for name in curves if name.endswith("-d")}
-        figures.curves(folder / "loss.png", bound, "step", "negative bound, nats per image", smooth=20)
+    bound = {name: [a + b for a, b in zip(*curves[name].values())] for name in curves if name.endswith("-d")}
+    figures.curves(folder / "loss.png", bound, "step", "negative bound, nats per image", smooth=20)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The parity ledger: one fixture that proves our numbers equal to a production library's, and writes down how equal.
 
-`parity(topic, ours, counterpart, mine, theirs)` asserts and records; after a run of the whole suite the records must agree with
-the table of proofs in README.md. `pytest --write-proofs` writes that table.
+`parity(topic, ours, counterpart, mine, theirs)` asserts and records; after a run of the whole suite the records must
+agree with the table of proofs in README.md. `pytest --write-proofs` writes that table.
 """
 
 import json
@@ -30,7 +30,7 @@ def seeded():
 
 @pytest.fixture
 def parity():
-    """parity(topic, ours, counterpart, mine, theirs, atol): tensors, or equally nested lists and dicts of tensors, are equal."""
+    """parity(topic, ours, counterpart, mine, theirs, atol): tensors, or lists and dicts of tensors, are equal."""
 
     def check(topic, ours, counterpart, mine, theirs, atol=1e-5):
         pairs = list(flatten(mine, theirs))
@@ -95,7 +95,7 @@ def table(rows):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """The README's table names the proofs that ran, no more and no fewer; errors may differ by a digit between machines."""
+    """The README's table names the proofs that ran, no more, no fewer; errors may differ a digit between machines."""
     whole = not session.config.args or {Path(a).name for a in session.config.args} <= {"tests", ROOT.name}
     chosen = session.config.option.keyword or session.config.option.markexpr
     if "PYTEST_XDIST_WORKER" in os.environ or exitstatus != 0 or not whole or chosen:

@@ -1,4 +1,4 @@
-"""DDIM: equal to diffusers' scheduler for leading and trailing steps; a thousand of its steps at eta 1 are DDPM's; inversion inverts."""
+"""DDIM: equal to diffusers' scheduler; a thousand of its steps at eta 1 are DDPM's; inversion inverts."""
 
 import json
 
@@ -22,7 +22,8 @@ def scheduler(kind, spacing):
 def test_timesteps(parity, n, spacing):
     theirs = scheduler("linear", spacing)
     theirs.set_timesteps(n)
-    parity("DDIM", f"ddim.timesteps, {spacing}", "diffusers.DDIMScheduler", ddim.timesteps(ddpm.Schedule(), n, spacing), theirs.timesteps)
+    ours = ddim.timesteps(ddpm.Schedule(), n, spacing)
+    parity("DDIM", f"ddim.timesteps, {spacing}", "diffusers.DDIMScheduler", ours, theirs.timesteps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,7 +48,7 @@ def test_step(parity, kind, spacing, eta):
 
 
 def test_linspace_spacing_of_diffusers_is_not_a_ddim_chain():
-    """A known error of a famous library: with `linspace` steps it still subtracts T // n, and so walks to a step that is not the next one."""
+    """A known error of a famous library: with `linspace` steps it subtracts T // n, which is not the next step."""
     theirs = DDIMScheduler(1000, timestep_spacing="linspace")
     theirs.set_timesteps(8)
     strides = (theirs.timesteps[:-1] - theirs.timesteps[1:]).unique()
@@ -74,12 +75,15 @@ def test_a_gaussian_is_sampled_in_closed_form():
     """For N(0, 0.01) data the flow is linear: noise z must arrive at 0.1 z, the closer the more steps."""
     schedule = ddpm.Schedule()
     z = torch.randn(50, 1, 2, 2)
-    errors = [float((ddim.last(ddim.sample(oracle(schedule, 0.01), schedule, z, n)) - 0.1 * z).abs().mean()) for n in (10, 100, 1000)]
+    errors = [
+        float((ddim.last(ddim.sample(oracle(schedule, 0.01), schedule, z, n)) - 0.1 * z).abs().mean())
+        for n in (10, 100, 1000)
+    ]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.002
 
 
 def test_inversion_gives_the_noise_back():
-    """With the network asked where `sample` asks it, the way up undoes the way down; one round of guessing undoes most of it."""
+    """With the network asked where `sample` asks it, the way up undoes the way down; one round of guessing, mostly."""
     schedule = ddpm.Schedule()
     model, z = oracle(schedule, 0.01), torch.randn(20, 1, 2, 2).clamp(-2, 2)  # so that no x0 is clipped
     x = ddim.last(ddim.sample(model, schedule, z, 100))

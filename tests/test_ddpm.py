@@ -18,7 +18,10 @@ PREDICT = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def pair(kind="linear", predict="eps", exact=True):
-    """Our schedule and diffusers'. Its table is single precision, where 1 - alpha_bar = 1e-4 has three digits: `exact` mends that."""
+    """Our schedule and diffusers'.
+
+    Its table is single precision, where 1 - alpha_bar = 1e-4 has three digits: `exact` mends that.
+    """
     theirs = DDPMScheduler(1000, beta_schedule=KINDS[kind], prediction_type=PREDICT[predict])
     if exact:
         theirs.alphas_cumprod = (1 - theirs.betas.double()).cumprod(0)
@@ -50,7 +53,7 @@ def test_add_noise(parity, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("predict", PREDICT)
 def test_step(parity, kind, predict):
-    """Algorithm 2 from the network's output, at every kind of step, the first (pure noise) and the last (no noise) included."""
+    """Algorithm 2 from the network's output, at the first step (pure noise), the last (no noise) and between."""
     ours, theirs = pair(kind, predict)
     for i in (999, 998, 500, 1, 0):
         t, xt, output = torch.tensor([i, i]), torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8).requires_grad_()
@@ -58,7 +61,8 @@ def test_step(parity, kind, predict):
         mine = ddpm.step(ours, xt, t, ddpm.to_eps(ours, xt, t, output, predict), noise)
         other = theirs.step(output, i, xt, generator=torch.Generator().manual_seed(i)).prev_sample
         slopes = [torch.autograd.grad(y.square().sum(), output)[0] for y in (mine, other)]
-        parity("DDPM", f"ddpm.step (Alg. 2), {predict}", "diffusers.DDPMScheduler.step", [mine, slopes[0]], [other, slopes[1]], 2e-5)
+        both = [mine, slopes[0]], [other, slopes[1]]
+        parity("DDPM", f"ddpm.step (Alg. 2), {predict}", "diffusers.DDPMScheduler.step", *both, 2e-5)
 
 
 @pytest.mark.parametrize("predict", PREDICT)
@@ -74,7 +78,8 @@ def test_objective(parity, predict):
     goal = {"eps": eps, "x0": x0, "v": theirs.get_velocity(x0, eps, t)}[predict]
     other = F.mse_loss(net(theirs.add_noise(x0, eps, t)), goal)
     slopes = [torch.autograd.grad(y, net.weight)[0] for y in (mine, other)]
-    parity("DDPM", f"ddpm.loss (Eq. 14), {predict}", "diffusers add_noise, get_velocity", [mine, slopes[0]], [other, slopes[1]])
+    both = [mine, slopes[0]], [other, slopes[1]]
+    parity("DDPM", f"ddpm.loss (Eq. 14), {predict}", "diffusers add_noise, get_velocity", *both)
 
 
 @pytest.mark.parametrize("predict", PREDICT)
@@ -83,14 +88,14 @@ def test_conversions_are_exact(predict):
     x0, eps, t = images()
     xt = ddpm.add_noise(schedule, x0, t, eps)
     output = ddpm.target(schedule, x0, t, eps, predict)
-    # x0 -> eps divides by sqrt(1 - alpha_bar) = 0.01 at t = 0, and x0 from eps by sqrt(alpha_bar) = 0.006 at the end: two digits go
+    # two digits go: eps from x0 divides by sqrt(1 - alpha_bar) = 0.01 at t = 0, x0 from eps by 0.006 at the end
     torch.testing.assert_close(ddpm.to_eps(schedule, xt, t, output, predict), eps, atol=1e-4, rtol=1e-4)
     back = ddpm.predict_x0(schedule, xt, t, eps)
     torch.testing.assert_close(back, x0, atol=1e-4, rtol=1e-4)
 
 
 def test_posterior_of_a_gaussian():
-    """If x0 ~ N(0, 1), Bayes gives x_{t-1} | x_t in closed form: mean sqrt(alpha) x_t, whatever x0 was averaged over."""
+    """If x0 ~ N(0, 1), Bayes gives x_{t-1} | x_t in closed form: mean sqrt(alpha) x_t, whatever x0 is averaged over."""
     schedule = ddpm.Schedule()
     xt, t = torch.randn(5, 1, 4, 4), torch.tensor([1, 10, 100, 500, 999])
     x0 = schedule.alpha_bar[t].sqrt()[:, None, None, None] * xt  # the mean of x0 | x_t
@@ -100,7 +105,7 @@ def test_posterior_of_a_gaussian():
 
 
 def test_sampling_a_gaussian_gives_it_back():
-    """The best possible noise predictor of N(0, 0.25) data is linear; a thousand steps of Algorithm 2 must end in N(0, 0.25)."""
+    """The best noise predictor of N(0, 0.25) data is linear; a thousand steps of Algorithm 2 must end in N(0, 0.25)."""
     schedule, variance = ddpm.Schedule(), 0.25
 
     def oracle(xt, t):
@@ -109,7 +114,7 @@ def test_sampling_a_gaussian_gives_it_back():
 
     *_, x = ddpm.sample(oracle, schedule, (2000, 1, 2, 2))
     assert abs(float(x.mean())) < 0.02
-    # clamping x0 to [-1, 1] cuts the tails at two standard deviations, where the variance of a Gaussian is 0.77 of the whole
+    # clamping x0 to [-1, 1] cuts the tails at two standard deviations: 0.77 of a Gaussian's variance is left
     assert 0.75 * variance < float(x.var()) < 1.05 * variance
 
 
@@ -138,10 +143,9 @@ def test_batches_go_on_where_they_broke_off():
 
 def test_loss_falls():
     cfg = ddpm.Config(steps=120, batch=32, channels=(16, 32), layers=1)
-    model = ddpm.build(cfg.channels, cfg.layers)
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = ddpm.Schedule(kind="cosine")
-    losses = list(ddpm.train(model, ddpm.build(cfg.channels, cfg.layers).requires_grad_(False), optimizer, schedule, data.mnist("test")[0], cfg))
+    model, ema = (ddpm.build(cfg.channels, cfg.layers) for _ in range(2))
+    optimizer, schedule = torch.optim.AdamW(model.parameters()), ddpm.Schedule(kind="cosine")
+    losses = list(ddpm.train(model, ema.requires_grad_(False), optimizer, schedule, data.mnist("test")[0], cfg))
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -156,14 +160,21 @@ def test_command_and_bit_exact_resume(tmp_path):
     """Six steps in one go, and three steps, a kill, three more: the same weights to the last bit."""
     done = command(*TINY, "--steps", "6", "--out", str(tmp_path / "a"))
     assert done.returncode == 0, done.stderr
-    for name in ("config.json", "metrics.json", "samples.png", "film.png", "loss.png", "model.safetensors", "state.safetensors"):
+    for name in "config.json metrics.json samples.png film.png loss.png model.safetensors state.safetensors".split():
         assert (tmp_path / "a" / name).stat().st_size > 0, name
     assert {"recognised", "frechet"} <= json.loads((tmp_path / "a" / "metrics.json").read_text()).keys()
-    interrupt = (
-        "import sys; from pathlib import Path; from models import ddpm; from utils import checkpoint; real = checkpoint.save_state\n"
-        "def save(*a, **k):\n    real(*a, **k); len(k['losses']) == 4 and sys.exit(9)\n"
-        f"checkpoint.save_state = save; ddpm.main(ddpm.Config(steps=6, batch=8, channels=(8, 16), layers=1, samples=16, save_every=2, out={str(tmp_path / 'b')!r}))"
-    )
+    interrupt = f"""
+import sys
+from models import ddpm
+from utils import checkpoint
+real = checkpoint.save_state
+def save(*a, **k):
+    real(*a, **k)
+    len(k["losses"]) == 4 and sys.exit(9)
+checkpoint.save_state = save
+tiny = dict(batch=8, channels=(8, 16), layers=1, samples=16, save_every=2)
+ddpm.main(ddpm.Config(steps=6, out={str(tmp_path / "b")!r}, **tiny))
+"""
     assert subprocess.run([sys.executable, "-c", interrupt], cwd=ROOT, capture_output=True).returncode == 9
     assert not (tmp_path / "b" / "model.safetensors").exists()
     done = command(*TINY, "--steps", "6", "--resume", "--out", str(tmp_path / "b"))

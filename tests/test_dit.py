@@ -94,13 +94,16 @@ def test_equals_diffusers(parity):
     assert other.std() > 0.1
     parity("DiT", "dit.DiT", "diffusers.DiTTransformer2DModel", mine, other, atol=1e-4)
     mine, other = gradients(ours, mine), gradients(theirs, other)
-    shared = {}  # the weight that their blocks each have a copy of: gradients add up
-    for name, ns in names_of_theirs(TINY["depth"]).items():
-        shared[name] = sum(other[n] for n in ns).view_as(mine[name])
-        assert shared[name].abs().max() > 0, name
-    largest = max(g.abs().max() for g in shared.values())
-    mine, shared = ({k: g / largest for k, g in gs.items()} for gs in (mine, shared))
-    parity("DiT", "dit.DiT, gradients", "diffusers.DiTTransformer2DModel", mine, shared, atol=1e-5)
+    names = names_of_theirs(TINY["depth"])  # gradients of their copies of one weight add up
+    other = {name: sum(other[n] for n in ns).view_as(mine[name]) for name, ns in names.items()}
+    assert mine.keys() == other.keys() == dict(ours.named_parameters()).keys()
+    for name in other:  # each in units of its own largest entry, so that no small gradient hides behind a large one
+        unit = other[name].abs().max()
+        if name.endswith("to_k.bias"):  # moves a row's scores alike, which softmax does not see: zero but for rounding
+            unit = other[name.replace("bias", "weight")].abs().max()
+            assert other[name].abs().max() < 1e-5 * unit
+        mine[name], other[name] = mine[name] / unit, other[name] / unit
+    parity("DiT", "dit.DiT, gradients", "diffusers.DiTTransformer2DModel", mine, other, atol=2e-5)
 
 
 def test_time_embedding_is_all_that_differs_from_diffusers():
@@ -213,18 +216,6 @@ def test_drop_labels():
     assert torch.equal(dit.drop_labels(y, 0.0, 10), y)
     shares = hidden.float().view(-1, 10).mean(0)  # every class alike
     assert (shares - 0.1).abs().max() < 0.03
-
-
-def test_batches_keep_labels_with_their_images():
-    labels = torch.arange(50)
-    images = labels.to(torch.uint8).view(50, 1, 1, 1).expand(50, 1, 28, 28)
-    seen = []
-    for _, (x, y) in zip(range(5), dit.batches(images, labels, 10)):
-        assert torch.equal(x, data.to_float(y.view(10, 1, 1, 1).expand(10, 1, 28, 28)))
-        seen += y.tolist()
-    assert sorted(seen) == list(range(50))  # each once an epoch
-    late = next(dit.batches(images, labels, 10, start=3))[1]
-    assert late.tolist() == seen[30:40]
 
 
 def test_learns_digits_and_their_names():

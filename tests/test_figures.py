@@ -38,10 +38,11 @@ def test_grid_is_a_lossless_picture_of_the_tiles(tmp_path):
 
 def test_rows_and_curves_are_written_and_closed(tmp_path):
     rows = figures.rows(tmp_path / "rows.png", {"black": constant(-1.0, -1.0), "white": constant(1.0)}, ["a", "b"])
-    curves = figures.curves(
-        tmp_path / "curves.png", {"a": [3, 2, 1], "b": ([1, 10, 100], [1, 2, 3])}, "x", "y", log="x"
-    )
-    for path in (rows, curves):
+    lines = {"a": [3, 2, 1], "b": ([1, 10, 100], [1, 2, 3])}
+    curves = figures.curves(tmp_path / "curves.png", lines, "x", "y", log="x")
+    codes = (torch.randn(100, 3), torch.arange(100) % 10)
+    panels = figures.panels(tmp_path / "panels.png", [{"map": torch.rand(9, 1, 4, 4), "codes": codes}])
+    for path in (rows, curves, panels):
         picture = np.asarray(Image.open(path).convert("L"))
         assert picture.size > 10_000 and picture.min() == 0 and picture.max() == 255
     assert not plt.get_fignums()

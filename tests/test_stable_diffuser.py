@@ -1,4 +1,4 @@
-"""Text to image: the whole sampler equals StableDiffusionPipeline; two processes train as one; guidance and masks have known answers."""
+"""Text to image: the sampler equals StableDiffusionPipeline; two processes train as one; guidance has known answers."""
 
 import json
 import subprocess
@@ -18,15 +18,15 @@ def parts():
     """A tiny U-Net and autoencoder of ours, and the same weights in diffusers' classes."""
     unet = UNet(4, (16, 32), 1, (True, True), context_dim=24, head_dim=16).eval()
     their_unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        attention_head_dim=(1, 2),
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, cross_attention_dim=24, attention_head_dim=(1, 2),
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
     ).eval()  # fmt: skip
     their_unet.load_state_dict(unet.state_dict())
     coder = autoencoder.Autoencoder((8, 16), latent=4).eval()
     their_coder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-        layers_per_block=1, latent_channels=4, norm_num_groups=8, scaling_factor=0.3,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=8, scaling_factor=0.3,
     ).eval()  # fmt: skip
     their_coder.load_state_dict(coder.state_dict())
     return unet, coder, their_unet, their_coder
@@ -36,8 +36,9 @@ def parts():
 def test_sampler_equals_stable_diffusion_pipeline(parity, scale):
     unet, coder, their_unet, their_coder = parts()
     scheduler = DDIMScheduler(
-        1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
-    )
+        1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction",
+        clip_sample=False, timestep_spacing="trailing",
+    )  # fmt: skip
     scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)  # see test_ddpm.pair
     pipe = StableDiffusionPipeline(
         vae=their_coder, unet=their_unet, scheduler=scheduler, text_encoder=None, tokenizer=None,
@@ -46,14 +47,15 @@ def test_sampler_equals_stable_diffusion_pipeline(parity, scale):
     pipe.set_progress_bar_config(disable=True)
     words, empty, noise = torch.randn(2, 7, 24), torch.randn(1, 7, 24), torch.randn(2, 4, 8, 8)
     theirs = pipe(
-        prompt_embeds=words, negative_prompt_embeds=empty.expand(2, -1, -1), latents=noise.clone(), guidance_scale=scale,
-        num_inference_steps=10, output_type="pt", height=16, width=16,
+        prompt_embeds=words, negative_prompt_embeds=empty.expand(2, -1, -1), latents=noise.clone(),
+        guidance_scale=scale, num_inference_steps=10, output_type="pt", height=16, width=16,
     ).images  # fmt: skip
     every = torch.ones(2, 7, dtype=torch.bool)
     schedule = ddpm.Schedule(kind="cosine")
     z0 = ddim.last(stable_diffuser.sample(unet, schedule, noise, words, every, empty, every[:1], scale, 10))
     ours = ((coder.decode(z0 / 0.3) + 1) / 2).clamp(0, 1)
-    parity("Text to image", "stable_diffuser.sample, decode", "diffusers.StableDiffusionPipeline", ours, theirs, atol=1e-4)
+    names = "stable_diffuser.sample, decode", "diffusers.StableDiffusionPipeline"
+    parity("Text to image", *names, ours, theirs, atol=1e-4)
 
 
 def test_guidance_has_three_known_scales():
@@ -93,7 +95,7 @@ LAUNCH = {
 
 @pytest.mark.parametrize("launcher", LAUNCH)
 def test_launchers_give_the_weights_of_one_process(launcher, tmp_path):
-    """The gradient of two processes, each with half of the batch, is that of one: so are the weights after three steps."""
+    """The gradient of two processes, each with half of the batch, is that of one: so are the weights after 3 steps."""
     alone = command(*TINY, "--out", str(tmp_path / "one"), script="stable_diffuser")
     assert alone.returncode == 0, alone.stderr
     args = [sys.executable, *LAUNCH[launcher], "models/stable_diffuser.py", *TINY, "--out", str(tmp_path / "many")]
@@ -102,7 +104,7 @@ def test_launchers_give_the_weights_of_one_process(launcher, tmp_path):
     from utils import checkpoint
 
     a, b = (checkpoint.read(tmp_path / x / "model.safetensors")[0] for x in ("one", "many"))
-    # bf16 sums in another order; Adam's first steps turn a gradient's sign into a whole step for weights whose gradient is noise
+    # bf16 sums in another order; and where a gradient is noise, Adam's first steps make a whole step of its sign
     error = max(float((a[k] - b[k]).abs().mean()) for k in a)
     assert error < 2e-5, error
     losses = [json.loads((tmp_path / x / "metrics.json").read_text())["final_loss"] for x in ("one", "many")]
@@ -110,7 +112,7 @@ def test_launchers_give_the_weights_of_one_process(launcher, tmp_path):
 
 
 def test_gradients_of_two_halves_are_those_of_the_whole():
-    """What DistributedDataParallel does, by hand and in fp32: the mean of the ranks' gradients is the gradient of the batch."""
+    """What DistributedDataParallel does, by hand, in fp32: the mean of the ranks' gradients is the batch's gradient."""
     unet, schedule = parts()[0], ddpm.Schedule(kind="cosine")
     z0, words, mask = torch.randn(4, 4, 8, 8), torch.randn(4, 7, 24), torch.ones(4, 7, dtype=torch.bool)
     t, eps = torch.randint(1000, (4,)), torch.randn(4, 4, 8, 8)

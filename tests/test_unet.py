@@ -12,20 +12,23 @@ def test_unet_equals_diffusers(parity):
     ours = UNet(4, (16, 32), layers=2, attention=(False, True), head_dim=16)
     theirs = UNet2DModel(
         in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16,
     )  # fmt: skip
     theirs.load_state_dict(ours.state_dict())  # every name and shape fits
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999])
     a, b = ours(x, t), theirs(x, t).sample
     parity("U-Net", "unet.UNet", "diffusers.UNet2DModel", a, b)
-    parity("U-Net", "unet.UNet, gradients", "diffusers.UNet2DModel", gradients(ours, a), gradients(theirs, b), atol=1e-4)
+    both = gradients(ours, a), gradients(theirs, b)
+    parity("U-Net", "unet.UNet, gradients", "diffusers.UNet2DModel", *both, atol=1e-4)
 
 
 def test_conditional_unet_equals_diffusers(parity):
     ours = UNet(4, (16, 32), layers=1, attention=(True, True), context_dim=24, head_dim=16)
     theirs = UNet2DConditionModel(
-        in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=(1, 2),
+        in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=24, attention_head_dim=(1, 2),
     )  # fmt: skip
     theirs.load_state_dict(ours.state_dict())
     x, t, words = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999]), torch.randn(3, 7, 24)

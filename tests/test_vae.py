@@ -16,22 +16,7 @@ from utils import checkpoint, data
 from utils.run import UserError
 
 ROOT = Path(__file__).parent.parent
-TINY = [
-    "--steps",
-    "3",
-    "--batch",
-    "8",
-    "--samples",
-    "70",
-    "--channels",
-    "4",
-    "8",
-    "--hidden",
-    "16",
-    "--latents",
-    "2",
-    "3",
-]
+TINY = "--steps 3 --batch 8 --samples 70 --channels 4 8 --hidden 16 --latents 2 3".split()
 
 
 def codes(b=6, d=5):
@@ -77,10 +62,8 @@ def test_reconstruction(parity):
     logits, x = (3 * torch.randn(4, 1, 28, 28)).requires_grad_(), data.to_float(torch.randint(256, (4, 1, 28, 28)))
     coins = Bernoulli(logits=logits, validate_args=False)  # grey targets: the mean over black and white draws
     theirs = -coins.log_prob((x + 1) / 2).sum(dim=(1, 2, 3))
-    ours = with_gradients(vae.reconstruction(logits, x), logits)
-    parity(
-        "VAE", "vae.reconstruction", "torch.distributions.Bernoulli", ours, with_gradients(theirs, logits), atol=1e-3
-    )
+    ours, theirs = (with_gradients(error, logits) for error in (vae.reconstruction(logits, x), theirs))
+    parity("VAE", "vae.reconstruction", "torch.distributions.Bernoulli", ours, theirs, atol=1e-3)
     parity("VAE", "vae.picture", "torch.distributions.Bernoulli", vae.picture(logits), 2 * coins.mean - 1, atol=1e-6)
 
 
@@ -95,9 +78,8 @@ def test_grey_target_is_the_mean_over_binarised_images():
 def test_kl_divergence_of_known_cases():
     zero = torch.zeros(3, 4)
     assert (vae.kl_divergence(zero, zero) == 0).all()
-    torch.testing.assert_close(
-        vae.kl_divergence(zero + 2, zero), torch.full((3,), 4 * 2.0**2 / 2)
-    )  # a shift: mu^2 / 2 each
+    shifted = 2.0**2 / 2  # mu^2 / 2 each
+    torch.testing.assert_close(vae.kl_divergence(zero + 2, zero), torch.full((3,), 4 * shifted))
     narrow = (0.01 - 1 - math.log(0.01)) / 2  # sigma = 0.1
     torch.testing.assert_close(vae.kl_divergence(zero, zero + math.log(0.01)), torch.full((3,), 4 * narrow))
     assert (vae.kl_divergence(torch.randn(1000, 4), 3 * torch.randn(1000, 4)) > 0).all()
@@ -107,13 +89,10 @@ def test_kl_divergence_of_known_cases():
 
 
 def test_reparameterize_draws_from_the_normal_it_is_given():
-    mu, logvar = (
-        torch.tensor([1.0, -3.0]).expand(200_000, 2),
-        torch.tensor([0.5, 3.0]).square().log().expand(200_000, 2),
-    )
-    z = vae.reparameterize(mu, logvar)
-    torch.testing.assert_close(z.mean(0), mu[0], atol=0.03, rtol=0)
-    torch.testing.assert_close(z.std(0), torch.tensor([0.5, 3.0]), atol=0, rtol=0.01)
+    mu, sigma = torch.tensor([1.0, -3.0]), torch.tensor([0.5, 3.0])
+    z = vae.reparameterize(mu.expand(200_000, 2), sigma.square().log().expand(200_000, 2))
+    torch.testing.assert_close(z.mean(0), mu, atol=0.03, rtol=0)
+    torch.testing.assert_close(z.std(0), sigma, atol=0, rtol=0.01)
 
 
 def test_reparameterize_is_new_every_time_and_still_without_variance():
@@ -179,12 +158,10 @@ def test_interpolation_goes_straight_from_code_to_code():
 @pytest.mark.parametrize(
     "bad",
     [
-        torch.full((2, 1, 28, 28), 255.0),
-        torch.full((2, 1, 28, 28), -1.5),
-        torch.zeros(2, 3, 28, 28),
-        torch.zeros(2, 1, 32, 32),
+        torch.full((2, 1, 28, 28), 255.0), torch.full((2, 1, 28, 28), -1.5),
+        torch.zeros(2, 3, 28, 28), torch.zeros(2, 1, 32, 32),
     ],
-)
+)  # fmt: skip
 def test_wrong_images(bad):
     with pytest.raises(UserError):
         vae.loss(small(), bad)
@@ -196,9 +173,8 @@ def trained(name, steps=250):
     variant, curves = vae.variants(cfg)[name], {"reconstruction": [], "kl": []}
     torch.manual_seed(0)
     model = vae.VAE(variant.latent, cfg.channels, cfg.hidden)
-    losses = list(
-        vae.train(model, torch.optim.Adam(model.parameters(), cfg.lr), data.mnist("train")[0], cfg, curves, variant)
-    )
+    optimizer = torch.optim.Adam(model.parameters(), cfg.lr)
+    losses = list(vae.train(model, optimizer, data.mnist("train")[0], cfg, curves, variant))
     assert len(losses) == steps == len(curves["kl"]) and all(math.isfinite(x) for x in losses)
     return losses, *vae.measure(model, data.to_float(data.mnist("test")[0][:500]))
 
@@ -222,9 +198,8 @@ def test_command_writes_what_it_promises(tmp_path):
         assert (tmp_path / "a" / name).stat().st_size > 0 and name in done.stdout
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     for name in ("2-d", "3-d", "no noise", "no KL"):
-        assert metrics[f"{name}: elbo"] == pytest.approx(
-            -metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"], rel=1e-5
-        )
+        elbo = -metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"]
+        assert metrics[f"{name}: elbo"] == pytest.approx(elbo, rel=1e-5)
         assert {f"{name}: {k}" for k in ("recognised", "frechet", "digits_seen")} <= metrics.keys()
     models = vae.load(tmp_path / "a" / "model.safetensors")
     assert list(models) == ["2-d", "3-d", "no noise", "no KL"] and models["3-d"].latent == 3

@@ -123,9 +123,8 @@ def unpack(archive: Path, folder: Path, keep: str) -> None:
         wheel = isinstance(opened, zipfile.ZipFile)
         for name in opened.namelist() if wheel else [member.name for member in opened if member.isfile()]:
             path = (folder / name).resolve()
-            check(
-                path.is_relative_to(folder.resolve()), f"{archive.name} is unsafe: it holds '{name}'; it was not used"
-            )
+            inside = path.is_relative_to(folder.resolve())
+            check(inside, f"{archive.name} is unsafe: it holds '{name}'; it was not used")
             if not name.endswith("/") and (fnmatch.fnmatch(name, keep) or "LICENSE" in path.name):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(name) if wheel else opened.extractfile(name) as source, path.open("wb") as out:

@@ -1,6 +1,8 @@
-"""Files that survive: tensors and numbers in one safetensors file, written whole or not at all, with a hash of every byte.
+"""Files that survive: tensors and numbers in one safetensors file, whole or not at all, with a hash of every byte.
 
-    python -m utils.checkpoint outputs/ddpm models/weights/ddpm    # what a run made -> shipped weights in bf16, with their record
+What a run made becomes shipped weights, in bf16 and with their record:
+
+    python -m utils.checkpoint outputs/ddpm models/weights/ddpm
 """
 
 import hashlib
@@ -51,7 +53,7 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) 
 
 
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """-> (tensors, meta). Raises UserError if the file is missing, cut short, not ours, or differs from its hash in one bit."""
+    """-> (tensors, meta). Raises UserError if the file is missing, cut short, not ours, or not what its hash says."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one first, or name another file")
@@ -60,15 +62,19 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
             header = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (safe_open is no dict)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({str(error)[:80]}); delete it and train again") from None
+        reason = str(error)[:80]
+        raise UserError(f"{path} is not a whole safetensors file ({reason}); delete it and train again") from None
     text = header.get("meta", "")
     if header != {"meta": text, "sha256": digest(tensors, text), "format": "pt"}:
-        raise UserError(f"{path} is damaged or was not written by this project: its sha256 does not match; delete it and train again")
+        raise UserError(f"{path} is damaged or not written by this project (its sha256); delete it and train again")
     return tensors, json.loads(text)
 
 
 def save_state(path: str | Path, **parts: Any) -> Path:
-    """Save modules and optimizers (anything with a state_dict), plain values and the random state: `load_state` goes on bit for bit."""
+    """Save modules and optimizers (anything with a state_dict), plain values and the random state.
+
+    From it `load_state` goes on bit for bit.
+    """
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
     state["random"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     tensors: dict[str, torch.Tensor] = {}
@@ -76,7 +82,7 @@ def save_state(path: str | Path, **parts: Any) -> Path:
 
 
 def load_state(path: str | Path, **parts: Any) -> dict[str, Any]:
-    """Load what `save_state` wrote into the given modules and optimizers; returns the plain values. Raises UserError on a misfit."""
+    """Load what `save_state` wrote into the given parts; returns the plain values. Raises UserError on a misfit."""
     tensors, skeleton = read(path)
     state = _put_back(skeleton, tensors)
     try:
@@ -84,7 +90,8 @@ def load_state(path: str | Path, **parts: Any) -> dict[str, Any]:
             part.load_state_dict(state.pop(name))
         cpu, *cuda = state.pop("random")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} was made with other settings ({str(error).splitlines()[0]}); use the same flags, or leave out --resume") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} was made with other settings ({reason}); use the same or leave out --resume") from None
     torch.set_rng_state(cpu)
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda[0])
@@ -111,7 +118,7 @@ def _put_back(x: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """Turn the results of a long run into shipped weights: bf16, with the run's config, numbers and loss curve beside them."""
+    """Turn the results of a long run into shipped weights: bf16, its config, numbers and loss curve beside them."""
 
     run: Annotated[Path, tyro.conf.Positional]  # the output folder of a run
     target: Annotated[Path, tyro.conf.Positional]  # e.g. models/weights/ddpm
@@ -121,7 +128,8 @@ class Config:
 def ship(cfg: Config) -> None:
     """Writes target.safetensors, target.json and target_loss.png."""
     tensors, meta = read(cfg.run / cfg.file)
-    write(cfg.target.with_suffix(".safetensors"), {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, meta)
+    tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
+    write(cfg.target.with_suffix(".safetensors"), tensors, meta)
     record = {name: json.loads((cfg.run / f"{name}.json").read_text()) for name in ("config", "metrics")}
     write_json(cfg.target.with_suffix(".json"), record)
     shutil.copy(cfg.run / "loss.png", cfg.target.with_name(cfg.target.name + "_loss.png"))

@@ -1,5 +1,6 @@
-"""Figures: grids of pictures, film strips, curves. Each function writes one PNG and returns its path."""
+"""Figures: grids of pictures, film strips, curves, scatter plots. Each function writes one PNG and returns its path."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def tile(images: torch.Tensor, columns: int = 8, pad: int = 2, scale: int = 1, g
     x = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     x = torch.cat([x, torch.full((-len(x) % columns, *x.shape[1:]), ground, dtype=torch.uint8)])
     x = torch.nn.functional.pad(x, (0, pad, 0, pad), value=ground)
-    return rearrange(x, "(r c) d h w -> (r h) (c w) d", c=columns)[:-pad or None, :-pad or None].numpy()
+    return rearrange(x, "(r c) d h w -> (r h) (c w) d", c=columns)[: -pad or None, : -pad or None].numpy()
 
 
 def grid(path: str | Path, images: torch.Tensor, columns: int = 8, scale: int = 2) -> Path:
@@ -30,7 +31,8 @@ def grid(path: str | Path, images: torch.Tensor, columns: int = 8, scale: int = 
 def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any] = (), scale: float = 0.7) -> Path:
     """One labelled row of pictures an entry: {"label": (N, C, H, W) in [-1, 1]}; `titles` stand over the columns."""
     columns = max(len(x) for x in named.values())
-    figure, axes = plt.subplots(len(named), columns, figsize=(scale * columns + 1.2, scale * len(named) + 0.4), squeeze=False)
+    width, height = scale * columns + 1.2, scale * len(named) + 0.4
+    figure, axes = plt.subplots(len(named), columns, figsize=(width, height), squeeze=False)
     for i, (label, images) in enumerate(named.items()):
         for j in range(columns):
             axes[i, j].axis("off")
@@ -39,12 +41,17 @@ def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any]
             if i == 0 and j < len(titles):
                 axes[i, j].set_title(str(titles[j]), fontsize=8)
         axes[i, 0].text(-0.15, 0.5, label, transform=axes[i, 0].transAxes, ha="right", va="center", fontsize=9)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06, left=1.2 / (scale * columns + 1.2), right=0.99, bottom=0.02, top=1 - 0.35 / (scale * len(named) + 0.4))
+    figure.subplots_adjust(left=1.2 / width, right=0.99, bottom=0.02, top=1 - 0.35 / height, wspace=0.06, hspace=0.06)
     return close(figure, path)
 
 
-def curves(path: str | Path, named: dict[str, Any], x: str = "", y: str = "", smooth: int = 0, log: str = "", size=(5.2, 3.2)) -> Path:
-    """One line an entry: a sequence of y, or a pair (xs, ys); `smooth` averages over so many points; log: "x", "y" or "xy"."""
+def curves(
+    path: str | Path, named: dict[str, Any], x: str = "", y: str = "", smooth: int = 0, log: str = "", size=(5.2, 3.2)
+) -> Path:
+    """One line an entry: a sequence of y, or a pair (xs, ys).
+
+    `smooth` averages over so many points; log: "x", "y" or "xy".
+    """
     figure, axes = plt.subplots(figsize=size)
     for label, values in named.items():
         xs, ys = values if isinstance(values, tuple) else (range(1, len(values) + 1), values)
@@ -57,8 +64,35 @@ def curves(path: str | Path, named: dict[str, Any], x: str = "", y: str = "", sm
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if len(named) > 1:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # hides no curve
     return close(figure, path)
+
+
+def panels(path: str | Path, layout: list[dict[str, Any]], size: float = 3.0) -> Path:
+    """Row by row {"title": pictures (N, C, H, W), laid in a square, or (codes (N, D), labels (N,)) for `scatter`}."""
+    shape = len(layout), len(layout[0])
+    figure, axes = plt.subplots(*shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False)
+    for axis, (title, content) in zip(axes.flat, (panel for row in layout for panel in row.items())):
+        axis.set_title(title, fontsize=9)
+        if isinstance(content, tuple):
+            scatter(axis, *content)
+        else:
+            axis.imshow(tile(content, math.isqrt(len(content)), pad=0), interpolation="lanczos")
+            axis.axis("off")
+    figure.tight_layout()
+    return close(figure, path)
+
+
+def scatter(axis: Any, codes: torch.Tensor, labels: torch.Tensor) -> None:
+    """The first two dimensions of codes (N, D), coloured by label; the circle holds 95 % of a 2-d standard normal."""
+    codes = codes[:, :2].cpu()
+    axis.scatter(*codes.T, c=labels, cmap="tab10", s=1, alpha=0.4, linewidths=0)
+    for k in labels.unique():
+        middle = codes[labels == k].median(0).values
+        axis.text(*middle, str(int(k)), ha="center", va="center", weight="bold", fontsize=9)
+    axis.add_patch(plt.Circle((0, 0), math.sqrt(-2 * math.log(0.05)), fill=False, color="black", linewidth=1))
+    reach = max(3.0, 1.1 * float(codes.abs().quantile(0.998)))
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 
 
 def close(figure: Any, path: str | Path) -> Path:

@@ -39,10 +39,8 @@ def embed(texts: list[str], tokenizer: Any, model: Any, batch: int = 64) -> Tens
     """
     vectors = []
     for start in range(0, len(texts), batch):
-        tokens = tokenizer(
-            texts[start : start + batch], padding=True, truncation=True, max_length=256, return_tensors="pt"
-        )
-        tokens = tokens.to(model.device)
+        part = texts[start : start + batch]
+        tokens = tokenizer(part, padding=True, truncation=True, max_length=256, return_tensors="pt").to(model.device)
         states = model(**tokens).last_hidden_state  # (B,T,384)
         mask = tokens["attention_mask"].unsqueeze(-1)  # (B,T,1)
         vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
@@ -71,9 +69,8 @@ def efficientnet_input(images: Tensor) -> Tensor:
 @torch.no_grad()
 def efficientnet_features(model: Any, images: Tensor, pooled: bool = True, batch: int = 64) -> Tensor:
     """Images as `efficientnet_input` takes them -> (B,1280) pooled, or the map (B,1280,7,7): 49 visual tokens."""
-    maps = (
-        model.extract_features(efficientnet_input(part.to(model._fc.weight.device))) for part in images.split(batch)
-    )
+    parts = (efficientnet_input(part.to(model._fc.weight.device)) for part in images.split(batch))
+    maps = (model.extract_features(part) for part in parts)
     return torch.cat([x.mean((2, 3)) if pooled else x for x in maps])
 
 

@@ -28,7 +28,7 @@ def check(condition: Any, message: str) -> None:
 
 
 def cli(main: Callable[[Any], Any], config: type) -> Any:
-    """Parse the command line into the dataclass `config`, run main(config); a UserError becomes one line and exit code 2."""
+    """Parse the command line into the dataclass `config`, run main; a UserError becomes one line and exit code 2."""
     # launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
     args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
     try:
@@ -59,12 +59,12 @@ def seed(value: int) -> None:
 
 
 def autocast(on: torch.device, bf16: bool = True) -> torch.autocast:
-    """Matrix products in bf16, everything that needs range in fp32. Never fp16: a CPU is a hundred times slower in it."""
+    """Matrix products in bf16, what needs range in fp32. Never fp16: a CPU is a hundred times slower in it."""
     return torch.autocast(on.type, torch.bfloat16, enabled=bf16)
 
 
 def output(folder: str | Path, cfg: Any) -> Path:
-    """Make the folder that a run writes to and put the configuration there. Raises UserError if it cannot be written."""
+    """Make the folder that a run writes to, put the configuration there. Raises UserError if it cannot be written."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,10 +83,14 @@ def write_json(path: Path, content: Any) -> None:
 
 def bar(things: Iterable[Any], total: int, start: int = 0, name: str = "train") -> tqdm:
     """A progress bar; in a log file a line every half minute instead."""
-    return tqdm(things, total=total, initial=start, desc=name, mininterval=0.2 if sys.stderr.isatty() else 30, maxinterval=30)
+    interval = 0.2 if sys.stderr.isatty() else 30
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+    return tqdm(things, total=total, initial=start, desc=name, mininterval=interval, maxinterval=30, disable=quiet)
 
 
-def progress(losses: Iterable[float], total: int, start: int = 0, every: int = 0, save: Callable[[], None] | None = None) -> Iterator[float]:
+def progress(
+    losses: Iterable[float], total: int, start: int = 0, every: int = 0, save: Callable[[], Any] | None = None
+) -> Iterator[float]:
     """Pass the losses on under a progress bar; call `save` every so many steps.
 
     Raises UserError at the first loss that is not finite, before anything is saved over the last good checkpoint.
@@ -102,10 +106,10 @@ def progress(losses: Iterable[float], total: int, start: int = 0, every: int = 0
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Seconds since it was made, and those `before`: a resumed run goes on counting."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, before: float = 0) -> None:
+        self.start = time.perf_counter() - before
 
     def __call__(self) -> float:
         return time.perf_counter() - self.start

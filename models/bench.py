@@ -1,0 +1,158 @@
+"""How fast is the U-Net of this book? Ratios in one process, interleaved, CPU time, one thread: `make bench`.
+
+A training step (forward, backward, AdamW) of unet.UNet against diffusers.UNet2DModel, which has the same parameters
+and does the same work (the counter misses its fused attention, 3 %), and against denoising-diffusion-pytorch's Unet at the nearest size. That package
+pulls in torchvision, which does not load beside the CPU build of torch, so it is measured only where someone ran
+`pip install --no-deps denoising-diffusion-pytorch`; the helpers that it imports and a bare Unet does not use are
+stubbed.
+
+    python models/bench.py
+"""
+
+import importlib
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import ddim, ddpm
+from models.unet import UNet
+from utils import run
+
+# The pair of settings of the two U-Nets with the nearest cost: 0.7 % more FLOPs and 6 % more parameters in ours.
+LUCID = dict(channels=(40, 72), layers=2, attention=(False, True)), dict(dim=40, mults=(1, 2))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compare training steps and the sampler's overhead."""
+
+    rounds: int = 12  # interleaved repetitions; the median of the ratios is reported
+    batch: int = 32  # images per step
+    seed: int = 0  # same seed, same weights
+    out: str = "outputs/bench"  # where the results go
+
+
+def ours(channels, layers, attention, size, colours=4, head_dim=32):
+    return UNet(colours, channels, layers, attention, head_dim=head_dim), (colours, size, size)
+
+
+def diffusers_unet(channels, layers, attention, colours=4):
+    from diffusers import UNet2DModel
+
+    down = ["AttnDownBlock2D" if a else "DownBlock2D" for a in attention]
+    up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)]
+    return UNet2DModel(
+        in_channels=colours, out_channels=colours, layers_per_block=layers, block_out_channels=channels,
+        down_block_types=down, up_block_types=up, attention_head_dim=32, norm_num_groups=8,
+    )  # fmt: skip
+
+
+def lucidrains_unet(dim, mults, colours=4):
+    """denoising-diffusion-pytorch's Unet, or None where it is not installed."""
+    names = ["torchvision", "torchvision.transforms", "torchvision.utils", "torchvision.models"]
+    names += ["ema_pytorch", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"]
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+        try:
+            module = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+        except ImportError:
+            return None
+    return module.Unet(dim, dim_mults=mults, channels=colours, flash_attn=False)
+
+
+def cost(model, x, t):
+    """(parameters, FLOPs of a forward and a backward pass)."""
+    with FlopCounterMode(display=False) as counter:
+        output(model, x, t).float().mean().backward()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def output(model, x, t):
+    y = model(x, t)
+    return y if isinstance(y, torch.Tensor) else y.sample
+
+
+def seconds(action):
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def training_step(model, x, t, bf16):
+    """A function that makes one step."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = (output(model, x, t).float() - x).square().mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def interleaved(actions, rounds):
+    """Run the actions in turn, after one unmeasured turn -> [seconds of each]."""
+    for action in actions:
+        action()
+    times = [[seconds(action) for action in actions] for _ in range(rounds)]
+    return list(zip(*times))
+
+
+def matmul_rate(bf16, n=1024):
+    """FLOP/s of this machine, one thread, in a product of n x n matrices."""
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    return 2 * n**3 / statistics.median(seconds(lambda: a @ b) for _ in range(9))
+
+
+def main(cfg: Config) -> dict:
+    run.check(cfg.rounds > 0 and cfg.batch > 0, "--rounds and --batch must be at least 1")
+    torch.set_num_threads(1)
+    run.seed(cfg.seed)
+    folder, metrics = run.output(cfg.out, cfg), {}
+    shape = dict(channels=(32, 64), layers=2, attention=(False, True))
+    pairs = {
+        "diffusers": (ours(**shape, size=14), diffusers_unet(**shape)),
+        "denoising-diffusion-pytorch": (ours(**LUCID[0], size=16), lucidrains_unet(**LUCID[1])),
+    }
+    for name, ((model, image), other) in pairs.items():
+        x, t = torch.randn(cfg.batch, *image), torch.randint(1000, (cfg.batch,))
+        if other is None:
+            metrics[name] = "not measured: pip install --no-deps denoising-diffusion-pytorch"
+            continue
+        (p, f), (p_other, f_other) = cost(model, x, t), cost(other, x, t)
+        sizes = {"parameters": p, "their_parameters": p_other, "GFLOP": f / 1e9, "their_GFLOP": f_other / 1e9}
+        metrics[f"{name}: size"] = sizes
+        for kind, bf16 in (("fp32", False), ("bf16", True)):
+            mine, theirs = interleaved([training_step(m, x, t, bf16) for m in (model, other)], cfg.rounds)
+            metrics[f"{name}: {kind} step"] = {
+                "times_faster": statistics.median(b / a for a, b in zip(mine, theirs)),
+                "ms": 1e3 * statistics.median(mine),
+                "their_ms": 1e3 * statistics.median(theirs),
+                "share_of_matmul_rate": f / statistics.median(mine) / matmul_rate(bf16),
+            }
+    metrics["sampler overhead"] = sampler_overhead(cfg)
+    return run.report(folder, metrics)
+
+
+def sampler_overhead(cfg, n=20):
+    """Time of ddim.sample over that of the bare network calls in it, minus 1."""
+    model, schedule = ddpm.build((32, 64), 2).eval(), ddpm.Schedule(kind="cosine")
+    noise, t = torch.randn(cfg.batch, 1, 28, 28), torch.zeros(cfg.batch, dtype=torch.long)
+
+    @torch.no_grad()
+    def bare():
+        for _ in range(n):
+            model(noise, t)
+
+    whole, calls = interleaved([lambda: ddim.last(ddim.sample(model, schedule, noise, n, "v")), bare], cfg.rounds)
+    return statistics.median(a / b for a, b in zip(whole, calls)) - 1
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)
