@@ -15,10 +15,10 @@ help:
 
 demo: $(READY)
 	$(PY) models/ddpm.py
-	@echo "look at the figures in outputs/ddpm/"
+	@echo "look at outputs/ddpm/film.png: digits growing out of noise"
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 notebooks: $(READY)
 	$(PY) -m pytest -v tests/notebooks.py

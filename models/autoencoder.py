@@ -8,7 +8,7 @@ Shapes: B images, C = 3 colours, H x W pixels, D latent channels, h x w latents 
 Modules carry the names of diffusers' AutoencoderKL, so weights move both ways by load_state_dict.
 Differences from the paper: features of EfficientNet-lite0, not of VGG, in the perceptual loss; a tenth of the channels.
 
-    python models/autoencoder.py                        # @TIME@ on two CPU cores
+    python models/autoencoder.py
     python models/autoencoder.py --pretrained           # only the pictures and the numbers
     python models/autoencoder.py --adversarial 0.5 --steps 20000 --batch 64     # with the discriminator, for a GPU
 """

@@ -1,10 +1,10 @@
 """How fast is the U-Net of this book? Ratios in one process, interleaved, CPU time, one thread: `make bench`.
 
 A training step (forward, backward, AdamW) of unet.UNet against diffusers.UNet2DModel, which has the same parameters
-and does the same work (the counter misses its fused attention, 3 %), and against denoising-diffusion-pytorch's Unet at the nearest size. That package
-pulls in torchvision, which does not load beside the CPU build of torch, so it is measured only where someone ran
-`pip install --no-deps denoising-diffusion-pytorch`; the helpers that it imports and a bare Unet does not use are
-stubbed.
+and does the same work (the counter misses 3 % of its, in a fused attention), and against denoising-diffusion-pytorch's
+Unet at the nearest size. That package pulls in torchvision, which does not load beside the CPU build of torch, so it is
+measured only where someone ran `pip install --no-deps denoising-diffusion-pytorch`; the helpers that it imports and a
+bare Unet does not use are stubbed.
 
     python models/bench.py
 """

@@ -61,16 +61,17 @@ def levels(schedule, t):
 def step(schedule, xt, t, t_prev, eps, eta=0.0, noise=None, clip=True):
     """From step t to t_prev < t: (B, C, H, W), (B,), (B,), (B, C, H, W) -> (B, C, H, W)."""
     (signal, level), (signal_prev, level_prev) = levels(schedule, t), levels(schedule, t_prev)
+    sigma = eta * level_prev / level * (1 - signal**2 / signal_prev**2).sqrt() if eta else 0 * level  # Eq. 16
+    back = (level_prev**2 - sigma**2).clamp(min=0).sqrt()
+    signal, level, signal_prev, back, sigma = (c.to(xt.dtype) for c in (signal, level, signal_prev, back, sigma))
     x0 = (xt - level * eps) / signal  # Eq. 9
     if clip:
         x0 = x0.clamp(-1, 1)
         eps = (xt - signal * x0) / level
+    x = signal_prev * x0 + back * eps  # Eq. 12, without its noise
     if eta == 0:
-        return (signal_prev * x0 + level_prev * eps).to(xt.dtype)  # Eq. 12
-    sigma = eta * level_prev / level * (1 - signal**2 / signal_prev**2).sqrt()  # Eq. 16
-    noise = torch.randn_like(xt) if noise is None else noise
-    direction = (level_prev**2 - sigma**2).clamp(min=0).sqrt() * eps
-    return (signal_prev * x0 + direction + sigma * noise).to(xt.dtype)  # Eq. 12
+        return x
+    return x + sigma * (torch.randn_like(xt) if noise is None else noise)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Shapes: B images, D latent channels, h x w latents, L words, E = 384 features of
 Differences from the paper: MiniLM, not a transformer of its own, reads the text; v is predicted under the cosine
 schedule (see ddpm.py).
 
-    python models/stable_diffuser.py                                        # @TIME@ on two CPU cores
+    python models/stable_diffuser.py
     python models/stable_diffuser.py --pretrained --prompt "red apple"      # seconds
     python models/stable_diffuser.py --pretrained --prompt "face" --negative "yellow"
     torchrun --nproc_per_node 2 models/stable_diffuser.py                   # gloo on CPUs, nccl on GPUs
@@ -45,7 +45,7 @@ class Config:
     lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     channels: tuple[int, ...] = (64, 128)  # widths of the U-Net, one per resolution
     drop_text: float = 0.1  # share of captions replaced by the empty one, for guidance
-    autoencoder: str = str(autoencoder.WEIGHTS)  # weights written by models/autoencoder.py
+    autoencoder: str = ""  # weights written by models/autoencoder.py; empty: the shipped ones
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
     seed: int = 0  # same seed, same numbers
@@ -218,7 +218,7 @@ def main(cfg: Config) -> dict:
     folder, clock = run.output(cfg.out, cfg), run.Clock()
     images, captions, _ = data.emoji(64)
     held_out = torch.tensor(autoencoder.split(captions))
-    coder, scale = autoencoder.load(cfg.autoencoder, device)
+    coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
     text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
     shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
     metrics, state = {}, folder / "state.safetensors"

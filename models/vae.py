@@ -12,8 +12,8 @@ The likelihood is Bernoulli (App. C.1): a pixel is a coin, its grey the chance o
 target is the mean over all tosses, so the bound is one for MNIST binarised at random. Pictures show chances, no tosses.
 Differences from the paper: convolutions, not one hidden layer; Adam, not Adagrad; one z an image is the paper's L = 1.
 
-    python models/vae.py                              # four models, pictures, numbers: @TIME@ on two CPU cores
-    python models/vae.py --latents 2 --no-ablations   # the map alone: @SHORT@
+    python models/vae.py                              # four models, pictures, numbers: 2.0 min on two CPU cores
+    python models/vae.py --latents 2 --no-ablations   # the map alone
     python models/vae.py --latents 2 64 --channels 64 128 --hidden 512 --batch 512 --steps 20000   # larger, for a GPU
 """
 

@@ -237,11 +237,9 @@ class Settings:
 def test_output_and_report(tmp_path, capsys):
     folder = run.output(tmp_path / "deep" / "er", Settings(size=5))
     assert json.loads((folder / "config.json").read_text()) == {"size": 5, "out": "outputs/toy"}
-    assert (
-        run.report(folder, {"loss": 0.25}, then="python x.py")
-        == json.loads((folder / "metrics.json").read_text())
-        == {"loss": 0.25}
-    )
+    assert run.report(folder, {"loss": 0.25}, then="python x.py") == {"loss": 0.25}
+    written = json.loads((folder / "metrics.json").read_text())
+    assert written["loss"] == 0.25 and written["command"].startswith("python ") and "CPU" in written["machine"]
     text = capsys.readouterr().out
     assert "0.25" in text and "config.json, metrics.json" in text and "next: python x.py" in text
 

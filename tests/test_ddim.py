@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from models import ddim, ddpm
-from tests.conftest import ROOT
 from tests.test_ddpm import KINDS, TINY, command
+from utils.run import UserError
 
 
 def scheduler(kind, spacing):
@@ -112,11 +112,16 @@ def test_command_trains_if_there_are_no_weights(tmp_path):
 
 
 def test_it_says_that_it_trains(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    """Without weights in the usual place it trains; a path that was asked for and is not there is an error."""
+    monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(ddpm, "main", lambda cfg: asked.append(cfg))
-    ddim.find_weights(ddim.Config(weights=str(tmp_path / "none" / "model.safetensors")))
+    ddim.find_weights(ddim.Config())
     assert len(asked) == 1 and "training them first" in capsys.readouterr().out
+    missing = str(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="none.safetensors"):
+        ddpm.load(ddim.find_weights(ddim.Config(weights=missing)))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("args", [["--counts", "0"], ["--counts", "2000"], ["--eta", "-1"], ["--spacing", "linspace"]])

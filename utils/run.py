@@ -116,8 +116,10 @@ class Clock:
 
 
 def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, Any]:
-    """Write metrics.json, say what lies in the folder and what to run next; returns the metrics."""
-    write_json(folder / "metrics.json", metrics)
+    """Write metrics.json, with the command and the machine; say what was written and what to run next."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    made = {"command": " ".join(["python", *sys.argv]), "machine": f"{os.cpu_count()} CPU cores {gpu}".strip()}
+    write_json(folder / "metrics.json", metrics | made)
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
             value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())

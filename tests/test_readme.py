@@ -1,0 +1,70 @@
+"""Every command in every README runs; every local link and figure is there; every excerpt of code is verbatim."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+
+
+def tiny_flags():
+    """{script: flags} from the tables `| script | tiny flags |` of the chapters."""
+    rows = [r for p in READMES for r in re.findall(r"^\| `(\w+/\w+\.py)` \| `([^`]*)` \|$", p.read_text(), re.M)]
+    return {script: shlex.split(flags) for script, flags in rows}
+
+
+def commands():
+    """Every line of a ```bash block that begins with python or torchrun, once each."""
+    lines = [
+        line.split("   #")[0].strip()
+        for p in READMES
+        for block in re.findall(r"```bash\n(.*?)```", p.read_text(), re.S)
+        for line in block.splitlines()
+    ]
+    return list(dict.fromkeys(x for x in lines if x.startswith(("python", "torchrun"))))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command(line, tmp_path):
+    words = shlex.split(line)
+    script = next((w for w in words if w.endswith(".py")), None)
+    if words[0] == "torchrun":
+        words = ["python", "-m", "torch.distributed.run", *words[1:]]
+    if script is not None:
+        words += [*tiny_flags()[script], "--out", str(tmp_path)]
+    port = {"MASTER_PORT": str(29700 + os.getpid() % 200)}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert script is None or (tmp_path / "metrics.json").is_file()
+
+
+def test_the_rule_covers_every_script_that_is_named():
+    named = {w for line in commands() for w in shlex.split(line) if w.endswith(".py")}
+    assert named and named <= tiny_flags().keys()
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+    lost = [x for x in links if not x.startswith("http") and not (path.parent / x).exists()]
+    assert not lost, f"{path.name} links to {lost}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_nothing_was_left_to_fill_in(path):
+    assert not re.findall(r"@[A-Z_0-9]+@", path.read_text())
+
+
+@pytest.mark.parametrize("path", READMES[1:], ids=lambda p: p.parent.name)
+def test_excerpts_are_verbatim(path):
+    """A block of Python in a chapter README consists of lines of the chapter's scripts."""
+    lines = {line.strip() for p in path.parent.glob("*.py") for line in p.read_text().splitlines()}
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
+        for line in block.splitlines():
+            assert line.strip() in lines | {"", "..."}, line

@@ -1,0 +1,124 @@
+"""The house keeps its promises: scripts have notebook, test and README row; only the first fetch needs a network."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_readme import tiny_flags
+
+CHAPTERS = ["models"]
+SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
+TOPICS = [p for p in SCRIPTS if p.stem != "bench"]  # bench.py measures; it teaches nothing
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
+SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in (ROOT / folder).glob("*.py")]
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text())["cells"]
+    return [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+
+
+@pytest.mark.parametrize("script", TOPICS, ids=lambda p: p.stem)
+def test_every_script_has_its_notebook_test_and_readme_row(script):
+    chapter, name = script.parent.name, script.stem
+    assert (ROOT / "notebooks" / chapter / f"{name}.ipynb").is_file()
+    assert (ROOT / "tests" / f"test_{name}.py").is_file()
+    for readme in (ROOT / "README.md", script.parent / "README.md"):
+        row = re.search(rf"^\|.*{name}\.py.*{name}\.ipynb", readme.read_text(), re.M)
+        assert row, f"{readme} has no row for {name}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_shows_the_module_and_does_not_write_it_again(path):
+    module = importlib.import_module(f"{path.parent.name}.{path.stem}")
+    own = {n for n, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__}
+    cells = ["".join(c["source"]) for c in code_cells(path)]
+    plain = "\n".join(line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
+    tree = ast.parse(plain)
+    made = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    assert not made & own, f"{path.name} defines {made & own} again"
+    assert re.search(rf"import .*\b{path.stem}\b", plain), "it does not import its module"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_was_run_and_its_figures_are_small(path):
+    outputs = [o for c in code_cells(path) for o in c["outputs"]]
+    assert all(c["execution_count"] for c in code_cells(path))
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert pictures and max(map(len, pictures)) * 3 / 4 < 300_000
+    assert path.stat().st_size < 1_000_000
+    assert "Exercises" in "".join(json.loads(path.read_text())["cells"][-1]["source"])
+
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(self, address, *rest):
+    raise OSError(f"a socket was opened to {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = lambda *a, **k: refuse(None, a)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", TOPICS, ids=lambda p: p.stem)
+def test_a_second_run_is_offline(script, tmp_path):
+    name = f"{script.parent.name}/{script.name}"
+    args = [sys.executable, "-c", OFFLINE, name, *tiny_flags()[name], "--out", str(tmp_path)]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_socket_block_blocks():
+    fetch = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')"
+    code = OFFLINE.replace('runpy.run_path(sys.argv[0], run_name="__main__")', fetch)
+    done = subprocess.run([sys.executable, "-c", code, "x"], capture_output=True, text=True)
+    assert done.returncode != 0 and "a socket was opened" in done.stderr
+
+
+def test_nothing_unsafe_or_unwanted():
+    unsafe = ("weights_only=False", "import pickle", "trust_remote_code", "allow_dangerous")
+    for path in SOURCES:
+        for bad in (*unsafe, "import torchvision", "wandb") if path.name != "test_repo.py" else ():
+            assert bad not in path.read_text(), f"{path}: {bad}"
+    needs = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert not [x for x in needs if x.startswith("torchvision")]
+    assert needs[-1] == "-e ." and "torch==2.13.0" in needs
+
+
+def test_chapters_import_utils_and_themselves_only():
+    for path in SOURCES:
+        home = path.parent.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for top in {n.split(".")[0] for n in names} & set(CHAPTERS):
+                assert home in (top, "tests"), f"{path} imports {top}"
+
+
+def test_shipped_weights_are_small_and_have_their_record():
+    weights = sorted((ROOT / "models" / "weights").glob("*.safetensors"))
+    assert {p.stem for p in weights} >= {"quality", "ddpm", "autoencoder", "stable_diffuser", "dit"}
+    assert max(p.stat().st_size for p in weights) <= 10e6 and sum(p.stat().st_size for p in weights) <= 30e6
+    for p in weights:
+        record = json.loads(p.with_suffix(".json").read_text())
+        assert {"config", "metrics"} <= record.keys()
+        assert record["metrics"]["train_seconds"] > 0 and record["metrics"]["machine"] and record["metrics"]["command"]
+        assert p.with_name(f"{p.stem}_loss.png").is_file()
+
+
+def test_make_installs_once(tmp_path):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    plan = lambda: subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True).stdout  # noqa: E731
+    assert "pip install" in plan() and "models/ddpm.py" in plan()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "ready").touch()
+    assert "pip install" not in plan() and "models/ddpm.py" in plan()
