@@ -1,12 +1,13 @@
-"""The first stage of latent diffusion: 64 x 64 pixels folded into 8 x 8 latents. Rombach et al. 2022, arXiv:2112.10752.
+"""The first stage of latent diffusion: 64 x 64 pixels folded to 16 x 16 latents. Rombach et al. 2022, arXiv:2112.10752.
 
 Most bits of an image are texture that nobody asked for. An encoder throws them away once, a decoder paints them back,
 and the diffusion model of `stable_diffuser.py` works on what is left: here 12 288 numbers become 1024. Sections are the
 paper's.
 
-Shapes: B images, C = 3 colours, H x W pixels, D latent channels, h x w latents with h = H / 8.
+Shapes: B images, C = 3 colours, H x W pixels, D latent channels, h x w latents with h = H / 4.
 Modules carry the names of diffusers' AutoencoderKL, so weights move both ways by load_state_dict.
-Differences from the paper: features of EfficientNet-lite0, not of VGG, in the perceptual loss; a tenth of the channels.
+Differences from the paper: features of EfficientNet-lite0, not of VGG, in the perceptual loss; an eighth of the
+channels and half of the blocks.
 
     python models/autoencoder.py
     python models/autoencoder.py --pretrained           # only the pictures and the numbers
@@ -37,8 +38,8 @@ class Config:
     steps: int = 500  # training steps
     batch: int = 16  # images per step
     lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
-    channels: tuple[int, ...] = (16, 48, 96, 128)  # widths, one per resolution; each after the first halves it
-    latent: int = 16  # D, channels of the latent
+    channels: tuple[int, ...] = (16, 48, 96)  # widths, one per resolution; each after the first halves it
+    latent: int = 4  # D, channels of the latent
     perceptual: float = 0.1  # weight of the distance in the features of a classifier
     kl: float = 1e-6  # weight of the KL divergence: only a rein on the latents' size
     adversarial: float = 0.0  # weight of the discriminator; 0 leaves it out
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """encode: (B, 3, H, W) in [-1, 1] -> mu, logvar, each (B, D, h, w); decode: (B, D, h, w) -> (B, 3, H, W)."""
 
-    def __init__(self, channels=(16, 48, 96, 128), latent=16):
+    def __init__(self, channels=(16, 48, 96), latent=4):
         super().__init__()
         self.encoder, self.decoder = Encoder(channels, latent), Decoder(channels, latent)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
@@ -234,16 +235,17 @@ def scale_factor(latents):
 
 def load(path, device="cpu"):
     """Weights written by this script -> (autoencoder, scale factor)."""
-    tensors, meta = checkpoint.read(path)
-    model = Autoencoder(meta["channels"], meta["latent"]).to(device).eval().requires_grad_(False)
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    model, meta = checkpoint.load_model(path, lambda channels, latent, **_: Autoencoder(channels, latent), device)
     return model, meta["scale"]
 
 
 def main(cfg: Config) -> dict:
     """Train (or load), reconstruct emoji that were held out, measure; writes weights and pictures."""
     run.check(min(cfg.steps, cfg.batch, cfg.latent) > 0, "--steps, --batch and --latent must be at least 1")
-    run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
+    run.check(cfg.channels and all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8")
+    run.check(len(cfg.channels) <= 6, "--channels: 64 pixels can be halved five times, so there are at most six")
+    weights = (cfg.perceptual, cfg.kl, cfg.adversarial)
+    run.check(cfg.lr > 0 <= min(weights), "--lr must be above 0, --perceptual, --kl and --adversarial not below")
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     images, captions, _ = data.emoji(64)
@@ -261,9 +263,9 @@ def main(cfg: Config) -> dict:
             optimizer_d = torch.optim.AdamW(discriminator.parameters(), 2e-4, betas=(0.5, 0.9))
             critic = {"discriminator": discriminator, "optimizer_d": optimizer_d}
         if cfg.resume:
-            before = checkpoint.load_state(state, **parts, **critic)
+            before = checkpoint.load_state(state, cfg, **parts, **critic)
             losses, clock = before["losses"], run.Clock(before["seconds"])
-        values = {"losses": losses}
+        values = {"losses": losses, "config": asdict(cfg)}
         save = lambda: checkpoint.save_state(state, **parts, **critic, **values, seconds=clock())  # noqa: E731
         steps = train(model, ema, optimizer, images[~held_out], cfg, len(losses), **critic)
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
@@ -282,7 +284,7 @@ def main(cfg: Config) -> dict:
     first, second = torch.linspace(0, len(unseen) - 1, 24).long().split(12)
     pairs = {"held out": unseen[first], "again": again[first], "held out ": unseen[second], "again ": again[second]}
     figures.rows(folder / "reconstructions.png", pairs)
-    channels = {f"channel {i}": latents[second, i : i + 1] * scale / 3 for i in range(4)}
+    channels = {f"channel {i}": latents[second, i : i + 1] * scale / 3 for i in range(min(4, latents.shape[1]))}
     figures.rows(folder / "latents.png", {"held out": unseen[second]} | channels)
     return run.report(folder, metrics, then="python models/stable_diffuser.py")
 

@@ -61,6 +61,7 @@ def levels(schedule, t):
 def step(schedule, xt, t, t_prev, eps, eta=0.0, noise=None, clip=True):
     """From step t to t_prev < t: (B, C, H, W), (B,), (B,), (B, C, H, W) -> (B, C, H, W)."""
     (signal, level), (signal_prev, level_prev) = levels(schedule, t), levels(schedule, t_prev)
+    # without eta no division: on the way up from the clean image, level is 0
     sigma = eta * level_prev / level * (1 - signal**2 / signal_prev**2).sqrt() if eta else 0 * level  # Eq. 16
     back = (level_prev**2 - sigma**2).clamp(min=0).sqrt()
     signal, level, signal_prev, back, sigma = (c.to(xt.dtype) for c in (signal, level, signal_prev, back, sigma))
@@ -87,11 +88,11 @@ def sample(model, schedule, xt, n, predict="eps", spacing="trailing", eta=0.0, c
 
 
 @torch.no_grad()
-def invert(model, schedule, x0, n, predict="eps", rounds=4):
+def invert(model, schedule, x0, n, predict="eps", rounds=8):
     """From images to the noise that `sample` turns into them: the same steps, walked upwards. Sec. 4.3.
 
     The way down asks the network at the upper end of each step, which the way up does not know yet: guess it from the
-    lower end, and use the answer as a better guess, a few rounds (one round is the paper's).
+    lower end, and use the answer as a better guess, a few rounds (one round is the nearest to the paper's).
     """
     steps = [-1, *timesteps(schedule, n).flip(0).tolist()]
     x = x0
@@ -133,10 +134,10 @@ def main(cfg: Config) -> dict:
     """Compare numbers of steps, turn test digits into noise and back, and walk from digit to digit."""
     run.check(cfg.counts and min(cfg.counts) > 0, "--counts must be one or more numbers from 1 on")
     run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figures show")
-    run.check(cfg.eta >= 0, "--eta must not be negative")
+    run.check(max(cfg.counts) <= 1000, "--counts: the schedule has 1000 steps and no more")
+    run.check(0 <= cfg.eta <= 1, "--eta must be in [0, 1]: 0 is DDIM, 1 is DDPM")
     folder, device = run.output(cfg.out, cfg), run.device(cfg.device)
     model, schedule, predict = ddpm.load(find_weights(cfg), device)
-    run.check(max(cfg.counts) <= schedule.steps, f"--counts: the schedule has {schedule.steps} steps and no more")
     run.seed(cfg.seed)
     judge, metrics, shown = quality.judge(device), {}, {}
     noise = torch.randn(cfg.samples, 1, 28, 28).to(device)

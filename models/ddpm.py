@@ -6,13 +6,12 @@ paper's.
 
 Shapes: B images, C channels, H x W pixels, T steps of noise. t is an integer tensor (B,) whose 0 is the paper's t = 1.
 Differences from the paper: the network may predict eps, x0 or v (Salimans & Ho 2022, arXiv:2202.00512), by default v
-under the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672): the paper's eps and linear schedule are flags, and
-slower to learn.
+under the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672); the paper's eps and linear schedule are flags.
 
     python models/ddpm.py                                      # train, sample, measure: 5.0 min on two CPU cores
     python models/ddpm.py --pretrained                         # sample from the shipped weights
     python models/ddpm.py --predict eps --schedule linear      # as in the paper
-    python models/ddpm.py --channels 64 128 128 --batch 256 --steps 40000   # larger, for a GPU
+    python models/ddpm.py --channels 128 256 --batch 256 --steps 40000      # larger, for a GPU
 """
 
 import copy
@@ -185,21 +184,21 @@ def train(model, ema, optimizer, schedule, images, cfg, start=0):
 
 def build(channels, layers, **_):
     """The U-Net of this chapter: pixels folded 2 x 2, attention at the coarsest resolution."""
+    run.check(1 <= len(channels) <= 2, "--channels takes one or two widths: 14 x 14 positions can be halved once")
     attention = [i == len(channels) - 1 for i in range(len(channels))]
     return UNet(1, channels, layers, attention, patch=2)
 
 
 def load(path, device="cpu"):
     """Weights written by this script -> (model, schedule, predict), ready to sample."""
-    tensors, meta = checkpoint.read(path)
-    model = build(**meta).to(device).eval().requires_grad_(False)
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    model, meta = checkpoint.load_model(path, build, device)
     return model, Schedule(kind=meta["schedule"]).to(device), meta["predict"]
 
 
 def main(cfg: Config) -> dict:
     """Train (or load), sample, measure; writes the digits, the film strip, the loss curve and the weights."""
     run.check(min(cfg.steps, cfg.batch, cfg.layers) > 0, "--steps, --batch and --layers must be at least 1")
+    run.check(cfg.lr > 0 and 0 <= cfg.ema < 1, "--lr must be above 0, --ema in [0, 1)")
     run.check(cfg.samples >= 6, "--samples must be at least 6, as many as the film shows")
     run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
     run.seed(cfg.seed)
@@ -214,9 +213,9 @@ def main(cfg: Config) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
-            before = checkpoint.load_state(state, **parts)
+            before = checkpoint.load_state(state, cfg, **parts)
             losses, clock = before["losses"], run.Clock(before["seconds"])
-        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock())  # noqa: E731
+        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock(), config=asdict(cfg))  # noqa: E731
         images, _ = data.mnist("train")
         steps = train(model, ema, optimizer, schedule, images, cfg, len(losses))
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):

@@ -175,9 +175,7 @@ def build(size, patch, **_):
 
 def load(path, device="cpu"):
     """Weights written by this script -> (model, schedule, config as a dict), ready to sample."""
-    tensors, meta = checkpoint.read(path)
-    model = build(**meta).to(device).eval().requires_grad_(False)
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    model, meta = checkpoint.load_model(path, build, device)
     return model, ddpm.Schedule(kind="cosine").to(device), meta
 
 
@@ -190,6 +188,7 @@ def main(cfg: Config) -> dict:
     """Train (or load), sample at every guidance scale, measure; writes the digits, what guidance does, the weights."""
     run.check(min(cfg.steps, cfg.batch, cfg.save_every) > 0, "--steps, --batch and --save-every must be at least 1")
     run.check(cfg.samples >= 10, "--samples must be at least 10, one of each digit")
+    run.check(cfg.lr > 0 and 0 <= cfg.ema < 1, "--lr must be above 0, --ema in [0, 1)")
     run.check(0 <= cfg.dropout < 1, "--dropout must be at least 0 and less than 1")
     run.check(cfg.guidance and min(cfg.guidance) >= 0, "--guidance takes one or more scales, none of them negative")
     run.seed(cfg.seed)
@@ -203,9 +202,9 @@ def main(cfg: Config) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)  # no decay: Sec. 4
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
-            before = checkpoint.load_state(state, **parts)
+            before = checkpoint.load_state(state, cfg, **parts)
             losses, clock = before["losses"], run.Clock(before["seconds"])
-        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock())  # noqa: E731
+        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock(), config=asdict(cfg))  # noqa: E731
         steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, len(losses))
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
             losses.append(value)
@@ -228,9 +227,9 @@ def main(cfg: Config) -> dict:
     metrics |= {"best_guidance": best, "sample_seconds": clock()}
     figures.rows(folder / "samples.png", {str(k): digits[best][y == k][:8] for k in range(10)})
     figures.rows(folder / "guidance.png", {f"{scale:g}": x[:10] for scale, x in digits.items()}, range(10))
-    wrong, frechet = zip(*((100 - 100 * s["accuracy"], s["frechet"]) for s in scores.values()))
-    curves = {"wrong digits, %": (list(scores), wrong), "Frechet distance": (list(scores), frechet)}
-    figures.curves(folder / "guidance_curve.png", curves, "guidance scale", "less is better")
+    for name, label in (("accuracy", "share of digits asked for"), ("frechet", "Frechet distance")):
+        values = [s[name] for s in scores.values()]
+        figures.curves(folder / f"guidance_{name}.png", {label: (list(scores), values)}, "guidance scale", label)
     return run.report(folder, metrics, then=f"open {folder}/guidance.png")
 
 

@@ -1,9 +1,9 @@
 """Stable diffusion in small: text to image, in the latents of an autoencoder. Rombach et al. 2022, arXiv:2112.10752.
 
-Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 8 x 8 latents
-while it looks at the words, a decoder (models/autoencoder.py) paints the latents as 64 x 64 pixels. Guidance (Ho &
-Salimans 2022, arXiv:2207.12598) draws what the words say more than what pictures look like in general. Sections and
-equations are the first paper's unless named.
+Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 16 x 16
+latents while it looks at the words, a decoder (models/autoencoder.py) paints the latents as 64 x 64 pixels. Guidance
+(Ho & Salimans 2022, arXiv:2207.12598) draws what the words say more than what pictures look like in general. Sections
+and equations are the first paper's unless named.
 
 Shapes: B images, D latent channels, h x w latents, L words, E = 384 features of a word.
 Differences from the paper: MiniLM, not a transformer of its own, reads the text; v is predicted under the cosine
@@ -40,9 +40,9 @@ class Config:
     negative: str = ""  # and steer away from this
     guidance: float = 3.0  # 1: the prompt as it is; more: the prompt exaggerated
     sampling_steps: int = 50  # DDIM steps per image
-    steps: int = 800  # training steps
+    steps: int = 1150  # training steps
     batch: int = 32  # images per step, all processes together
-    lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
+    lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     channels: tuple[int, ...] = (64, 128)  # widths of the U-Net, one per resolution
     drop_text: float = 0.1  # share of captions replaced by the empty one, for guidance
     autoencoder: str = ""  # weights written by models/autoencoder.py; empty: the shipped ones
@@ -141,16 +141,13 @@ def processes(device):
 
 
 def build(channels, latent, **_):
-    """The U-Net of this chapter with cross-attention at every resolution."""
-    return UNet(latent, channels, 1, [True] * len(channels), context_dim=384)
+    """The U-Net of this chapter: latents folded 2 x 2, cross-attention at every resolution."""
+    return UNet(latent, channels, 1, [True] * len(channels), context_dim=384, patch=2)
 
 
 def load(path, device="cpu"):
     """Weights written by this script -> the U-Net."""
-    tensors, meta = checkpoint.read(path)
-    model = build(**meta).to(device).eval().requires_grad_(False)
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return model
+    return checkpoint.load_model(path, build, device)[0]
 
 
 @dataclass
@@ -209,11 +206,16 @@ def main(cfg: Config) -> dict:
     rank, world = processes(device)
     sizes = (cfg.steps, cfg.batch, cfg.sampling_steps)
     run.check(min(sizes) > 0, "--steps, --batch and --sampling-steps must be at least 1")
+    run.check(cfg.sampling_steps <= 1000, "--sampling-steps: the schedule has 1000 steps and no more")
+    run.check(cfg.lr > 0, "--lr must be above 0")
+    run.check(not (cfg.pretrained and cfg.autoencoder), "the shipped weights belong to the shipped --autoencoder")
     run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
     run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
     run.check(cfg.guidance >= 0, "--guidance must not be negative")
     run.check(cfg.guidance != 1 or not cfg.negative, "--negative needs a --guidance other than 1 to steer with")
-    run.check(all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32, a head's width")
+    run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
+    run.check(cfg.channels and all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32")
+    run.check(len(cfg.channels) <= 4, "--channels takes up to four widths: 8 x 8 positions can be halved three times")
     run.seed(cfg.seed)
     folder, clock = run.output(cfg.out, cfg), run.Clock()
     images, captions, _ = data.emoji(64)
@@ -232,9 +234,9 @@ def main(cfg: Config) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
-            before = checkpoint.load_state(state, **parts)
+            before = checkpoint.load_state(state, cfg, **parts)
             losses, clock = before["losses"], run.Clock(before["seconds"])
-        values = {"losses": losses}
+        values = {"losses": losses, "config": asdict(cfg)}
         save = lambda: rank == 0 and checkpoint.save_state(state, **parts, **values, seconds=clock())  # noqa: E731
         shared = DistributedDataParallel(model) if world > 1 else model
         steps = train(shared, ema, optimizer, schedule, latents, words, mask, text([""]), cfg, len(losses), rank, world)
@@ -263,7 +265,7 @@ def main(cfg: Config) -> dict:
     prompts = ["red apple", "blue heart", "cat face", "crying face"]
     prompts += ["evergreen tree", "flag: japan", "yellow circle", "umbrella"]
     pictures["guidance.png"] = {f"scale {s:g}": painter.draw(prompts, noise, s, cfg.sampling_steps) for s in scales}
-    titles = {"guidance.png": prompts, "colours.png": list(quality.HUES)}
+    titles = {"guidance.png": [p.replace(" ", "\n") for p in prompts], "colours.png": list(quality.HUES)}
     for name, rows in pictures.items():
         figures.rows(folder / name, rows, titles.get(name, ()))
     then = f'open {folder}/guidance.png; then add --pretrained --prompt "red apple"'

@@ -153,8 +153,8 @@ def fit(name, variant, images, cfg, folder, device):
     parts, curves = {"model": model, "optimizer": optimizer}, {"reconstruction": [], "kl": []}
     state = folder / f"state_{name.replace(' ', '_')}.safetensors"
     if cfg.resume and state.exists():  # those after the interrupted one were never begun
-        curves = checkpoint.load_state(state, **parts)["curves"]
-    save = lambda: checkpoint.save_state(state, **parts, curves=curves)  # noqa: E731
+        curves = checkpoint.load_state(state, cfg, **parts)["curves"]
+    save = lambda: checkpoint.save_state(state, **parts, curves=curves, config=asdict(cfg))  # noqa: E731
     steps = train(model, optimizer, images, cfg, curves, variant)
     for _ in run.progress(steps, cfg.steps, len(curves["kl"]), cfg.save_every, save):
         pass

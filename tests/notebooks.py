@@ -6,12 +6,15 @@ As a script it keeps what they print and draw:
     python tests/notebooks.py ddpm       # only this one
 """
 
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(FOLDER.glob("*/*.ipynb"))
@@ -24,6 +27,18 @@ def run(path):
     return client.execute()
 
 
+def shrink(notebook):
+    """Figures in 256 colours, so that the file stays small; wipe times of day and versions: noise in every diff."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                full = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
+                full.quantize(256, dither=Image.Dither.NONE).save(small := io.BytesIO(), "png", optimize=True)
+                output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_notebook(path):
     run(path)
@@ -33,8 +48,6 @@ if __name__ == "__main__":
     for path in PATHS:
         if len(sys.argv) == 1 or path.stem in sys.argv[1:]:
             notebook = run(path)
-            for cell in notebook.cells:
-                cell.metadata.pop("execution", None)  # times of day: noise in every diff
-            notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+            shrink(notebook)
             nbformat.write(notebook, path)
             print(path.relative_to(FOLDER))

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -194,16 +194,48 @@ def test_state_of_another_network_is_refused(tmp_path, parts):
         checkpoint.load_state(path, **wanted)
 
 
+@dataclass(frozen=True)
+class Flags:
+    lr: float = 0.1
+    channels: tuple[int, ...] = (8, 16)
+    steps: int = 5
+    out: str = "here"
+
+
+def test_a_resumed_run_learns_what_it_learned_before(tmp_path):
+    """Where it writes and how far it goes may change; what it learns may not."""
+    flags, layer = Flags(), torch.nn.Linear(2, 2)
+    path = checkpoint.save_state(tmp_path / "state.safetensors", layer=layer, config=asdict(flags))
+    checkpoint.load_state(path, replace(flags, out="there", steps=9), layer=layer)
+    for other in (replace(flags, lr=0.2), replace(flags, channels=(8,))):
+        with pytest.raises(UserError, match="--resume goes on with the flags"):
+            checkpoint.load_state(path, other, layer=layer)
+
+
+def test_load_model_builds_and_refuses_what_another_script_wrote(tmp_path):
+    layer = torch.nn.Linear(3, 4)
+    path = checkpoint.write(tmp_path / "a.safetensors", layer.bfloat16().state_dict(), {"inputs": 3, "lr": 0.1})
+    model, meta = checkpoint.load_model(path, lambda inputs, **_: torch.nn.Linear(inputs, 4))
+    assert meta["lr"] == 0.1 and model.weight.dtype == torch.float32 and not model.weight.requires_grad
+    for build in (lambda inputs, **_: torch.nn.Linear(inputs, 5), lambda channels, **_: torch.nn.Linear(channels, 4)):
+        with pytest.raises(UserError, match="another network"):
+            checkpoint.load_model(path, build)
+
+
 def test_ship_makes_small_weights_with_their_record(tmp_path):
     folder = tmp_path / "run"
     checkpoint.write(folder / "model.safetensors", {"w": torch.randn(10), "count": torch.tensor(3)}, {"width": 8})
     for name in ("config", "metrics"):
         run.write_json(folder / f"{name}.json", {"what": name})
     (folder / "loss.png").write_bytes(b"png")
+    with pytest.raises(UserError, match="no finished training"):  # what --pretrained leaves
+        checkpoint.ship(checkpoint.Config(folder, tmp_path / "weights" / "toy"))
+    assert not (tmp_path / "weights").exists()
+    run.write_json(folder / "metrics.json", {"what": "metrics", "train_seconds": 1.0})
     checkpoint.ship(checkpoint.Config(folder, tmp_path / "weights" / "toy"))
     tensors, meta = checkpoint.read(tmp_path / "weights" / "toy.safetensors")
     assert tensors["w"].dtype == torch.bfloat16 and tensors["count"].dtype == torch.int64 and meta == {"width": 8}
-    assert json.loads((tmp_path / "weights" / "toy.json").read_text())["metrics"] == {"what": "metrics"}
+    assert json.loads((tmp_path / "weights" / "toy.json").read_text())["metrics"]["what"] == "metrics"
     assert (tmp_path / "weights" / "toy_loss.png").exists()
 
 

@@ -124,7 +124,9 @@ def test_it_says_that_it_trains(tmp_path, capsys, monkeypatch):
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("args", [["--counts", "0"], ["--counts", "2000"], ["--eta", "-1"], ["--spacing", "linspace"]])
+@pytest.mark.parametrize(
+    "args", [["--counts", "0"], ["--counts", "2000"], ["--eta", "-1"], ["--eta", "2"], ["--spacing", "linspace"]]
+)
 def test_bad_input(args, tmp_path):
     done = command("--pretrained", *args, "--out", str(tmp_path / "x"), script="ddim")
     assert done.returncode == 2 and args[0][2:] in done.stderr and "Traceback" not in done.stderr, done.stderr

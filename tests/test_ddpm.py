@@ -190,6 +190,9 @@ ddpm.main(ddpm.Config(steps=6, out={str(tmp_path / "b")!r}, **tiny))
     [
         (["--steps", "0"], "--steps"),
         (["--channels", "12"], "--channels"),
+        (["--channels", "8", "8", "8"], "--channels"),
+        (["--lr", "-1"], "--lr"),
+        (["--seed", str(2**70)], "--seed"),
         (["--batch", "70000"], "--batch"),
         (["--predict", "noise"], "predict"),
         (["--resume"], "no checkpoint"),

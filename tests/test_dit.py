@@ -225,7 +225,8 @@ def test_learns_digits_and_their_names():
     images, labels = images[pick], labels[pick]
     model, schedule = dit.DiT(2, 64, 2, 4), ddpm.Schedule(kind="cosine")
     cfg = dit.Config(steps=120, batch=32, lr=5e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)
+    nothing = model.label.weight[10].clone()
     ema = dit.DiT(2, 64, 2, 4).requires_grad_(False)
 
     @torch.no_grad()
@@ -238,6 +239,7 @@ def test_learns_digits_and_their_names():
     after, misnamed = loss(labels), loss(1 - labels)
     assert after < 0.5 * before
     assert misnamed > 1.02 * after
+    assert not torch.equal(model.label.weight[10], nothing)  # "no class" was asked for, and learned
     drift = (ema.head.weight - model.head.weight).norm() / model.head.weight.norm()
     assert 0 < drift < 0.5  # the mean lags behind, not far
 
@@ -250,7 +252,7 @@ def test_command(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     files = {p.name for p in tmp_path.iterdir()}
-    figures = {"loss.png", "samples.png", "guidance.png", "guidance_curve.png"}
+    figures = {"loss.png", "samples.png", "guidance.png", "guidance_accuracy.png", "guidance_frechet.png"}
     assert files == figures | {"config.json", "metrics.json", "model.safetensors", "state.safetensors"}
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for scale in (1, 2):

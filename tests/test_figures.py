@@ -48,6 +48,18 @@ def test_rows_and_curves_are_written_and_closed(tmp_path):
     assert not plt.get_fignums()
 
 
+def test_show_draws_one_labelled_row_an_entry(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    rows = {"black": constant(-1.0, 0.0, -1.0), "white": constant(1.0, 0.5)}  # the second row is shorter
+    figures.show(rows, ["a", "b", "c"], "title")
+    axes = plt.gcf().axes
+    assert len(axes) == 2 and [axis.get_ylabel() for axis in axes] == ["black", "white"]
+    assert [[label.get_text() for label in axis.get_xticklabels()] for axis in axes] == [["a", "b", "c"], []]
+    for axis, images in zip(axes, rows.values()):
+        assert np.array_equal(axis.images[0].get_array(), figures.tile(images, 3))
+    plt.close("all")
+
+
 def test_curves_smooth_over_as_many_points(monkeypatch, tmp_path):
     drawn = {}
 

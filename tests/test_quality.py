@@ -109,6 +109,21 @@ def test_learning():
     assert len(losses) == 80 and sum(losses[-10:]) < sum(losses[:10]) / 2
 
 
+def test_hue_names_the_colour_of_most_of_a_picture():
+    picture = torch.ones(3, 10, 10)
+    assert quality.hue(picture) == ""  # white
+    picture[:, 3:] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    assert quality.hue(picture) == "red"
+    picture[:, 5:] = torch.tensor([-1.0, 1.0, -1.0])[:, None, None]
+    assert quality.hue(picture) == "green"
+
+
+def test_nearest_rank_counts_who_is_nearer():
+    features = torch.eye(4)
+    drawn = torch.tensor([[0.9, 0.3, 0.2, 0.1], [0.9, 0.3, 0.2, 0.1]])
+    assert quality.nearest_rank(drawn, features, torch.tensor([0, 2])).tolist() == [0, 2]
+
+
 @pytest.mark.parametrize(
     "bad", [torch.zeros(4, 3, 28, 28), torch.zeros(4, 1, 32, 32), torch.full((4, 1, 28, 28), torch.nan)]
 )

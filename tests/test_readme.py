@@ -1,12 +1,16 @@
 """Every command in every README runs; every local link and figure is there; every excerpt of code is verbatim."""
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import torch
+import tyro
 
 from tests.conftest import ROOT
 
@@ -42,6 +46,20 @@ def test_command(line, tmp_path):
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
     assert done.returncode == 0, done.stderr[-3000:]
     assert script is None or (tmp_path / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("line", commands())
+def test_flags_of_the_line_itself_fit_together(line):
+    """Tiny flags may hide a mistake in those that stand there: parse them, and build the network they ask for."""
+    words = shlex.split(line)
+    script = next((w for w in words if w.endswith(".py")), None)
+    if script is None:
+        return
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    cfg = tyro.cli(module.Config, args=words[words.index(script) + 1 :])
+    if hasattr(module, "build"):
+        with torch.device("meta"):
+            module.build(**{"latent": 4} | asdict(cfg))
 
 
 def test_the_rule_covers_every_script_that_is_named():

@@ -1,5 +1,6 @@
 """Text to image: the sampler equals StableDiffusionPipeline; two processes train as one; guidance has known answers."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from models import autoencoder, ddim, ddpm, stable_diffuser
 from models.unet import UNet
 from tests.conftest import ROOT
 from tests.test_ddpm import command
+from utils import data
 
 
 def parts():
@@ -82,8 +84,75 @@ def test_latents_go_through_their_scale():
     unet, coder, *_ = parts()
     text = lambda prompts: (torch.ones(len(prompts), 7, 24), torch.ones(len(prompts), 7, dtype=torch.bool))  # noqa: E731
     painters = [stable_diffuser.Painter(unet, coder, s, text, ddpm.Schedule(kind="cosine")) for s in (1.0, 0.2)]
-    a, b = (p.draw(["x"], torch.ones(1, 4, 8, 8), n=2) for p in painters)
-    assert (a - b).abs().mean() > 1e-3
+    noise = torch.ones(1, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        *_, z0 = stable_diffuser.sample(unet, painters[0].schedule, noise, *text(["x"]), *text([""]), 3.0, 2)
+    for p in painters:
+        torch.testing.assert_close(p.draw(["x"], noise, n=2), autoencoder.decode_all(coder, z0.float() / p.scale))
+
+
+class Recorder(torch.nn.Module):
+    """A network that notes what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked, self.masks = torch.nn.Parameter(torch.zeros(1)), [], []
+
+    def forward(self, xt, t, words, mask):
+        self.asked.append(words[:, 0, 0].long().tolist())
+        self.masks.append(mask)
+        return xt * self.weight
+
+
+def asked(rank, world, drop=0.0, steps=3):
+    """Which captions the steps of one process learn from: [[numbers] of each step]."""
+    model, n = Recorder(), 12
+    words = torch.arange(n).float()[:, None, None].expand(n, 7, 24)
+    cfg = stable_diffuser.Config(steps=steps, batch=4, drop_text=drop)
+    torch.manual_seed(0)
+    every = torch.ones(n, 7, dtype=torch.bool)
+    empty = torch.full((1, 7, 24), -1.0), every[:1]
+    rest = torch.optim.SGD(model.parameters(), 0.1), ddpm.Schedule(kind="cosine"), torch.randn(n, 4, 8, 8), words, every
+    list(
+        stable_diffuser.train(
+            model, copy.deepcopy(model).requires_grad_(False), *rest, empty, cfg, rank=rank, world=world
+        )
+    )
+    return model.asked
+
+
+def test_two_processes_share_each_batch_and_no_picture_is_learned_twice():
+    whole, first, second = asked(0, 1), asked(0, 2), asked(1, 2)
+    for batch, a, b in zip(whole, first, second):
+        assert len(a) == len(b) == 2 and sorted(a + b) == sorted(batch) and len(set(batch)) == 4
+
+
+def test_training_hides_captions():
+    """In half of the draws here; the empty caption's features are -1."""
+    drawn = [i for batch in asked(0, 1, drop=0.5, steps=50) for i in batch]
+    assert 0.3 < drawn.count(-1) / len(drawn) < 0.7 and -1 not in [i for batch in asked(0, 1) for i in batch]
+
+
+def test_evaluate_finds_pictures_that_are_what_they_should_be():
+    """A painter that knows the true pictures, and paints the colour words plainly, gets full marks."""
+    images, captions, _ = data.emoji(64)
+    images, captions = images[:40], captions[:40]
+    colours = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, 0.04, 1), "yellow": (1, 0.68, -1)}
+
+    class Knows:
+        def draw(self, prompts, *_):
+            plain = [torch.tensor(colours.get(p.split()[0], (0, 0, 0))).float() for p in prompts]
+            plain = [c[:, None, None].expand(3, 64, 64) for c in plain]
+            true = {c: data.to_float(x[None])[0] for c, x in zip(captions, images)}
+            return torch.stack([true.get(p, c) for p, c in zip(prompts, plain)])
+
+    held_out = [i % 4 == 0 for i in range(40)]
+    scores, pictures = stable_diffuser.evaluate(
+        Knows(), images, captions, held_out, (4, 16, 16), stable_diffuser.Config(), 10
+    )
+    assert scores["seen_top1"] == scores["seen_top10"] == scores["colours_right"] == 1
+    assert scores["held_out_similarity"] > 0.99 > scores["random_similarity"]
+    assert scores["held_out_closer_than_random"] == 1 and len(pictures["colours.png"]["heart"]) == 4
 
 
 TINY = "--steps 3 --batch 4 --channels 32 32 --sampling-steps 2 --prompt x".split()
@@ -132,6 +201,9 @@ def test_gradients_of_two_halves_are_those_of_the_whole():
         (["--steps", "0"], "--steps"),
         (["--channels", "40"], "--channels"),
         (["--drop-text", "2"], "--drop-text"),
+        (["--sampling-steps", "2000"], "--sampling-steps"),
+        (["--pretrained", "--autoencoder", "other"], "--autoencoder"),
+        (["--negative", "x"], "--prompt"),
         (["--autoencoder", "nowhere.safetensors"], "nowhere"),
     ],
 )

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils.run import UserError, cli, write_json
+
+# What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
+FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance", "sampling_steps", "prompt", "negative"}
 
 
 def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
@@ -70,21 +74,36 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
     return tensors, json.loads(text)
 
 
-def save_state(path: str | Path, **parts: Any) -> Path:
-    """Save modules and optimizers (anything with a state_dict), plain values and the random state.
+def load_model(path: str | Path, build: Callable[..., Any], device: Any = "cpu") -> tuple[Any, Any]:
+    """-> (build(**meta) with the weights of the file, fp32, frozen; meta). Raises UserError for another network's."""
+    tensors, meta = read(path)
+    try:
+        model = build(**meta)
+        model.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except (TypeError, KeyError, RuntimeError):
+        raise UserError(f"{path} holds the weights of another network; name a file that this script wrote") from None
+    return model.to(device).eval().requires_grad_(False), meta
 
-    From it `load_state` goes on bit for bit.
-    """
+
+def save_state(path: str | Path, **parts: Any) -> Path:
+    """Save modules and optimizers (anything with a state_dict), plain values and the random state, bit for bit."""
     state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
     state["random"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     tensors: dict[str, torch.Tensor] = {}
     return write(path, tensors, _take_out(state, "state", tensors))
 
 
-def load_state(path: str | Path, **parts: Any) -> dict[str, Any]:
-    """Load what `save_state` wrote into the given parts; returns the plain values. Raises UserError on a misfit."""
+def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, Any]:
+    """Load what `save_state` wrote into the given parts; returns the plain values.
+
+    flags: the dataclass of the run, against the `config` that was saved. Raises UserError if it would learn otherwise.
+    """
     tensors, skeleton = read(path)
     state = _put_back(skeleton, tensors)
+    then = state.get("config", {})
+    now = json.loads(json.dumps(asdict(flags))) if flags and then else {}
+    if changed := ", ".join(f"--{k} {then.get(k)}" for k in now if k not in FREE and then.get(k) != now[k]):
+        raise UserError(f"--resume goes on with the flags that the run in {path} began with: {changed}")
     try:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -122,15 +141,17 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]  # the output folder of a run
     target: Annotated[Path, tyro.conf.Positional]  # e.g. models/weights/ddpm
-    file: str = "model.safetensors"  # which weights of the folder
 
 
 def ship(cfg: Config) -> None:
-    """Writes target.safetensors, target.json and target_loss.png."""
-    tensors, meta = read(cfg.run / cfg.file)
+    """Writes target.safetensors, target.json and target_loss.png. Raises UserError if the run did not train them."""
+    paths = {name: cfg.run / f"{name}.json" for name in ("config", "metrics")}
+    record = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    if "train_seconds" not in record.get("metrics", {}) or not (cfg.run / "loss.png").is_file():
+        raise UserError(f"{cfg.run} holds no finished training; a run with --pretrained has nothing to ship")
+    tensors, meta = read(cfg.run / "model.safetensors")
     tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
     write(cfg.target.with_suffix(".safetensors"), tensors, meta)
-    record = {name: json.loads((cfg.run / f"{name}.json").read_text()) for name in ("config", "metrics")}
     write_json(cfg.target.with_suffix(".json"), record)
     shutil.copy(cfg.run / "loss.png", cfg.target.with_name(cfg.target.name + "_loss.png"))
 

@@ -45,6 +45,24 @@ def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any]
     return close(figure, path)
 
 
+def show(named: dict[str, torch.Tensor], titles: Sequence[Any] = (), title: str = "", size: float = 0.8) -> None:
+    """For notebooks: one labelled row of pictures an entry, {"label": (N, C, H, W) in [-1, 1]}, `size` inches each."""
+    columns = max(len(x) for x in named.values())
+    height = size * len(named) + 0.3 * bool(title) + 0.3 * bool(titles)
+    figure, axes = plt.subplots(len(named), 1, figsize=(size * columns + 1, height), squeeze=False)
+    for axis, (label, images) in zip(axes[:, 0], named.items()):
+        axis.imshow(tile(images, columns), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    wide = next(iter(named.values())).shape[-1] + 2  # a picture and the gap behind it
+    axes[0, 0].set_xticks([wide * i + wide / 2 for i in range(len(titles))], titles, fontsize=8)
+    axes[0, 0].tick_params(top=False, labeltop=True, bottom=False, labelbottom=False)
+    figure.suptitle(title, fontsize=11, y=1)
+    figure.tight_layout(pad=0.3)
+    plt.show()
+
+
 def curves(
     path: str | Path, named: dict[str, Any], x: str = "", y: str = "", smooth: int = 0, log: str = "", size=(5.2, 3.2)
 ) -> Path:

@@ -45,22 +45,23 @@ def device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
 def seed(value: int) -> None:
     """Seed Python, NumPy and torch on every device: same seed, same numbers."""
+    check(0 <= value < 2**63, "--seed must be at least 0 and below 2 to the 63")
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
 
 
-def autocast(on: torch.device, bf16: bool = True) -> torch.autocast:
+def autocast(on: torch.device) -> torch.autocast:
     """Matrix products in bf16, what needs range in fp32. Never fp16: a CPU is a hundred times slower in it."""
-    return torch.autocast(on.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(on.type, torch.bfloat16)
 
 
 def output(folder: str | Path, cfg: Any) -> Path:
