@@ -67,10 +67,10 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (safe_open is no dict)
     except (SafetensorError, OSError) as error:
         reason = str(error)[:80]
-        raise UserError(f"{path} is not a whole safetensors file ({reason}); delete it and train again") from None
+        raise UserError(f"{path} is not a whole safetensors file ({reason}); name another or train again") from None
     text = header.get("meta", "")
     if header != {"meta": text, "sha256": digest(tensors, text), "format": "pt"}:
-        raise UserError(f"{path} is damaged or not written by this project (its sha256); delete it and train again")
+        raise UserError(f"{path} is damaged or not written by this project: name another or train again")
     return tensors, json.loads(text)
 
 
@@ -111,6 +111,8 @@ def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, A
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} was made with other settings ({reason}); use the same or leave out --resume") from None
+    if flags:
+        write_json(Path(path).with_name("config.json"), asdict(flags))
     torch.set_rng_state(cpu)
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda[0])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,6 +68,9 @@ def autocast(on: torch.device) -> torch.autocast:
 def output(folder: str | Path, cfg: Any) -> Path:
     """Make the folder that a run writes to, put the configuration there. Raises UserError if it cannot be written."""
     folder = Path(folder)
+    if getattr(cfg, "resume", False):  # config.json is that of the run to go on with, until its state is loaded
+        check(any(folder.glob("state*.safetensors")), f"no checkpoint in {folder} to go on from; leave out --resume")
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", asdict(cfg))
@@ -119,7 +123,7 @@ class Clock:
 def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, Any]:
     """Write metrics.json, with the command and the machine; say what was written and what to run next."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    made = {"command": " ".join(["python", *sys.argv]), "machine": f"{os.cpu_count()} CPU cores {gpu}".strip()}
+    made = {"command": shlex.join(["python", *sys.argv]), "machine": f"{os.cpu_count()} CPU cores {gpu}".strip()}
     write_json(folder / "metrics.json", metrics | made)
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
