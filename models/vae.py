@@ -213,8 +213,6 @@ def main(cfg: Config) -> dict:
     run.check(cfg.samples >= 64, "--samples must be at least 64, as many as the figures show")
     run.check(cfg.latents and min(cfg.latents) > 1, "--latents must be numbers from 2 on: a map has two axes")
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
-    begun = any(folder.glob("state_*.safetensors"))
-    run.check(begun or not cfg.resume, f"no checkpoint in {folder} to go on from; leave out --resume")
     images, models, curves = data.mnist("train")[0], {}, {}
     for name, variant in variants(cfg).items():
         models[name], curves[name] = fit(name, variant, images, cfg, folder, device)

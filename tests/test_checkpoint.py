@@ -266,6 +266,34 @@ class Settings:
     out: str = "outputs/toy"  # where
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A toy that can go on."""
+
+    pretrained: bool = False  # skip the training
+    resume: bool = False  # go on
+    out: str = "outputs/toy"  # where
+
+
+@pytest.mark.parametrize(
+    "flags, state, line",
+    [
+        (["--resume"], False, "no checkpoint in"),
+        (["--resume", "--pretrained"], True, "--resume trains, --pretrained does not"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys, flags, state, line):
+    if state:
+        (tmp_path / "state.safetensors").write_bytes(b"as it was")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["toy.py", *flags, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(lambda cfg: run.output(cfg.out, cfg), Trained)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(f"error: {line}") and error.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_output_and_report(tmp_path, capsys):
     folder = run.output(tmp_path / "deep" / "er", Settings(size=5))
     assert json.loads((folder / "config.json").read_text()) == {"size": 5, "out": "outputs/toy"}

@@ -48,13 +48,11 @@ def test_command(line, tmp_path):
     assert script is None or (tmp_path / "metrics.json").is_file()
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", [line for line in commands() if ".py" in line])
 def test_flags_of_the_line_itself_fit_together(line):
     """Tiny flags may hide a mistake in those that stand there: parse them, and build the network they ask for."""
     words = shlex.split(line)
-    script = next((w for w in words if w.endswith(".py")), None)
-    if script is None:
-        return
+    script = next(w for w in words if w.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     cfg = tyro.cli(module.Config, args=words[words.index(script) + 1 :])
     if hasattr(module, "build"):

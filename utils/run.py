@@ -66,9 +66,11 @@ def autocast(on: torch.device) -> torch.autocast:
 
 
 def output(folder: str | Path, cfg: Any) -> Path:
-    """Make the folder that a run writes to, put the configuration there. Raises UserError if it cannot be written."""
+    """Make the folder of a run, put the configuration there. Raises UserError if it cannot be written or resumed."""
     folder = Path(folder)
-    if getattr(cfg, "resume", False):  # config.json is that of the run to go on with, until its state is loaded
+    resume = getattr(cfg, "resume", False)
+    check(not (resume and getattr(cfg, "pretrained", False)), "--resume trains, --pretrained does not: leave out one")
+    if resume:  # config.json is that of the run to go on with, until its state is loaded
         check(any(folder.glob("state*.safetensors")), f"no checkpoint in {folder} to go on from; leave out --resume")
         return folder
     try:
