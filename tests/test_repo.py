@@ -34,6 +34,12 @@ def test_every_script_has_its_notebook_test_and_readme_row(script):
         assert row, f"{readme} has no row for {name}"
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_every_script_has_a_row_in_its_chapter_and_tiny_flags(script):
+    assert re.search(rf"^\|.*\]\({script.name}\)", (script.parent / "README.md").read_text(), re.M)
+    assert f"{script.parent.name}/{script.name}" in tiny_flags()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_shows_the_module_and_does_not_write_it_again(path):
     module = importlib.import_module(f"{path.parent.name}.{path.stem}")
