@@ -18,6 +18,7 @@ schedule (see ddpm.py).
 
 import copy
 import os
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -171,7 +172,7 @@ class Painter:
 
 
 def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
-    """Do pictures show their prompt? -> metrics, figures {label: images}."""
+    """Do pictures show their prompt? -> metrics, figures {file: (rows {label: images}, titles of the columns)}."""
     seen, unseen = (torch.tensor([i for i, h in enumerate(held_out) if h == kind]) for kind in (False, True))
     seen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:count]]
     unseen = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:count]]
@@ -192,11 +193,11 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
         "held_out_closer_than_random": float((truth > other).float().mean()),
         "colours_right": sum(quality.hue(x) == c for x, (c, _) in zip(coloured, pairs)) / len(pairs),
     }  # fmt: skip
-    true = data.to_float(images)
+    true, wrapped = data.to_float(images), [textwrap.fill(c, 12) for c in captions]
     return metrics, {
-        "seen.png": {"drawn": drawn[:12], "true": true[seen[:12]], "drawn ": drawn[12:24], "true ": true[seen[12:24]]},
-        "held_out.png": {"drawn": new[:12], "true": true[unseen[:12]]},
-        "colours.png": {thing: coloured[i::3] for i, thing in enumerate(("heart", "circle", "book"))},
+        "seen.png": ({"drawn": drawn[:12], "true": true[seen[:12]]}, [wrapped[i] for i in seen[:12]]),
+        "held_out.png": ({"drawn": new[:12], "true": true[unseen[:12]]}, [wrapped[i] for i in unseen[:12]]),
+        "colours.png": ({x: coloured[i::3] for i, x in enumerate(("heart", "circle", "book"))}, list(quality.HUES)),
     }
 
 
@@ -264,10 +265,10 @@ def main(cfg: Config) -> dict:
     scales = (1.0, 2.0, 3.0, 5.0, 8.0)
     prompts = ["red apple", "blue heart", "cat face", "crying face"]
     prompts += ["evergreen tree", "flag: japan", "yellow circle", "umbrella"]
-    pictures["guidance.png"] = {f"scale {s:g}": painter.draw(prompts, noise, s, cfg.sampling_steps) for s in scales}
-    titles = {"guidance.png": [p.replace(" ", "\n") for p in prompts], "colours.png": list(quality.HUES)}
-    for name, rows in pictures.items():
-        figures.rows(folder / name, rows, titles.get(name, ()))
+    drawn = {f"scale {s:g}": painter.draw(prompts, noise, s, cfg.sampling_steps) for s in scales}
+    pictures["guidance.png"] = drawn, [p.replace(" ", "\n") for p in prompts]
+    for name, (rows, titles) in pictures.items():
+        figures.rows(folder / name, rows, titles)
     then = f'open {folder}/guidance.png; then add --pretrained --prompt "red apple"'
     return run.report(folder, metrics | scores, then)
 

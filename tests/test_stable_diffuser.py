@@ -152,7 +152,13 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
     )
     assert scores["seen_top1"] == scores["seen_top10"] == scores["colours_right"] == 1
     assert scores["held_out_similarity"] > 0.99 > scores["random_similarity"]
-    assert scores["held_out_closer_than_random"] == 1 and len(pictures["colours.png"]["heart"]) == 4
+    assert scores["held_out_closer_than_random"] == 1 and len(pictures["colours.png"][0]["heart"]) == 4
+    names = {"".join(c.split()): i for i, c in enumerate(captions)}  # a title is a caption, in lines
+    for name in ("seen.png", "held_out.png"):
+        rows, titles = pictures[name]
+        numbers = [names["".join(title.split())] for title in titles]
+        assert torch.equal(rows["true"], data.to_float(images[numbers]))
+        assert max(len(line) for title in titles for line in title.splitlines()) <= 12
 
 
 TINY = "--steps 3 --batch 4 --channels 32 32 --sampling-steps 2 --prompt x".split()

@@ -33,13 +33,15 @@ def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any]
     columns = max(len(x) for x in named.values())
     width, height = scale * columns + 1.2, scale * len(named) + 0.4
     figure, axes = plt.subplots(len(named), columns, figsize=(width, height), squeeze=False)
+    longest = max((len(line) for title in titles for line in str(title).splitlines()), default=0)
+    size = 8 if longest < 10 else 7  # so that neighbours do not touch
     for i, (label, images) in enumerate(named.items()):
         for j in range(columns):
             axes[i, j].axis("off")
             if j < len(images):
                 axes[i, j].imshow(tile(images[j : j + 1], 1, pad=0), interpolation="nearest")
             if i == 0 and j < len(titles):
-                axes[i, j].set_title(str(titles[j]), fontsize=8)
+                axes[i, j].set_title(str(titles[j]), fontsize=size)
         axes[i, 0].text(-0.15, 0.5, label, transform=axes[i, 0].transAxes, ha="right", va="center", fontsize=9)
     figure.subplots_adjust(left=1.2 / width, right=0.99, bottom=0.02, top=1 - 0.35 / height, wspace=0.06, hspace=0.06)
     return close(figure, path)
