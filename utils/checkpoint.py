@@ -1,8 +1,6 @@
 """Files that survive: tensors and numbers in one safetensors file, whole or not at all, with a hash of every byte.
 
-What a run made becomes shipped weights, in bf16 and with their record:
-
-    python -m utils.checkpoint outputs/ddpm models/weights/ddpm
+A run becomes shipped weights, in bf16, with its record: python -m utils.checkpoint outputs/ddpm models/weights/ddpm
 """
 
 import hashlib
@@ -20,17 +18,13 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from utils.run import UserError, cli, write_json
-
-# What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
-FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance", "sampling_steps", "prompt", "negative"}
+from utils.run import UserError, check, cli, same_flags, write_json
 
 
 def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
-    """sha256 over names, types, shapes and bytes of the tensors, and the text."""
+    """sha256 over names, types, shapes and bytes of the tensors (contiguous, on the CPU), and the text."""
     sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
+    for name, x in sorted(tensors.items()):
         sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
@@ -59,8 +53,7 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) 
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
     """-> (tensors, meta). Raises UserError if the file is missing, cut short, not ours, or not what its hash says."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; train one first, or name another file")
+    check(path.is_file(), f"no checkpoint at {path}; train one first, or name another file")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -69,8 +62,8 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
         reason = str(error)[:80]
         raise UserError(f"{path} is not a whole safetensors file ({reason}); name another or train again") from None
     text = header.get("meta", "")
-    if header != {"meta": text, "sha256": digest(tensors, text), "format": "pt"}:
-        raise UserError(f"{path} is damaged or not written by this project: name another or train again")
+    whole = header == {"meta": text, "sha256": digest(tensors, text), "format": "pt"}
+    check(whole, f"{path} is damaged or not written by this project: name another or train again")
     return tensors, json.loads(text)
 
 
@@ -100,10 +93,8 @@ def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, A
     """
     tensors, skeleton = read(path)
     state = _put_back(skeleton, tensors)
-    then = state.get("config", {})
-    now = json.loads(json.dumps(asdict(flags))) if flags and then else {}
-    if changed := ", ".join(f"--{k} {then.get(k)}" for k in now if k not in FREE and then.get(k) != now[k]):
-        raise UserError(f"--resume goes on with the flags that the run in {path} began with: {changed}")
+    if flags and "config" in state:
+        same_flags(flags, state["config"], path)
     try:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -126,9 +117,7 @@ def _take_out(x: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(x, dict):  # as pairs: JSON would turn the optimizer's integer keys into strings
         return {"dict": [[k, _take_out(v, f"{name}.{k}", tensors)] for k, v in x.items()]}
-    if isinstance(x, (list, tuple)):
-        return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
-    return x
+    return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)] if isinstance(x, (list, tuple)) else x
 
 
 def _put_back(x: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -147,8 +136,7 @@ class Config:
 
 def ship(cfg: Config) -> None:
     """Writes target.safetensors, target.json and target_loss.png. Raises UserError if the run did not train them."""
-    paths = {name: cfg.run / f"{name}.json" for name in ("config", "metrics")}
-    record = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    record = {path.stem: json.loads(path.read_text()) for path in sorted(cfg.run.glob("*.json"))}  # config, metrics
     if "train_seconds" not in record.get("metrics", {}) or not (cfg.run / "loss.png").is_file():
         raise UserError(f"{cfg.run} holds no finished training; a run with --pretrained has nothing to ship")
     tensors, meta = read(cfg.run / "model.safetensors")

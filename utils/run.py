@@ -81,6 +81,17 @@ def output(folder: str | Path, cfg: Any) -> Path:
     return folder
 
 
+# What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
+FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance", "sampling_steps", "prompt", "negative"}
+
+
+def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:
+    """Raises UserError if a run resumed from `path` would learn otherwise than with its flags of `then`."""
+    now = json.loads(json.dumps(asdict(cfg)))  # as JSON gives them back: no tuples
+    changed = ", ".join(f"--{k} {then.get(k)}" for k in now if k not in FREE and then.get(k) != now[k])
+    check(not changed, f"--resume goes on with the flags that the run in {path} began with: {changed}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
