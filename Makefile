@@ -30,6 +30,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PY) models/bench.py
+	$(PY) finetune/bench.py
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache *.egg-info

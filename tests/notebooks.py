@@ -8,6 +8,7 @@ As a script it keeps what they print and draw:
 
 import base64
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ PATHS = sorted(FOLDER.glob("*/*.ipynb"))
 def run(path):
     """The executed notebook; raises CellExecutionError at the first cell that fails."""
     here = {"metadata": {"path": str(path.parent)}}  # the folder that Jupyter starts in
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # a bar drawn with letters is fine
     client = NotebookClient(nbformat.read(path, as_version=4), timeout=600, kernel_name="python3", resources=here)
     return client.execute()
 

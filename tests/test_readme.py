@@ -34,14 +34,28 @@ def commands():
     return list(dict.fromkeys(x for x in lines if x.startswith(("python", "torchrun"))))
 
 
+OFFLINE = """
+import runpy, socket, sys
+def refuse(self, address, *rest):
+    raise OSError(f"a socket was opened to {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = lambda *a, **k: refuse(None, a)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("line", commands())
 def test_command(line, tmp_path):
+    """It runs without a network: whatever it needs was fetched before, by the tests of assets and data."""
     words = shlex.split(line)
     script = next((w for w in words if w.endswith(".py")), None)
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
     if script is not None:
         words += [*tiny_flags()[script], "--out", str(tmp_path)]
+    if words[0] == "python" and script is not None and "-m" not in words:
+        words = ["python", "-c", OFFLINE, *words[1:]]
     port = {"MASTER_PORT": str(29700 + os.getpid() % 200)}
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,7 +76,14 @@ def test_flags_of_the_line_itself_fit_together(line):
 
 def test_the_rule_covers_every_script_that_is_named():
     named = {w for line in commands() for w in shlex.split(line) if w.endswith(".py")}
-    assert named and named <= tiny_flags().keys()
+    assert named == tiny_flags().keys()
+
+
+def test_the_socket_block_blocks():
+    fetch = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')"
+    code = OFFLINE.replace('runpy.run_path(sys.argv[0], run_name="__main__")', fetch)
+    done = subprocess.run([sys.executable, "-c", code, "x"], capture_output=True, text=True)
+    assert done.returncode != 0 and "a socket was opened" in done.stderr
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -103,6 +103,17 @@ def panels(path: str | Path, layout: list[dict[str, Any]], size: float = 3.0) ->
     return close(figure, path)
 
 
+def bars(path: str | Path, named: dict[str, tuple[float, float, float]], x: str = "accuracy") -> Path:
+    """A horizontal bar an entry: {"label": (value, low, high)}, with the interval drawn on it."""
+    figure, axis = plt.subplots(figsize=(6, 0.3 * len(named) + 0.8))
+    for i, (value, low, high) in enumerate(named.values()):
+        axis.barh(i, value, xerr=[[value - low], [high - value]], capsize=2, color="lightsteelblue")
+    axis.set_yticks(range(len(named)), list(named), fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel=x)
+    return close(figure, path)
+
+
 def scatter(axis: Any, codes: torch.Tensor, labels: torch.Tensor) -> None:
     """The first two dimensions of codes (N, D), coloured by label; the circle holds 95 % of a 2-d standard normal."""
     codes = codes[:, :2].cpu()

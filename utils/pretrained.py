@@ -3,6 +3,7 @@
 Each is a plain module of the library that production uses; what the book explains is written out in its chapters.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,17 @@ def convert(folder: Path) -> None:
     model: Any = LlamaForCausalLM(unpacked.config)
     model.load_state_dict(unpacked.state_dict())
     model.to(torch.bfloat16)
+    save(model, AutoTokenizer.from_pretrained(**source), folder)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer as an ordinary folder, whole or not at all; what was there before is replaced."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".bf16-", dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             ready = Path(temporary) / "ready"
             model.save_pretrained(ready)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(ready)
+            tokenizer.save_pretrained(ready)
+            shutil.rmtree(folder, ignore_errors=True)
             ready.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
@@ -113,7 +120,9 @@ def convert(folder: Path) -> None:
 def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
     """(tokenizer, causal language model), bf16, from a local folder or a hub id. Raises UserError if there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of reading the weights, which takes a second
     local = Path(name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)

@@ -83,6 +83,7 @@ def output(folder: str | Path, cfg: Any) -> Path:
 
 # What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
 FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance", "sampling_steps", "prompt", "negative"}
+FREE |= {"split", "texts", "merge"}
 
 
 def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:
@@ -137,6 +138,7 @@ def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, A
     """Write metrics.json, with the command and the machine; say what was written and what to run next."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     made = {"command": shlex.join(["python", *sys.argv]), "machine": f"{os.cpu_count()} CPU cores {gpu}".strip()}
+    made["cpu_seconds"] = time.process_time()  # of all cores together, from the start of the process
     write_json(folder / "metrics.json", metrics | made)
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table

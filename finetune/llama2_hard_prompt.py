@@ -1,0 +1,105 @@
+"""Prompts in words: ask a language model that was never trained on the task. Schick & Schuetze 2020, arXiv:2001.07676.
+
+A pattern turns a text into a question, a verbalizer says which word means which label, and the more likely word wins:
+no training at all. How much depends on the wording is the lesson. Two cures are known. Examples in the prompt (Brown et
+al. 2020, arXiv:2005.14165), and calibration (Zhao et al. 2021, arXiv:2102.09690): ask about an empty text first, and
+take away what the model would have said anyway.
+
+Examples are the same before every text, so the model reads them once, and what it keeps of them, keys and values, is
+put before each question: llama2_prefix.py learns such keys and values instead of reading them.
+
+Shapes: N texts, K answers.
+Differences from the papers: one pattern at a time, no ensemble; calibration by one empty text, "N/A".
+
+    python finetune/llama2_hard_prompt.py
+    python finetune/llama2_hard_prompt.py --pattern "{text} It was" --words " terrible" " great"
+    python finetune/llama2_hard_prompt.py --model meta-llama/Llama-2-7b-hf --shots 0 4 16      # larger, for a GPU
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from finetune import llama2_full, llama2_prefix, sentiment
+from utils import figures, run
+
+
+@dataclass(frozen=True)
+class Config(sentiment.Task):
+    """Score a language model on patterns, examples in the prompt, and with calibration; nothing is trained."""
+
+    model: str = "smollm2"  # smollm2, a local folder, or a hub id such as meta-llama/Llama-2-7b-hf
+    shots: tuple[int, ...] = (0, 4)  # numbers of examples in the prompt
+    seed: int = 0  # same seed, same examples
+    device: str = "auto"  # cpu, cuda, ...
+    out: str = "outputs/llama2_hard_prompt"  # where the results go
+
+
+def wordings(cfg):
+    """{name: (pattern, words)}: that of the flags, and three others, for two labels."""
+    own = {"yours": (cfg.pattern, cfg.words)}
+    if len(cfg.words) > 2:
+        return own
+    return own | {
+        "it was": ("{text} It was", (" terrible", " great")),
+        "question": ("{text}\nQuestion: Is this negative or positive?\nAnswer:", (" negative", " positive")),
+        "smiley": ("{text}", (" :(", " :)")),
+    }
+
+
+def examples(pairs, count, words, seed=0):
+    """`count` texts to show, the labels in turn so that all are there equally often: [(text, label)]."""
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    kinds = [[pairs[i] for i in order if pairs[i][1] == k] for k in range(len(words))]
+    return [kinds[i % len(words)][i // len(words)] for i in range(count)]
+
+
+def shown(pattern, words, pairs):
+    """Solved questions as one string, to stand before each question."""
+    return "".join(pattern.replace("{text}", text) + words[y] + "\n\n" for text, y in pairs)
+
+
+def after(model, tokenizer, text):
+    """The model when it has read a text, as a network of this chapter; it reads it once."""
+    if not text:
+        return sentiment.network(model)
+    kept = llama2_prefix.read(model, torch.tensor(tokenizer(text)["input_ids"]))
+    return llama2_prefix.network(model, lambda: kept)
+
+
+def calibrated(scores, empty):
+    """log p(answer | question) - log p(answer | empty question): (N, K), (1, K) -> (N, K). Zhao et al. 2021, Eq. 2."""
+    return scores - empty
+
+
+def main(cfg: Config) -> dict:
+    """Ask every wording without examples, the first with examples, too; each with and without calibration."""
+    run.check(cfg.shots and min(cfg.shots) >= 0, "--shots takes one or more numbers, none of them negative")
+    bench, metrics = llama2_full.start(cfg), {}
+    tokenizer, parts, folder = bench.tokenizer, bench.parts, bench.folder
+    texts, truth = zip(*parts["scored"])
+    for name, (pattern, words) in wordings(cfg).items():
+        task = replace(cfg, pattern=pattern, words=words)
+        questions = [sentiment.prompt(tokenizer, task, text) for text in texts]
+        for shots in cfg.shots if name == "yours" else (0,):
+            few = shown(pattern, words, examples(parts["train"], shots, words, cfg.seed))
+            ask = after(bench.model, tokenizer, few), tokenizer
+            answers = sentiment.answers(tokenizer, task)
+            scores = sentiment.likelihood(*ask, questions, answers, bench.device)
+            empty = sentiment.likelihood(*ask, [pattern.replace("{text}", "N/A")], answers, bench.device)
+            for label, x in (("", scores), (", calibrated", calibrated(scores, empty))):
+                metrics[f"{name}, {shots} examples{label}"] = sentiment.scores(truth, x.argmax(-1).tolist())
+            if name == "yours":
+                written = sentiment.generate(*ask, questions, bench.device, max(map(len, answers)))
+                said = sentiment.named(written, words)
+                metrics[f"{name}, {shots} examples, generated"] = sentiment.scores(truth, said)
+    metrics["majority"] = sentiment.scores(truth, sentiment.majority(parts))
+    if len(cfg.words) == 2:
+        metrics["vader"] = sentiment.scores(truth, sentiment.vader(texts))
+    figures.bars(folder / "wordings.png", {k: (v["accuracy"], v["low"], v["high"]) for k, v in metrics.items()})
+    return run.report(folder, metrics, then="python finetune/llama2_full.py")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

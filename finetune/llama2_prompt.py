@@ -1,0 +1,159 @@
+"""Prompt tuning: learn the embeddings of words that stand before every text. Lester et al. 2021, arXiv:2104.08691.
+
+A prompt in words can only say what words say. But the model reads vectors, and a vector may lie anywhere between the
+words. So put P vectors before the text and learn them by gradient descent. The model itself stays as it is: one copy of
+it serves a hundred tasks, in the same batch if you like.
+
+Shapes: P soft words, D width of an embedding; B, L, V as in sentiment.py.
+Differences from the paper: a causal model instead of T5; soft words start as the embeddings of a real sentence (the
+paper finds that this matters for small models, Fig. 3b).
+
+    python finetune/llama2_prompt.py
+    python finetune/llama2_prompt.py --start ""           # from random words of the vocabulary
+    python finetune/llama2_prompt.py --backend peft
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from finetune import llama2_full, sentiment
+from utils import checkpoint, run
+
+START = "Does this tweet sound negative or positive? Answer with one word, negative or positive."
+
+
+@dataclass(frozen=True)
+class Config(llama2_full.Training):
+    """Learn a soft prompt before a frozen language model and score it."""
+
+    lr: float = 3e-2  # peak learning rate
+    tokens: int = 10  # P, soft words
+    start: str = START  # the soft words begin as the words of this text, again and again; "": as random words
+    backend: Literal["ours", "peft"] = "ours"  # who adds the soft words
+    out: str = "outputs/llama2_prompt"  # where the results go
+
+
+def first_words(tokenizer, text, count, vocabulary):
+    """Numbers of `count` words to start from: those of the text, again and again; random ones if it is empty."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        return torch.randint(vocabulary, (count,))
+    return torch.tensor((ids * (count // len(ids) + 1))[:count])
+
+
+class SoftPrompt(nn.Module):
+    """P vectors that start as the embeddings of real words: () -> (P, D)."""
+
+    def __init__(self, embedding, words):
+        super().__init__()
+        self.embedding = nn.Parameter(embedding.weight[words].detach().float().clone())
+
+    def forward(self):
+        return self.embedding
+
+
+def network(model, soft):
+    """The model with soft() (P, D) before every text, as a function (ids (B, L), mask (B, L)) -> logits (B, L, V)."""
+
+    def forward(ids, mask, last=0):
+        prompt = soft()
+        words = model.get_input_embeddings()(ids)  # (B, L, D)
+        x = torch.cat([prompt.to(words.dtype).expand(len(ids), -1, -1), words], dim=1)  # (B, P + L, D)
+        seen = torch.cat([mask.new_ones(len(ids), len(prompt)), mask], dim=1)
+        position = (seen.long().cumsum(-1) - 1).clamp(min=0)
+        return model(
+            inputs_embeds=x, attention_mask=seen.long(), position_ids=position, use_cache=False,
+            logits_to_keep=sentiment.ends(ids, last),  # what follows a soft word is nobody's business
+        ).logits  # fmt: skip
+
+    return forward
+
+
+def save(folder, kind, prompt, model, **extra):
+    """Write a learned prompt as PEFT writes it. kind: PROMPT_TUNING, P_TUNING or PREFIX_TUNING; prompt (P, numbers)."""
+    size = model.config
+    config = {
+        "peft_type": kind, "task_type": "CAUSAL_LM", "inference_mode": True, "num_virtual_tokens": len(prompt),
+        "token_dim": size.hidden_size, "num_layers": size.num_hidden_layers,
+        "num_attention_heads": size.num_attention_heads, "num_transformer_submodules": 1,
+    } | extra  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder / "adapter_model.safetensors", {"prompt_embeddings": prompt.float()})
+    run.write_json(folder / "adapter_config.json", config)
+
+
+def load(folder, kind):
+    """A prompt that was written by `save` or by PEFT: (P, numbers). Raises UserError for a file of another kind."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise run.UserError(f"no adapter in {folder}: {error}") from None
+    run.check(config["peft_type"] == kind, f"{folder} holds an adapter of kind {config['peft_type']}, not {kind}")
+    run.check(tensors.keys() == {"prompt_embeddings"}, f"{folder} lacks prompt_embeddings; it has {sorted(tensors)}")
+    return tensors["prompt_embeddings"]
+
+
+def peft_network(model):
+    """A PEFT model with a learned prompt or prefix, as a network of this chapter.
+
+    PEFT counts padding as positions: where texts differ in length, soft words are a little farther away than ours.
+    """
+
+    def forward(ids, mask, last=0):
+        return model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=sentiment.ends(ids, last)).logits
+
+    return forward
+
+
+def experiment(cfg, bench, soft, forward, kind, **extra):
+    """Train the module `soft` before the frozen model, score, save what soft() gives in the end -> metrics."""
+    bench.model.requires_grad_(False)
+    whole = nn.ModuleDict({"model": bench.model, "soft": soft.to(bench.device)})
+    metrics = llama2_full.experiment(cfg, bench, forward, whole)
+    save(bench.folder / "adapter", kind, soft(), bench.model, base_model_name_or_path=cfg.model, **extra)
+    return metrics | {"checkpoint_MiB": llama2_full.size(bench.folder / "adapter")}
+
+
+def through_peft(model, tokenizer, cfg):
+    """The same soft words by the PEFT library -> its model; the start is ours, number by number (see the tests)."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    words = first_words(tokenizer, cfg.start, cfg.tokens, model.config.vocab_size)
+    start = model.get_input_embeddings().weight[words].detach().float()
+    made: Any = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=cfg.tokens))
+    with torch.no_grad():
+        made.prompt_encoder["default"].embedding.weight.copy_(start)
+    return made
+
+
+def main(cfg: Config) -> dict:
+    """Start from words, train, score; write the prompt in PEFT's layout and the words nearest to what was learned."""
+    run.check(cfg.tokens > 0, "--tokens must be at least 1")
+    bench = llama2_full.start(cfg)
+    if cfg.backend == "peft":
+        model = through_peft(bench.model, bench.tokenizer, cfg)
+        metrics = llama2_full.by_peft(cfg, bench, model, peft_network(model))
+        return run.report(bench.folder, metrics, then="python finetune/llama2_ptune.py")
+    embedding = bench.model.get_input_embeddings()
+    soft = SoftPrompt(embedding, first_words(bench.tokenizer, cfg.start, cfg.tokens, len(embedding.weight)))
+    metrics = experiment(cfg, bench, soft, network(bench.model, soft), "PROMPT_TUNING")
+    print("nearest words:", *(repr(bench.tokenizer.decode(i)) for i in nearest(soft(), embedding.weight)))
+    return run.report(bench.folder, metrics, then="python finetune/llama2_ptune.py")
+
+
+@torch.no_grad()
+def nearest(prompt, embeddings):
+    """The word of the vocabulary with the largest cosine to each soft word: (P, D), (V, D) -> (P,)."""
+    a, b = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (prompt, embeddings))
+    return (a @ b.T).argmax(-1)
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

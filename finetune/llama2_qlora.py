@@ -1,0 +1,311 @@
+"""QLoRA: frozen weights in 8 or 4 bits, learned corrections in 32. Dettmers et al. 2023, arXiv:2305.14314.
+
+Frozen weights are only read, so they may be stored coarsely: cut each matrix into blocks of 64 numbers, divide a block
+by its largest, and keep of each quotient the number of the nearest of 16 values. Which values? Weights are nearly
+normal, so take quantiles of the normal distribution (NF4). Gradients pass through the coarse weights to the LoRA
+corrections, which are exact. Eight bits are older: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) multiplies
+integers, and takes the few columns with huge activations out, in full precision. Equation numbers are QLoRA's unless
+named.
+
+Shapes: weight (out, in), n numbers, blocks of S = 64, a codebook of 16 values in [-1, 1].
+Differences from the papers: 8-bit weights are stored, not multiplied, in training (`int8_matmul` shows the product);
+scales of the second quantisation are linear int8, not 8-bit floats.
+
+    python finetune/llama2_qlora.py                   # --bits 4
+    python finetune/llama2_qlora.py --bits 8          # 32, 16, 8 or 4
+    python finetune/llama2_qlora.py --codebook fp4
+    python finetune/llama2_qlora.py --backend bitsandbytes
+    python finetune/llama2_qlora.py --model meta-llama/Llama-2-7b-hf     # larger, for a GPU
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from finetune import llama2_full, llama2_lora, sentiment
+from utils import figures, run
+
+
+@dataclass(frozen=True)
+class Config(llama2_full.Training):
+    """Adapt a language model whose frozen weights are stored in few bits, and score it."""
+
+    lr: float = 1e-3  # peak learning rate
+    steps: int = 80  # training steps; making the weights takes a part of each
+    bits: Literal[32, 16, 8, 4] = 4  # of a frozen weight: fp32, bf16, absmax int8, or a codebook of 16 values
+    codebook: Literal["nf4", "fp4", "int4"] = "nf4"  # the 16 values
+    block: int = 64  # S, numbers that share a scale
+    double: bool = True  # quantise the scales, too
+    rank: int = 8  # r of LoRA
+    alpha: float = 16.0  # corrections are multiplied by alpha / r
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # where corrections go
+    backend: Literal["ours", "bitsandbytes"] = "ours"  # who stores the weights in 8 or 4 bits
+    out: str = "outputs/llama2_qlora"  # where the results go
+
+
+def nf4():
+    """NormalFloat: 16 values, each nearest equally often to a normal number scaled into [-1, 1]. Eq. 4, App. E.
+
+    Eight quantiles above zero, seven below, and zero itself: zeros (padding) must stay zeros.
+    """
+    end = 0.9677083  # (1 - 1/30 + 1 - 1/32) / 2: the quantile of the outermost value
+    quantile = lambda p: torch.distributions.Normal(0.0, 1.0).icdf(p)  # noqa: E731
+    above = quantile(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -quantile(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
+    values = torch.cat([below, above.new_zeros(1), above]).sort().values
+    return (values / values.max()).float()
+
+
+def fp4():
+    """Sign, two bits of exponent, one of mantissa (E2M1), over 6: the values are denser near zero."""
+    positive = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
+    return torch.cat([-positive.flip(0), positive])
+
+
+def int4():
+    """Fifteen equal steps, and one value twice: what 4 bits are without a thought."""
+    return (torch.arange(-7, 9) / 7).clamp(max=1)
+
+
+CODEBOOKS = {"nf4": nf4, "fp4": fp4, "int4": int4}
+
+
+def absmax(x, dim):
+    """Eight-bit integers and one scale a row: x ~ codes * scale. LLM.int8(), Eq. 1."""
+    scale = x.abs().amax(dim, keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
+def quantize(weight, values, block=64):
+    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1 and 5."""
+    x = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % block)).view(-1, block)
+    top = x.abs().amax(1, keepdim=True)
+    middle = (values[1:] + values[:-1]) / 2  # nearest value: between which two middles does the quotient lie?
+    codes = torch.bucketize(x / top.clamp(min=1e-12), middle).to(torch.uint8)
+    return codes.flatten(), top.flatten()
+
+
+def dequantize(packed, top, values, shape):
+    """Two codes a byte (n / 2,), the largest of each block -> weight of this shape, in the type of `values`.
+
+    A byte is one of 256 pairs of codes: a table of the pairs answers both at once.
+    """
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)  # (256, 2)
+    x = F.embedding(packed.int(), pairs).view(len(top), -1) * top.to(values.dtype)[:, None]
+    return x.flatten()[: shape[0] * shape[1]].view(shape)
+
+
+def pack(codes):
+    """Two codes a byte: (n,) -> (n / 2,)."""
+    return codes[::2] << 4 | codes[1::2]
+
+
+def double_quantize(top, block=256):
+    """Scales of scales: subtract their mean, 8 bits each, one scale for 256. Sec. 3 -> codes, scale, mean."""
+    mean = top.mean()
+    x = F.pad(top - mean, (0, -len(top) % block)).view(-1, block)
+    codes, scale = absmax(x, 1)
+    return codes.flatten()[: len(top)], scale.flatten(), mean
+
+
+def double_dequantize(codes, scale, mean, block=256):
+    return codes.float() * scale.repeat_interleave(block)[: len(codes)] + mean
+
+
+class Straight(torch.autograd.Function):
+    """x W^T with a W that is made when needed and forgotten: the backward pass makes it again. Eq. 5 and 6."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.dequantize(grad.dtype), None
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer in few bits; `weight` is what the bits stand for."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, base, bits=4, codebook="nf4", block=64, double=True):
+        super().__init__()
+        self.shape, self.bits, self.bias = tuple(base.weight.shape), bits, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        if bits == 8:
+            codes, scale = absmax(base.weight.detach().float(), 1)
+            parts = {"codes": codes, "scale": scale}
+        else:
+            values = CODEBOOKS[codebook]().to(base.weight.device)
+            codes, top = quantize(base.weight, values, block)
+            parts = {"codes": pack(codes), "values": values}
+            parts |= dict(zip(("top_codes", "top_scale", "top_mean"), double_quantize(top))) if double else {"top": top}
+        for name, x in parts.items():
+            self.register_buffer(name, x)
+
+    def dequantize(self, dtype=torch.float32):
+        if self.bits == 8:
+            return self.codes.to(dtype) * self.scale.to(dtype)
+        top = self.top if hasattr(self, "top") else double_dequantize(self.top_codes, self.top_scale, self.top_mean)
+        return dequantize(self.codes, top, self.values.to(dtype), self.shape)
+
+    @property
+    def weight(self):
+        return self.dequantize()
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = Straight.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+    def bits_each(self):
+        """Bits that a weight really takes, scales included."""
+        stored = sum(8 * b.nbytes for n, b in self.named_buffers() if n != "values")
+        return stored / (self.shape[0] * self.shape[1])
+
+
+def body(model):
+    """The linear layers but the head: that shares its weights with the embedding, and answers are read from it."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
+
+
+def store(model, bits, codebook="nf4", block=64, double=True, make=QuantLinear):
+    """Keep every linear layer but the head in `bits`, in place -> the model, frozen; 16 and 32 change the type."""
+    model.requires_grad_(False)
+    if bits >= 16:
+        return model.to(torch.float32 if bits == 32 else torch.bfloat16)
+    for name, layer in body(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(layer, bits, codebook, block, double))
+    return model
+
+
+def by_bitsandbytes(base, bits, codebook, block, double):
+    """The same layer by the bitsandbytes library; its eight bits multiply integers, as `int8_matmul` does."""
+    import bitsandbytes as bnb
+
+    size, weight = (base.in_features, base.out_features, base.bias is not None), base.weight.detach()
+    if bits == 8:
+        layer = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)
+        parameter: Any = bnb.nn.Int8Params  # made by __new__, which a type checker does not see
+        layer.weight = parameter(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(*size, torch.bfloat16, compress_statistics=double, quant_type=codebook)
+        settings = dict(quant_type=codebook, compress_statistics=double, blocksize=block)
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **settings)
+        layer.support_avx512bf16_for_cpu = False  # else gradients are wrong after a pass without them (0.50 on a CPU)
+    layer.bias = base.bias
+    return layer.to(weight.device)
+
+
+def int8_matmul(x, codes, scale, threshold=6.0):
+    """x W^T in integers: (N, in), codes (out, in), scale (out, 1) -> (N, out). LLM.int8(), Eq. 8.
+
+    Columns of x with a number above the threshold are multiplied in full precision: one of them would cost all others
+    their digits.
+    """
+    large = (x.abs() > threshold).any(0)
+    exact = x[:, large] @ (codes[:, large] * scale).T
+    rows, row_scale = absmax(x[:, ~large], 1)
+    product = torch._int_mm(rows, codes[:, ~large].T.contiguous())
+    return product * row_scale * scale.T + exact
+
+
+def errors(weights, block=64):
+    """Root mean square error of real weights, relative to theirs, in each kind of storage: {name: (bits, error)}."""
+    kinds = {"int8, a row": (8, "", 0, False), **{c: (4, c, block, False) for c in CODEBOOKS}}
+    kinds |= {f"nf4, double, blocks of {b}": (4, "nf4", b, True) for b in (32, 64, 256)}
+    found = {}
+    for name, (bits, codebook, size, double) in kinds.items():
+        layers = [QuantLinear(w, bits, codebook, size, double) for w in weights]
+        square = sum(float((q.weight - w.weight.float()).square().sum()) for q, w in zip(layers, weights))
+        whole = sum(float(w.weight.float().square().sum()) for w in weights)
+        found[name] = sum(q.bits_each() for q in layers) / len(layers), (square / whole) ** 0.5
+    return found
+
+
+def draw(path, weight, block=64):
+    """Real weights, each divided by the largest of its block, and the values that 4 bits leave of them."""
+    x = weight.detach().float().flatten()
+    x = (x[: len(x) // block * block].view(-1, block)).cpu()
+    x = (x / x.abs().amax(1, keepdim=True)).flatten()
+    figure, axes = plt.subplots(1, len(CODEBOOKS), figsize=(10, 2.4), sharey=True)
+    for axis, (name, make) in zip(axes, CODEBOOKS.items()):
+        axis.hist(x, bins=201, color="lightsteelblue")
+        for value in make():
+            axis.axvline(float(value), color="black", linewidth=0.8)
+        axis.set(title=name, xlabel="weight / largest of its block", yticks=[])
+    return figures.close(figure, path)
+
+
+def underflow(gradients, scale):
+    """What fp16 makes of gradients that were multiplied by `scale`: the share that is zero, the share that is infinite.
+
+    Micikevicius et al. 2017, arXiv:1710.03740, Sec. 3.2: below 6e-8 fp16 has nothing, so the loss is multiplied by a
+    number, its gradients with it, and they are divided by it again in fp32. bf16 reaches as far down as fp32.
+    """
+    x = torch.cat([g.float().flatten() for g in gradients])
+    half = (x[x != 0] * scale).half()
+    return float((half == 0).float().mean()), float(half.isinf().float().mean())
+
+
+def gradients(bench, cfg, layers) -> Any:
+    """The gradients of some weights for one batch, in fp32."""
+    for layer in layers:
+        layer.float().requires_grad_(True)
+    batch = llama2_full.draw(bench.tokenizer, bench.parts["train"], cfg, 0)
+    with run.autocast(bench.device):
+        llama2_full.loss(sentiment.network(bench.model), *(x.to(bench.device) for x in batch)).backward()
+    return [layer.weight.grad for layer in layers]
+
+
+def dequantize_seconds(model):
+    """Seconds to make every weight of the model once; a training step does it twice."""
+    layers, start = [m for m in model.modules() if isinstance(m, QuantLinear)], time.perf_counter()
+    for layer in layers:
+        layer.dequantize(torch.bfloat16)
+    return time.perf_counter() - start
+
+
+def main(cfg: Config) -> dict:
+    """Store the model in few bits, inject LoRA, train, score; write the adapter in PEFT's layout."""
+    run.check(cfg.bits < 16 or cfg.backend == "ours", "--backend bitsandbytes stores 8 or 4 bits")
+    run.check(cfg.block > 0 and cfg.block % 2 == 0, "--block must be even")
+    bench, metrics = llama2_full.start(cfg), {}
+    model = bench.model
+    if cfg.bits < 16:
+        some = list(body(model).values())[:14]  # of the first two layers
+        table = errors(some, cfg.block)
+        draw(bench.folder / "values.png", some[0].weight, cfg.block)
+        metrics |= {name: {"bits": bits, "error": error} for name, (bits, error) in table.items()}
+        grads = gradients(bench, cfg, some)
+        for scale in (1, 2**10, 2**20, 2**30):
+            zero, infinite = underflow(grads, scale)
+            metrics[f"fp16 gradients x {scale:,}"] = {"zero": zero, "infinite": infinite}
+        zero, infinite = underflow([g.square() for g in grads], 1)  # the second moment of AdamW
+        metrics["fp16 squared gradients"] = {"zero": zero, "infinite": infinite}
+        model.to(torch.bfloat16).zero_grad()
+    make = QuantLinear if cfg.backend == "ours" else by_bitsandbytes
+    store(model, cfg.bits, cfg.codebook, cfg.block, cfg.double, make)
+    metrics["weights_MiB"] = llama2_full.numbers([*model.parameters(), *model.buffers()]) / 2**20
+    if cfg.bits < 16 and cfg.backend == "ours":
+        dequantize_seconds(model)  # the first time is slow
+        metrics["dequantize_seconds"] = dequantize_seconds(model)
+    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    metrics |= llama2_full.experiment(cfg, bench, sentiment.network(model), model)
+    llama2_lora.save(model, bench.folder / "adapter", llama2_lora.Config(rank=cfg.rank, alpha=cfg.alpha), cfg.model)
+    metrics["checkpoint_MiB"] = llama2_full.size(bench.folder / "adapter")
+    return run.report(bench.folder, metrics, then="python finetune/compare.py")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

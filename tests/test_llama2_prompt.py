@@ -1,0 +1,169 @@
+"""Prompt tuning, p-tuning 1 and 2, prefix tuning: each equals PEFT, forward, gradient and files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finetune import llama2_prefix, llama2_prompt, llama2_ptune, llama2_ptune_v2, sentiment
+from tests.conftest import gradients
+from tests.llamas import batch, tiny
+from tests.test_sentiment import right
+from utils import run
+
+P = 5
+
+
+def moved(module):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return module
+
+
+def prompt():
+    model = tiny()
+    soft = moved(llama2_prompt.SoftPrompt(model.get_input_embeddings(), torch.arange(P)))
+    return model, soft, llama2_prompt.network(model, soft)
+
+
+def ptune(encoder):
+    model = tiny()
+    soft = moved(llama2_ptune.PromptEncoder(P, 32, 12, encoder))
+    return model, soft, llama2_prompt.network(model, soft)
+
+
+def prefix():
+    model = tiny()
+    soft = moved(llama2_prefix.PrefixEncoder(P, *llama2_prefix.sizes(model), hidden=12))
+    return model, soft, llama2_prefix.network(model, soft)
+
+
+def ptune_v2():
+    model = tiny()
+    soft = llama2_ptune_v2.DeepPrompt(P, *llama2_prefix.sizes(model))
+    return model, soft, llama2_prefix.network(model, soft)
+
+
+def same_in_peft(name):
+    """-> (PEFT's model, its network) for a method of ours."""
+    cfg = llama2_ptune.Config(tokens=P, hidden=12)
+    if name == "prompt":
+        from peft import PromptTuningConfig, get_peft_model
+
+        model = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    elif name.startswith("ptune "):
+        model = llama2_ptune.through_peft(tiny(), replace(cfg, encoder=name.split()[1]))
+    else:
+        model = llama2_prefix.through_peft(tiny(), cfg, projection=name == "prefix")
+        return model, llama2_prompt.peft_network(model)
+    return model, llama2_prompt.peft_network(model)
+
+
+METHODS = {
+    "prompt": prompt, "ptune lstm": lambda: ptune("lstm"), "ptune mlp": lambda: ptune("mlp"),
+    "prefix": prefix, "deep": ptune_v2,
+}  # fmt: skip
+KINDS = {"prompt": "PROMPT_TUNING", "ptune lstm": "P_TUNING", "ptune mlp": "P_TUNING"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_peft(name, parity):
+    """The same weights: the same logits, the same gradients."""
+    _, soft, network = METHODS[name]()
+    theirs, their_network = same_in_peft(name)
+    encoder = theirs.prompt_encoder["default"]
+    state = soft.state_dict()
+    encoder.load_state_dict({"embedding.weight": state["embedding"]} if name == "prompt" else state)
+    ids, mask = batch()
+    mine, other = network(ids, mask)[mask], their_network(ids, mask)[mask]
+    parity("Soft prompts", f"{name}, logits", "peft", mine, other)
+    a, b = gradients(soft, mine), gradients(encoder, other)
+    b = {k.removesuffix(".weight") if name == "prompt" else k: v for k, v in b.items()}
+    parity("Soft prompts", f"{name}, gradients", "peft", a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_files_are_peft_s(name, tmp_path):
+    """Written by us and loaded by PEFT; written by PEFT and loaded by us."""
+    from peft import PeftModel
+
+    model, soft, network = METHODS[name]()
+    kind, extra = KINDS.get(name, "PREFIX_TUNING"), {}
+    if name.startswith("ptune"):
+        extra = {"encoder_hidden_size": 12, "encoder_reparameterization_type": name.split()[-1].upper()}
+    if name in ("prefix", "deep"):
+        _, heads, size = llama2_prefix.sizes(model)
+        extra = {"token_dim": heads * size, "num_attention_heads": heads, "prefix_projection": False}
+    llama2_prompt.save(tmp_path / "ours", kind, soft(), model, **extra)
+    theirs = PeftModel.from_pretrained(tiny(), tmp_path / "ours").eval()
+    ids, mask = batch()
+    their_network = llama2_prompt.peft_network(theirs)
+    torch.testing.assert_close(their_network(ids, mask)[mask], network(ids, mask)[mask], atol=1e-5, rtol=1e-4)
+
+    fresh, fresh_network = same_in_peft(name)
+    fresh.eval().save_pretrained(tmp_path / "theirs")
+    numbers = llama2_prompt.load(tmp_path / "theirs", kind)
+    again = (llama2_prompt if name in KINDS else llama2_prefix).network(tiny(), lambda: numbers)
+    torch.testing.assert_close(again(ids, mask)[mask], fresh_network(ids, mask)[mask], atol=1e-5, rtol=1e-4)
+    with pytest.raises(run.UserError, match="not LORA"):
+        llama2_prompt.load(tmp_path / "theirs", "LORA")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_padding_on_either_side_says_the_same(name):
+    """Generation pads on the left: soft words stay next to the text, whatever lies between."""
+    _, _, network = METHODS[name]()
+    rows = [[5, 6, 7, 8, 9], [10, 11]]
+    out = []
+    there = [[True] * 5, [True] * 2]
+    for pad in (sentiment.pad, right):
+        ids, mask = pad(rows, 1), pad(there, False)
+        out.append(network(ids, mask)[mask])
+        torch.testing.assert_close(network(ids, mask, 3), network(ids, mask)[:, -3:])
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_but_the_prompt_gets_a_gradient_and_its_size_is_known(name):
+    model, soft, network = METHODS[name]()
+    model.requires_grad_(False)
+    ids, mask = batch()
+    network(ids, mask).sum().backward()
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in soft.parameters())
+    lstm = sum(4 * 12 * (i + 12 + 2) for i in (32, 32, 24, 24))  # two layers, two directions
+    by_hand = {
+        "prompt": P * 32,
+        "ptune lstm": P * 32 + lstm + (24 * 24 + 24) + (24 * 32 + 32),
+        "ptune mlp": P * 32 + (32 * 12 + 12) + (12 * 12 + 12) + (12 * 32 + 32),
+        "prefix": P * 16 + (16 * 12 + 12) + (12 * 64 + 64),  # 2 layers x 2 x 16 numbers a position
+        "deep": P * 64,
+    }
+    assert sum(p.numel() for p in soft.parameters()) == by_hand[name]
+
+
+def test_soft_words_start_as_words():
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [int(x) for x in text.split()]}
+
+    assert llama2_prompt.first_words(Tokenizer(), "7 8 9", 5, 120).tolist() == [7, 8, 9, 7, 8]
+    assert llama2_prompt.first_words(Tokenizer(), "", 5, 120).max() < 120
+    embedding = tiny().get_input_embeddings()
+    soft = llama2_prompt.SoftPrompt(embedding, torch.tensor([7, 8]))
+    assert torch.equal(soft(), embedding.weight[[7, 8]])
+    assert llama2_prompt.nearest(soft(), embedding.weight).tolist() == [7, 8]
+
+
+def test_a_prefix_read_from_words_says_what_the_words_say():
+    """Few-shot examples and deep prompts begin like this: keys and values of a text are the text."""
+    model, words, text = tiny(), [7, 8, 9, 10], [[5, 6, 7], [11, 12]]
+    kept = llama2_prefix.read(model, torch.tensor(words))
+    assert kept.shape == (4, 64)
+    ids, mask = sentiment.pad(text, 1), sentiment.pad([[True] * 3, [True] * 2], False)
+    got = llama2_prefix.network(model, lambda: kept)(ids, mask)[mask]
+    plain = sentiment.network(model)
+    rows = [plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:] for t in text]
+    torch.testing.assert_close(got, torch.cat(rows), atol=1e-5, rtol=1e-4)
+    layers, heads, size = llama2_prefix.sizes(model)
+    assert torch.equal(llama2_ptune_v2.DeepPrompt(4, layers, heads, size, kept)(), kept)
