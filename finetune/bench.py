@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune import llama2_full, llama2_lora, sentiment
+from finetune import llama2_full, llama2_lora, llama2_qlora, sentiment
 from utils import pretrained, run
 
 
@@ -66,7 +66,7 @@ def pair(cfg, lora, bf16):
     for inject in (lambda m: llama2_lora.inject(m, lora.targets, lora.rank, lora.alpha, variant=lora.variant),
                    lambda m: llama2_lora.through_peft(m, lora)):  # fmt: skip
         _, model = load()
-        model.to(torch.bfloat16 if bf16 else torch.float32)
+        llama2_qlora.cast(model, torch.bfloat16 if bf16 else torch.float32)
         inject(model)
         models.append(model.train())
     return models

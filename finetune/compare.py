@@ -125,6 +125,7 @@ def plot(path, rows):
 
 def main(cfg: Config) -> dict:
     """Run, collect, write table.md and compare.png."""
+    run.check(min(cfg.steps, cfg.batch) > 0, "--steps and --batch must be above 0")
     unknown = [name for name in cfg.only if name not in METHODS]
     run.check(not unknown, f"--only {unknown}: there are {', '.join(METHODS)}")
     folder, parts = run.output(cfg.out, replace(cfg, resume=False)), sentiment.load(cfg)

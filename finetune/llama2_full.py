@@ -178,8 +178,11 @@ class Bench:
     parts: dict  # of the data: {"train", "valid", "test": [(text, label)]}
 
 
-def start(cfg):
-    """Check the flags, load data and model, make the folder, fix the seed -> Bench. Raises UserError."""
+def start(cfg, allow=None):
+    """Check the flags, load data and model, make the folder, fix the seed -> Bench. Raises UserError.
+
+    allow: a function that refuses a model by a UserError, before anything is written.
+    """
     if isinstance(cfg, Training):
         run.check(min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0, "--steps, --batch and --lr must be above 0")
     parts = sentiment.load(cfg)
@@ -188,6 +191,8 @@ def start(cfg):
     tokenizer, model = load(device)
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # on texts as short as these a fifth faster than the fused kernel
+    if allow:
+        allow(model)
     run.seed(cfg.seed)
     return Bench(run.output(cfg.out, cfg), device, tokenizer, model, parts)
 

@@ -50,14 +50,16 @@ def wordings(cfg):
 
 def examples(pairs, count, words, seed=0):
     """`count` texts to show, the labels in turn so that all are there equally often: [(text, label)]."""
+    fewest = min(sum(y == k for _, y in pairs) for k in range(len(words)))
+    run.check(count <= fewest * len(words), f"--shots {count}: there are {fewest} training texts of a label")
     order = np.random.default_rng(seed).permutation(len(pairs))
     kinds = [[pairs[i] for i in order if pairs[i][1] == k] for k in range(len(words))]
     return [kinds[i % len(words)][i // len(words)] for i in range(count)]
 
 
-def shown(pattern, words, pairs):
+def shown(tokenizer, task, pairs):
     """Solved questions as one string, to stand before each question."""
-    return "".join(pattern.replace("{text}", text) + words[y] + "\n\n" for text, y in pairs)
+    return "".join(sentiment.prompt(tokenizer, task, text) + task.words[y] + "\n\n" for text, y in pairs)
 
 
 def after(model, tokenizer, text):
@@ -69,7 +71,7 @@ def after(model, tokenizer, text):
 
 
 def calibrated(scores, empty):
-    """log p(answer | question) - log p(answer | empty question): (N, K), (1, K) -> (N, K). Zhao et al. 2021, Eq. 2."""
+    """log p(answer | question) - log p(answer | empty question): (N, K), (1, K) -> (N, K). Zhao et al. 2021, Sec. 5."""
     return scores - empty
 
 
@@ -83,7 +85,7 @@ def main(cfg: Config) -> dict:
         task = replace(cfg, pattern=pattern, words=words)
         questions = [sentiment.prompt(tokenizer, task, text) for text in texts]
         for shots in cfg.shots if name == "yours" else (0,):
-            few = shown(pattern, words, examples(parts["train"], shots, words, cfg.seed))
+            few = shown(tokenizer, task, examples(parts["train"], shots, words, cfg.seed))
             ask = after(bench.model, tokenizer, few), tokenizer
             answers = sentiment.answers(tokenizer, task)
             scores = sentiment.likelihood(*ask, questions, answers, bench.device)

@@ -8,7 +8,8 @@ Four relatives are a few lines each: rsLoRA (Kalajdzievski 2023, arXiv:2312.0373
 arXiv:2402.09353), LoRA+ (Hayou et al. 2024, arXiv:2402.12354), IA3 (Liu et al. 2022, arXiv:2205.05638).
 
 Shapes: x (..., in) -> (..., out), W (out, in), rank r.
-Differences from the paper: every linear layer of attention by default, not query and value alone.
+Differences from the paper: every linear layer of attention by default, not query and value alone; A starts uniform, as
+in PEFT, not normal. DoRA's lengths are those of rows of W (out, in), again as in PEFT.
 
     python finetune/llama2_lora.py
     python finetune/llama2_lora.py --variant dora --rank 4
@@ -130,13 +131,26 @@ def find(model, targets, within=""):
     return found
 
 
+def single(model, names):
+    """Raises UserError for a module that is not there, or shares its weights: a head that is the embedding, too."""
+    modules, owners = dict(model.named_modules()), {}
+    for name, module in modules.items():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name)
+    for name in names:
+        run.check(name in modules, f"--also {name}: there is no such module")
+        shared = next((owners[id(p)] for p in modules[name].parameters() if len(owners[id(p)]) > 1), ())
+        run.check(not shared, f"{' and '.join(shared)} are one and the same weight: neither can be adapted alone")
+
+
 def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", also=()):
     """Freeze the model and put an adapter around every target, in place -> the names of the layers.
 
     within: the part of the model that may be changed; also: names of modules to train whole.
     """
-    run.check(rank > 0, "--rank must be at least 1")
+    run.check(rank > 0 and 0 <= dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
     names = find(model, targets, within)
+    single(model, [*names, *also])
     model.requires_grad_(False)
     for name in names:
         base, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
@@ -146,7 +160,6 @@ def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", 
             adapter = LoRALinear(base, rank, alpha, dropout, variant)
         setattr(model.get_submodule(parent), child, adapter)
     for name in also:
-        run.check(name in dict(model.named_modules()), f"--also {name}: there is no such module")
         model.get_submodule(name).float().requires_grad_(True)
     return names
 
@@ -155,6 +168,7 @@ def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", 
 def merge(model):
     """Add every correction to its matrix and take the adapters out, in place -> the model, as fast as it was."""
     for name, adapter in [(n, m) for n, m in model.named_modules() if isinstance(m, ADAPTERS)]:
+        run.check(isinstance(adapter.base, nn.Linear), f"{name} is stored in few bits: nothing can be added to it")
         adapter.base.weight.copy_(adapter.merged())
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter.base)
@@ -162,7 +176,7 @@ def merge(model):
 
 
 def groups(model, plus=1.0):
-    """What the optimizer gets: all that is trained; B learns `plus` times faster. LoRA+, Sec. 4."""
+    """What the optimizer gets: all that is trained; B learns `plus` times faster (LoRA+)."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     fast = [p for n, p in trained if "lora_B" in n]
     slow = [p for n, p in trained if "lora_B" not in n]
@@ -241,10 +255,15 @@ def load(model, folder):
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise run.UserError(f"no adapter in {folder}: {error}") from None
-    run.check(config["peft_type"] in ("LORA", "IA3"), f"{folder} holds an adapter of kind {config['peft_type']}")
-    if config["peft_type"] == "IA3":
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    run.check(kind in ("LORA", "IA3"), f"{folder} holds an adapter of kind {kind}")
+    needed = {"target_modules"} | ({"r", "lora_alpha"} if kind == "LORA" else set())
+    run.check(needed <= config.keys(), f"{folder}/adapter_config.json lacks {', '.join(needed - config.keys())}")
+    beyond = [k for k in ("alpha_pattern", "rank_pattern", "layers_to_transform") if config.get(k)]
+    run.check(not beyond, f"{folder} has {', '.join(beyond)}, which this script does not know; load it with PEFT")
+    if kind == "IA3":
         variant, rank, alpha = "ia3", 1, 1
     else:
         variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
@@ -259,26 +278,38 @@ def load(model, folder):
         else:
             wanted |= {f"{name}.lora_A.weight": adapter.lora_A, f"{name}.lora_B.weight": adapter.lora_B}
             wanted |= {f"{name}.lora_magnitude_vector": adapter.magnitude} if variant == "dora" else {}
+    single(model, config.get("modules_to_save") or ())
     for name in config.get("modules_to_save") or ():
         wanted |= {f"{name}.{k}": v for k, v in model.get_submodule(name).named_parameters()}
     missing = sorted({PREFIX + k for k in wanted} - tensors.keys())
     strange = sorted(tensors.keys() - {PREFIX + k for k in wanted})
     run.check(not missing and not strange, f"{folder}: missing {missing[:2]}, without a place {strange[:2]}")
+    other = [k for k, w in wanted.items() if tensors[PREFIX + k].numel() != w.numel()]
+    run.check(not other, f"{folder}: {other[:1]} has another size than this model needs")
     with torch.no_grad():
         for name, weight in wanted.items():
             weight.copy_(tensors[PREFIX + name].reshape(weight.shape))
     return found
 
 
+def allow(model, cfg):
+    """The names of the targets. Raises UserError for flags that cannot be meant, before anything is written."""
+    run.check(cfg.rank > 0 and 0 <= cfg.dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
+    run.check(cfg.plus > 0, "--plus must be above 0")
+    layers = find(model, cfg.targets, cfg.within)
+    single(model, [*layers, *cfg.also])
+    return layers
+
+
 def through_peft(model, cfg):
     """The same adapters by the PEFT library -> its model; what it holds is ours, number by number (see the tests)."""
     from peft import IA3Config, LoraConfig, get_peft_model
 
-    layers = find(model, cfg.targets, cfg.within)
+    layers = allow(model, cfg)
     if cfg.variant == "ia3":
         config = IA3Config(
             target_modules=layers, feedforward_modules=[n for n in layers if n.endswith(FEEDFORWARD)],
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM", modules_to_save=list(cfg.also) or None,
         )  # fmt: skip
     else:
         config = LoraConfig(
@@ -290,7 +321,7 @@ def through_peft(model, cfg):
 
 def main(cfg: Config) -> dict:
     """Inject, train, score; write the adapter in PEFT's layout."""
-    bench = llama2_full.start(cfg)
+    bench = llama2_full.start(cfg, lambda model: allow(model, cfg))
     model, folder = bench.model, bench.folder
     if cfg.backend == "peft":
         model = through_peft(model, cfg)

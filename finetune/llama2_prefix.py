@@ -32,7 +32,7 @@ class Config(llama2_full.Training):
     lr: float = 3e-4  # peak learning rate
     tokens: int = 20  # P, prefix positions
     hidden: int = 256  # width of the network that writes them
-    start: str = llama2_prompt.START  # the prefix begins as what is kept of this text; "": as random numbers
+    start: str = llama2_prompt.START  # it begins as what is kept of this text; "", and always with peft: random
     backend: Literal["ours", "peft"] = "ours"  # who adds the prefix
     out: str = "outputs/llama2_prefix"  # where the results go
 
@@ -52,7 +52,8 @@ class PrefixEncoder(nn.Module):
 
     def __init__(self, tokens, layers, heads, size, hidden, start=None):
         super().__init__()
-        width, self.start = heads * size, start
+        width = heads * size
+        self.register_buffer("start", start, persistent=False)
         self.embedding = nn.Embedding(tokens, width)
         self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
         if start is not None:

@@ -93,9 +93,10 @@ def load(folder, kind):
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise run.UserError(f"no adapter in {folder}: {error}") from None
-    run.check(config["peft_type"] == kind, f"{folder} holds an adapter of kind {config['peft_type']}, not {kind}")
+    found = config.get("peft_type") if isinstance(config, dict) else None
+    run.check(found == kind, f"{folder} holds an adapter of kind {found}, not {kind}")
     run.check(tensors.keys() == {"prompt_embeddings"}, f"{folder} lacks prompt_embeddings; it has {sorted(tensors)}")
     return tensors["prompt_embeddings"]
 
@@ -117,7 +118,9 @@ def experiment(cfg, bench, soft, forward, kind, **extra):
     bench.model.requires_grad_(False)
     whole = nn.ModuleDict({"model": bench.model, "soft": soft.to(bench.device)})
     metrics = llama2_full.experiment(cfg, bench, forward, whole)
-    save(bench.folder / "adapter", kind, soft(), bench.model, base_model_name_or_path=cfg.model, **extra)
+    with torch.no_grad():  # as it was asked: an LSTM may round otherwise when it keeps what gradients need
+        prompt = soft()
+    save(bench.folder / "adapter", kind, prompt, bench.model, base_model_name_or_path=cfg.model, **extra)
     return metrics | {"checkpoint_MiB": llama2_full.size(bench.folder / "adapter")}
 
 

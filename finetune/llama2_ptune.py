@@ -1,8 +1,8 @@
 """P-tuning: soft words again, but a small network writes them. Liu et al. 2021, arXiv:2103.10385.
 
-Soft words that are learned one by one know nothing of each other, and are slow to leave the place where they start. So
-let an LSTM (or an MLP) write them: one step then moves all of them, together. After training its output is kept, and
-the network thrown away; what runs is a soft prompt as in llama2_prompt.py.
+Soft words that are learned one by one know nothing of each other, and the paper finds them slow to leave the place
+where they start. So let an LSTM (or an MLP) write them: one step then moves all of them, together. After training its
+output is kept, and the network thrown away; what runs is a soft prompt as in llama2_prompt.py.
 
 Shapes: P soft words, D width of an embedding, H hidden width.
 Differences from the paper: soft words stand before the text only, not between its parts; no anchor words.

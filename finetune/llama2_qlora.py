@@ -9,7 +9,8 @@ named.
 
 Shapes: weight (out, in), n numbers, blocks of S = 64, a codebook of 16 values in [-1, 1].
 Differences from the papers: 8-bit weights are stored, not multiplied, in training (`int8_matmul` shows the product);
-scales of the second quantisation are linear int8, not 8-bit floats.
+scales of the second quantisation are linear int8, not 8-bit floats; LoRA sits in attention alone, where the paper puts
+it in every linear layer and finds that this matters; no paged optimizer.
 
     python finetune/llama2_qlora.py                   # --bits 4
     python finetune/llama2_qlora.py --bits 8          # 32, 16, 8 or 4
@@ -38,9 +39,9 @@ class Config(llama2_full.Training):
     lr: float = 1e-3  # peak learning rate
     steps: int = 80  # training steps; making the weights takes a part of each
     bits: Literal[32, 16, 8, 4] = 4  # of a frozen weight: fp32, bf16, absmax int8, or a codebook of 16 values
-    codebook: Literal["nf4", "fp4", "int4"] = "nf4"  # the 16 values
-    block: int = 64  # S, numbers that share a scale
-    double: bool = True  # quantise the scales, too
+    codebook: Literal["nf4", "fp4", "int4"] = "nf4"  # the 16 values of 4 bits
+    block: int = 64  # S, numbers that share a scale, with 4 bits
+    double: bool = True  # quantise the scales of 4 bits, too
     rank: int = 8  # r of LoRA
     alpha: float = 16.0  # corrections are multiplied by alpha / r
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # where corrections go
@@ -49,7 +50,7 @@ class Config(llama2_full.Training):
 
 
 def nf4():
-    """NormalFloat: 16 values, each nearest equally often to a normal number scaled into [-1, 1]. Eq. 4, App. E.
+    """NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Eq. 4, App. E.
 
     Eight quantiles above zero, seven below, and zero itself: zeros (padding) must stay zeros.
     """
@@ -82,7 +83,7 @@ def absmax(x, dim):
 
 
 def quantize(weight, values, block=64):
-    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1 and 5."""
+    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1, with the values of Eq. 4."""
     x = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % block)).view(-1, block)
     top = x.abs().amax(1, keepdim=True)
     middle = (values[1:] + values[:-1]) / 2  # nearest value: between which two middles does the quotient lie?
@@ -178,11 +179,18 @@ def body(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
 
 
+def cast(model, dtype):
+    """Change the type of the weights, in place; not of buffers: the angles of the rotations must stay exact."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def store(model, bits, codebook="nf4", block=64, double=True, make=QuantLinear):
     """Keep every linear layer but the head in `bits`, in place -> the model, frozen; 16 and 32 change the type."""
     model.requires_grad_(False)
     if bits >= 16:
-        return model.to(torch.float32 if bits == 32 else torch.bfloat16)
+        return cast(model, torch.float32 if bits == 32 else torch.bfloat16)
     for name, layer in body(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, make(layer, bits, codebook, block, double))
@@ -280,7 +288,10 @@ def main(cfg: Config) -> dict:
     """Store the model in few bits, inject LoRA, train, score; write the adapter in PEFT's layout."""
     run.check(cfg.bits < 16 or cfg.backend == "ours", "--backend bitsandbytes stores 8 or 4 bits")
     run.check(cfg.block > 0 and cfg.block % 2 == 0, "--block must be even")
-    bench, metrics = llama2_full.start(cfg), {}
+    theirs = cfg.backend == "ours" or (cfg.block in (64, 128, 256, 512, 1024, 2048, 4096) and cfg.codebook != "int4")
+    run.check(theirs, "bitsandbytes has nf4 and fp4, and blocks of 64, 128, ... 4096")
+    lora = llama2_lora.Config(rank=cfg.rank, alpha=cfg.alpha, targets=cfg.targets)
+    bench, metrics = llama2_full.start(cfg, lambda model: llama2_lora.allow(model, lora)), {}
     model = bench.model
     if cfg.bits < 16:
         some = list(body(model).values())[:14]  # of the first two layers
@@ -293,7 +304,7 @@ def main(cfg: Config) -> dict:
             metrics[f"fp16 gradients x {scale:,}"] = {"zero": zero, "infinite": infinite}
         zero, infinite = underflow([g.square() for g in grads], 1)  # the second moment of AdamW
         metrics["fp16 squared gradients"] = {"zero": zero, "infinite": infinite}
-        model.to(torch.bfloat16).zero_grad()
+        cast(model, torch.bfloat16).zero_grad()
     make = QuantLinear if cfg.backend == "ours" else by_bitsandbytes
     store(model, cfg.bits, cfg.codebook, cfg.block, cfg.double, make)
     metrics["weights_MiB"] = llama2_full.numbers([*model.parameters(), *model.buffers()]) / 2**20
@@ -302,7 +313,7 @@ def main(cfg: Config) -> dict:
         metrics["dequantize_seconds"] = dequantize_seconds(model)
     llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
     metrics |= llama2_full.experiment(cfg, bench, sentiment.network(model), model)
-    llama2_lora.save(model, bench.folder / "adapter", llama2_lora.Config(rank=cfg.rank, alpha=cfg.alpha), cfg.model)
+    llama2_lora.save(model, bench.folder / "adapter", lora, cfg.model)
     metrics["checkpoint_MiB"] = llama2_full.size(bench.folder / "adapter")
     return run.report(bench.folder, metrics, then="python finetune/compare.py")
 

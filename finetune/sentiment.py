@@ -78,7 +78,8 @@ def read(path, words):
 
 def share(text):
     """A number in [0, 1), from a hash of the letters and digits of a text: copies get the same."""
-    letters = re.sub(r"@\w+|https?://\S+|[^a-z0-9]", "", text.lower())
+    plain = re.sub(r"@\w+|https?://\S+", "", text.lower())
+    letters = re.sub(r"[^a-z0-9]", "", plain) or re.sub(r"[\W_]", "", plain)  # other alphabets
     return int(hashlib.sha256(letters.encode()).hexdigest()[:8], 16) / 2**32
 
 
@@ -117,7 +118,10 @@ def answers(tokenizer, task):
     """The tokens of each answer, as they are behind a question: some tokenizers see a word alone differently."""
     end = task.pattern.split("{text}")[-1] or "."
     before = tokenizer(end)["input_ids"]
-    return [tokenizer(end + word)["input_ids"][len(before) :] for word in task.words]
+    whole = [tokenizer(end + word)["input_ids"] for word in task.words]
+    fits = all(ids[: len(before)] == before and len(ids) > len(before) for ids in whole)
+    run.check(fits, "--pattern and --words: a blank at the end of the pattern belongs to the words, and none is empty")
+    return [ids[len(before) :] for ids in whole]
 
 
 def encode(tokenizer, question, answer):
@@ -135,7 +139,8 @@ def ends(ids, last):
 def network(model):
     """A causal language model of transformers as a network of this chapter.
 
-    Positions count the tokens that are there, so that padding on the left moves nothing.
+    Padding is masked. Positions count the tokens that are there: a Llama sees distances alone and would not mind, a
+    model with learned positions would, and so would soft words that stand before the padding.
     """
 
     def forward(ids, mask, last=0):
@@ -207,7 +212,8 @@ def generate(network, tokenizer, questions, device, tokens=4, size=32):
 
 def named(texts, words):
     """Generated texts -> label numbers: the answer with which the text begins, -1 if it is none of them."""
-    starts = [[i for i, w in enumerate(words) if text.strip().lower().startswith(w.strip().lower())] for text in texts]
+    longest = sorted(range(len(words)), key=lambda i: -len(words[i].strip()))
+    starts = [[i for i in longest if text.strip().lower().startswith(words[i].strip().lower())] for text in texts]
     return [found[0] if found else -1 for found in starts]
 
 
@@ -266,7 +272,7 @@ def vader(texts):
 def main(cfg: Config) -> dict:
     """Print the data, draw the ratings, score the majority and VADER."""
     run.seed(cfg.seed)
-    folder, parts = run.output(cfg.out, cfg), load(cfg)
+    parts, folder = load(cfg), run.output(cfg.out, cfg)
     metrics = {name: len(pairs) for name, pairs in parts.items()}
     texts, truth = zip(*parts["scored"])
     metrics["positive_share"] = float(np.mean(truth))

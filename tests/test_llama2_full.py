@@ -20,6 +20,7 @@ from finetune import (
     sentiment,
 )
 from tests.llamas import batch, folder, tiny
+from tests.test_sentiment import Letters
 from utils import pretrained, run
 
 SCRIPTS = (llama2_full, llama2_lora, llama2_prompt, llama2_ptune, llama2_prefix, llama2_ptune_v2, llama2_qlora)
@@ -165,7 +166,10 @@ def test_examples_show_labels_in_turn():
     pairs = [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
     shown = llama2_hard_prompt.examples(pairs, 4, ("x", "y"))
     assert [y for _, y in shown] == [0, 1, 0, 1] and len(set(shown)) == 4
-    text = llama2_hard_prompt.shown("q {text}:", (" x", " y"), shown[:2])
+    with pytest.raises(run.UserError, match="--shots 5"):
+        llama2_hard_prompt.examples(pairs, 5, ("x", "y"))
+    task = sentiment.Task(pattern="q {text}:", words=(" x", " y"))
+    text = llama2_hard_prompt.shown(Letters(), task, shown[:2])
     assert text == f"q {shown[0][0]}: x\n\nq {shown[1][0]}: y\n\n"
 
 
@@ -175,9 +179,11 @@ def test_hard_prompts_run(model, data, tmp_path):
     assert len(metrics) == 2 * 3 + 3 * 2 + 2 and (tmp_path / "wordings.png").is_file()
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"model": "no/such/model"}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"model": "no/such/model"}, {"targets": ("x",)}]
+)
 def test_bad_input(change, model, data, tmp_path):
-    cfg = replace(settings(llama2_lora, model, data, tmp_path / "x"), **change)
+    cfg = replace(settings(llama2_lora, model, data, tmp_path / "x", targets=("q_proj",)), **change)
     with pytest.raises(run.UserError):
         llama2_lora.main(cfg)
     assert not (tmp_path / "x").exists()

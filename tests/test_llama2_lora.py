@@ -94,6 +94,20 @@ def test_modules_trained_whole_move_and_a_wrong_name_is_refused():
         llama2_lora.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=("norm",))
 
 
+def test_weights_that_are_shared_are_refused():
+    """A head that is the embedding, too: adapted or trained alone, it would take the embedding along."""
+    for change in ({"also": ("lm_head",)}, {"targets": ("lm_head",)}):
+        cfg = config("lora", **change) if "also" in change else llama2_lora.Config(**change)
+        with pytest.raises(run.UserError, match="one and the same weight"):
+            llama2_lora.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=cfg.also)
+
+
+def test_flags_that_cannot_be_meant_are_refused():
+    for change, message in (({"rank": 0}, "--rank"), ({"dropout": 2.0}, "--dropout"), ({"plus": -1.0}, "--plus")):
+        with pytest.raises(run.UserError, match=message):
+            llama2_lora.allow(tiny(), llama2_lora.Config(**change))
+
+
 def test_only_adapters_move_and_lora_plus_moves_b_faster():
     model, cfg = ours("lora")
     assert all(("lora_" in n) == p.requires_grad for n, p in model.named_parameters())
@@ -141,6 +155,11 @@ def test_files_say_what_they_are(tmp_path):
         llama2_lora.load(tiny(), tmp_path)
     with pytest.raises(run.UserError, match="no adapter in"):
         llama2_lora.load(tiny(), tmp_path / "nowhere")
+    for wrong, message in ((b"{}", "of kind None"), (b"[]", "of kind None"), (b"\xff", "no adapter in"),
+                           (b'{"peft_type": "LORA"}', "lacks")):  # fmt: skip
+        (tmp_path / "adapter_config.json").write_bytes(wrong)
+        with pytest.raises(run.UserError, match=message):
+            llama2_lora.load(tiny(), tmp_path)
 
 
 def test_tree_draws_equal_layers_once():

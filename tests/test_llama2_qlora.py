@@ -44,9 +44,8 @@ def test_a_layer_by_bitsandbytes_gives_the_same(bits, parity):
     out = []
     for make in (llama2_qlora.QuantLinear, llama2_qlora.by_bitsandbytes):
         layer, x.grad = make(base, bits, "nf4", 64, False), None
-        with torch.no_grad():
-            layer(x)  # bitsandbytes' fast path on CPUs, taken here, would spoil the gradients that follow
-        y = layer(x)
+        layer.eval()(x.detach())  # bitsandbytes' fast path on CPUs, taken here, would spoil the gradients that follow
+        y = layer.train()(x)
         y.float().square().sum().backward()
         out.append((y.float().detach(), x.grad.float()))
     if bits == 4:
@@ -135,3 +134,11 @@ def test_fp16_loses_small_gradients_and_scaling_brings_them_back():
     assert llama2_qlora.underflow([small], 2**10) == (0.0, 0.0)
     assert llama2_qlora.underflow([small], 2**30) == (0.0, 0.25)
     assert (small.bfloat16() != 0).sum() == 4  # bf16 needs no scale
+
+
+def test_types_change_and_rotations_do_not():
+    model = tiny()
+    angles = model.model.rotary_emb.inv_freq.clone()
+    llama2_qlora.store(model, 16)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, angles)

@@ -6,7 +6,7 @@ import torch
 
 from finetune import llama2_full, sentiment
 from tests.llamas import tiny
-from utils import run
+from utils import pretrained, run
 
 
 class Letters:
@@ -98,7 +98,7 @@ def test_padding_on_the_left_moves_nothing_and_on_the_right_breaks_generation():
     assert not torch.allclose(out[right][1, -1], last, atol=1e-2)  # the usual mistake
 
 
-def test_generate_equals_transformers():
+def test_generate_equals_transformers(parity):
     model, tokenizer = tiny(), Letters()
     questions = ["abcde", "fg", "hij"]
     ours = sentiment.generate(sentiment.network(model), tokenizer, questions, CPU, tokens=5, size=2)
@@ -106,7 +106,9 @@ def test_generate_equals_transformers():
         ids = torch.tensor([letters(question)])
         with torch.autocast("cpu", torch.bfloat16):
             long = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)[0, ids.shape[1] :].tolist()
-        assert text == tokenizer.decode(long[: long.index(1)] if 1 in long else long)
+        theirs = tokenizer.decode(long[: long.index(1)] if 1 in long else long)
+        codes = [torch.tensor([ord(c) for c in x] or [0]) for x in (text, theirs)]
+        parity("Sentiment", "sentiment.generate", "transformers generate", *codes)
 
 
 def test_likelihood_is_the_sum_over_the_answer_s_tokens():
@@ -137,12 +139,22 @@ def test_answers_are_tokens_as_they_stand_behind_a_question():
     ]
 
 
+def test_a_blank_at_the_end_of_the_pattern_is_refused():
+    """It belongs to the word behind it, and would leave an answer without a token."""
+    tokenizer, _ = pretrained.smollm2()
+    with pytest.raises(run.UserError, match="a blank at the end"):
+        sentiment.answers(tokenizer, sentiment.Task(pattern="{text}\nSentiment: ", words=("negative", "positive")))
+    with pytest.raises(run.UserError, match="none is empty"):
+        sentiment.answers(tokenizer, sentiment.Task(words=("", " positive")))
+
+
 def test_splits_are_fixed_and_copies_stay_together():
     assert sentiment.part("LOL so happy! http://a.b/c") == sentiment.part("@you lol SO happy")
     parts = sentiment.load(sentiment.Task())
     assert {k: len(v) for k, v in parts.items()} == {"train": 2357, "valid": 333, "test": 672, "scored": 672}
     letters = [{sentiment.share(t) for t, _ in parts[k]} for k in ("train", "valid", "test")]
     assert not letters[0] & letters[1] and not letters[0] & letters[2] and not letters[1] & letters[2]
+    assert sentiment.share("Привет!") == sentiment.share("привет") != sentiment.share("мир плохо")
     few = sentiment.load(sentiment.Task(split="valid", texts=7))
     assert few["scored"] == parts["valid"][:7]
     for name in ("products", "films"):
@@ -174,6 +186,7 @@ def test_macro_f1_is_that_of_torchmetrics(parity):
 def test_generated_answers_are_named():
     words = (" negative", " positive")
     assert sentiment.named([" Positive", "negative.", "  :)", "", "pos"], words) == [1, 0, -1, -1, -1]
+    assert sentiment.named([" 10", " 1"], (" 1", " 10")) == [1, 0]
 
 
 def test_own_data(tmp_path):
