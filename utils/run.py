@@ -138,8 +138,7 @@ def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, A
     """Write metrics.json, with the command and the machine; say what was written and what to run next."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     made = {"command": shlex.join(["python", *sys.argv]), "machine": f"{os.cpu_count()} CPU cores {gpu}".strip()}
-    made["cpu_seconds"] = time.process_time()  # of all cores together, from the start of the process
-    write_json(folder / "metrics.json", metrics | made)
+    write_json(folder / "metrics.json", metrics | made | {"cpu_seconds": time.process_time()})  # of all cores together
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
             value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
