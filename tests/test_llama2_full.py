@@ -20,7 +20,6 @@ from finetune import (
     sentiment,
 )
 from tests.llamas import batch, folder, tiny
-from tests.test_sentiment import Letters
 from utils import pretrained, run
 
 SCRIPTS = (llama2_full, llama2_lora, llama2_prompt, llama2_ptune, llama2_prefix, llama2_ptune_v2, llama2_qlora)
@@ -160,17 +159,6 @@ def test_learning_rate_rises_and_falls():
     cfg = llama2_full.Config(steps=100, lr=1.0)
     rates = [llama2_full.learning_rate(cfg, i) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 == rates[9] and 0 < rates[-1] < 0.02
-
-
-def test_examples_show_labels_in_turn():
-    pairs = [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
-    shown = llama2_hard_prompt.examples(pairs, 4, ("x", "y"))
-    assert [y for _, y in shown] == [0, 1, 0, 1] and len(set(shown)) == 4
-    with pytest.raises(run.UserError, match="--shots 5"):
-        llama2_hard_prompt.examples(pairs, 5, ("x", "y"))
-    task = sentiment.Task(pattern="q {text}:", words=(" x", " y"))
-    text = llama2_hard_prompt.shown(Letters(), task, shown[:2])
-    assert text == f"q {shown[0][0]}: x\n\nq {shown[1][0]}: y\n\n"
 
 
 def test_hard_prompts_run(model, data, tmp_path):

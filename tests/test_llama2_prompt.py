@@ -153,17 +153,3 @@ def test_soft_words_start_as_words():
     soft = llama2_prompt.SoftPrompt(embedding, torch.tensor([7, 8]))
     assert torch.equal(soft(), embedding.weight[[7, 8]])
     assert llama2_prompt.nearest(soft(), embedding.weight).tolist() == [7, 8]
-
-
-def test_a_prefix_read_from_words_says_what_the_words_say():
-    """Few-shot examples and deep prompts begin like this: keys and values of a text are the text."""
-    model, words, text = tiny(), [7, 8, 9, 10], [[5, 6, 7], [11, 12]]
-    kept = llama2_prefix.read(model, torch.tensor(words))
-    assert kept.shape == (4, 64)
-    ids, mask = sentiment.pad(text, 1), sentiment.pad([[True] * 3, [True] * 2], False)
-    got = llama2_prefix.network(model, lambda: kept)(ids, mask)[mask]
-    plain = sentiment.network(model)
-    rows = [plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:] for t in text]
-    torch.testing.assert_close(got, torch.cat(rows), atol=1e-5, rtol=1e-4)
-    layers, heads, size = llama2_prefix.sizes(model)
-    assert torch.equal(llama2_ptune_v2.DeepPrompt(4, layers, heads, size, kept)(), kept)
