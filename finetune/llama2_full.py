@@ -12,6 +12,7 @@ its neighbours are 0.008 away.
     python finetune/llama2_full.py --model meta-llama/Llama-2-7b-hf --lr 1e-5 --batch 32 --steps 1000    # for GPUs
 """
 
+import json
 import os
 import resource
 import sys
@@ -25,6 +26,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from finetune import sentiment
@@ -264,6 +267,17 @@ def by_peft(cfg, bench, model, network):
     metrics = experiment(cfg, bench, network, model)
     model.save_pretrained(bench.folder / "adapter")
     return metrics | {"checkpoint_MiB": size(bench.folder / "adapter")}
+
+
+def read_adapter(folder):
+    """What PEFT's two files of an adapter hold, ours or PEFT's: (config, {name: tensor}). Raises UserError."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise run.UserError(f"no adapter in {folder}: {error}") from None
+    run.check(isinstance(config, dict) and "peft_type" in config, f"{folder} holds an adapter of kind None")
+    return config, tensors
 
 
 def size(folder):

@@ -17,7 +17,6 @@ in PEFT, not normal. DoRA's lengths are those of rows of W (out, in), again as i
     python finetune/llama2_lora.py --model meta-llama/Llama-2-7b-hf     # larger, for a GPU: any hub id or local folder
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from finetune import llama2_full, sentiment
@@ -252,12 +249,8 @@ def load(model, folder):
 
     Raises UserError for another kind of adapter, for a weight that is missing, and for one that has no place.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise run.UserError(f"no adapter in {folder}: {error}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config, tensors = llama2_full.read_adapter(folder)
+    kind = config["peft_type"]
     run.check(kind in ("LORA", "IA3"), f"{folder} holds an adapter of kind {kind}")
     needed = {"target_modules"} | ({"r", "lora_alpha"} if kind == "LORA" else set())
     run.check(needed <= config.keys(), f"{folder}/adapter_config.json lacks {', '.join(needed - config.keys())}")

@@ -13,13 +13,10 @@ paper finds that this matters for small models, Fig. 3b).
     python finetune/llama2_prompt.py --backend peft
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from finetune import llama2_full, sentiment
@@ -90,13 +87,8 @@ def save(folder, kind, prompt, model, **extra):
 
 def load(folder, kind):
     """A prompt that was written by `save` or by PEFT: (P, numbers). Raises UserError for a file of another kind."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise run.UserError(f"no adapter in {folder}: {error}") from None
-    found = config.get("peft_type") if isinstance(config, dict) else None
-    run.check(found == kind, f"{folder} holds an adapter of kind {found}, not {kind}")
+    config, tensors = llama2_full.read_adapter(folder)
+    run.check(config["peft_type"] == kind, f"{folder} holds an adapter of kind {config['peft_type']}, not {kind}")
     run.check(tensors.keys() == {"prompt_embeddings"}, f"{folder} lacks prompt_embeddings; it has {sorted(tensors)}")
     return tensors["prompt_embeddings"]
 
