@@ -31,6 +31,7 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) models/bench.py
 	$(PY) finetune/bench.py
+	$(PY) training/bench.py
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache *.egg-info

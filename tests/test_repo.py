@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_readme import tiny_flags
 
-CHAPTERS = ["models", "finetune"]
+CHAPTERS = ["models", "finetune", "training"]
 SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
 TOPICS = [p for p in SCRIPTS if p.stem not in ("bench", "compare")]  # those measure; they teach nothing
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))

@@ -1,0 +1,111 @@
+"""training/faq.py: the questions of three manuals, and what a model reads of them."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.llamas import tiny
+from training import faq
+from utils import pretrained, run
+
+TEXT = """
+====
+Page
+====
+
+Group
+=====
+
+.. _one:
+
+What is ``one``?
+----------------
+
+**Answer:** It is :class:`~package.One`, see `the site <https://one.org>`_ or two_::
+
+    one()
+
+small title
+~~~~~~~~~~~
+
+.. note::
+
+    More of it.
+
+.. _two: https://two.org
+
+And two?
+--------
+
+See :ref:`there <one>`.
+
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretrained.smollm2()[0]
+
+
+def test_titles_split_a_page_and_markup_goes():
+    [(question, answer)] = faq.pairs(TEXT, "-")  # the second only sends the reader elsewhere
+    assert question == "What is `one`?"
+    assert answer == "It is One, see the site or two:\n\n    one()\n\nsmall title\n\n    More of it."
+
+
+def test_every_manual_has_its_questions():
+    found = faq.questions()
+    assert Counter(project for project, _, _ in found) == {"django": 50, "celery": 46, "scrapy": 30}
+    assert len({question for _, question, _ in found}) == len(found)
+    answers = {question: answer for _, question, answer in found}
+    assert answers["Is Django stable?"].startswith("Yes, it's quite stable. Companies like Disqus")
+    assert answers["Can I use Django with a preexisting database?"] == "Yes. See Integrating with a legacy database."
+    assert answers["Does Celery support Windows?"].startswith("No.")
+    assert answers["How can I make a blank request?"].startswith("from scrapy import Request\n\n    blank_request")
+    assert "Why won't my periodic task run?" not in answers  # "See Why won't my Task run?."
+    for answer in answers.values():
+        assert not any(mark in answer for mark in ("::\n", "`_ ", "`_.", ":ref:", ":class:", "\n.. "))
+
+
+def test_the_answer_and_its_end_are_learned_and_nothing_else(tokenizer):
+    ids, labels = faq.conversation(tokenizer, "Why?", "Because.", 99)
+    told = [i for i, label in zip(ids, labels) if label != faq.IGNORE]
+    assert tokenizer.decode(told) == "Because.<|im_end|>" and told[-1] == tokenizer.eos_token_id
+    asked = tokenizer.decode(ids[: -len(told)])
+    assert asked.endswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+    assert labels[-len(told) :] == told and set(labels[: -len(told)]) == {faq.IGNORE}
+    cut, _ = faq.conversation(tokenizer, "Why?", "Because.", len(ids) - 1)
+    assert cut == ids[:-1]  # what does not fit ends without the token that ends an answer
+
+
+def test_a_fifth_is_held_out_the_same_every_time_and_none_is_in_both(tokenizer):
+    learn, held_out = faq.conversations(tokenizer, 999)
+    assert len(learn) + len(held_out) == 126 and 0.1 < len(held_out) / 126 < 0.3
+    key = lambda row: tuple(row[0])  # noqa: E731
+    assert not {key(r) for r in learn} & {key(r) for r in held_out}
+    assert (learn, held_out) == faq.conversations(tokenizer, 999)
+
+
+def test_padding_is_masked_and_its_labels_too():
+    ids, mask, labels = faq.pad([([5, 6, 7], [-100, 6, 7]), ([8], [8])], ending=1)
+    assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert faq.learned([-100, 6, 7]) == 2 and faq.learned([8]) == 0  # nothing comes before the first
+
+
+def test_a_row_means_the_same_alone_and_among_longer_ones():
+    model, rows = tiny(), [([5, 6, 7, 8], [-100, 6, 7, 8]), ([9, 10], [-100, 10])]
+    both, alone = faq.pad(rows, 1), faq.pad(rows[1:], 1)
+    logits = [model(input_ids=ids, attention_mask=mask).logits for ids, mask, _ in (both, alone)]
+    torch.testing.assert_close(logits[0][1:, :2], logits[1], atol=1e-6, rtol=1e-5)
+    assert F.mse_loss(logits[0][:1, :2], logits[1]) > 0
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    class Plain:
+        chat_template = None
+
+    with pytest.raises(run.UserError, match="chat template"):
+        faq.conversation(Plain(), "Why?", "Because.", 9)

@@ -1,0 +1,131 @@
+"""Checkpoints of many files: a hundred kills and a thousand mutations."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from training import manifest
+from utils.run import UserError
+
+
+def put(step, size=200_000):
+    """What the ranks of a step write: three files that say which step it was."""
+
+    def write(folder):
+        for i in range(3):
+            (folder / f"rank{i}.bin").write_bytes(f"{step:08d}".encode() * (size // 8))
+
+    return write
+
+
+def whole(root):
+    """The step of the checkpoint that can be loaded; all its files are of one step."""
+    folder = manifest.load(root)
+    steps = {path.read_bytes()[:8] for path in folder.glob("rank*.bin")}
+    assert len(steps) == 1 and len(list(folder.glob("rank*.bin"))) == 3
+    return int(steps.pop())
+
+
+def test_a_hundred_kills_leave_a_whole_checkpoint_every_time(tmp_path):
+    dice, seen, halves = random.Random(0), [], 0
+    manifest.save(tmp_path, 1, put(1))
+    for _ in range(100):
+        child = os.fork()
+        if child == 0:
+            step = whole(tmp_path)
+            while True:
+                step += 1
+                manifest.save(tmp_path, step, put(step))
+        time.sleep(dice.uniform(0.002, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen.append(whole(tmp_path))
+        halves += len(list(tmp_path.glob("step*"))) > 1
+    assert seen == sorted(seen) and seen[-1] > 20
+    assert halves > 10  # kills did hit half-made or half-removed folders
+    manifest.save(tmp_path, seen[-1] + 1, put(seen[-1] + 1))
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["latest", f"step{seen[-1] + 1}"]
+
+
+def test_no_litter_after_a_restart(tmp_path):
+    (tmp_path / ".latest").write_text("step")  # of a process that was killed between two system calls
+    manifest.save(tmp_path, 1, put(1))
+    (tmp_path / "step2").mkdir()
+    manifest.save(tmp_path, 2, put(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step2"]
+
+
+def mutate(data, dice):
+    """A byte changed, a piece cut out, doubled, or the end lost."""
+    data, at = bytearray(data), dice.randrange(len(data))
+    kind = dice.randrange(4)
+    if kind == 0:
+        data[at] ^= 1 << dice.randrange(8)
+    elif kind == 1:
+        del data[at : at + dice.randrange(1, 50)]
+    elif kind == 2:
+        data[at:at] = data[at : at + dice.randrange(1, 50)] or b"x"
+    else:
+        del data[at:]
+    return bytes(data)
+
+
+def test_a_thousand_mutations_are_refused(tmp_path):
+    dice = random.Random(0)
+    folder = manifest.save(tmp_path, 7, put(7, 4096))
+    files, refused = sorted(folder.iterdir()), 0
+    for _ in range(1000):
+        path = dice.choice(files)
+        before = path.read_bytes()
+        after = mutate(before, dice)
+        while after == before or (path.name == manifest.LIST and same(after, before)):
+            after = mutate(before, dice)
+        path.write_bytes(after)
+        with pytest.raises(UserError):
+            manifest.load(tmp_path)
+        refused += 1
+        path.write_bytes(before)
+    assert refused == 1000 and whole(tmp_path) == 7
+
+
+def same(a, b):
+    """A space more or less in a JSON file says the same."""
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    folder = manifest.save(tmp_path, 1, put(1))
+    (folder / "more.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="more.bin"):
+        manifest.load(tmp_path)
+    (folder / "more.bin").unlink()
+    (folder / "rank1.bin").unlink()
+    with pytest.raises(UserError, match="rank1.bin"):
+        manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "", "step9"])
+def test_latest_must_name_a_checkpoint_here(tmp_path, name):
+    manifest.save(tmp_path, 1, put(1))
+    (tmp_path / "latest").write_text(name)
+    with pytest.raises(UserError):
+        manifest.load(tmp_path)
+
+
+def test_a_failed_save_keeps_the_one_before(tmp_path):
+    def full(folder):
+        (folder / "rank0.bin").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    manifest.save(tmp_path, 1, put(1))
+    with pytest.raises(UserError, match="kept"):
+        manifest.save(tmp_path, 2, full)
+    assert whole(tmp_path) == 1

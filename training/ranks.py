@@ -1,0 +1,154 @@
+"""Processes that compute together: start them, and count what each of them holds and sends.
+
+A rank is one process with its share of the work and, on a cluster, a GPU of its own. Every script of this chapter runs
+in three ways: `python x.py` starts its ranks itself on this machine, `torchrun x.py` and `deepspeed x.py` have started
+them already. On a CPU the ranks talk through gloo, on GPUs through NCCL; the code that they run is the same.
+"""
+
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from utils.run import UserError, check
+
+TIMEOUT = timedelta(minutes=5)  # a rank that waits longer than this for the others gives up, with an error
+
+
+def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
+    """Run worker(cfg) on every rank -> [what each returned, by rank], or None on all processes but the first.
+
+    worker: a function of a module, not a lambda; what it returns is made of numbers, strings, lists and dicts.
+    ranks: how many to start here; under torchrun or deepspeed their number counts. Raises UserError if one does.
+    """
+    if "RANK" in os.environ:
+        begin(timeout=timeout)
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, worker(cfg))
+        finish()
+        return found if os.environ["RANK"] == "0" else None
+    check(ranks > 0, "--ranks must be at least 1")
+    queue, found = mp.get_context("spawn").SimpleQueue(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        about = worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
+        started: Any = mp.spawn(_enter, about, ranks, join=False)
+        try:
+            done = False
+            while not (done and queue.empty()):
+                done = done or started.join(0.1)
+                while not queue.empty():
+                    rank, result = queue.get()
+                    check(rank is not None, result)
+                    found[rank] = result
+        finally:
+            for process in started.processes:
+                process.kill()
+    return [found[rank] for rank in range(ranks)]
+
+
+def count(ranks):
+    """How many ranks there will be: torchrun's or deepspeed's number counts before ours."""
+    check(ranks > 0, "--ranks must be at least 1")
+    return int(os.environ.get("WORLD_SIZE", ranks))
+
+
+def _enter(rank, worker, cfg, ranks, meet, timeout, queue):
+    """What a started process does. A UserError goes to the parent, which says it once and stops the others."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    try:
+        begin(meet, timeout)
+        queue.put((rank, worker(cfg)))
+        finish()
+    except UserError as error:
+        queue.put((None, str(error)))
+
+
+def begin(meet="env://", timeout=TIMEOUT):
+    """Join the other ranks; where and how many they are, the environment says. Nothing if that was done before."""
+    if not dist.is_initialized():
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, meet, timeout, rank=rank, world_size=ranks)
+
+
+def finish():
+    """Leave together: a rank that ends early would take the meeting point from under the others."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def device():
+    """The device of this rank: a GPU of its own, or the CPU that all share."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local := int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def hushed():
+    """Nothing reaches stderr, not even from C++: the profiler says there that it begins and ends."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def held(*tensors):
+    """Bytes of the storages behind these tensors, shared ones counted once; of a DTensor, the part that is here."""
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in local}.values())
+
+
+def states(model, optimizer=None):
+    """Bytes that this rank holds: {"weights", "gradients", "optimizer"}."""
+    kept = [x for s in optimizer.state.values() for x in s.values()] if optimizer else []
+    return {
+        "weights": held(*model.parameters(), *model.buffers()),
+        "gradients": held(*(p.grad for p in model.parameters() if p.grad is not None)),
+        "optimizer": held(*(x for x in kept if isinstance(x, torch.Tensor) and x.dim())),  # not the count of steps
+    }
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that this rank sends while the block runs, by collective: {"all_gather": bytes, ...}.
+
+    As with rings, which NCCL builds: gathering or reduce-scattering M bytes over N ranks sends (N-1)/N M from each, an
+    all-reduce is both, 2 (N-1)/N M. Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
+    """
+
+    NAMES = {  # of operator -> what we call it, and which of its tensors is the whole: its position
+        "allreduce_": ("all_reduce", 2, 0),
+        "_allgather_base_": ("all_gather", 1, 0),
+        "_reduce_scatter_base_": ("reduce_scatter", 1, 1),
+        "broadcast_": ("broadcast", 1, 0),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.calls = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = func.__name__.split(".")[0]
+        if func.namespace == "c10d" and kind in self.NAMES:
+            name, times, whole = self.NAMES[kind]
+            x, ranks = args[whole], dist.get_world_size()
+            size = held(*x) if isinstance(x, (list, tuple)) else x.numel() * x.element_size()
+            self.sent[name] = self.sent.get(name, 0) + times * size * (ranks - 1) / ranks
+            self.calls += 1
+        return func(*args, **(kwargs or {}))

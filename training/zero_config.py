@@ -1,0 +1,121 @@
+"""DeepSpeed, strict and quiet: its configuration is a JSON file, and here a wrong key in it is an error.
+
+DeepSpeed passes over unknown keys in silence: with `gradient_acumulation_steps` a run goes on, with another batch size.
+What it knows, no list says; but it can be watched while it reads.
+"""
+
+import difflib
+import json
+import logging
+import warnings
+from pathlib import Path
+
+from utils.run import UserError, check
+
+CONFIGS = Path(__file__).parent / "configs"
+OURS = {"fp16", "optimizer", "scheduler", "train_batch_size", "tensorboard"}  # the script sees to these
+
+
+def quiet():
+    """Import DeepSpeed without its news, and so that nothing is compiled -> the module. Raises UserError without it."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of old names that libraries use among themselves
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("DeepSpeed is missing: pip install deepspeed") from None
+    deepspeed.ops.__compatible_ops__ = {}  # else the first start on a CPU compiles for a minute what gloo does, too
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    logging.disable(logging.NOTSET)
+    return deepspeed
+
+
+def read(cfg):
+    """-> DeepSpeed's configuration: the file of the stage, or --config, with "auto" replaced by what the flags say.
+
+    Raises UserError, which names file and key: no JSON, a key that DeepSpeed does not know or that the script sets
+    itself, a value that it does not take or that contradicts a flag.
+    """
+    deepspeed = quiet()
+    path = Path(cfg.config or CONFIGS / f"zero{cfg.zero_stage}{'' if cfg.offload == 'none' else '_offload'}.json")
+    check(cfg.config or path.is_file(), f"--offload {cfg.offload} goes with --zero-stage 2 or 3")
+    check(cfg.config or cfg.offload != "parameters" or cfg.zero_stage == 3, "--offload parameters: --zero-stage 3")
+    try:
+        config = json.loads(path.read_text())
+        check(isinstance(config, dict), f"{path} holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable JSON file: {error}") from None
+    for key in sorted(OURS & config.keys()):
+        raise UserError(f"{path}: leave out '{key}', the script sees to it")
+    fill(config, path, "train_micro_batch_size_per_gpu", cfg.batch)
+    fill(config, path, "gradient_accumulation_steps", cfg.accumulation)
+    zero = config.setdefault("zero_optimization", {})
+    for part in ("bf16", "zero_optimization"):
+        check(isinstance(config.setdefault(part, {}), dict), f"{path}: {part} is {{...}}, not {config[part]!r}")
+    fill(config["bf16"], path, "enabled", cfg.precision == "bf16")
+    for part, when in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
+        if isinstance(zero.get(part), dict):
+            fill(zero[part], path, "device", "cpu" if cfg.offload in when else "none")
+    refuse(deepspeed, config, path)
+    return config
+
+
+def fill(part, path, key, value):
+    """Put the value of a flag where the file says "auto" or nothing."""
+    there = part.get(key, "auto")
+    check(there in ("auto", value), f'{path}: {key} is {there}, by the flags {value}; make them agree or write "auto"')
+    part[key] = value
+
+
+def refuse(deepspeed, config, path):
+    """Let DeepSpeed read the configuration. Raises UserError where it fails, or did not look at a key."""
+    from pydantic import ValidationError
+
+    models = every(deepspeed.runtime.config_utils.DeepSpeedConfigModel)  # parts that DeepSpeed checks itself
+    fields = {field.alias or name for model in models for name, field in model.model_fields.items()}
+    watched = Asked(config)
+    try:
+        deepspeed.DeepSpeedConfig(watched)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][-1] if first["loc"] else "zero_optimization")
+        if first["type"] == "extra_forbidden":
+            raise stranger(path, key, fields) from None
+        raise UserError(f"{path}: {key}: {first['msg']}") from None
+    except (AssertionError, ValueError, TypeError, KeyError, AttributeError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    for key in config.keys() - watched.asked:
+        raise stranger(path, key, watched.asked)
+    for part in (watched[key] for key in config):
+        for key in part.keys() - part.asked - fields if isinstance(part, Asked) else ():
+            raise stranger(path, key, part.asked)
+
+
+def stranger(path, key, known):
+    near = difflib.get_close_matches(key, known, 1)
+    return UserError(f"{path}: DeepSpeed knows no '{key}'" + (f", perhaps you mean '{near[0]}'" if near else ""))
+
+
+def every(kind):
+    """A class and all that were made from it."""
+    return {kind}.union(*(every(x) for x in kind.__subclasses__()))
+
+
+class Asked(dict):
+    """A dict that remembers for which keys it was asked: these DeepSpeed knows."""
+
+    def __init__(self, content):
+        super().__init__({k: Asked(v) if isinstance(v, dict) else v for k, v in content.items()})
+        self.asked = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
