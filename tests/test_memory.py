@@ -236,6 +236,9 @@ def test_json_is_one_object_in_bytes(tmp_path):
     [
         (dict(model="llama9"), "llama9"),
         (dict(batch=0), "--batch"),
+        (dict(fit="batch", budget=0.001), "not even --batch 1"),
+        (dict(fit="batch", budget=float("inf")), "--budget"),
+        (dict(precision="fp32", measure=True), "--measure needs"),
         (dict(zero=1, precision="bf16"), "bf16-mixed"),
         (dict(offload="optimizer"), "--zero"),
         (dict(zero=2, offload="parameters"), "--zero 3"),
@@ -249,7 +252,15 @@ def test_bad_input(flags, said):
 
 
 def test_a_broken_configuration_is_one_line(tmp_path):
-    for text in ("{", '{"model_type": "nothing"}', "[]"):
+    bad = {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}
+    for text in (
+        "{",
+        '{"model_type": "nothing"}',
+        "[]",
+        '{"model_type": "bert"}',
+        '{"model_type": "gpt2"}',
+        json.dumps(bad),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError):
             memory.main(Config(str(tmp_path / "config.json")))

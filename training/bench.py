@@ -88,6 +88,8 @@ def worker(cfg):
 
 def main(cfg: Config) -> dict:
     run.check(min(cfg.rounds, cfg.steps) > 0, "--rounds and --steps must be at least 1")
+    run.check(cfg.width > 0 and cfg.width % 8 == 0, "--width must be a multiple of 8")
+    run.check(8 % ranks.count(cfg.ranks) == 0, "--ranks must divide the batch of 8")
     torch.set_num_threads(1)
     count = ranks.count(cfg.ranks)
     folder = run.output(cfg.out, cfg)

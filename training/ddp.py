@@ -12,6 +12,7 @@ weight without a gradient counts as zero (`find_unused_parameters` there), alway
     torchrun --nproc_per_node 2 training/ddp.py --steps 50
 """
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,13 +61,13 @@ def ring(n):
 def ring_all_reduce(x):
     """The sum of x over all ranks, in place. x: (size,), any size."""
     n, me = dist.get_world_size(), dist.get_rank()
-    pieces = x.tensor_split(n)
+    pieces = x.tensor_split(n) if n > 1 else ()
     for first, action in ring(n):
         out, into = pieces[(first + me) % n], pieces[(first + me - 1) % n]
         came = torch.empty_like(into)
-        sending: Any = dist.isend(out.clone(), (me + 1) % n)
-        dist.recv(came, (me - 1) % n)
-        sending.wait()
+        right, left = dist.P2POp(dist.isend, out.clone(), (me + 1) % n), dist.P2POp(dist.irecv, came, (me - 1) % n)
+        for work in dist.batch_isend_irecv([right, left]):  # both at once: one by one, all would wait to be received
+            work.wait()
         into.add_(came) if action == "add" else into.copy_(came)
     return x
 
@@ -136,10 +137,12 @@ class DataParallel(nn.Module):
     def no_sync(self):
         """All parts of a batch but the last: gradients add up here, and nothing is sent."""
         self.sync = False
-        yield
-        self.sync = True
-        for b in self.buckets:
-            b.missing = set(b.params)
+        try:
+            yield
+        finally:
+            self.sync = True
+            for b in self.buckets:
+                b.missing = set(b.params)
 
 
 def wrap(model, cfg) -> Any:
@@ -188,11 +191,13 @@ def worker(cfg):
         if dist.get_rank() == 0:
             checkpoint.save_state(place / "state.safetensors", **state)
 
-    for loss in train(parallel, backward, optimizer, text, cfg, len(losses)):
+    first = len(losses)
+    for loss in train(parallel, backward, optimizer, text, cfg, first):
+        run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
         losses.append(loss)
         if cfg.save_every and len(losses) % cfg.save_every == 0:
             manifest.save(cfg.out, len(losses), save)
-    found = {"losses": losses, "seconds": time.perf_counter() - start}
+    found = {"losses": losses, "seconds_a_step": (time.perf_counter() - start) / max(1, cfg.steps - first)}
     with ranks.Traffic() as traffic:  # one backward pass more, to count; PyTorch's own all-reduce is not seen
         backward(tiny.loss(parallel, tiny.share(tiny.batch(text, cfg.seed, 0, cfg.batch, cfg.length))))
     found |= {"held": ranks.states(model, optimizer), "sent": sum(traffic.sent.values())}
@@ -203,7 +208,7 @@ def worker(cfg):
 
 def draw_ring(path, n=4):
     """Who holds how many ranks' part of each piece, before and after every step of the ring."""
-    holds = np.eye(n) * 0 + 1  # rank, piece: how many parts the sum here has
+    holds = np.ones((n, n))  # rank, piece: how many parts the sum here has
     frames = [holds.copy()]
     for first, action in ring(n):
         before = holds.copy()
@@ -235,11 +240,15 @@ def main(cfg: Config) -> dict:
     n = ranks.count(cfg.ranks)
     parts = n * cfg.accumulate
     run.check(cfg.batch % parts == 0, f"--batch {cfg.batch} does not fall into {n} ranks x {cfg.accumulate} parts")
+    run.check(cfg.save_every >= 0, "--save-every must be 0 or more")
+    if cfg.resume:
+        manifest.load(cfg.out)
+    folder = Path(cfg.out) if cfg.resume else run.output(cfg.out, cfg)
     found = ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
         return {}
-    folder, mine = run.output(Path(cfg.out), cfg), found[0]
-    metrics = {"loss": mine["losses"][-1], "ranks": n, "seconds_a_step": mine["seconds"] / cfg.steps}
+    mine = found[0]
+    metrics = {"loss": mine["losses"][-1], "ranks": n, "seconds_a_step": mine["seconds_a_step"]}
     metrics |= {f"{kind}_MiB": size / 2**20 for kind, size in mine["held"].items()}
     metrics["formula_sent_MiB"] = 2 * (n - 1) / n * mine["held"]["gradients"] / 2**20
     if cfg.backend == "ours":

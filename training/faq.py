@@ -82,7 +82,10 @@ def conversations(tokenizer, length):
     parts = [], []
     for _, question, answer in questions():
         held_out = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
-        parts[held_out].append(conversation(tokenizer, question, answer, length))
+        row = conversation(tokenizer, question, answer, length)
+        if learned(row[1]):  # else the question alone fills the length
+            parts[held_out].append(row)
+    check(all(parts), f"--length {length} leaves no room for answers")
     return parts
 
 

@@ -13,6 +13,7 @@ folder) and, for LoRA, the adapter alone, in PEFT's layout. N: ranks.
     torchrun --nproc_per_node 2 training/fsdp.py
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,13 +101,18 @@ def save(folder, model, optimizer, plain):
         checkpoint.save_state(folder / "plain.safetensors", **plain)
 
 
+def plain_of(folder):
+    """The plain values of a checkpoint."""
+    return checkpoint.load_state(folder / "plain.safetensors")
+
+
 def load(folder, model, optimizer):
     """Read into the slices of this rank whatever ranks wrote -> the plain values."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return checkpoint.load_state(folder / "plain.safetensors")
+    return plain_of(folder)
 
 
 def export(model, cfg, folder):
@@ -132,13 +138,14 @@ def worker(cfg):
     optimizer = torch.optim.AdamW(moving, cfg.lr, weight_decay=0.01)
     folder, losses = Path(cfg.out), []
     if cfg.resume:
-        before = load(manifest.load(folder / "sharded"), model, optimizer)
-        run.same_flags(cfg, {k: v for k, v in before["config"].items()} | {"ranks": cfg.ranks}, folder)
-        losses = before["losses"]
+        place = manifest.load(folder / "sharded")
+        run.same_flags(cfg, plain_of(place)["config"] | {"ranks": cfg.ranks}, folder)  # before anything is loaded
+        losses = load(place, model, optimizer)["losses"]
     plain, tracker = {"config": asdict(cfg), "losses": losses}, Tracker()
     with ranks.Traffic() as traffic, tracker:
         start = len(losses)
         for loss in train(model, optimizer, text, cfg, start):
+            run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
             losses.append(loss)
             if cfg.save_every and len(losses) % cfg.save_every == 0:
                 manifest.save(folder / "sharded", len(losses), lambda place: save(place, model, optimizer, plain))
@@ -181,6 +188,7 @@ def main(cfg: Config) -> dict:
     run.check(1 < cfg.length <= 1024, "--length is 2 to 1024 bytes")
     n = ranks.count(cfg.ranks)
     run.check(cfg.batch % n == 0, f"--batch {cfg.batch} does not fall into {n} equal shares")
+    run.check(cfg.save_every >= 0, "--save-every must be 0 or more")
     if cfg.resume:
         manifest.load(Path(cfg.out) / "sharded")
     folder = run.output(cfg.out, cfg) if not cfg.resume else Path(cfg.out)

@@ -64,7 +64,7 @@ def prepare(cfg):
     model = model.to(torch.float32 if cfg.precision == "fp32" else torch.bfloat16)
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # on texts as short as these faster than the fused kernel
-    torch.manual_seed(cfg.seed)
+    run.seed(cfg.seed)
     if cfg.method == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -122,14 +122,12 @@ def learning_rate(cfg, step):
 
 
 def engine_of(model, cfg, config):
-    """DeepSpeed's engine around the model: it casts, shards, sums over parts, averages over ranks, clips and steps."""
-    moving = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(moving, cfg.lr, weight_decay=0.0)  # our own: DeepSpeed's have to be compiled
+    """DeepSpeed's engine around model and AdamW: it casts, shards, sums parts, averages over ranks, clips and steps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr, weight_decay=0.0)
     engine = zero_config.quiet().initialize(model=model, optimizer=optimizer, config=config)[0]
     for state in optimizer.state.values():
         state["step"].zero_()  # stage 0 in bf16 has made a step of zeros, and would begin AdamW's count at 1
-    size = cfg.batch * cfg.accumulation * dist.get_world_size()
-    assert engine.train_batch_size() == size, f"the engine takes {engine.train_batch_size()} texts a step, not {size}"
+    assert engine.train_batch_size() == cfg.batch * cfg.accumulation * dist.get_world_size()
     return engine
 
 
@@ -189,10 +187,10 @@ def save(engine, cfg, config, so_far):
     """A checkpoint of this step: DeepSpeed's files, and from each rank our numbers and its random state."""
 
     def put(folder):
-        lora = cfg.method == "lora"
-        engine.save_checkpoint(folder.parent, folder.name, save_latest=False, exclude_frozen_parameters=lora)
-        own = folder / f"rank{dist.get_rank()}.safetensors"
-        checkpoint.save_state(own, config=asdict(cfg) | {"ranks": dist.get_world_size()}, deepspeed=config, **so_far)
+        what = {"save_latest": False, "exclude_frozen_parameters": cfg.method == "lora"}
+        engine.save_checkpoint(folder.parent, folder.name, **what)
+        flags = asdict(cfg) | {"ranks": dist.get_world_size()}
+        checkpoint.save_state(folder / f"rank{dist.get_rank()}.safetensors", config=flags, deepspeed=config, **so_far)
 
     manifest.save(Path(cfg.out) / "checkpoints", len(so_far["losses"]), put)
 
@@ -231,8 +229,8 @@ def worker(cfg):
     ending, (learn, held_out) = tokenizer.eos_token_id, faq.conversations(tokenizer, cfg.length)
     engine = engine_of(model, cfg, config)
     if first:
-        stage, size = engine.zero_optimization_stage(), engine.train_batch_size()
-        print(f"ZeRO-{stage}: {size} texts a step = {cfg.batch} x {cfg.accumulation} x {dist.get_world_size()} ranks")
+        parts = f"{cfg.batch} x {cfg.accumulation} x {dist.get_world_size()} ranks"
+        print(f"ZeRO-{engine.zero_optimization_stage()}: {engine.train_batch_size()} texts a step = {parts}")
     if cfg.resume:
         last, so_far = newest(cfg, config)
         engine.load_checkpoint(last.parent, last.name, load_module_strict=cfg.method == "full")
@@ -259,16 +257,18 @@ def worker(cfg):
         engine.module.save_pretrained(target, state_dict=trained)
         tokenizer.save_pretrained(target)
         run.write_json(folder / "config.json", asdict(cfg))
+    numbers = {"trained": sum(x.numel() for x in trained.values()), "seconds_per_step": seconds, "after": after}
+    trained.clear()  # copies, which are not to be counted
     held = account(engine, faq.draw(learn, cfg, 0, ending)[0][0])
     engine.destroy()
-    numbers = {"trained": sum(x.numel() for x in trained.values()), "seconds_per_step": seconds, "after": after}
     return numbers | so_far | {"held": held}
 
 
 def sane(cfg):
     """Raises UserError for flags that make no sense, before anything is loaded."""
-    positive = min(cfg.batch, cfg.accumulation, cfg.steps, cfg.lora_rank, cfg.length - 1) > 0 and cfg.lr > 0
-    run.check(positive, "--batch, --accumulation, --steps, --lora-rank and --lr must be above 0, --length above 1")
+    above = min(cfg.batch, cfg.accumulation, cfg.steps, cfg.lora_rank, cfg.length - 1, cfg.lr) > 0
+    run.check(above, "--batch, --accumulation, --steps, --lora-rank and --lr must be above 0, --length above 1")
+    run.check(cfg.seed >= 0 and cfg.save_every >= 0, "--seed and --save-every must be 0 or more")
     run.check(cfg.precision != "fp16", "--precision fp16 is refused: its range is too small for training; take bf16")
     run.check(find_spec("tensorboard") or not getattr(cfg, "tensorboard", 0), "--tensorboard: pip install tensorboard")
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,7 +121,7 @@ def two_steps(model, batch, moving, cfg, tracker=None, steps=2):
     tell.mark(slices(moving), "offloaded" if cfg.offload == "parameters" else "weights")
     for _ in range(steps):
         tell.at["start"], tell.tag = len(tell.events) - 1, "activations"
-        with run.autocast(torch.device("cpu")) if cfg.precision == "autocast" else nullcontext():
+        with run.autocast(batch["input_ids"].device) if cfg.precision == "autocast" else nullcontext():
             loss = model(**batch, use_cache=False).loss
         tell.at["forward"], tell.tag = len(tell.events) - 1, "temporary"
         moving.backward(loss)
@@ -296,7 +297,12 @@ def fit(cfg):
                 best = {"largest": found["parameters"], "name": name, "peak": found["peak"]}
         return best | {"budget": budget}
     field, step = ("batch", 1) if cfg.fit == "batch" else ("seq_len", 64)
-    x, peak = largest(lambda x: exact(replace(cfg, **{field: x}))["peak"], budget, step, step)
+    config, start = configuration(cfg.model), step
+    if field == "seq_len" and hasattr(config, "vision_config"):  # a picture must find its place
+        start = 64 * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // 64 + 1)
+    least = exact(replace(cfg, **{field: start}))["peak"]
+    run.check(least <= budget, f"not even --{cfg.fit} {start} fits: it takes {least / 1e9:.2f} GB of {cfg.budget:g}")
+    x, peak = largest(lambda x: exact(replace(cfg, **{field: x}))["peak"], budget, start, step)
     return {"largest": x, "peak": peak, "budget": budget}
 
 
@@ -342,15 +348,23 @@ def draw(path, cfg):
 def allow(cfg):
     """Raises UserError for flags that cannot be meant."""
     run.check(
-        min(cfg.world_size, cfg.batch) > 0 and cfg.seq_len > 1, "--world-size and --batch: 1 or more, --seq-len 2"
+        min(cfg.world_size, cfg.batch) > 0 and cfg.seq_len > 1, "--world-size, --batch: 1 or more; --seq-len: 2 or more"
     )
-    run.check(cfg.budget > 0, "--budget must be above 0")
+    run.check(0 < cfg.budget < 1e6, "--budget must be above 0 and below a million GB")
     run.check(
         cfg.zero == 0 or cfg.precision in ("bf16-mixed", "fp32"), "ZeRO keeps an fp32 copy: --precision bf16-mixed"
     )
     run.check(cfg.offload == "none" or cfg.zero, "--offload is a part of ZeRO: choose --zero 1, 2 or 3")
     run.check(cfg.offload != "parameters" or cfg.zero == 3, "--offload parameters needs --zero 3")
     config = configuration(cfg.model)
+    text = getattr(config, "text_config", config)
+    known = ("llama", "qwen2", "mistral")
+    run.check(text.model_type in known, f"--model {cfg.model} is a {text.model_type}; known are {', '.join(known)}")
+    usual = text.hidden_size // text.num_attention_heads
+    run.check(
+        getattr(text, "head_dim", usual) in (None, usual), f"--model {cfg.model}: heads of another size than d / H"
+    )
+    run.check(not cfg.plot or not (cfg.fit or cfg.json), "--plot goes with neither --fit nor --json")
     if hasattr(config, "vision_config") and cfg.fit != "seq-len":
         places = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         run.check(cfg.seq_len > places, f"a picture takes {places} tokens: --seq-len must be above that")
@@ -367,8 +381,12 @@ def main(cfg: Config) -> dict:
         line = f"largest that fits in {cfg.budget:g} GB: {name}, {found['peak'] / 1e9:.2f} GB at the highest moment"
         print(json.dumps(found) if cfg.json else line)
         return found
-    found = exact(cfg)
+    found = dict(exact(cfg))
     if cfg.measure:
+        room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+        run.check(
+            found["peak"] < 0.9 * room, f"--measure needs {found['peak'] / 1e9:.0f} GB, here are {room / 1e9:.0f}"
+        )
         found["measured"] = measured(cfg)
     if cfg.json:
         print(json.dumps(found))

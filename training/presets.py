@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from utils import run
@@ -100,7 +101,7 @@ def configuration(name):
             )
             return AutoConfig.for_model(values.pop("model_type"), **values)
         return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         known = ", ".join(PRESETS)
         raise run.UserError(f"--model {name}: {str(error).splitlines()[0]}; presets: {known}") from None
 

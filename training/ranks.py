@@ -35,6 +35,8 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
         finish()
         return found if os.environ["RANK"] == "0" else None
     check(ranks > 0, "--ranks must be at least 1")
+    gpus = torch.cuda.device_count()
+    check(not gpus or ranks <= gpus, f"--ranks {ranks}: there are {gpus} GPUs; CUDA_VISIBLE_DEVICES= takes the CPU")
     queue, found = mp.get_context("spawn").SimpleQueue(), {}
     with tempfile.TemporaryDirectory() as folder:
         about = worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
@@ -77,8 +79,8 @@ def begin(meet="env://", timeout=TIMEOUT):
     """Join the other ranks; where and how many they are, the environment says. Nothing if that was done before."""
     if not dist.is_initialized():
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, meet, timeout, rank=rank, world_size=ranks)
+        backend, gpu = ("nccl", device()) if torch.cuda.is_available() else ("gloo", None)
+        dist.init_process_group(backend, meet, timeout, rank=rank, world_size=ranks, device_id=gpu)
 
 
 def finish():
@@ -129,7 +131,8 @@ class Traffic(TorchDispatchMode):
     """Counts the bytes that this rank sends while the block runs, by collective: {"all_gather": bytes, ...}.
 
     As with rings, which NCCL builds: gathering or reduce-scattering M bytes over N ranks sends (N-1)/N M from each, an
-    all-reduce is both, 2 (N-1)/N M. Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms".
+    all-reduce is both, 2 (N-1)/N M. Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms". Seen are those of
+    NAMES, over all ranks, and not what DistributedDataParallel sends from C++.
     """
 
     NAMES = {  # of operator -> what we call it, and which of its tensors is the whole: its position
@@ -148,7 +151,7 @@ class Traffic(TorchDispatchMode):
         if func.namespace == "c10d" and kind in self.NAMES:
             name, times, whole = self.NAMES[kind]
             x, ranks = args[whole], dist.get_world_size()
-            size = held(*x) if isinstance(x, (list, tuple)) else x.numel() * x.element_size()
+            size = sum(t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x]))
             self.sent[name] = self.sent.get(name, 0) + times * size * (ranks - 1) / ranks
             self.calls += 1
         return func(*args, **(kwargs or {}))

@@ -14,6 +14,7 @@ one unit at a time, so that no bucket size is needed; stage 3 gathers a layer wh
     torchrun --nproc_per_node 2 training/zero.py
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,27 +171,32 @@ class ZeRO2(ZeRO1):
 
     def __init__(self, model, lr, **adam):
         super().__init__(model, lr, **adam)
+        *layers, root = self.tree
+        groups = [group for _, group in [*reversed(layers), root]]  # as the backward pass meets them
+        self.order, self.next = [unit for group in groups for unit in group if unit.trained], 0
         for unit in self.trained:
             for p in unit.params:
                 p.register_post_accumulate_grad_hook(lambda p, unit=unit: self.arrived(unit))
 
     def arrived(self, unit):
+        """A gradient is there. Units leave in one order on all ranks, or these would wait for each other for ever."""
         unit.waiting -= 1
-        if unit.waiting == 0:
-            self.collect(unit)
+        while self.next < len(self.order) and self.order[self.next].waiting == 0:
+            self.collect()
 
     @torch.no_grad()
-    def collect(self, unit):
-        """The backward pass has gone through this unit: keep the slice of its gradient."""
+    def collect(self):
+        """The backward pass has gone through the next unit: keep the slice of its gradient."""
+        unit, self.next = self.order[self.next], self.next + 1
         mine = super().mean_gradient(unit)
         unit.gradient = mine if unit.gradient is None else unit.gradient.add_(mine)
         unit.waiting = len(unit.params)
 
     def backward(self, loss):
         loss.backward()
-        for unit in self.trained:
-            if unit.waiting < len(unit.params):  # some weights had no part in this loss: the others wait for them
-                self.collect(unit)
+        while self.next < len(self.order):  # weights that had no part in this loss: another rank may wait for them
+            self.collect()
+        self.next = 0
 
     def mean_gradient(self, unit):
         mine, unit.gradient = unit.gradient, None
@@ -201,7 +207,8 @@ class ZeRO3(ZeRO2):
     """Stage 3, Sec. 5.3: a layer's weights are gathered when they are needed and let go at once. 16 Psi / N bytes.
 
     A weight that was let go keeps its place but not its memory: its storage has no bytes until it is gathered again;
-    whoever holds a view of it, as autograd does, finds it filled.
+    whoever holds a view of it, as autograd does, finds it filled. All ranks must go through the same layers: who skips
+    one does not gather it, and the others wait.
     """
 
     apart = True
@@ -313,16 +320,18 @@ def worker(cfg):
     found, text = {}, tiny.corpus().to(ranks.device())
     for stage in cfg.stages:
         model, engine = build(cfg, stage)
-        folder, losses, holds = Path(cfg.out) / f"stage{stage}", [], {}
+        folder, losses = Path(cfg.out) / f"stage{stage}", []
         if cfg.resume:
             before = checkpoint.load_state(manifest.load(folder) / f"rank{engine.rank}.safetensors", engine=engine)
             run.same_flags(cfg, before["config"], folder)
             losses = before["losses"]
+        holds = held(engine, model)
         state = {"engine": engine, "config": asdict(cfg), "losses": losses}
         save = lambda place, state=state: checkpoint.save_state(place / f"rank{dist.get_rank()}.safetensors", **state)  # noqa: E731
         start = len(losses)
         with ranks.Traffic() as traffic:
             for loss, holds in train(model, engine, text, cfg, start):  # noqa: B007
+                run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
                 losses.append(loss)
                 if cfg.save_every and len(losses) % cfg.save_every == 0:
                     manifest.save(folder, len(losses), save)
@@ -372,10 +381,14 @@ def main(cfg: Config) -> dict:
     n = ranks.count(cfg.ranks)
     parts = n * cfg.accumulate
     run.check(cfg.batch % parts == 0, f"--batch {cfg.batch} does not fall into {n} ranks x {cfg.accumulate} parts")
+    run.check(cfg.save_every >= 0, "--save-every must be 0 or more")
+    for stage in cfg.stages if cfg.resume else ():
+        manifest.load(Path(cfg.out) / f"stage{stage}")
+    folder = Path(cfg.out) if cfg.resume else run.output(cfg.out, cfg)
     found = ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
         return {}
-    folder, mine = run.output(cfg.out, cfg), found[0]
+    mine = found[0]
     psi, metrics = next(iter(mine.values()))["psi"], {}
     for stage, row in mine.items():
         total, said = sum(row["held"].values()), sum(formula(psi, n, stage, cfg.bf16).values())
