@@ -32,7 +32,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from training import manifest, ranks, tiny
-from training.tracker import Tracker
 from utils import checkpoint, figures, run
 
 
@@ -141,15 +140,17 @@ def worker(cfg):
         place = manifest.load(folder / "sharded")
         run.same_flags(cfg, plain_of(place)["config"] | {"ranks": cfg.ranks}, folder)  # before anything is loaded
         losses = load(place, model, optimizer)["losses"]
-    plain, tracker = {"config": asdict(cfg), "losses": losses}, Tracker()
-    with ranks.Traffic() as traffic, tracker:
+    plain = {"config": asdict(cfg), "losses": losses}
+    with ranks.Traffic() as traffic:
         start = len(losses)
         for loss in train(model, optimizer, text, cfg, start):
             run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
             losses.append(loss)
             if cfg.save_every and len(losses) % cfg.save_every == 0:
                 manifest.save(folder / "sharded", len(losses), lambda place: save(place, model, optimizer, plain))
-    found = {"losses": losses, "held": ranks.states(model, optimizer), "highest": tracker.peak()}
+    found = {"losses": losses, "held": ranks.states(model, optimizer)}
+    ids = tiny.share(tiny.batch(text, cfg.seed, 0, cfg.batch, cfg.length))
+    found["highest"] = sum(found["held"].values()) + ranks.allocated(lambda: tiny.loss(model, ids).backward())
     found["sent"] = {kind: size / max(1, cfg.steps - start) for kind, size in traffic.sent.items()}
     found["parameters"] = sum(p.numel() for p in model.parameters())  # DTensors tell the whole shape
     found["slices"] = [[name, list(p.shape), list(p.to_local().shape)] for name, p in model.named_parameters()]

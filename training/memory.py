@@ -26,7 +26,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from training import formulas, ranks, zero
@@ -193,17 +192,8 @@ def measured(cfg):
     """The same step with numbers on this machine -> the highest sum of tensors, in bytes. GPU: what CUDA allocated."""
     with fake_ranks(cfg.world_size), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model, batch, moving = set_up(cfg)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            two_steps(model, batch, moving, cfg)
-            return torch.cuda.max_memory_allocated()
         before = Tracker(*things(model, batch, moving)).peak()
-        with ranks.hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            two_steps(model, batch, moving, cfg)
-    results: Any = trace.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return before + int(np.cumsum(sizes).max())
+        return before + ranks.allocated(lambda: two_steps(model, batch, moving, cfg))
 
 
 def sizes(config):

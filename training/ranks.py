@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.run import UserError, check
@@ -109,6 +111,20 @@ def hushed():
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def allocated(action):
+    """Call it -> bytes of tensors at its highest moment, beyond what was there before: by the profiler."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        action()
+    results: Any = trace.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max(initial=0))
 
 
 def held(*tensors):

@@ -24,7 +24,7 @@ class Tracker(TorchDispatchMode):
             self.see(x)
 
     def see(self, x):
-        storage = x.untyped_storage()
+        storage = getattr(x, "_local_tensor", x).untyped_storage()  # of a DTensor, what is here
         key = storage._cdata
         if key not in self.known:
             entry = len(self.entries)
