@@ -14,7 +14,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -103,7 +103,8 @@ def worker(cfg):
         save()
     after = sft.score(model, held_out, cfg.batch, ending)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(folder / ("adapter" if cfg.method == "lora" else "model"))
+        whole: Any = accelerator.unwrap_model(model)
+        whole.save_pretrained(folder / ("adapter" if cfg.method == "lora" else "model"))
     held = {k: v / 2**20 for k, v in ranks.states(model, optimizer).items() if k != "gradients"}
     numbers = {"trained": sum(p.numel() for p in moving), "seconds_per_step": seconds, "after": after}
     return numbers | so_far | {"held": held}

@@ -254,7 +254,8 @@ def worker(cfg):
     after, trained = score(engine, held_out, cfg.batch, ending), whole(engine)
     if first:
         target = folder / ("adapter" if cfg.method == "lora" else "model")
-        engine.module.save_pretrained(target, state_dict=trained)
+        network: Any = engine.module
+        network.save_pretrained(target, state_dict=trained)
         tokenizer.save_pretrained(target)
         run.write_json(folder / "config.json", asdict(cfg))
     numbers = {"trained": sum(x.numel() for x in trained.values()), "seconds_per_step": seconds, "after": after}

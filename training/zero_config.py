@@ -24,7 +24,8 @@ def quiet():
         import deepspeed
     except ImportError:
         raise UserError("DeepSpeed is missing: pip install deepspeed") from None
-    deepspeed.ops.__compatible_ops__ = {}  # else the first start on a CPU compiles for a minute what gloo does, too
+    # else the first start on a CPU compiles for a minute what gloo does, too
+    deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.utils.logger.setLevel(logging.ERROR)
     logging.disable(logging.NOTSET)
     return deepspeed
