@@ -56,7 +56,7 @@ class Config:
     measure: bool = False  # also make the step on this machine, with numbers, and print the error
     plot: bool = False  # also draw all stages of ZeRO and the cost of length; a minute or two
     json: bool = False  # print one object with bytes, and nothing else
-    out: str = "outputs/memory"  # where the figure goes
+    out: str = "outputs/memory"  # where the numbers and the figure go
 
 
 class Plain:
@@ -365,11 +365,13 @@ def allow(cfg):
 def main(cfg: Config) -> dict:
     """Predict, print, compare."""
     allow(cfg)
+    folder = run.output(cfg.out, cfg)
     if cfg.fit:
         found = fit(cfg)
         name = found.get("name", f"{cfg.fit} {found['largest']}")
         line = f"largest that fits in {cfg.budget:g} GB: {name}, {found['peak'] / 1e9:.2f} GB at the highest moment"
         print(json.dumps(found) if cfg.json else line)
+        run.write_json(folder / "metrics.json", found)
         return found
     found = dict(exact(cfg))
     if cfg.measure:
@@ -380,6 +382,7 @@ def main(cfg: Config) -> dict:
         found["measured"] = measured(cfg)
     if cfg.json:
         print(json.dumps(found))
+        run.write_json(folder / "metrics.json", found)
         return found
     where = f"ZeRO-{cfg.zero} on {cfg.world_size} devices" if cfg.world_size > 1 or cfg.zero else "one device"
     print(f"{cfg.model}, {cfg.method}, {cfg.precision}, {where}, {cfg.batch} x {cfg.seq_len} tokens a device:")
@@ -388,7 +391,6 @@ def main(cfg: Config) -> dict:
         error = found["peak"] - found["measured"]
         print(f"measured on this machine: {found['measured']:,} bytes; the prediction is {error:+,} bytes away "
               f"({100 * error / found['measured']:+.4f} %)\n")  # fmt: skip
-    folder = run.output(cfg.out, cfg)
     if cfg.plot:
         draw(folder / "memory.png", cfg)
     return run.report(folder, found, then="python training/zero.py")
