@@ -32,6 +32,7 @@ bench: $(READY)
 	$(PY) models/bench.py
 	$(PY) finetune/bench.py
 	$(PY) training/bench.py
+	$(PY) rag/bench.py
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,9 @@
+"""Chapter `rag/`: find passages, read them, answer; and measure what each trick adds."""
+
+import logging
+import os
+import warnings
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing here calls home
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's affair
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package that nothing here needs

@@ -1,0 +1,177 @@
+"""Two retrievers see more than one: words (BM25) and meaning (vectors) merged; and where in a prompt a passage is read.
+
+BM25: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework". Reciprocal rank fusion: Cormack, Clarke &
+Buettcher 2009. Lost in the middle: Liu et al. 2023, arXiv:2307.03172. BM25 finds the passage that says `acks_late` when
+the question does; vectors find the one that says the same in other words. Their scores have no common scale, their
+ranks have. Each has an index of its own.
+
+    python rag/advanced_rag_merge_retrievers.py                  # reciprocal rank fusion
+    python rag/advanced_rag_merge_retrievers.py --merge round-robin
+    python rag/advanced_rag_merge_retrievers.py --merge bm25     # words alone
+    python rag/advanced_rag_merge_retrievers.py --positions 8    # also: does it matter where the answer stands?
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+
+from rag import answer, corpus, raw_rag
+from utils import figures, run
+from utils.run import check
+
+
+@dataclass(frozen=True)
+class Config(raw_rag.Config):
+    """Merge what words and what vectors find."""
+
+    merge: Literal["rrf", "round-robin", "bm25"] = "rrf"  # how; bm25: words alone
+    depth: int = 50  # passages that each retriever brings to the merger
+    constant: float = 60.0  # of reciprocal rank fusion: the larger, the less the first places count
+    positions: int = 0  # questions for the curve of positions; 0: none
+    out: str = "outputs/advanced_rag_merge_retrievers"
+
+
+def words(text):
+    """Lower-case words; `task_acks_late` counts as one and as its parts."""
+    found = re.findall(r"\w+", text.lower())
+    return found + [part for word in found if "_" in word.strip("_") for part in word.split("_") if part]
+
+
+class BM25:
+    """An inverted index: for each word the passages that hold it, and what the word is worth there."""
+
+    def __init__(self, texts, k1=1.5, b=0.75):
+        counts = [Counter(words(text)) for text in texts]
+        length = np.array([sum(c.values()) for c in counts], float)
+        postings: dict[str, list] = {}
+        for i, count in enumerate(counts):
+            for word, n in count.items():
+                postings.setdefault(word, []).append((i, n))
+        self.size, norm = len(texts), k1 * (1 - b + b * length / max(length.mean(), 1e-9))
+        self.postings = {}
+        for word, pairs in postings.items():
+            where, n = np.array(pairs).T
+            self.postings[word] = where, idf(len(where), len(texts)) * n * (k1 + 1) / (n + norm[where])  # Eq. 3.15
+
+    def scores(self, query):
+        """-> (N,): what the words of the query are worth in each passage, added up."""
+        total = np.zeros(self.size)
+        for word in words(query):
+            if word in self.postings:
+                where, worth = self.postings[word]
+                total[where] += worth
+        return total
+
+
+def idf(n, total):
+    """How rare is a word that n of `total` passages hold? Lucene's form, which is never negative."""
+    return np.log(1 + (total - n + 0.5) / (n + 0.5))
+
+
+class BM25Retriever(BaseRetriever):
+    """The k passages that are worth most for the words of the question."""
+
+    documents: list
+    index: Any
+    k: int
+
+    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+        worth = self.index.scores(query)
+        best = np.argsort(-worth, kind="stable")[: self.k]
+        return [raw_rag.scored(self.documents[i], worth[i]) for i in best if worth[i] > 0]
+
+
+def rrf(rankings, constant=60.0):
+    """[[id, best first]] -> [(id, sum over rankings of 1 / (constant + rank))], best first."""
+    total: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, name in enumerate(ranking, 1):
+            total[name] = total.get(name, 0.0) + 1 / (constant + rank)
+    return sorted(total.items(), key=lambda pair: -pair[1])
+
+
+def round_robin(rankings):
+    """[[id, best first]] -> [(id, 1 / place)]: the first of each, then the second of each; none twice."""
+    turns = [ranking[i] for i in range(max(map(len, rankings), default=0)) for ranking in rankings if i < len(ranking)]
+    return [(name, 1 / place) for place, name in enumerate(dict.fromkeys(turns), 1)]
+
+
+def edges_first(documents):
+    """Best first -> best at both ends: 1 3 5 ... 6 4 2. What stands in the middle of a long prompt is read least."""
+    return documents[::2] + documents[1::2][::-1]
+
+
+class MergedRetriever(BaseRetriever):
+    """Ask all retrievers, merge their rankings, keep k."""
+
+    retrievers: list
+    merge: str
+    constant: float
+    k: int
+
+    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+        found = [retriever.invoke(query) for retriever in self.retrievers]
+        known = {d.metadata["id"]: d for documents in found for d in documents}
+        rankings = [[d.metadata["id"] for d in documents] for documents in found]
+        merged = rrf(rankings, self.constant) if self.merge == "rrf" else round_robin(rankings)
+        return [raw_rag.scored(known[name], score) for name, score in merged[: self.k]]
+
+
+def build_retriever(cfg: Config) -> BaseRetriever:
+    """BM25 and vectors over the same passages, each in an index of its own."""
+    check(cfg.depth >= 1 and cfg.constant > 0, "--depth: 1 or more; --constant: above 0")
+    passages = raw_rag.passages(cfg)
+    depth = max(cfg.depth, cfg.k)
+    sparse = BM25Retriever(documents=passages, index=BM25([p.page_content for p in passages]), k=depth)
+    if cfg.merge == "bm25":
+        return sparse.model_copy(update={"k": cfg.k})
+    index = raw_rag.open_index(cfg, passages)
+    dense = raw_rag.DenseRetriever(store=index, k=depth)
+    return MergedRetriever(retrievers=[dense, sparse], merge=cfg.merge, constant=cfg.constant, k=cfg.k)
+
+
+def position_curve(cfg, llm, retriever, questions):
+    """Loss of the known answer (nats a token) with the right passage at each of k places among k - 1 wrong ones.
+
+    -> (Q, k); and (Q,) without any passage. Lower is better: the model finds the answer more likely.
+    """
+    sections = {s.metadata["id"]: s for s in corpus.load(cfg)[0]}
+    with_it, alone = [], []
+    for question in run.bar(questions, len(questions), name="positions"):
+        wrong = [d for d in retriever.invoke(question.text) if d.metadata.get("section") != question.gold]
+        wrong, text = wrong[: cfg.k - 1], question.answer[: cfg.chunk]
+        right = Document(text, metadata=sections[question.gold].metadata)
+        lists = [wrong[:i] + [right] + wrong[i:] for i in range(len(wrong) + 1)]
+        with_it.append([llm.loss(answer.messages(question.text, passages), text[:300]) for passages in lists])
+        alone.append(llm.loss(answer.messages(question.text), text[:300]))
+    return np.array(with_it), np.array(alone)
+
+
+def main(cfg: Config) -> dict:
+    """Find, answer, score; then the curve of positions."""
+    run.seed(cfg.seed)
+    metrics = raw_rag.show(cfg, build_retriever)
+    if cfg.positions > 0:
+        llm = answer.language_model(cfg.llm, cfg.tokens)
+        check(hasattr(llm, "loss") and not cfg.docs, "--positions needs a model in this process and the manuals")
+        questions = raw_rag.spread(corpus.load(cfg)[1], cfg.positions)
+        losses, alone = position_curve(cfg, llm, build_retriever(replace(cfg, k=2 * cfg.k)), questions)
+        places = {str(i): losses[:, i - 1].mean() for i in range(1, losses.shape[1] + 1)}
+        figures.curves(Path(cfg.out) / "positions.png", {"loss of the answer": list(places.values())},
+                       x="place of the passage that holds the answer", y="nats a token")  # fmt: skip
+        print(f"loss of the known answer: {alone.mean():.3f} nats a token without passages, "
+              + ", ".join(f"{v:.3f} at place {p}" for p, v in places.items()))  # fmt: skip
+        metrics |= {"loss without": float(alone.mean()), "loss at place": places}
+        run.report(Path(cfg.out), metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

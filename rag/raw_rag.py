@@ -1,0 +1,187 @@
+"""Retrieval-augmented generation, as plain as it gets: embed, find, read, answer.
+
+Lewis et al. 2020, arXiv:2005.11401, gave a language model the passages that are closest to a question; here as there,
+closeness is the dot product of two vectors (their Sec. 2.2), but nothing is trained: a sentence encoder and a chat
+model are taken as they are. Everything else of this chapter changes one step of this script, and imports the rest.
+
+    python rag/raw_rag.py                                  # the manuals of Django, Celery and Scrapy
+    python rag/raw_rag.py --question "Can I use Django with MongoDB?"
+    python rag/raw_rag.py --docs FOLDER --question "..."   # your own .md .rst .txt .html .pdf
+    python rag/raw_rag.py --distractors 1000               # the quick run: a sample of what is not the answer
+    python rag/raw_rag.py --titles                         # passages that say where they stand
+    python rag/raw_rag.py --skip "releases/|history/|news" # leave the release notes out
+    python rag/raw_rag.py --store qdrant                   # another store, the same answers
+
+The first run embeds 14 thousand passages; they are kept in the cache of the project, so that later runs take seconds.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+
+from rag import answer, corpus, scores, store
+from rag.embedder import Embedder
+from utils import figures, run
+from utils.run import check
+
+
+@dataclass(frozen=True)
+class Config:
+    """Retrieve passages, answer from them, and score the retrieval on the questions of three manuals."""
+
+    docs: str = ""  # a folder of .md .rst .txt .html .pdf to search; empty: the manuals
+    distractors: int = -1  # sections of the manuals that answer no question, by lot; -1: all
+    skip: str = ""  # a regular expression: files that are not searched, say "releases/|history/|news"
+    chunk: int = 1000  # characters of a passage
+    overlap: int = 0  # characters that neighbours share
+    titles: bool = False  # search a passage together with the titles it stands below
+    embedder: str = "minilm"  # or a folder or hub id of sentence-transformers
+    llm: str = "smollm2"  # or a folder, a hub id, http://host:port/v1 (a server), none
+    k: int = 5  # passages that the model reads
+    store: Literal["faiss", "qdrant"] = "faiss"  # where vectors live
+    store_url: str = ""  # of a Qdrant; empty: in this process
+    question: str = ""  # ask this; empty: one out of the manuals
+    limit: int = -1  # questions that are scored; -1: all, 0: none
+    tokens: int = 96  # of an answer, at most
+    seed: int = 0
+    out: str = "outputs/raw_rag"  # where index and results go
+
+
+class DenseRetriever(BaseRetriever):
+    """The k passages whose vectors are closest to the vector of the question."""
+
+    store: Any
+    k: int
+
+    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+        return [scored(d, s) for d, s in self.store.similarity_search_with_score(query, self.k)]
+
+
+def scored(document, score):
+    """A copy of a passage that carries its score."""
+    metadata = {k: v for k, v in document.metadata.items() if not k.startswith("_") and k != "settings"}
+    return Document(document.page_content, metadata=metadata | {"score": float(score)})
+
+
+@lru_cache(maxsize=4)
+def embedder(name):
+    return Embedder(name)
+
+
+def build_retriever(cfg: Config) -> BaseRetriever:
+    """Cut the corpus into passages, embed what is new, and open the index."""
+    return DenseRetriever(store=open_index(cfg, passages(cfg)), k=cfg.k)
+
+
+def passages(cfg):
+    """The corpus of this run, cut as this run wants it."""
+    return corpus.passages(corpus.load(cfg)[0], cfg.chunk, cfg.overlap, cfg.titles)
+
+
+def open_index(cfg, documents):
+    """The store in the folder of this run, brought up to date: it holds these passages and no others."""
+    return store.open_store(cfg, embedder(cfg.embedder), documents, Path(cfg.out) / "index")
+
+
+EXAMPLE = "Can I use Django with MongoDB?"  # unless --question is given
+
+
+def show(cfg, build):
+    """What every script does with its retriever: one question from beginning to end, then all of them scored."""
+    check(cfg.limit >= -1 and cfg.k >= 1, "--limit: 0 or more, or -1 for all; --k must be 1 or more")
+    check(cfg.question or not cfg.docs, "nobody has written questions for --docs: ask one with --question")
+    llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
+    folder = run.output(cfg.out, cfg)
+    questions = [] if cfg.docs or cfg.limit == 0 else corpus.load(cfg)[1]
+    retriever = build(replace(cfg, k=max(cfg.k, scores.DEPTH)))
+    metrics = ask(cfg, retriever, llm)
+    if questions:
+        metrics |= score(cfg, build, retriever, spread(questions, cfg.limit), folder)
+    return run.report(folder, metrics, then="python rag/compare.py")
+
+
+def ask(cfg, retriever, llm):
+    """Print one question, what was found, and the answers without and with it."""
+    question = cfg.question or EXAMPLE
+    found = retriever.invoke(question)[: cfg.k]
+    print(f"\nquestion: {question}\n")
+    for i, d in enumerate(found, 1):
+        text = " ".join(d.page_content.split())
+        print(f"[{i}] {d.metadata['score']:.3f}  {d.metadata['source']}  ({d.metadata['title']})\n    {text[:160]}")
+    if llm is None:
+        return {"question": question}
+    print("\nwithout the passages: ", end="", flush=True)
+    alone = speak(answer.chain(llm).stream(question))
+    print("\nwith the passages: ", end="", flush=True)
+    told = speak(answer.chain(llm, retriever, cfg.k).stream(question))
+    real, invented = answer.citations(told, found)
+    cited = ", ".join(f"[{n}] {found[n - 1].metadata['source']}" for n in real) or "no passage"
+    print(f"\ncites {cited}{f'; and {invented}, which are not there' if invented else ''}\n")
+    seen = [d.metadata["id"] for d in found]
+    record = {"question": question, "passages": seen, "without": alone, "with": told, "cited": real}
+    run.write_json(Path(cfg.out) / "answer.json", record | {"cited but not there": invented})
+    return {"question": question}
+
+
+def speak(words):
+    """Print words as they come; -> all of them."""
+    said = []
+    for word in words:
+        print(word, end="", flush=True)
+        said.append(word)
+    return "".join(said).strip()
+
+
+def spread(questions, limit):
+    """So many questions, evenly spread over the manuals; -1: all."""
+    count = min(limit, len(questions)) if limit >= 0 else len(questions)
+    return [questions[i] for i in np.linspace(0, len(questions) - 1, count).round().astype(int)]
+
+
+def score(cfg, build, retriever, questions, folder):
+    """Ask all questions; unless this is raw retrieval itself, compare with it on the same questions."""
+    rows, ranks = {}, {}
+    ranks["this"], rows["this"] = row(cfg, retriever, questions)
+    if build is not build_retriever:
+        plain = build_retriever(baseline(cfg))
+        ranks["raw"], rows["raw"] = row(cfg, plain, questions)
+    print(scores.table(rows), end="\n\n")
+    hits = {name: [scores.hit(r, k).mean() for k in range(1, scores.DEPTH + 1)] for name, r in ranks.items()}
+    figures.curves(folder / "hits.png", hits, x="passages", y="questions answered among them")
+    metrics: dict[str, Any] = {"questions": len(questions)}
+    metrics |= {name: value[0] if isinstance(value, tuple) else value for name, value in rows["this"].items()}
+    if "raw" in ranks:
+        cut, low, high = scores.fewer_failures(ranks["this"], ranks["raw"])
+        metrics["fewer failures at 5"] = f"{100 * cut:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return metrics
+
+
+def row(cfg, retriever, questions):
+    """-> ranks (Q,), {score: (mean, low, high)} with what it costs to read and to find."""
+    ranks, ms, found = scores.measure(retriever, questions, lambda q: run.bar(q, len(q), name="questions"))
+    row = {name: scores.interval(values) for name, values in scores.all_of(ranks).items()}
+    texts = [answer.fence(documents[: cfg.k]) for documents in found]
+    tokens = embedder(cfg.embedder).model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+    return ranks, row | {"tokens": float(np.mean([len(t) for t in tokens])), "ms": float(np.median(ms))}
+
+
+def baseline(cfg):
+    """The configuration of raw retrieval on the same corpus, for comparison."""
+    same = ("docs", "distractors", "embedder", "store", "store_url", "seed")  # and neither --skip nor --titles
+    return Config(**{name: getattr(cfg, name) for name in same}, k=scores.DEPTH, out=f"{cfg.out}/raw")
+
+
+def main(cfg: Config) -> dict:
+    """Find, answer, score."""
+    run.seed(cfg.seed)
+    return show(cfg, build_retriever)
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

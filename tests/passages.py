@@ -1,0 +1,58 @@
+"""A corpus of a few lines, and an embedder that costs nothing, for the tests of the chapter on retrieval."""
+
+import hashlib
+
+import numpy as np
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+
+from rag import raw_rag
+
+QUICK = {"distractors": 0, "llm": "none", "limit": 12}  # flags with which a script of the chapter takes seconds
+
+
+class Bag(Embeddings):
+    """Each word has a direction of its own, drawn from its letters; a text is the sum of its words."""
+
+    id, size = "bag", 32
+
+    def encode(self, texts):
+        found = np.stack([sum(self.word(w) for w in text.lower().split()) + np.zeros(self.size) for text in texts])
+        return (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+    def word(self, letters):
+        seed = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:4])
+        return np.random.default_rng(seed).standard_normal(self.size)
+
+    vectors = encode
+
+    def embed_documents(self, texts):
+        return self.encode(texts).tolist()
+
+    def embed_query(self, text):
+        return self.encode([text])[0].tolist()
+
+
+def document(text, name, section=None):
+    metadata = {"source": "file.md", "id": name, "title": "file.md > Title", "section": section or name}
+    return Document(text, metadata=metadata)
+
+
+TEXTS = ["the cat sat on the mat", "a dog barked at the moon", "cats and dogs are friends", "the moon is far away"]
+
+
+def documents():
+    return [document(text, f"file.md#{i}/0", f"file.md#{i}") for i, text in enumerate(TEXTS)]
+
+
+class Store:
+    """A store of four passages, closest first."""
+
+    def similarity_search_with_score(self, query, k=4):
+        found = documents()
+        cosines = Bag().encode(TEXTS) @ Bag().encode([query])[0]
+        return [(found[i], float(cosines[i])) for i in np.argsort(-cosines)[:k]]
+
+
+def dense(k=4):
+    return raw_rag.DenseRetriever(store=Store(), k=k)

@@ -1,0 +1,91 @@
+"""rag/query_transform.py: what is searched is what the model wrote, and the question itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rag import query_transform as transforming
+from rag import raw_rag
+from tests.passages import QUICK, TEXTS, Bag, Store
+from utils.run import UserError
+
+
+class Fake:
+    """Says the same whatever it is asked."""
+
+    def __init__(self, said):
+        self.said, self.asked = said, []
+
+    def stream(self, chat):
+        self.asked.append(chat[0]["content"])
+        yield from self.said
+
+
+class Vectors(Store):
+    def similarity_search_with_score_by_vector(self, vector, k=4):
+        found = [
+            (d, float(Bag().encode([d.page_content])[0] @ np.array(vector)))
+            for d, _ in self.similarity_search_with_score("x")
+        ]
+        return sorted(found, key=lambda pair: -pair[1])[:k]
+
+
+def retriever(kind, said, k=2):
+    quick = raw_rag.DenseRetriever(store=Vectors(), k=4)
+    return transforming.TransformRetriever(quick=quick, encoder=Bag(), llm=Fake(said), kind=kind, k=k, known={})
+
+
+def test_the_lines_of_the_model_are_cleaned_and_counted():
+    said = (
+        '1. How far is the moon?\n- "Is the moon far away?"\nok\n3) Where is the moon now?\n4. One too many, isn\'t it?'
+    )
+    assert transforming.transform(Fake(said), "multi-query", "moon?") == [
+        "moon?", "How far is the moon?", "Is the moon far away?", "Where is the moon now?"]  # fmt: skip
+    assert len(transforming.transform(Fake(said), "step-back", "moon?")) == 2
+    assert transforming.transform(Fake(""), "hyde", "moon?") == ["moon?"]
+    assert (
+        "moon?" in (fake := Fake("x")).asked
+        or transforming.transform(fake, "hyde", "moon?")
+        and "moon?" in fake.asked[0]
+    )
+
+
+def test_the_vector_of_hyde_is_the_direction_between(parity):
+    vectors = Bag().encode(TEXTS[:3])
+    theirs = torch.nn.functional.normalize(torch.tensor(vectors).mean(0, keepdim=True), dim=-1)
+    parity(
+        "RAG",
+        "query_transform.mean (Eq. 8)",
+        "torch normalize of the mean",
+        torch.tensor(transforming.mean(vectors)),
+        theirs,
+    )
+
+
+def test_an_invented_answer_finds_the_real_one():
+    """The question shares no word with the passage, the invention does."""
+    asked = "lunar distance?"
+    found = retriever("hyde", "the moon is very far away").invoke(asked)
+    assert found[0].metadata["id"] == "file.md#3/0" and found[0].metadata["score"] > 0.4
+
+
+def test_several_questions_are_merged_by_rank():
+    found = retriever("multi-query", "a dog barked loudly at night\nthe dog barked at something", k=4).invoke(
+        "barking?"
+    )
+    assert found[0].metadata["id"] == "file.md#1/0" and found[0].metadata["score"] > 1 / 61
+
+
+def test_the_model_is_asked_once_a_question():
+    one = retriever("step-back", "what do animals do at night?")
+    assert one.invoke("dogs?") == one.invoke("dogs?") and len(one.llm.asked) == 1
+
+
+def test_it_needs_a_model(tmp_path):
+    cfg = replace(transforming.Config(**QUICK), out=str(tmp_path))
+    with pytest.raises(UserError, match="give --llm"):
+        transforming.main(cfg)
+    with pytest.raises(UserError, match="--words"):
+        transforming.build_retriever(replace(cfg, llm="smollm2", words=0))

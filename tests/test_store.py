@@ -1,0 +1,196 @@
+"""rag/store.py: FAISS and Qdrant hold the same passages; saving survives kills; kinds of index lose as expected."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from langchain_core.documents import Document
+from langchain_core.vectorstores import InMemoryVectorStore
+
+from rag import store
+from rag.raw_rag import Config
+from tests.conftest import ROOT
+from tests.passages import TEXTS, Bag, document, documents
+from utils.run import UserError
+
+SETTINGS = {"embedder": "bag", "chunk": 1000, "overlap": 0, "titles": False}
+CFG = Config(chunk=1000)
+
+
+def both():
+    return [store.FaissStore(Bag(), SETTINGS), store.QdrantStore.open("", Bag(), SETTINGS)]
+
+
+def search(one, query="a cat on a mat", k=3):
+    return [(d.metadata["id"], d.page_content, s) for d, s in one.similarity_search_with_score(query, k)]
+
+
+def test_the_search_is_the_largest_cosine(parity):
+    """numpy, LangChain's store in memory, FAISS and Qdrant: the same passages with the same scores."""
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(list("abcdefghij"), 6)) for _ in range(60)]
+    passages = [document(t, f"{i}") for i, t in enumerate(dict.fromkeys(texts))]
+    vectors, query = Bag().encode([p.page_content for p in passages]), Bag().encode(["a b c"])[0]
+    cosines = vectors @ query
+    exact = torch.tensor(np.sort(cosines)[::-1][:10].copy())
+    theirs = InMemoryVectorStore(Bag())
+    theirs.add_documents(passages)
+    langchain = theirs.similarity_search_with_score("a b c", 10)
+    for one in both():
+        one.sync(passages)
+        mine = one.similarity_search_with_score("a b c", 10)
+        name = type(one).__name__
+        scores = torch.tensor([s for _, s in mine])
+        parity("RAG", f"store.{name} search", "numpy: sorted cosines", scores, exact)
+        parity("RAG", f"store.{name} search", "langchain_core InMemoryVectorStore", scores,
+               torch.tensor([s for _, s in langchain]).float())  # fmt: skip
+        assert [d.metadata["id"] for d, _ in mine[:3]] == [d.metadata["id"] for d, _ in langchain[:3]]
+
+
+@pytest.mark.parametrize("one", both(), ids=["faiss", "qdrant"])
+def test_sync_adds_what_is_new_deletes_what_is_gone_and_repeats_nothing(one):
+    first = documents()
+    assert one.sync(first) == (4, 0) and one.sync(first) == (0, 0)
+    assert one.sync(first + first[:2]) == (0, 0)  # the same passage twice is one
+    changed = first[:3] + [Document("the moon is near", metadata=first[3].metadata)]
+    assert one.sync(changed) == (1, 1)
+    assert {text for _, text, _ in search(one, "moon", 9)} == {*TEXTS[:3], "the moon is near"}
+    assert one.sync(changed[:1]) == (0, 3) and len(search(one, "moon", 9)) == 1
+    assert one.sync([]) == (0, 1) and one.sync(first) == (4, 0)
+
+
+def test_both_stores_find_the_same():
+    ours, theirs = both()
+    for one in (ours, theirs):
+        one.sync(documents())
+    for query in ("a dog", "moon", "friends of cats"):
+        a, b = search(ours, query), search(theirs, query)
+        assert [x[:2] for x in a] == [x[:2] for x in b]
+        np.testing.assert_allclose([x[2] for x in a], [x[2] for x in b], atol=1e-5)
+
+
+def test_what_was_saved_is_opened(tmp_path):
+    one = store.open_store(CFG, Bag(), documents(), tmp_path / "index")
+    again = store.FaissStore.open(tmp_path / "index", Bag(), SETTINGS)
+    assert search(again) == search(one) and again.sync(documents()) == (0, 0)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()}
+    store.open_store(CFG, Bag(), documents(), tmp_path / "index")  # nothing changed: nothing is written
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()}
+    store.open_store(CFG, Bag(), documents()[:2], tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 3  # old parts are gone
+
+
+def test_another_model_or_length_is_refused_and_the_index_stays(tmp_path):
+    store.open_store(CFG, Bag(), documents(), tmp_path)
+    other = Bag()
+    other.id = "another"
+    with pytest.raises(UserError, match="embedder bag, now another.*--out"):
+        store.open_store(CFG, other, documents(), tmp_path)
+    with pytest.raises(UserError, match="chunk 1000, now 500"):
+        store.open_store(replace(CFG, chunk=500), Bag(), documents(), tmp_path)
+    assert len(search(store.FaissStore.open(tmp_path, Bag(), SETTINGS), "moon", 9)) == 4
+
+
+def test_another_model_is_refused_by_qdrant_too():
+    one = store.QdrantStore.open("", Bag(), SETTINGS)
+    one.sync(documents())
+    [record] = one.client.scroll(one.NAME, limit=1)[0]
+    with pytest.raises(UserError, match="chunk 1000, now 7"):
+        store.refuse_others(record.payload["metadata"]["settings"], SETTINGS | {"chunk": 7}, "there")
+
+
+def test_a_damaged_index_is_refused(tmp_path):
+    store.open_store(CFG, Bag(), documents(), tmp_path)
+    names = {p.name.split("-")[0].split(".")[0]: p for p in tmp_path.iterdir()}
+    assert names.keys() == {"index", "passages", "store"}
+    generator = np.random.default_rng(0)
+    for path in names.values():
+        whole = path.read_bytes()
+        for _ in range(30):
+            data, where = bytearray(whole), int(generator.integers(len(whole)))
+            data[where] ^= 1 << int(generator.integers(8))
+            path.write_bytes(bytes(data))
+            try:
+                opened = store.FaissStore.open(tmp_path, Bag(), SETTINGS)
+                assert search(opened) and path == names["store"]  # a flag of the record that nobody reads
+            except UserError as error:
+                assert "damaged" in str(error) or "was made with" in str(error)
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="damaged"):
+            store.FaissStore.open(tmp_path, Bag(), SETTINGS)
+        path.write_bytes(whole)
+    assert search(store.FaissStore.open(tmp_path, Bag(), SETTINGS))
+
+
+SAVER = """
+import sys
+from rag import store
+from tests.passages import Bag, document
+one = store.FaissStore(Bag(), {})
+one.sync([document(f"text {i}", str(i)) for i in range(2000)])
+print("ready", flush=True)
+while True:
+    for n in (1999, 2000):
+        one.sync([document(f"text {i}", str(i)) for i in range(n)])
+        one.save(sys.argv[1])
+"""
+
+
+def test_a_kill_while_saving_leaves_an_index(tmp_path):
+    """Killed at a random moment of saving again and again: what is there opens, and is one of the two."""
+    one = store.FaissStore(Bag(), {})
+    one.sync([document(f"text {i}", str(i)) for i in range(2000)])
+    one.save(tmp_path)
+    wait = np.random.default_rng(0)
+    for _ in range(5):
+        work = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+        assert work.stdout and work.stdout.readline() == b"ready\n"
+        time.sleep(float(wait.uniform(0.05, 1.5)))
+        os.kill(work.pid, signal.SIGKILL)
+        work.wait()
+        assert len(store.FaissStore.open(tmp_path, Bag(), {}).documents) in (1999, 2000)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        store.open_store(CFG, Bag(), documents(), tmp_path / "file" / "index")
+
+
+def test_nobody_at_the_url():
+    with pytest.raises(UserError, match="no Qdrant at --store-url http://127.0.0.1:9"):
+        store.QdrantStore.open("http://127.0.0.1:9", Bag(), SETTINGS)
+    with pytest.raises(UserError, match="add --store qdrant"):
+        store.open_store(replace(CFG, store_url="http://127.0.0.1:9"), Bag(), documents())
+
+
+def test_nothing_in_an_index_is_a_program(tmp_path):
+    store.open_store(CFG, Bag(), documents(), tmp_path)
+    record = json.loads((tmp_path / "store.json").read_text())
+    assert json.loads((tmp_path / record["passages"]).read_text())[0][1] == TEXTS[0]
+    assert faiss.read_index(str(tmp_path / record["index"])).ntotal == 4
+
+
+def test_kinds_of_index_lose_what_they_should():
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((40, 64))
+    vectors = centres[generator.integers(0, 40, 3000)] + 0.3 * generator.standard_normal((3000, 64))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    queries = vectors[:50] + 0.05 * generator.standard_normal((50, 64)).astype(np.float32)
+    exact, _ = store.search(store.build("Flat", vectors)[0], queries, 10)
+    np.testing.assert_array_equal(exact, np.argsort(-(queries @ vectors.T), 1, kind="stable")[:, :10])
+    assert store.recall(exact, exact).mean() == 1
+    recipes = store.kinds(64, 3000)
+    index, _ = store.build(recipes["ivf"][0], vectors)
+    few, most = (store.recall(store.search(index, queries, 10, p)[0], exact).mean() for p in (1, 64))
+    assert few < most and most > 0.95
+    sizes = {k: len(faiss.serialize_index(store.build(r, vectors)[0])) for k, (r, _) in recipes.items()}
+    assert sizes["pq"] < sizes["sq8"] < sizes["flat"] < sizes["hnsw"]
