@@ -34,6 +34,7 @@ class Config(raw_rag.Config):
     merge: Literal["rrf", "round-robin", "bm25"] = "rrf"  # how; bm25: words alone
     depth: int = 50  # passages that each retriever brings to the merger
     constant: float = 60.0  # of reciprocal rank fusion: the larger, the less the first places count
+    reorder: bool = False  # the best passages at both ends, the others in the middle; scores then mean less
     positions: int = 0  # questions for the curve of positions; 0: none
     out: str = "outputs/advanced_rag_merge_retrievers"
 
@@ -114,6 +115,7 @@ class MergedRetriever(BaseRetriever):
     retrievers: list
     merge: str
     constant: float
+    reorder: bool = False
     k: int
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
@@ -121,7 +123,8 @@ class MergedRetriever(BaseRetriever):
         known = {d.metadata["id"]: d for documents in found for d in documents}
         rankings = [[d.metadata["id"] for d in documents] for documents in found]
         merged = rrf(rankings, self.constant) if self.merge == "rrf" else round_robin(rankings)
-        return [raw_rag.scored(known[name], score) for name, score in merged[: self.k]]
+        best = [raw_rag.scored(known[name], score) for name, score in merged[: self.k]]
+        return edges_first(best) if self.reorder else best
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
@@ -134,7 +137,8 @@ def build_retriever(cfg: Config) -> BaseRetriever:
         return sparse.model_copy(update={"k": cfg.k})
     index = raw_rag.open_index(cfg, passages)
     dense = raw_rag.DenseRetriever(store=index, k=depth)
-    return MergedRetriever(retrievers=[dense, sparse], merge=cfg.merge, constant=cfg.constant, k=cfg.k)
+    rules = {"merge": cfg.merge, "constant": cfg.constant, "reorder": cfg.reorder}
+    return MergedRetriever(retrievers=[dense, sparse], k=cfg.k, **rules)
 
 
 def position_curve(cfg, llm, retriever, questions):

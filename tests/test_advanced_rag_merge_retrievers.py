@@ -93,6 +93,8 @@ def test_two_retrievers_are_merged():
     found = both.invoke("the moon is far away")
     assert len(found) == 3 and found[0].metadata["id"] == "file.md#3/0"
     assert found[0].metadata["score"] == pytest.approx(2 / 61)
+    ends = both.model_copy(update={"reorder": True}).invoke("the moon is far away")
+    assert [d.metadata["id"] for d in ends] == [found[i].metadata["id"] for i in (0, 2, 1)]
 
 
 def test_it_runs_on_the_answers_and_words_find_a_name(tmp_path):
