@@ -152,7 +152,8 @@ def page(desk, about, examples=()):
         parts = {"fn": ask, "inputs": box, "outputs": [note, told, cited, beside]} | quiet | one
         running = [gr.on([go.click, box.submit], **parts)]
         running += [b.click(lambda text: text, b, box, queue=False, **quiet).then(**parts) for b in buttons]
-        stop.click(lambda: show("Stopped.", "", [])[0], None, note, cancels=running, queue=False, **quiet)
+        halt = stop.click(None, cancels=running, queue=False, **quiet)  # first this, or a late word takes the note back
+        halt.then(lambda: show("Stopped.", "", [])[0], None, note, queue=False, **quiet)
     return blocks.queue(max_size=WAITING, api_open=False)
 
 

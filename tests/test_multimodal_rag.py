@@ -218,8 +218,8 @@ def test_a_broken_picture_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("flags, said", [
     ({"images": "nowhere", "query": "x"}, "nowhere is not a folder"),
-    ({"images": "rag"}, "ask one with --query"),
-    ({"images": "rag", "query": "x"}, "no images in rag"),
+    ({"images": "utils"}, "ask one with --query"),
+    ({"images": "utils", "query": "x"}, "no images in utils"),
     ({"k": 0}, "--k"), ({"steps": 0}, "--steps"), ({"batch": 1}, "--batch"), ({"ridge": 0.0}, "--ridge"),
     ({"temperature": 0.0}, "--temperature"), ({"emoji": 9}, "--emoji"), ({"photos": 3000}, "--photos"),
     ({"twin": -1.0}, "--twin"), ({"lr": float("inf")}, "the loss is nan"),
