@@ -30,9 +30,11 @@ def run(path):
 
 
 def shrink(notebook):
-    """Figures in 256 colours, so that the file stays small; wipe times of day and versions: noise in every diff."""
+    """Figures in 256 colours, so that the file stays small; wipe times, versions and bars: noise in every diff."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 full = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
