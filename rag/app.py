@@ -31,14 +31,14 @@ from utils.run import UserError, check
 SCRIPTS: dict[str, Any] = {"raw": raw_rag, "child-parent": child_parent, "rerank": rerank, "merge": merging}
 HOST = "127.0.0.1"  # whoever wants more puts a server with passwords and https before it
 LONGEST, WAITING = 500, 8  # characters of a question, questions that wait
-EXAMPLES = (raw_rag.EXAMPLE, "How do I log in to a site with Scrapy?", "Is Celery multilingual?")
+EXAMPLES = (raw_rag.EXAMPLE, "Do I have to use your model/database layer?", "Can messages be encrypted?")
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing to fetch
 STYLE = """
 .note {min-height: 1.5em; font-weight: 600; color: var(--body-text-color-subdued)}
 .told {font-size: 1.15em; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere}
 .cited {padding-left: 1.2em; list-style: disc}
 .told a, .cited a {margin: 0; padding: 0; color: var(--link-text-color)} .told s, .cited s {color: #dc2626}
-#passages {max-height: calc(100vh - 9em); overflow-y: auto; padding: 3px}
+#passages {max-height: calc(100vh - 10em); overflow-y: auto; padding: 3px}
 .passage {margin-bottom: 10px; padding: 8px 12px; border: 1px solid var(--border-color-primary); border-radius: 8px}
 .passage:target {border-color: var(--link-text-color); box-shadow: 0 0 0 2px var(--link-text-color)}
 .passage pre {font: inherit; white-space: pre-wrap; overflow-wrap: anywhere} .passage small {display: block}
@@ -192,7 +192,7 @@ def main(cfg: Config) -> dict:
         cited = dict(zip(("cited", "invented"), answer.citations(told, found)))
         return run.report(folder, {"answer": told, **cited, "passages": [d.metadata["id"] for d in found]})
     serve(blocks, cfg.port)
-    print(f"open http://{HOST}:{cfg.port} in a browser; Ctrl-C ends it")
+    print(f"open http://{HOST}:{cfg.port} in a browser; Ctrl-C ends it", flush=True)
     blocks.block_thread()
     return run.report(folder, {"questions answered": desk.answered}, then="python rag/compare.py")
 
