@@ -76,15 +76,30 @@ class Local:
         return text
 
     def stream(self, chat) -> Iterator[str]:
-        """The answer, a piece at a time."""
+        """The answer, a piece at a time. A reader that leaves stops the model; its errors are raised here."""
         ids = self.prompt(chat)
         pieces = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        rules = {"max_new_tokens": self.tokens, "do_sample": False, "repetition_penalty": 1.1, "streamer": pieces}
-        work = threading.Thread(target=self.model.generate, args=(ids,), daemon=True,
-                                kwargs=rules | {"attention_mask": torch.ones_like(ids)})  # fmt: skip
+        rules = {"max_new_tokens": self.tokens, "do_sample": False, "repetition_penalty": 1.1}
+        left, errors = threading.Event(), []
+
+        def generate():
+            try:
+                self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=pieces,
+                                    stopping_criteria=[lambda *_, **__: left.is_set()], **rules)  # fmt: skip
+            except Exception as error:  # of another thread: kept, or nobody would see it
+                errors.append(error)
+            finally:
+                pieces.end()  # the reader waits for this
+
+        work = threading.Thread(target=generate, daemon=True)
         work.start()
-        yield from pieces
-        work.join()
+        try:
+            yield from pieces
+        finally:
+            left.set()
+            work.join()
+        if errors:
+            raise errors[0]
 
     @torch.no_grad()
     def loss(self, chat, answer):

@@ -13,7 +13,7 @@ from tests.test_readme import tiny_flags
 
 CHAPTERS = ["models", "finetune", "training", "rag"]
 SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
-TOPICS = [p for p in SCRIPTS if p.stem not in ("bench", "compare", "app")]  # those measure or show
+TOPICS = [p for p in SCRIPTS if p.stem not in ("bench", "compare", "app", "poison")]  # those measure or show
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in (ROOT / folder).glob("*.py")]
 
