@@ -17,7 +17,7 @@ Shapes: N pictures, D = 1280 features of a picture, E = 384 numbers of a text, B
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -44,7 +44,9 @@ class Config:
 
     query: str = ""  # ask this; empty: six examples
     images: str = ""  # a folder of pictures to search; empty: emoji and photos
-    space: Literal["ridge", "infonce", "both"] = "both"  # how the matrix is found; both: InfoNCE begins at ridge
+    space: str = (
+        "both"  # how it is found: ridge, infonce, both (InfoNCE begins at ridge); or a folder of papers/clip.py
+    )
     emoji: int = 1913  # of the 1913 emoji, evenly
     photos: int = 600  # of the 2054 photos, evenly; 0: emoji alone
     k: int = 8  # pictures to find
@@ -66,11 +68,25 @@ class Space(NamedTuple):
     scale: Tensor  # (D,)
     W: Tensor  # (D,E)
     b: Tensor  # (E,)
+    text: Tensor | None = None  # (L,E) carries texts as well; None: the space is that of the texts
 
 
 def project(space, x):
     """Features (N,D) -> unit vectors (N,E), to be compared with those of texts."""
     return F.normalize((x - space.mean) / space.scale @ space.W + space.b, dim=-1)
+
+
+def project_text(space, t):
+    """Unit vectors of texts (N,L) -> unit vectors (N,E)."""
+    return t if space.text is None else F.normalize(t @ space.text, dim=-1)
+
+
+def load_space(folder):
+    """A Space that papers/clip.py saved. Raises UserError if there is none, or if it is for other towers."""
+    tensors, towers = checkpoint.read(Path(folder) / "space.safetensors")
+    wanted = {"image": "efficientnet", "text": "minilm"}
+    check(towers == wanted, f"{folder} is a space for {towers}; what looks and reads here is {wanted}")
+    return Space(*(tensors[name] for name in Space._fields))
 
 
 def ridge(x, y, weight):
@@ -236,7 +252,7 @@ def index_of(space, pictures, encode, k):
     """A retriever over these pictures. The index is flat: every query is compared with every picture."""
     index = faiss.IndexFlatIP(space.W.shape[1])
     index.add(project(space, pictures.x).numpy())  # type: ignore[call-arg]  (faiss adds the method in Python)
-    return PictureRetriever(index=index, pictures=pictures, encode=encode, k=k)
+    return PictureRetriever(index=index, pictures=pictures, encode=lambda x: project_text(space, encode(x)), k=k)
 
 
 def gather(cfg):
@@ -245,6 +261,8 @@ def gather(cfg):
     check(40 <= cfg.emoji <= 1913, "--emoji: 40 to 1913")
     check(cfg.photos == 0 or 40 <= cfg.photos <= 2054, "--photos: 40 to 2054, or 0")
     check(cfg.batch >= 2, "--batch: 2 or more, a pair is told apart from others")
+    ways = ("ridge", "infonce", "both")
+    check(cfg.space in ways or Path(cfg.space).is_dir(), f"--space is {', '.join(ways)} or a folder, not {cfg.space}")
     check(cfg.ridge > 0 and cfg.temperature > 0, "--ridge and --temperature must be above 0")
     device = run.device(cfg.device)
     searched = folder(cfg.images, device) if cfg.images else None  # first: a broken picture should cost no minute
@@ -257,8 +275,15 @@ def gather(cfg):
 def build_retriever(cfg: Config) -> BaseRetriever:
     """Learn the space from emoji and training photos; search the folder, or the pictures that nobody trained on."""
     pictures, searched, encode, t = gather(cfg)
-    space = fit(pictures.x[~pictures.test], t[~pictures.test], cfg)
+    space = space_of(pictures, t, cfg)
     return index_of(space, searched or choose(pictures, pictures.test), encode, cfg.k)
+
+
+def space_of(pictures, t, cfg, name="train"):
+    """The space that --space names: loaded, or learned from all pictures that are not for the test."""
+    if Path(cfg.space).is_dir():
+        return load_space(cfg.space)
+    return fit(pictures.x[~pictures.test], t[~pictures.test], cfg, name=name)
 
 
 def row(ranks):
@@ -355,7 +380,12 @@ def main(cfg: Config) -> dict:
     pictures, searched, encode, t = gather(cfg)
     out = run.output(cfg.out, cfg)
     metrics: dict[str, Any] = {"pictures to learn from": int((~pictures.test).sum())}
-    if not cfg.images:
+    space = space_of(pictures, t, cfg, name="final")
+    if Path(cfg.space).is_dir():
+        shown = pictures.test & torch.tensor([c == "" for c in pictures.coarse])
+        ranks = places(project(space, pictures.x[shown]), project_text(space, t[shown]))
+        metrics |= means({cfg.space: row(ranks)}, "emoji")
+    elif not cfg.images:
         is_emoji = torch.tensor([c == "" for c in pictures.coarse])
         rows = emoji_scores(choose(pictures, is_emoji), t[is_emoji], cfg)
         print(scores.table(rows), end="\n\n")
@@ -364,7 +394,6 @@ def main(cfg: Config) -> dict:
             lines = photo_scores(pictures, t, encode, cfg)
             print(scores.table(lines), end="\n\n")
             metrics |= means(lines, "photos")
-    space = fit(pictures.x[~pictures.test], t[~pictures.test], cfg, name="final")
     retriever = index_of(space, searched or choose(pictures, pictures.test), encode, cfg.k)
     show(retriever, [cfg.query] if cfg.query else QUERIES, out / "found.png")
     return run.report(out, metrics, then="python rag/raw_rag.py")

@@ -1,0 +1,146 @@
+"""papers/vit.py: the vision transformer of transformers, positions of another grid, attention, crops."""
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from papers import photos, vit
+from tests.conftest import gradients
+from tests.vits import shake, theirs
+from utils import checkpoint
+from utils.run import UserError
+
+SMALL = {"image": 16, "patch": 4, "width": 32, "depth": 2, "heads": 4, "classes": 3}
+THEIRS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
+          "image_size": 16, "patch_size": 4, "layer_norm_eps": 1e-6}  # fmt: skip
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    ours = shake(vit.ViT(**SMALL))
+    other = ViTForImageClassification(ViTConfig(**THEIRS, num_labels=3)).eval()
+    other.load_state_dict(theirs(ours.state_dict()))
+    return ours, other
+
+
+def test_logits_and_gradients_are_those_of_transformers(pair, parity):
+    ours, other = pair
+    x = torch.randn(2, 3, 16, 16)
+    parity("ViT", "vit.ViT.forward", "transformers.ViTForImageClassification", ours(x), other(x).logits)
+    mine, them = theirs(gradients(ours, ours(x))), gradients(other, other(x).logits)
+    parity("ViT", "vit.ViT gradients", "transformers.ViTForImageClassification gradients", mine, them)
+
+
+def test_the_states_are_those_of_vit_model(parity):
+    torch.manual_seed(0)
+    ours, other = shake(vit.ViT(**SMALL)), ViTModel(ViTConfig(**THEIRS), add_pooling_layer=False).eval()
+    weights = {k.removeprefix("vit."): v for k, v in theirs(ours.state_dict()).items() if "classifier" not in k}
+    other.load_state_dict(weights)
+    x = torch.randn(2, 3, 16, 16)
+    parity("ViT", "vit.ViT.features", "transformers.ViTModel", ours.features(x), other(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (8, 8), (16, 32)])
+def test_positions_of_another_grid_are_those_of_transformers(pair, parity, size):
+    ours, other = pair
+    x = torch.randn(2, 3, *size)
+    name = f"transformers interpolate_pos_encoding, 16 x 16 to {size[0]} x {size[1]}"
+    parity("ViT", "vit.resize_positions", name, ours(x), other(x, interpolate_pos_encoding=True).logits)
+
+
+def test_attention_maps_are_those_of_transformers(pair, parity):
+    ours, other = pair
+    other.set_attn_implementation("eager")
+    x = torch.randn(2, 3, 16, 16)
+    maps = torch.stack(other(x, output_attentions=True).attentions, 1)
+    parity("ViT", "vit.ViT.maps", "transformers attentions", ours.maps(x), maps)
+
+
+def test_patches_by_convolution_are_unfold_and_multiply(parity):
+    torch.manual_seed(0)
+    embedding, x = vit.PatchEmbedding(4, 3, 8), torch.randn(2, 3, 8, 12)
+    parity("ViT", "vit.PatchEmbedding", "torch unfold and linear", embedding(x), vit.unfold_and_multiply(embedding, x))
+
+
+def test_the_class_token_and_the_mean_read_different_states():
+    torch.manual_seed(0)
+    model, x = shake(vit.ViT(**SMALL)), torch.randn(2, 3, 16, 16)
+    states = model.features(x)
+    assert torch.equal(model(x), model.head(states[:, 0]))
+    model.pool = "mean"
+    torch.testing.assert_close(model(x), model.head(states[:, 1:].mean(1)))
+
+
+def test_rollout_of_known_attention():
+    """A block in which each token looks at itself changes nothing; one in which all look at token 0 moves half."""
+    eye, first = torch.eye(3), torch.tensor([[1.0, 0, 0]] * 3)
+    maps = torch.stack([eye, eye])[None, :, None]
+    assert torch.equal(vit.rollout(maps)[0], eye)
+    maps = torch.stack([eye, first])[None, :, None]
+    torch.testing.assert_close(vit.rollout(maps)[0], 0.5 * first + 0.5 * eye)
+    both = vit.rollout(torch.rand(2, 3, 4, 5, 5).softmax(-1))
+    torch.testing.assert_close(both.sum(-1), torch.ones(2, 5))
+
+
+def test_a_whole_crop_is_the_photo_and_a_mirror_its_mirror():
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 16, 16)
+    made = photos.crops(x, 16, smallest=1 - 1e-6)
+    # an area of one still has an aspect: compare the middle rows of those that are nearly square
+    assert made.shape == x.shape and made.min() >= 0 and made.max() <= 1
+    ramp = torch.linspace(0, 1, 32).expand(200, 3, 32, 32)
+    rising = photos.crops(ramp, 8)[:, 0, 0].diff(dim=-1).sum(-1) > 0
+    assert 60 < int(rising.sum()) < 140  # half of them are mirrored
+
+
+def test_accuracies_add_up_the_kinds_of_a_group():
+    class Fruit:
+        fine, coarse = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
+        fine_names, coarse_names = ["a", "b", "c"], ["ab", "c"]
+
+    logits = torch.tensor([[0.3, 0.3, 0.4]]).log()  # the likeliest kind is c, the likeliest group ab
+    found = photos.accuracies(logits, Fruit, torch.tensor([1]))
+    assert found == {"14 kinds": 0.0, "5 groups": 1.0}
+
+
+def test_a_probe_finds_what_is_linear():
+    torch.manual_seed(0)
+    x = torch.randn(300, 10)
+    y = (x[:, 0] > 0).long()
+    found = photos.probe(x, y, torch.arange(200), torch.arange(200, 300)).argmax(-1)
+    assert (found == y[200:]).float().mean() > 0.95
+
+
+def test_the_loss_falls():
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 3
+    images[labels == 0], images[labels == 1] = 0, 255
+    cfg = vit.Config(steps=60, batch=8, image_size=16)
+    losses = list(vit.train(vit.ViT(**SMALL), images, labels, cfg))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_an_encoder_of_another_network_is_refused(tmp_path):
+    wide = vit.ViT(**(SMALL | {"width": 64}))
+    path = checkpoint.write(tmp_path / "wide.safetensors", wide.state_dict(), {"image_size": 16, "patch": 4})
+    with pytest.raises(UserError, match="another network"):
+        vit.load_encoder(vit.ViT(**SMALL), path)
+    path = checkpoint.write(tmp_path / "none.safetensors", {"position": wide.position}, {"image_size": 16, "patch": 4})
+    with pytest.raises(UserError):
+        vit.load_encoder(wide, path)
+
+
+def test_an_encoder_of_another_grid_is_fitted(tmp_path):
+    large = shake(vit.ViT(**(SMALL | {"image": 32})))
+    path = checkpoint.write(tmp_path / "large.safetensors", large.state_dict(), {"image_size": 32, "patch": 4})
+    small = vit.load_encoder(vit.ViT(**SMALL), path)
+    assert torch.equal(small.embed.projection.weight, large.embed.projection.weight)
+    torch.testing.assert_close(small.position, vit.resize_positions(large.position, (8, 8), (4, 4)))
+
+
+@pytest.mark.parametrize("flags", [{"steps": 0}, {"lr": 0}, {"patch": 7}, {"size": "XXL"}, {"batch": 0}, {"patch": 0}])
+def test_bad_flags(flags, tmp_path):
+    with pytest.raises(UserError):
+        vit.main(vit.Config(**flags, out=str(tmp_path / "x")))
+    assert not (tmp_path / "x").exists()
