@@ -172,11 +172,12 @@ def rollout(maps):
 
 
 def looks(model, x):
-    """Where the answer comes from: (B,h,w), the rollout of the class token or of the mean, largest value 1."""
+    """Where the answer comes from: (B,h,w), the rollout of the class token or of the mean, 0 to 1 in each photo."""
     total = rollout(model.maps(x))
     seen = total[:, 0, 1:] if model.pool == "cls" else total[:, 1:, 1:].mean(1)
     seen = rearrange(seen, "b (h w) -> b h w", h=x.shape[2] // model.patch)
-    return seen / seen.amax((1, 2), keepdim=True)
+    low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
+    return (seen - low) / (high - low)
 
 
 def load_encoder(model, path):

@@ -126,7 +126,7 @@ def held(context, known):
 
 
 def sweep(cfg, retriever, questions):
-    """{--keep: (tokens of the context, part of the known answer that it holds)}; 0.0 has all sentences that fit."""
+    """{--keep: (tokens of the context, part of the known answer that it holds)}; -1.0 has all sentences that fit."""
     found = [retriever.quick.invoke(q.text)[: cfg.k] for q in questions]
     counts = raw_rag.embedder(cfg.embedder).model.tokenizer
     rows = {}

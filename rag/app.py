@@ -171,6 +171,7 @@ def serve(blocks, port):
     """Listen, and return."""
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or each visitor could say which address is counted
     rest = {"theme": THEME, "css": STYLE, "footer_links": [], "prevent_thread_lock": True, "quiet": True}
+    rest["max_file_size"] = 1  # byte: Gradio takes uploads, whether or not there is anything to upload on the page
     rest |= dict.fromkeys(["share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"], False)
     blocks.launch(server_name=HOST, server_port=port, **rest)
 
@@ -179,6 +180,7 @@ def main(cfg: Config) -> dict:
     """Load once; then answer one question, or all that come until Ctrl-C."""
     run.seed(cfg.seed)
     check(1 <= cfg.port <= 65535 and cfg.rate >= 1, "--port: 1 to 65535; --rate: 1 or more")
+    check(cfg.k >= 1, "--k must be 1 or more")
     if not cfg.once:
         free(cfg.port)
     llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None

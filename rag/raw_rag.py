@@ -94,7 +94,8 @@ EXAMPLE = "Can I use Django with MongoDB?"  # unless --question is given
 
 def show(cfg, build):
     """What every script does with its retriever: one question from beginning to end, then all of them scored."""
-    check(cfg.limit >= -1 and cfg.k >= 1, "--limit: 0 or more, or -1 for all; --k must be 1 or more")
+    check(cfg.limit >= -1, "--limit: 0 or more, or -1 for all")
+    check(cfg.k >= 1, "--k must be 1 or more")
     check(cfg.question or not cfg.docs, "nobody has written questions for --docs: ask one with --question")
     llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
     folder = run.output(cfg.out, cfg)
@@ -103,7 +104,7 @@ def show(cfg, build):
     metrics = ask(cfg, retriever, llm)
     if questions:
         metrics |= score(cfg, build, retriever, spread(questions, cfg.limit), folder)
-    return run.report(folder, metrics, then="python rag/compare.py")
+    return run.report(folder, metrics, then="" if cfg.docs else "python rag/compare.py")
 
 
 def ask(cfg, retriever, llm):
@@ -119,7 +120,7 @@ def ask(cfg, retriever, llm):
     print("\nwithout the passages: ", end="", flush=True)
     alone = speak(answer.chain(llm).stream(question))
     print("\nwith the passages: ", end="", flush=True)
-    told = speak(answer.chain(llm, retriever, cfg.k).stream(question))
+    told = speak(answer.chain(llm, retriever, cfg.k).stream(question) if found else [answer.NOWHERE])
     real, invented = answer.citations(told, found)
     cited = ", ".join(f"[{n}] {found[n - 1].metadata['source']}" for n in real) or "no passage"
     print(f"\ncites {cited}{f'; and {invented}, which are not there' if invented else ''}\n")

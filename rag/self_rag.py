@@ -7,7 +7,7 @@ a question with the answer yes or no and compares the probabilities of both; `co
 scores of retrieval and those of advanced_rag_rerank.py. Which critic can be trusted is measured: each question is asked
 twice, with its answer among the documents and with that answer hidden, and the critic has to tell which is which.
 
-    python rag/self_rag.py                                             # the three critics, and one answer
+    python rag/self_rag.py                                             # the four critics, and one answer
     python rag/self_rag.py --question "How do I bake bread?"           # not in the documents
     python rag/self_rag.py --critic llm
 """
@@ -28,15 +28,13 @@ from rag.advanced_rag_compression import held
 from utils import figures, run
 from utils.run import check
 
-NOWHERE = "not in the documents"
-
 
 @dataclass(frozen=True)
 class Config(raw_rag.Config):
     """Answer only from passages that a critic accepts."""
 
     critic: Literal["cosine", "maxsim", "cross", "llm"] = "cosine"  # who judges
-    threshold: float = -1.0  # of IsRel; -1: the best one on every second question
+    threshold: float = -1.0  # of IsRel; -1: the best one on questions that are not scored
     critics: bool = True  # also measure how well each critic tells a hidden answer from one that is there
     limit: int = 32  # questions for that, and for the scores
     out: str = "outputs/self_rag"
@@ -138,6 +136,12 @@ def quick_search(cfg):
     return raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
 
 
+def others(questions, limit, count):
+    """So many questions that are not among the `limit` that are scored; of all, if all are."""
+    scored = raw_rag.spread(questions, limit)
+    return raw_rag.spread([q for q in questions if q not in scored] or questions, count)  # few choose at random
+
+
 def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval with a critic behind it."""
     check(cfg.critic != "llm" or not cfg.llm.startswith(("http", "none")), "--critic llm needs a model in this process")
@@ -146,7 +150,7 @@ def build_retriever(cfg: Config) -> BaseRetriever:
     critic, quick = Critic(cfg.critic, llm, cfg), quick_search(cfg)
     threshold = max(0.0, cfg.threshold)
     if cfg.threshold == -1 and not cfg.docs:
-        tried = raw_rag.spread(corpus.load(cfg)[1], max(2, cfg.limit))[::2]
+        tried = others(corpus.load(cfg)[1], cfg.limit, 16 if cfg.critic == "llm" else 97)  # it takes seconds each
         there, hidden = judge(critic, quick, tried, 5)
         threshold = best_threshold(there, hidden) if len(there) else 0.0
     return SelfRetriever(
@@ -158,7 +162,7 @@ def respond(question, retriever, llm, k=5):
     """-> the answer, the passages behind it, IsSup. Without an accepted passage no answer is written."""
     found = retriever.invoke(question)[:k]
     if not found:
-        return NOWHERE, [], 0.0
+        return answer.NOWHERE, [], 0.0
     said = "".join(llm.stream(answer.messages(question, found)))
     return said, found, supported(said, found)
 

@@ -164,3 +164,8 @@ def test_a_model_behind_an_address(monkeypatch):
 def test_flags_that_cannot_be():
     with pytest.raises(UserError, match="--tokens"):
         answer.language_model("smollm2", 0)
+
+
+def test_an_answer_as_long_as_the_model_reads_is_refused():
+    with pytest.raises(UserError, match="no room"):
+        answer.Local("smollm2", tokens=9000)

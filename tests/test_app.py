@@ -249,6 +249,12 @@ def ask(url, question, session="s", headers=None):
     raise AssertionError("the stream ended early")
 
 
+def test_nothing_is_uploaded(serve, desk):
+    """Gradio has a door for files on every page, whether or not anything there takes one."""
+    answered = httpx.post(f"{serve(desk)}/gradio_api/upload", files={"files": ("big.bin", b"x" * 2000)})
+    assert answered.status_code == 413, answered.text
+
+
 def test_by_http(serve, desk):
     desk.rate, desk.clock = 2, Clock()
     url = serve(desk)

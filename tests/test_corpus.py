@@ -109,6 +109,25 @@ def test_a_folder_is_read_and_what_is_broken_is_named_and_counted(tmp_path, caps
     assert all(len(line) < 160 for line in told)
 
 
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path, capsys):
+    (tmp_path / "secret.txt").write_text("the password is swordfish")
+    inside = tmp_path / "docs"
+    inside.mkdir()
+    (inside / "fine.md").write_text("all is well")
+    (inside / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (inside / "here.txt").symlink_to(inside / "fine.md")
+    texts = " ".join(s.page_content for s in corpus.folder(inside))
+    assert "swordfish" not in texts and texts.count("all is well") == 2
+    assert "skipped link.txt: a link that leads out of the folder" in capsys.readouterr().err
+
+
+def test_a_broken_pdf_costs_one_line(tmp_path, capfd):
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4\nnothing else")
+    (tmp_path / "fine.md").write_text("all is well")
+    corpus.folder(tmp_path)
+    assert len(capfd.readouterr().err.splitlines()) == 2  # the file, and the count
+
+
 def test_a_pdf_is_a_section_a_page(tmp_path):
     from matplotlib import pyplot as plt
     from matplotlib.backends.backend_pdf import PdfPages

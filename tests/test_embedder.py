@@ -53,3 +53,5 @@ def test_a_name_tells_models_apart(minilm):
 def test_no_such_model():
     with pytest.raises(UserError, match="no model nowhere/at-all"):
         embedder.load("nowhere/at-all")
+    with pytest.raises(UserError, match="no model nope: name a folder or a hub id"):
+        embedder.load("nope")  # is no hub id: said at once, without five attempts to reach the hub

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rag import answer, corpus, self_rag
+from rag import answer, corpus, raw_rag, self_rag
 from tests.passages import QUICK, dense
 from utils.run import UserError
 
@@ -66,7 +66,7 @@ def test_only_accepted_passages_come_back():
     assert len(everything) == 3 and len(some) == 1 and none == []
     said, found, support = self_rag.respond("a dog barked at the moon", retriever(0.9), Fake())
     assert said == "It barked [1]." and len(found) == 1 and support == 1.0
-    assert self_rag.respond("a dog", retriever(1.1), Fake()) == (self_rag.NOWHERE, [], 0.0)
+    assert self_rag.respond("a dog", retriever(1.1), Fake()) == (answer.NOWHERE, [], 0.0)
 
 
 def test_a_hidden_answer_is_hidden():
@@ -96,3 +96,24 @@ def test_flags_that_cannot_be(tmp_path):
     for wrong, said in (({"critic": "llm"}, "--critic llm"), ({"threshold": 3.0}, "--threshold")):
         with pytest.raises(UserError, match=said):
             self_rag.build_retriever(replace(cfg, **wrong))
+
+
+def test_the_threshold_is_chosen_on_other_questions_than_those_that_are_scored():
+    questions = [f"question {i}" for i in range(129)]
+    for limit in (0, 8, 32, 128):
+        tried = self_rag.others(questions, limit, 16)
+        assert tried and not set(tried) & set(raw_rag.spread(questions, limit))
+    assert len(self_rag.others(questions, -1, 16)) == 16
+
+
+def test_without_a_passage_nothing_is_generated(capsys, tmp_path):
+    class Never:
+        def stream(self, chat):
+            if "passage" in chat[0]["content"]:
+                raise AssertionError("it was asked to answer from nothing")
+            yield "out of my head"
+
+    retriever = self_rag.SelfRetriever(quick=dense(), critic=critic(0), threshold=2.0, k=3)
+    cfg = self_rag.Config(question="How do I bake bread?", out=str(tmp_path))
+    raw_rag.ask(cfg, retriever, Never())
+    assert "with the passages: not in the documents" in capsys.readouterr().out
