@@ -102,9 +102,10 @@ def cached_backward(encoders, inputs, scale, chunk):
     z, t = (torch.cat(v).requires_grad_() for v in vectors)
     loss = clip_loss(z, t, scale)
     loss.backward()
+    gradients: Any = (z.grad, t.grad)
     after = torch.get_rng_state()
-    for encode, pieces, before, whole in zip(encoders, parts, states, (z, t)):
-        for piece, state, gradient in zip(pieces, before, whole.grad.split(chunk)):
+    for encode, pieces, before, whole in zip(encoders, parts, states, gradients):
+        for piece, state, gradient in zip(pieces, before, whole.split(chunk)):
             torch.set_rng_state(state)
             (encode(piece) * gradient).sum().backward()
     torch.set_rng_state(after)

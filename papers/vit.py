@@ -15,6 +15,7 @@ what this script shows and `mae.py` mends.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -142,7 +143,8 @@ class ViT(nn.Module):
     def maps(self, x):
         """The attention of every block: (B,depth,heads,1+N,1+N)."""
         x, found = self.tokens(x), []
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             q, k, _ = block.attention.split(block.norm1(x))
             found.append(block.attention.weights(q, k))
             x = block(x)
