@@ -235,14 +235,15 @@ def tuned(start, cfg, fruit, learn, judge):
 
 def judged(model, cfg, fruit, learn, judge):
     """What the encoder is worth on photos it has not seen, beside what needs no encoder: {name: accuracies}."""
+    device = run.device(cfg.device)
     small, seen = photos.whole(fruit.images, 32).flatten(1), features(model, fruit.images, cfg.image_size)
-    named = {
-        "pixels": small,
-        "this encoder": seen,
-        "ImageNet features": photos.imagenet(data.groceries(224).images, run.device(cfg.device)),
-    }
+    labelled = photos.imagenet(data.groceries(224).images, device)
     rows = {"majority": photos.majority(fruit, learn, judge)}
-    rows |= {f"probe of {name}": photos.probed(x, fruit, learn, judge) for name, x in named.items()}
+    for name, x in {"pixels": small, "this encoder": seen, "ImageNet features": labelled}.items():
+        rows[f"probe of {name}"] = photos.probed(x, fruit, learn, judge)
+    torch.manual_seed(cfg.seed)
+    blank = features(build(**asdict(cfg)).to(device).eval(), fruit.images, cfg.image_size)
+    rows["probe of an untrained encoder"] = photos.probed(blank, fruit, learn, judge)
     if cfg.tune:
         rows["trained from nothing"] = tuned(None, cfg, fruit, learn, judge)
         rows["fine-tuned"] = tuned(model.state_dict(), cfg, fruit, learn, judge)
