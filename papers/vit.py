@@ -253,7 +253,9 @@ def draw(path, images, seen):
 def main(cfg: Config) -> dict:
     """Train each network in turn, measure it on photos it has not seen, draw where it looks."""
     check(min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0, "--steps and --batch must be at least 1, --lr above 0")
-    build(cfg.image_size, cfg.patch, cfg.size)
+    trial = build(cfg.image_size, cfg.patch, cfg.size)
+    if cfg.weights:
+        load_encoder(trial, cfg.weights)  # what does not fit is better said now than after two trainings
     run.seed(cfg.seed)
     folder, device, fruit = run.output(cfg.out, cfg), run.device(cfg.device), data.groceries(2 * cfg.image_size)
     learn, judge = photos.split(fruit)

@@ -139,7 +139,8 @@ def test_an_encoder_of_another_grid_is_fitted(tmp_path):
     torch.testing.assert_close(small.position, vit.resize_positions(large.position, (8, 8), (4, 4)))
 
 
-@pytest.mark.parametrize("flags", [{"steps": 0}, {"lr": 0}, {"patch": 7}, {"size": "XXL"}, {"batch": 0}, {"patch": 0}])
+@pytest.mark.parametrize("flags", [{"steps": 0}, {"lr": 0}, {"patch": 7}, {"size": "XXL"}, {"batch": 0}, {"patch": 0},
+                                   {"weights": "nothing.safetensors"}, {"patch": 16}])  # fmt: skip
 def test_bad_flags(flags, tmp_path):
     with pytest.raises(UserError):
         vit.main(vit.Config(**flags, out=str(tmp_path / "x")))
