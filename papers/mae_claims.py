@@ -29,7 +29,7 @@ RATIOS = (0.25, 0.5, 0.75, 0.9)
 class Config:
     """Train masked autoencoders that differ in one thing, and compare what their encoders are worth and cost."""
 
-    steps: int = 60  # of each training; the table of the chapter has 400
+    steps: int = 50  # of each training; the table of the chapter has 400
     batch: int = 96  # photos a step
     only: str = ""  # claims whose name has this in it: ratio, decoder, pixels, tokens, speed
     repeat: int = 5  # timings of each kind of step
