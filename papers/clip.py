@@ -84,6 +84,17 @@ def clip_loss(z, t, scale):
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+def chance():
+    """Where the random numbers are, of the CPU and of a GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_chance(state):
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
 def cached_backward(encoders, inputs, scale, chunk):
     """Gradients of the loss of a whole batch, with `chunk` pairs in memory at once: -> the loss. Gao et al., Sec. 3.2.
 
@@ -97,18 +108,18 @@ def cached_backward(encoders, inputs, scale, chunk):
             states.append([])
             vectors.append([])
             for piece in pieces:
-                states[-1].append(torch.get_rng_state())  # what is dropped now must be dropped again
+                states[-1].append(chance())  # what is dropped now must be dropped again
                 vectors[-1].append(encode(piece))
     z, t = (torch.cat(v).requires_grad_() for v in vectors)
     loss = clip_loss(z, t, scale)
     loss.backward()
     gradients: Any = (z.grad, t.grad)
-    after = torch.get_rng_state()
+    after = chance()
     for encode, pieces, before, whole in zip(encoders, parts, states, gradients):
         for piece, state, gradient in zip(pieces, before, whole.split(chunk)):
-            torch.set_rng_state(state)
+            set_chance(state)
             (encode(piece) * gradient).sum().backward()
-    torch.set_rng_state(after)
+    set_chance(after)
     return loss.detach()
 
 
@@ -122,13 +133,15 @@ def train(towers, reader, x, captions, cfg):
     pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
     read = (lambda ids: towers.encode_text(reader(ids))) if reader else towers.encode_text
     towers.train()
+    on = towers.image.weight.device
     for _ in range(cfg.steps):
         pick = torch.randperm(len(x))[: cfg.batch]
+        pictures, texts = x[pick].to(on), captions[pick].to(on)
         optimizer.zero_grad()
         if cfg.chunk:
-            loss = cached_backward((towers.encode_image, read), (x[pick], captions[pick]), towers.scale(), cfg.chunk)
+            loss = cached_backward((towers.encode_image, read), (pictures, texts), towers.scale(), cfg.chunk)
         else:
-            loss = clip_loss(towers.encode_image(x[pick]), read(captions[pick]), towers.scale())
+            loss = clip_loss(towers.encode_image(pictures), read(texts), towers.scale())
             loss.backward()
         optimizer.step()
         pace.step()
@@ -185,13 +198,15 @@ def fit(x, captions, cfg, reader=None, name="train"):
     torch.manual_seed(cfg.seed)
     towers = Towers(x.mean(0), x.std(0) + 1e-6, 384, cfg.width, cfg.temperature)
     towers.log_scale.requires_grad_(cfg.learn_temperature)
+    if reader:
+        towers.to(reader.model.device)
     steps = train(towers, reader, x, captions, cfg)
     losses = []
     for loss in (shown := run.bar(steps, cfg.steps, name=name)):
         check(loss == loss, "the loss is nan; try a lower --lr or a higher --temperature")
         shown.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         losses.append(loss)
-    return towers.eval(), losses
+    return towers.eval().cpu(), losses
 
 
 @torch.no_grad()
@@ -237,12 +252,14 @@ def matrix(path, images, captions, z, t):
 def main(cfg: Config) -> dict:
     """Train on emoji, search among those held out, classify photos of fruit, sweep, save."""
     check(min(cfg.steps, cfg.width) >= 1 and cfg.batch >= 2, "--steps, --width: at least 1; --batch: at least 2")
-    check(cfg.chunk >= 0 and cfg.lr > 0 and cfg.temperature > 0, "--chunk: 0 or more; --lr, --temperature above 0")
+    check(cfg.chunk >= 0 and 0 < cfg.lr < 1, "--chunk: 0 or more; --lr: above 0, below 1")
+    check(0.01 <= cfg.temperature <= 10, "--temperature: 0.01, the least that the paper allows, to 10")
     run.seed(cfg.seed)
     device = run.device(cfg.device)
     images, captions, _ = data.emoji(72)
-    folder = run.output(cfg.out, cfg)
-    x, learn = look(images, cfg.tower, device), ~held_out(captions)
+    learn = ~held_out(captions)
+    check(cfg.batch <= learn.sum(), f"--batch {cfg.batch}: there are {int(learn.sum())} pairs to learn from")
+    folder, x = run.output(cfg.out, cfg), look(images, cfg.tower, device)
     tokenizer, model = pretrained.minilm(device)
     embed = lambda texts: pretrained.embed(texts, tokenizer, model).cpu()  # noqa: E731
     t, reader = embed(captions), None
@@ -273,7 +290,7 @@ def main(cfg: Config) -> dict:
 
 
 def classify(towers, embed, cfg, device):
-    """Photos of fruit, by the names of 14 kinds and of 5 groups, which no training has shown: accuracies."""
+    """Photos of fruit, by the names of 14 kinds and of 5 groups: accuracies. No photo was paired with a text."""
     fruit = data.groceries(224)
     learn, judge = photos.split(fruit)
     z = towers.encode_image(look(fruit.images, cfg.tower, device)[judge])

@@ -27,6 +27,7 @@ from utils import checkpoint, data, figures, run
 from utils.run import check
 
 WEIGHTS = vit.WEIGHTS
+RATIOS = (0.25, 0.5, 0.75, 0.9)  # that are drawn side by side
 DECODERS = {"light": (64, 2, 4), "heavy": (128, 6, 4), "paper": (512, 8, 16)}  # width E, blocks, heads
 
 
@@ -257,24 +258,28 @@ def pictures(model, images, cfg, folder):
     noise = torch.rand(len(x), (cfg.image_size // cfg.patch) ** 2, device=device)
     drawn = dict(zip(("hidden", "drawn", "pasted"), draw(model, x, cfg.ratio, noise)))
     figures.rows(folder / "drawn.png", {"photo": x} | drawn, scale=0.9)
-    ratios = (0.25, 0.5, 0.75, 0.9)
-    views = {f"{r:.0%}, {name}": view for r in ratios for name, view in
+    views = {f"{r:.0%}, {name}": view for r in RATIOS for name, view in
              zip(("hidden", "pasted"), draw(model, x, r, noise)[::2])}  # fmt: skip
     figures.rows(folder / "ratios.png", {"photo": x} | views, scale=0.7)
 
 
 def main(cfg: Config) -> dict:
     """Train (or load), draw photos that it has not seen, probe and fine-tune."""
-    check(min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0, "--steps and --batch must be at least 1, --lr above 0")
+    check(min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1, "--steps and --batch must be at least 1, --lr 0 to 1")
+    check(cfg.image_size <= 1024, "--image-size must be at most 1024")
     check(0 < cfg.ratio < 1 and cfg.tune >= 0, "--ratio must be between 0 and 1, --tune at least 0")
     run.seed(cfg.seed)
     device, clock, metrics = run.device(cfg.device), run.Clock(), {}
     if cfg.pretrained:
         model, then = load(WEIGHTS, device)
-        cfg = replace(cfg, **{k: then[k] for k in ("size", "decoder", "patch", "image_size", "norm_pix")})
+        theirs = {k: then[k] for k in ("size", "decoder", "patch", "image_size", "norm_pix")}
+        asked = [k for k in theirs if getattr(cfg, k) not in (theirs[k], getattr(Config(), k))]
+        check(not asked, f"--pretrained weights have {', '.join(f'--{k} {theirs[k]}' for k in asked)}; leave it out")
+        cfg = replace(cfg, **theirs)
     else:
         model = build(**asdict(cfg)).to(device)
-        random_masking(torch.zeros(1, model.grid[0] * model.grid[1], 1), cfg.ratio)
+    for ratio in (cfg.ratio, *RATIOS):  # all that will be drawn
+        random_masking(torch.zeros(1, model.grid[0] * model.grid[1], 1), ratio)
     fruit = None if cfg.data else data.groceries(2 * cfg.image_size)
     learn, judge = photos.split(fruit) if fruit else (slice(None), slice(None))
     images = fruit.images if fruit else data.image_folder(cfg.data, 2 * cfg.image_size)

@@ -143,7 +143,8 @@ def main(cfg: Config) -> dict:
     claims = [name for name in CLAIMS if cfg.only in name]
     check(claims, f"there is no claim {cfg.only}; there are: {', '.join(CLAIMS)}")
     run.seed(cfg.seed)
-    folder, device = run.output(cfg.out, cfg), run.device(cfg.device)
+    device = run.device(cfg.device)
+    folder = run.output(cfg.out, cfg)
     fruit = data.groceries(128)
     learn, judge = photos.split(fruit)
     rows: dict[str, Any] = {}

@@ -185,12 +185,16 @@ def looks(model, x):
 def load_encoder(model, path):
     """Put the encoder of a file of mae.py into a ViT of the same width; positions are fitted to its grid."""
     tensors, meta = checkpoint.read(path)
+    fine = isinstance(meta, dict) and {"image_size", "patch"} <= meta.keys() and "position" in tensors
+    check(fine, f'{path} is no encoder of mae.py; name another, or --weights "" to begin with nothing')
     own = model.state_dict()
+    deeper = [k for k in tensors if k.startswith("blocks.") and k not in own]
+    check(not deeper, f"{path} is of another network: it has {deeper[:1]}, this one has not")
     found = {k: v.float() for k, v in tensors.items() if k in own}
     old = (meta["image_size"] // meta["patch"],) * 2
     found["position"] = resize_positions(found["position"], old, model.grid)
     wrong = [k for k, v in found.items() if v.shape != own[k].shape]
-    check(not wrong, f"{path} is of another network: {wrong[0] if wrong else ''} has another shape")
+    check(not wrong, f'{path} is of another network ({wrong[:1]}): --weights "" begins with nothing')
     missing = model.load_state_dict(found, strict=False).missing_keys
     check(set(missing) <= {"head.weight", "head.bias"}, f"{path} is no encoder: {', '.join(missing[:3])} is missing")
     return model
@@ -200,6 +204,7 @@ def train(model, images, labels, cfg):
     """Cross entropy on random crops; yields the loss. images uint8 (N,C,H,W), labels (N,)."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    # moves the first beta, too: 0.95 to 0.85 and back
     pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.15)
     model.train()
     for _ in range(cfg.steps):
@@ -252,12 +257,14 @@ def draw(path, images, seen):
 
 def main(cfg: Config) -> dict:
     """Train each network in turn, measure it on photos it has not seen, draw where it looks."""
-    check(min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0, "--steps and --batch must be at least 1, --lr above 0")
+    check(min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1, "--steps and --batch must be at least 1, --lr 0 to 1")
+    check(cfg.image_size <= 1024, "--image-size must be at most 1024")
     trial = build(cfg.image_size, cfg.patch, cfg.size)
     if cfg.weights:
         load_encoder(trial, cfg.weights)  # what does not fit is better said now than after two trainings
     run.seed(cfg.seed)
-    folder, device, fruit = run.output(cfg.out, cfg), run.device(cfg.device), data.groceries(2 * cfg.image_size)
+    device, fruit = run.device(cfg.device), data.groceries(2 * cfg.image_size)
+    folder = run.output(cfg.out, cfg)
     learn, judge = photos.split(fruit)
     metrics, seen, losses = {"majority": photos.majority(fruit, learn, judge)}, {}, {}
     shown = judge[torch.linspace(0, len(judge) - 1, 8).long()]

@@ -3,7 +3,7 @@
 As a script it keeps what they print and draw:
 
     python tests/notebooks.py            # all of them
-    python tests/notebooks.py ddpm       # only this one
+    python tests/notebooks.py ddpm       # only this one; models/llava, if two have the name
 """
 
 import base64
@@ -50,7 +50,7 @@ def test_notebook(path):
 
 if __name__ == "__main__":
     for path in PATHS:
-        if len(sys.argv) == 1 or path.stem in sys.argv[1:]:
+        if len(sys.argv) == 1 or {path.stem, f"{path.parent.name}/{path.stem}"} & set(sys.argv[1:]):
             notebook = run(path)
             shrink(notebook)
             nbformat.write(notebook, path)

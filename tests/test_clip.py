@@ -166,3 +166,29 @@ def test_bad_flags(flags, tmp_path):
     with pytest.raises(UserError):
         clip.main(clip.Config(**flags, out=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [({"temperature": float("inf")}, "--temperature"), ({"temperature": 1e-3}, "--temperature"),
+     ({"batch": 100_000}, "--batch"), ({"lr": float("inf")}, "--lr")],
+)  # fmt: skip
+def test_what_would_fail_late_is_refused_early(tmp_path, flags, says):
+    with pytest.raises(UserError, match=says):
+        clip.main(clip.Config(**flags, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fifth_is_held_out():
+    from utils import data
+
+    out = clip.held_out(data.emoji(72)[1])
+    assert int(out.sum()) == 413 and len(out) == 1913
+
+
+def test_a_temperature_moves_only_if_it_may():
+    torch.manual_seed(0)
+    x, t = torch.randn(40, 16), torch.nn.functional.normalize(torch.randn(40, 384), dim=-1)
+    for learns in (True, False):
+        towers, _ = clip.fit(x, t, clip.Config(steps=3, batch=20, learn_temperature=learns), None, "train")
+        assert (abs(towers.scale().item() - 1 / clip.Config().temperature) > 1e-4) == learns

@@ -271,3 +271,17 @@ def test_bad_flags(flags, tmp_path):
     with pytest.raises(UserError):
         mae.main(mae.Config(**flags, out=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"pretrained": True, "ratio": 0.99}, "0.99"), ({"patch": 32, "ratio": 0.5}, "0.9"),
+        ({"pretrained": True, "patch": 16}, "--patch 8"), ({"lr": float("inf")}, "--lr"),
+        ({"image_size": 4096}, "--image-size"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_late_is_refused_early(tmp_path, flags, says):
+    with pytest.raises(UserError, match=says):
+        mae.main(mae.Config(**flags, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -71,7 +71,8 @@ def test_flags_of_the_line_itself_fit_together(line):
     script = next(w for w in words if w.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     cfg = tyro.cli(module.Config, args=words[words.index(script) + 1 :])
-    if script.startswith("models/") and hasattr(module, "build"):
+    draws = hasattr(cfg, "batch") and not hasattr(cfg, "judged")  # images, and not words about them
+    if script.startswith("models/") and hasattr(module, "build") and draws:
         with torch.device("meta"):
             module.build(**{"latent": 4} | asdict(cfg))
 

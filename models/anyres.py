@@ -1,0 +1,93 @@
+"""Pictures of any shape for an encoder that knows one: LLaVA-1.6 cuts a large picture into tiles.
+
+Liu et al. 2024, "LLaVA-NeXT: improved reasoning, OCR, and world knowledge" (a report without equations); what it leaves
+open was settled by its code, and transformers' LlavaNext is what this file is proved against. Every size here is
+(height, width). A picture is seen twice: whole and small, and in tiles of the encoder's own size; the features of the
+tiles are put together again, what was padding is cut off, and a learned token ends every row.
+
+Shapes: a picture (C,H,W), T tiles of S x S pixels, g x g features of width D from each.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from utils.run import check
+
+
+def candidates(side, most=4):
+    """Sizes to choose from, in tiles of `side` pixels: every grid of rows x columns with 2 to `most` tiles."""
+    grids = [(r, c) for r in range(1, most + 1) for c in range(1, most + 1) if 2 <= r * c <= most]
+    return [(r * side, c * side) for r, c in grids]
+
+
+def fitted(size, into):
+    """The size of a picture when it is scaled, shape kept, until it touches a side of `into`: (height, width)."""
+    (h, w), (high, wide) = size, into
+    if wide / w < high / h:
+        return min(-(-h * wide // w), high), wide  # rounded up
+    return high, min(-(-w * high // h), wide)
+
+
+def select_best_resolution(size, candidates):
+    """Which of the candidates shows most of a picture, and of those that show as much, wastes least. All (h, w)."""
+    check(candidates, "there is no resolution to choose from")
+
+    def worth(candidate):
+        scale = min(candidate[0] / size[0], candidate[1] / size[1])
+        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])  # enlarging shows nothing new
+        return shown, shown - candidate[0] * candidate[1]
+
+    return tuple(max(candidates, key=worth))
+
+
+def resize(image, size):
+    """uint8 (C,H,W) -> uint8 (C,*size), bicubic and antialiased."""
+    x = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True, align_corners=False)[0]
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def centred(image, size):
+    """Put the picture (C,h,w) into the middle of a black one; what is left over goes below and to the right."""
+    high, wide = size[0] - image.shape[1], size[1] - image.shape[2]
+    return F.pad(image, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+
+
+def tiles(image, side, candidates):
+    """uint8 (C,H,W) -> (1+T,C,side,side): the whole picture squeezed into one, then its tiles row by row."""
+    best = select_best_resolution(image.shape[1:], candidates)
+    large = centred(resize(image, fitted(image.shape[1:], best)), best)
+    parts = rearrange(large, "c (r p) (k q) -> (r k) c p q", p=side, q=side)
+    return torch.cat([resize(image, (side, side))[None], parts])
+
+
+def unpad(features, size):
+    """Cut off what was padding: features (D,h,w) of a padded picture -> (D,h',w') in the shape of `size` (H,W).
+
+    Counted in cells of features, and as much from either side: a cell that is half padding may stay.
+    """
+    (high, wide), (h, w) = features.shape[1:], size
+    if w / h > wide / high:  # as wide as it gets: bars above and below
+        bar = (high - int(round(h * (wide / w), 7))) // 2
+        return features[:, bar : high - bar]
+    bar = (wide - int(round(w * (high / h), 7))) // 2
+    return features[:, :, bar : wide - bar]
+
+
+def pack(features, size, side, candidates, newline=None):
+    """Features of whole and tiles (1+T,g*g,D), of a picture of `size` -> one sequence (N,D): whole, then row by row.
+
+    newline (D,): ends each row of the large picture. Without tiles (T = 0) it ends the whole one.
+    """
+    whole, parts = features[0], features[1:]
+    if not len(parts):
+        return whole if newline is None else torch.cat([whole, newline[None].to(whole)])
+    rows, columns = (x // side for x in select_best_resolution(size, candidates))
+    g = round(whole.shape[0] ** 0.5)
+    check(rows * columns == len(parts) and g * g == whole.shape[0], "these are not the features of tiles of this size")
+    large = rearrange(parts, "(r k) (p q) d -> d (r p) (k q)", r=rows, p=g)
+    large = unpad(large, size)
+    if newline is not None:
+        end = newline.to(large)[:, None, None].expand(-1, large.shape[1], 1)
+        large = torch.cat([large, end], dim=2)
+    return torch.cat([whole, rearrange(large, "d h w -> (h w) d")])

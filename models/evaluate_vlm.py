@@ -1,0 +1,224 @@
+"""How good is a model that talks about photos? What it says, what it would rather say, and what it has forgotten.
+
+Photos of fruit that no training saw, of 14 kinds in 5 groups. The kind is read in two ways: by likelihood, which of
+the 14 names the model finds most probable after the question, and by what it says when it is left to speak. Beside it
+stand always saying the most frequent kind, and a linear probe: logistic regression on the mean of the same features,
+which cannot talk. Free answers are scored as captions are (captions.py). And since a language model that learned to see
+may have forgotten to speak: its loss on pages of manuals.
+
+Shapes: features (B,N,D) of B photos, C names.
+
+    python models/evaluate_vlm.py                                          # 300 photos, the weights of the book
+    python models/evaluate_vlm.py --judged 0                               # all 1322
+    python models/evaluate_vlm.py --model outputs/llava_finetune/model.safetensors
+"""
+
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import captions, llava, llava_io, tower
+from utils import data, figures, run
+from utils.run import check
+
+QUESTION = "What fruit is this?"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Score a LLaVA on photos that it never saw."""
+
+    model: str = str(llava.WEIGHTS)  # weights, or a folder or hub id
+    prompt: str = QUESTION
+    judged: int = 300  # photos; 0: all 1322
+    batch: int = 32  # photos at a time
+    probe: bool = True  # compare with a linear probe on the same features
+    seed: int = 0
+    device: str = "auto"
+    out: str = "outputs/evaluate_vlm"
+
+
+def asked(tokenizer, model, prompt, features):
+    """Photos as what the tower said of them (B,N,D), and a question -> embeddings (B,T,E)."""
+    seen = model.project(features)
+    return model.embed(
+        llava.question(tokenizer, model, prompt, seen.shape[1]).expand(len(seen), -1).to(seen.device), seen
+    )
+
+
+def ending(tokenizer):
+    """The ids that end an answer."""
+    word = tokenizer.convert_tokens_to_ids(llava.STYLES[llava.style(tokenizer)][2])
+    return sorted({i for i in (word, tokenizer.eos_token_id) if i is not None})
+
+
+@torch.no_grad()
+def likelihoods(tokenizer, model, features, names, prompt=QUESTION):
+    """log p(name and the end of it | photo, question) -> (B,C). The question is read once, each name after it."""
+    embeds = asked(tokenizer, model, prompt, features)
+    out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    first, cache, scores = out.logits[:, -1].float().log_softmax(-1), out.past_key_values, []
+    for name in names:
+        ids = tokenizer(name, add_special_tokens=False, return_tensors="pt").input_ids.to(embeds.device)
+        ids = torch.cat([ids, ids.new_tensor([[ending(tokenizer)[-1]]])], 1).expand(len(embeds), -1)
+        more = model.language(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+        rest = more.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scores.append(first[:, ids[0, 0]] + rest.sum(1))
+        cache.crop(1 - ids.shape[1])  # forget this name
+    return torch.stack(scores, 1)
+
+
+@torch.no_grad()
+def spoken(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
+    """What the model says about each photo, greedily -> texts."""
+    embeds = asked(tokenizer, model, prompt, features)
+    new = model.language.generate(
+        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ending(tokenizer),
+    )  # fmt: skip
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def paragraphs(count=40):
+    """Paragraphs of manuals, words alone: what the language model could read before it could see."""
+    found = [p.replace("\n", " ") for _, text in data.docs() for p in text.split("\n\n") if 300 < len(p) < 600]
+    return [found[i] for i in np.random.default_rng(5).permutation(len(found))[:count]]
+
+
+@torch.no_grad()
+def text_loss(tokenizer, language, texts):
+    """Mean of -log p of the tokens of texts."""
+    summed = tokens = 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
+        logits = language(input_ids=ids.to(language.device)).logits[0, :-1].float()
+        summed += float(F.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="sum"))
+        tokens += ids.shape[1] - 1
+    return summed / tokens
+
+
+def probe(x, y, unseen, weight=1e-4):
+    """Multinomial logistic regression on standardised features (N,D) of kinds y -> logits of the unseen ones."""
+    mean, spread, size = x.mean(0), x.std(0) + 1e-6, x.shape[1] ** 0.5
+    x, unseen = (x - mean) / spread / size, (unseen - mean) / spread / size
+    head = nn.Linear(x.shape[1], int(y.max()) + 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = F.cross_entropy(head(x), y) + weight * head.weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return head(unseen).detach()
+
+
+def grouped(log_p, fruit):
+    """Scores of 14 kinds -> the group whose kinds have the most probability together: (B,)."""
+    group = torch.stack([fruit.coarse[fruit.fine == k][0] for k in range(len(fruit.fine_names))])
+    each = torch.zeros(len(log_p), len(fruit.coarse_names)).index_add_(1, group, log_p.softmax(-1))
+    return each.argmax(-1)
+
+
+def share(right):
+    return float(right.float().mean())
+
+
+def judge(tokenizer, model, features, fruit, chosen, prompt=QUESTION, batch=32):
+    """-> accuracies of 14 kinds and 5 groups by likelihood, of what was said, and the texts and scores themselves.
+
+    features (B,N,D) of the photos `chosen` of the groceries. What was said is right if it is the name, word for word.
+    """
+    names = [llava.NAMES[kind] for kind in fruit.fine_names]
+    scores, texts = [], []
+    for part in features.split(batch):
+        part = part.to(next(model.connector.parameters(), part).device)
+        with run.autocast(part.device):
+            scores.append(likelihoods(tokenizer, model, part, names, prompt).cpu())
+            texts += spoken(tokenizer, model, part, prompt)
+    log_p = torch.cat(scores)
+    truth = [names[k] for k in fruit.fine[chosen]]
+    said = [captions.normalise(a) == captions.normalise(b) for a, b in zip(texts, truth)]
+    found = {
+        "14 kinds": share(log_p.argmax(-1) == fruit.fine[chosen]),
+        "5 groups": share(grouped(log_p, fruit) == fruit.coarse[chosen]),
+        "said the name": share(torch.tensor(said)),
+    }
+    return found, texts, log_p
+
+
+def split(fruit, judged=0, seed=0):
+    """The data set's own split: indices of the photos to learn from, and of those to be judged by, or some of them."""
+    part = np.array(fruit.split)
+    learn, unseen = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
+    if judged:
+        unseen = np.sort(np.random.default_rng([seed, 9]).permutation(unseen)[:judged])
+    return torch.from_numpy(learn), torch.from_numpy(unseen)
+
+
+def yardsticks(eye, fruit, learn, chosen):
+    """What the most frequent answer, and a linear probe on the mean of the same features, would reach."""
+    x, unseen = (tower.said(eye, fruit.images[i]).float().mean(1) for i in (learn, chosen))
+    found = {"the most frequent": {}, "linear probe": {}}
+    for name, y in (("14 kinds", fruit.fine), ("5 groups", fruit.coarse)):
+        found["the most frequent"][name] = share(y[chosen] == y[learn].mode().values)
+        found["linear probe"][name] = share(probe(x, y[learn], unseen).argmax(-1) == y[chosen])
+    return found
+
+
+def confusion(path, log_p, fruit, chosen):
+    """Which kind is taken for which: rows what it is, columns what it is taken for, sorted by group."""
+    order = sorted(range(len(fruit.fine_names)), key=lambda k: (int(fruit.coarse[fruit.fine == k][0]), k))
+    table = torch.zeros(len(order), len(order))
+    for truth, found in zip(fruit.fine[chosen], log_p.argmax(-1)):
+        table[order.index(int(truth)), order.index(int(found))] += 1
+    table /= table.sum(1, keepdim=True).clamp(min=1)
+    names = [llava.NAMES[fruit.fine_names[k]] for k in order]
+    figure, ax = plt.subplots(figsize=(6.4, 5.4))
+    ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
+    for i in range(len(order)):
+        for j in range(len(order)):
+            if table[i, j] >= 0.05:
+                ax.text(j, i, f"{100 * table[i, j]:.0f}", ha="center", va="center", fontsize=6,
+                        color="white" if table[i, j] > 0.5 else "black")  # fmt: skip
+    ax.set_xticks(range(len(order)), names, rotation=60, ha="right", fontsize=7)
+    ax.set_yticks(range(len(order)), names, fontsize=7)
+    ax.set(xlabel="most probable answer", ylabel="what it is (rows add up to 100 %)")
+    return figures.close(figure, path)
+
+
+def main(cfg: Config) -> dict:
+    """Score the model on photos, its yardsticks on the same, and its language model on words alone."""
+    check(cfg.judged >= 0 and cfg.batch > 0, "--judged must be 0 or more, --batch at least 1")
+    tokenizer, model = llava_io.load(cfg.model, run.device(cfg.device))
+    folder = run.output(cfg.out, cfg)
+    run.seed(cfg.seed)
+    fruit = data.groceries(model.vision.size)
+    learn, chosen = split(fruit, cfg.judged, cfg.seed)
+    features = tower.said(model.vision, fruit.images[chosen])
+    found, texts, log_p = judge(tokenizer, model, features.float(), fruit, chosen, cfg.prompt, cfg.batch)
+    metrics = {"photos": len(chosen), "LLaVA": found}
+    if cfg.probe:
+        metrics |= yardsticks(model.vision, fruit, learn, chosen)
+    truth = [llava.name_of(fruit, i) for i in chosen]
+    metrics["as captions"] = captions.scores(texts, [[t] for t in truth])
+    metrics["VQA accuracy"] = float(np.mean([captions.vqa_accuracy(a, [t] * 10) for a, t in zip(texts, truth)]))
+    metrics["text loss"] = text_loss(tokenizer, model.language, paragraphs())
+    confusion(folder / "confusion.png", log_p, fruit, chosen)
+    large = data.groceries(348)
+    shown = llava.spread(torch.arange(len(chosen)))
+    some = [[x[i] for i in shown] for x in (texts, truth)]
+    llava.draw(folder / "answers.png", large.images[chosen[shown]], *some, cfg.prompt)
+    run.write_json(folder / "answers.json", [{"said": a, "is": b} for a, b in zip(texts, truth)])
+    return run.report(folder, metrics, 'python models/llava.py --image PHOTO --prompt "What fruit is this?"')
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

@@ -1,0 +1,281 @@
+"""LLaVA: a picture is a few words of a language that a language model almost speaks.
+
+Liu et al. 2023, arXiv:2304.08485 (a matrix between eye and language); 1.5: Liu et al. 2023, arXiv:2310.03744 (two
+layers); 1.6: Liu et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into tokens, a connector turns these
+into vectors of the size of word embeddings, and where the text says <image> they are put in. Nothing else is new: the
+language model reads on as it always has.
+
+Shapes: pixels (B,3,S,S), features (B,N,D), text embeddings (B,T,E), where T counts N words <image> for each photo.
+Differences from the papers: by default EfficientNet-lite0 sees and SmolLM2 speaks, 4.7 and 134.5 M parameters; any pair
+of transformers' models can be named. The weights that come with the book were made by finetune/llava.py.
+
+    python models/llava.py                                                     # photos that no training saw
+    python models/llava.py --image PHOTO --prompt "What fruit is this?"        # one of your own
+    python models/llava.py --model llava-hf/llava-1.5-7b-hf --image PHOTO      # LLaVA's own, or any folder of one
+"""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+from transformers import TextStreamer
+
+from models import anyres, connector, tower
+from utils import data, figures, run
+from utils.run import check
+
+WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
+IMAGE, START, END = "<image>", "<im_patch_start>", "<im_patch_end>"
+STYLES = {  # what stands before a question and after it, and after an answer: learned, and not learned
+    "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
+    "llama2": ("[INST] ", " [/INST]", "</s>", ""),
+    "vicuna": ("USER: ", " ASSISTANT:", "</s>", ""),  # LLaVA's own
+}
+
+NAMES = {  # of the kinds of fruit in the photos, as one would say them
+    "Anjou": "Anjou pear", "Cantaloupe": "cantaloupe melon", "Conference": "Conference pear", "Kaiser": "Kaiser pear",
+    "Galia-Melon": "Galia melon", "Golden-Delicious": "Golden Delicious apple", "Granny-Smith": "Granny Smith apple",
+    "Honeydew-Melon": "honeydew melon", "Orange": "orange", "Pink-Lady": "Pink Lady apple", "Satsumas": "satsuma",
+    "Red-Delicious": "Red Delicious apple", "Royal-Gala": "Royal Gala apple", "Watermelon": "watermelon",
+}  # fmt: skip
+GROUPS = {"Apple": "apple", "Melon": "melon", "Orange": "orange", "Pear": "pear", "Satsumas": "satsuma"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Ask a language model that can see about photos."""
+
+    image: str = ""  # a photo of your own; empty: photos of fruit that no training saw
+    prompt: str = "What fruit is this?"
+    model: str = str(WEIGHTS)  # weights of finetune/llava.py, a folder of --save, or LLaVA's own: folder or hub id
+    tiles: int = 1  # cut the photo into so many tiles at most, as LLaVA-1.6 does; 1: none
+    samples: int = 8  # photos, if none is named
+    max_new_tokens: int = 30  # longest answer
+    save: str = ""  # write the whole model there, as an ordinary folder
+    seed: int = 0
+    device: str = "auto"
+    out: str = "outputs/llava"
+
+
+class Llava(nn.Module):
+    """An eye, a connector, a language model. Sec. 4.1."""
+
+    def __init__(self, vision, join, language, image_id, newline=False):
+        super().__init__()
+        self.vision, self.connector, self.language, self.image_id = vision, join, language, image_id
+        width = language.config.get_text_config().hidden_size
+        self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None  # 1.6: ends a row of tiles
+
+    @property
+    def count(self):
+        """N, words <image> for a photo without tiles."""
+        return connector.tokens(self.connector, self.vision.count)
+
+    def image_features(self, pixels):
+        """(B,3,S,S) -> (B,N,E): what is seen, H_v = W g(X_v). Eq. 1."""
+        return self.project(self.vision(pixels))
+
+    def project(self, features):
+        """What the tower said (B,N,D) -> (B,N,E); so a tower that learns nothing is asked once."""
+        weight = next(self.connector.parameters(), features)
+        return self.connector(features.to(weight.dtype))
+
+    def tile_features(self, pixels, size, candidates):
+        """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one sequence (1,N',E)."""
+        return anyres.pack(self.image_features(pixels), size, self.vision.size, candidates, self.newline)[None]
+
+    def merge(self, text_embeds, image_features, input_ids):
+        """Put features into the places of <image>, in order: (B,T,E), (any number of photos, N,E), (B,T) -> (B,T,E).
+
+        Raises UserError if there are more places than features, or fewer.
+        """
+        places, features = input_ids == self.image_id, image_features.flatten(0, -2)
+        seen, there = int(places.sum()), len(features)
+        check(seen == there, f"the text has {seen} places for a picture's tokens, the pictures have {there}")
+        return text_embeds.masked_scatter(places[..., None], features.to(text_embeds.dtype))
+
+    def embed(self, input_ids, features=None):
+        """Words and pictures as one sequence of vectors: (B,T,E)."""
+        text = self.language.get_input_embeddings()(input_ids.where(input_ids != self.image_id, 0))
+        return text if features is None else self.merge(text, features, input_ids)
+
+    def forward(self, input_ids, pixels=None, features=None, **more):
+        """-> the output of the language model; `features`, if given, are what `image_features` would say."""
+        if pixels is not None:
+            features = self.image_features(pixels)
+        return self.language(inputs_embeds=self.embed(input_ids, features), **more)
+
+    @torch.no_grad()
+    def generate(self, input_ids, features=None, **more):
+        """Answers (B, new tokens): greedy, if nothing else is asked for."""
+        embeds = self.embed(input_ids, features)
+        return self.language.generate(inputs_embeds=embeds, **{"do_sample": False} | more)
+
+
+def add_words(tokenizer, language, words=(IMAGE,)):
+    """Put words into the vocabulary -> the id of <image>; embeddings grow, and no row of them is ever lost.
+
+    Many models have more rows than their tokenizer has words: cutting the table to the tokenizer's length loses them.
+    """
+    tokenizer.add_special_tokens({"additional_special_tokens": list(words)}, replace_extra_special_tokens=False)
+    rows = language.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        moves = language.get_input_embeddings().weight.requires_grad
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        language.get_input_embeddings().weight.requires_grad_(moves)
+        language.get_output_embeddings().weight.requires_grad_(moves)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    language.config.pad_token_id = language.generation_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer.convert_tokens_to_ids(IMAGE)
+
+
+def style(tokenizer):
+    """How this model was taught to talk: chatml, llama2 or vicuna, by its words."""
+    if "<|im_start|>" in tokenizer.get_vocab():
+        return "chatml"
+    return "llama2" if "[INST]" in (tokenizer.chat_template or "") else "vicuna"
+
+
+def chat(tokenizer, turns, count, talk=None):
+    """Turns [(question, answer or None), ...] -> ids, learned (lists): only answers and the words that end them are.
+
+    Every <image> in a question becomes `count` of them. Pieces are tokenized one by one, so that the border between
+    what is asked and what is learned is a border of tokens, whatever is said.
+    """
+    before, after, ending, rest = STYLES[talk or style(tokenizer)]
+    ending = ending if ending in tokenizer.get_vocab() else tokenizer.eos_token
+    ids, learned = [], []
+
+    def say(text, learn, words=False):
+        if not words:  # what somebody typed: the names of special words in it are plain text
+            text = text.replace("<|", "< |").replace("</s>", "< /s>")
+        new = tokenizer(text.replace(IMAGE, IMAGE * count), add_special_tokens=False).input_ids
+        ids.extend(new)
+        learned.extend([learn] * len(new))
+
+    if tokenizer.bos_token_id is not None and before == STYLES["vicuna"][0]:
+        ids, learned = [tokenizer.bos_token_id], [False]
+    for question, answer in turns:
+        say(before, False, True)
+        say(question, False)
+        say(after, False, True)
+        if answer is not None:
+            say(answer, True)
+            say(ending, True, True)
+            say(rest, False, True)
+    return ids, learned
+
+
+def build(vision, join, language, tokenizer, layer=-2, select="patch", words=(IMAGE,), newline=False, on="cpu"):
+    """Names of a tower and a connector, and a language model -> Llava; the words are added to its vocabulary."""
+    eye = tower.load(vision, layer, select, on=on) if isinstance(vision, str) else vision
+    width = language.config.get_text_config().hidden_size
+    image_id = add_words(tokenizer, language, words)
+    return Llava(eye, connector.build(join, eye.width, width).to(on), language, image_id, newline)
+
+
+def question(tokenizer, model, prompt, tokens):
+    """-> ids (1,T) of a question about one photo of so many tokens, which stands before the words."""
+    ids, _ = chat(tokenizer, [(f"{IMAGE}\n{prompt}", None)], tokens)
+    return torch.tensor([ids])
+
+
+@torch.no_grad()
+def answer(tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None):
+    """What the model says about a photo, uint8 (3,H,W)."""
+    eye = model.vision
+    on = next(model.language.parameters()).device
+    if tiles > 1:
+        sizes = anyres.candidates(eye.size, tiles)
+        pixels = eye.pixels(anyres.tiles(image, eye.size, sizes).to(on))
+        seen = model.tile_features(pixels, image.shape[1:], sizes)
+    else:
+        seen = model.image_features(eye.pixels(anyres.resize(image, (eye.size, eye.size))[None].to(on)))
+    ids = question(tokenizer, model, prompt, seen.shape[1]).to(on)
+    ending = STYLES[style(tokenizer)][2]
+    stop = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ending)]
+    new = model.generate(
+        ids, seen, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
+        eos_token_id=[i for i in stop if i is not None],
+    )  # fmt: skip
+    return tokenizer.decode(new[0], skip_special_tokens=True).strip()
+
+
+def name_of(fruit, i):
+    """What photo i of the groceries shows, in words."""
+    return NAMES[fruit.fine_names[fruit.fine[i]]]
+
+
+def sizes(model):
+    """Parameters by part, one line."""
+    parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
+    return ", ".join(f"{k} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for k, m in parts.items())
+
+
+def one_of_each(fruit, order):
+    """The photos `order`, so that the first 14 are of 14 kinds, then the next."""
+    seen = [sum(fruit.fine[j] == fruit.fine[i] for j in order[:n]) for n, i in enumerate(order[:200])]
+    return [i for _, i in sorted(zip(seen, order[:200]), key=lambda pair: int(pair[0]))]
+
+
+def spread(chosen, count=8):
+    """Some of the photos, from the first to the last: neighbours in the data set are of one kind."""
+    return chosen[torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).long()]
+
+
+def draw(path, images, answers, truths, prompt):
+    """Photos, what was said about them, and what they are."""
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.2 * columns, 2.55 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, said, truth in zip(axes.flat, images, answers, truths):
+        ax.imshow(image.permute(1, 2, 0))
+        right = truth and truth.lower() in said.lower()
+        ax.set_title(textwrap.fill(said, 32), fontsize=9, color="tab:green" if right else "black")
+        ax.text(0.5, -0.02, truth, fontsize=7, color="gray", ha="center", va="top", transform=ax.transAxes)
+    figure.suptitle(prompt, fontsize=10)
+    return figures.close(figure, path)
+
+
+def main(cfg: Config) -> dict:
+    """Answer about a photo, or about some that no training saw; write the model, if asked to."""
+    from models import llava_io  # which knows this file
+
+    check(cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles > 0, "--samples, --tiles and the like: at least 1")
+    check(cfg.prompt.strip() and IMAGE not in cfg.prompt, f"--prompt is a question; {IMAGE} is put before it")
+    check(not cfg.save or not Path(cfg.save).exists(), f"--save {cfg.save} is there already: name another")
+    if cfg.image:  # as it is if it is cut into tiles; else its middle, as in training
+        photos, truths = [data.read_image(Path(cfg.image), 0 if cfg.tiles > 1 else 448)], [""]
+    else:
+        fruit = data.groceries(348)
+        unseen = [i for i, part in enumerate(fruit.split) if part == "test"]
+        chosen = one_of_each(fruit, np.random.default_rng(cfg.seed).permutation(unseen))[: cfg.samples]
+        photos, truths = [fruit.images[i] for i in chosen], [name_of(fruit, i) for i in chosen]
+    tokenizer, model = llava_io.load(cfg.model, on := run.device(cfg.device))
+    folder = run.output(cfg.out, cfg)
+    print(sizes(model))
+    print(cfg.prompt)
+    answers = []
+    for photo, truth in zip(photos, truths):
+        shown = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True) if cfg.image else None
+        answers.append(answer(tokenizer, model, photo, cfg.prompt, cfg.max_new_tokens, cfg.tiles, shown))
+        if not cfg.image:
+            print(f"{answers[-1]:>28}  {truth}")
+    draw(folder / "answers.png", photos, answers, truths, cfg.prompt)
+    if cfg.save:
+        llava_io.save(model, tokenizer, cfg.save)
+    metrics = {"prompt": cfg.prompt, "tokens_of_a_photo": model.count}
+    return run.report(folder, metrics, "python finetune/llava.py")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

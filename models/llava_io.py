@@ -1,0 +1,194 @@
+"""LLaVA in files: weights of our own, ordinary folders, and transformers' LLaVA, which holds the same numbers.
+
+`load` takes any of them, `save` writes a folder: transformers' own format if it has these parts (a transformer that
+sees, a connector mlp2x_gelu), else one of ours, in which every part is an ordinary folder of its library.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import connector, tower
+from models.llava import IMAGE, Llava, build
+from utils import checkpoint, pretrained, run
+from utils.run import UserError, check
+
+
+def speaker(name, on="cpu"):
+    """-> tokenizer, language model: smollm2, or a folder or hub id."""
+    return pretrained.smollm2(on) if name == "smollm2" else pretrained.language_model(name, on)
+
+
+@torch.no_grad()
+def correct(language, tensors, scale):
+    """Add corrections of low rank to the matrices they were learned beside, in place: W + scale B A (LoRA)."""
+    for name in [k.removesuffix(".A") for k in tensors if k.endswith(".A")]:
+        try:
+            weight = language.get_parameter(f"{name}.weight")
+            weight.add_((scale * tensors[f"{name}.B"].float() @ tensors[f"{name}.A"].float()).to(weight))
+        except (AttributeError, KeyError, RuntimeError):
+            raise UserError(f"the corrections are for another language model: {name} does not fit") from None
+
+
+def restore(path, on="cpu"):
+    """A file that finetune/llava.py wrote: what it learned, and the names of what it did not -> tokenizer, model."""
+    tensors, meta = checkpoint.read(path)
+    try:
+        tokenizer, language = speaker(meta["language"], on)
+        run.seed(0)
+        model = build(meta["vision"], meta["connector"], language, tokenizer, meta["layer"], meta["select"], on=on)
+        part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+        model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
+        correct(language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
+        for name, parts in (("vision.", model.vision), ("language.", language)):  # trained whole
+            if part(name):
+                parts.load_state_dict(part(name), strict=False)
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} holds no LLaVA of this kind ({str(error).splitlines()[0]})") from None
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+def from_transformers(theirs):
+    """transformers' LlavaForConditionalGeneration or LlavaNext... -> ours, with the very same weights, not copied."""
+    from transformers import AutoModelForCausalLM
+
+    config, inner = theirs.config, theirs.model
+    with torch.device("meta"):
+        language: Any = AutoModelForCausalLM.from_config(config.text_config)
+    language.model, language.lm_head = inner.language_model, theirs.lm_head
+    language.generation_config = theirs.generation_config
+    eye = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
+    select = "patch" if config.vision_feature_select_strategy == "default" else "all"
+    eye = tower.VisionTower(eye, config.vision_feature_layer, select)
+    join = connector.build("mlp2x_gelu", eye.width, config.text_config.hidden_size)
+    join[0], join[2] = inner.multi_modal_projector.linear_1, inner.multi_modal_projector.linear_2
+    model = Llava(eye, join, language, config.image_token_id)
+    model.newline = getattr(inner, "image_newline", None)
+    return model
+
+
+def to_transformers(model):
+    """Ours -> transformers' LlavaForConditionalGeneration or LlavaNext... Raises UserError if it has no such parts."""
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
+
+    eye, join = model.vision, model.connector
+    known = hasattr(getattr(eye.network, "config", None), "patch_size") and [type(m) for m in join.children()] == [
+        nn.Linear,
+        nn.GELU,
+        nn.Linear,
+    ]
+    check(known and eye.lead < 2, "transformers' LLaVA has an encoder of its own kind and a connector mlp2x_gelu")
+    next_one = model.newline is not None
+    kind = LlavaNextConfig if next_one else LlavaConfig
+    config = kind(
+        vision_config=eye.network.config, text_config=model.language.config, image_token_index=model.image_id,
+        vision_feature_layer=eye.layer, vision_feature_select_strategy="default" if eye.lead else "full",
+        image_seq_length=eye.count, tie_word_embeddings=model.language.config.tie_word_embeddings,
+    )  # fmt: skip
+    theirs: Any = (LlavaNextForConditionalGeneration if next_one else LlavaForConditionalGeneration)(config)
+    theirs.to(model.language.dtype)  # before anything is copied: a configuration may ask for bf16
+    inner = theirs.model
+    inner.vision_tower.load_state_dict(eye.network.state_dict())
+    inner.language_model.load_state_dict(model.language.model.state_dict())
+    theirs.lm_head.load_state_dict(model.language.lm_head.state_dict())
+    inner.multi_modal_projector.linear_1.load_state_dict(join[0].state_dict())
+    inner.multi_modal_projector.linear_2.load_state_dict(join[2].state_dict())
+    if next_one:
+        inner.image_newline.data.copy_(model.newline)
+    return theirs
+
+
+def save(model, tokenizer, folder, join="mlp2x_gelu"):
+    """Write an ordinary folder, whole or not at all: transformers' own LLaVA if it knows the parts, else ours.
+
+    Ours: config.json, language/ (with the tokenizer), vision/ unless it is EfficientNet, connector.safetensors.
+    """
+    folder, eye = Path(folder), model.vision
+    check(not folder.exists(), f"{folder} is there already: name another")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            ready = Path(temporary) / "ready"
+            try:
+                theirs = to_transformers(model)
+            except UserError:
+                theirs = None
+            if theirs is not None:
+                theirs.save_pretrained(ready)
+                processor(model, tokenizer).save_pretrained(ready)
+            else:
+                model.language.save_pretrained(ready / "language")
+                tokenizer.save_pretrained(ready / "language")
+                own = hasattr(eye.network, "config")
+                if own:
+                    eye.network.save_pretrained(ready / "vision")
+                    image_processor(eye).save_pretrained(ready / "vision")
+                checkpoint.write(ready / "connector.safetensors", model.connector.state_dict())
+                about = {"model_type": "llava-of-parts", "vision": "vision" if own else "efficientnet"}
+                about |= {"connector": join, "layer": eye.layer, "select": eye.select}
+                run.write_json(ready / "config.json", about)
+            shutil.move(ready, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+
+
+def image_processor(eye):
+    """transformers' image processor that does what `eye.pixels` does."""
+    from transformers import CLIPImageProcessorPil
+
+    side = {"height": eye.size, "width": eye.size}
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": eye.size}, crop_size=side, image_mean=list(eye.mean), image_std=list(eye.std)
+    )
+
+
+def processor(model, tokenizer):
+    """transformers' LlavaProcessor of this model: it puts N words <image> for one, and makes pixels."""
+    from transformers import LlavaProcessor
+
+    eye = model.vision
+    return LlavaProcessor(
+        image_processor(eye), tokenizer, patch_size=eye.network.config.patch_size, num_additional_image_tokens=eye.lead,
+        vision_feature_select_strategy="default" if eye.lead else "full", image_token=IMAGE,
+    )  # fmt: skip
+
+
+def load(name, on="cpu"):
+    """A file of weights, a folder that `save` wrote, or a folder or hub id of transformers' LLaVA -> tokenizer, model.
+
+    Raises UserError for anything else.
+    """
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        return restore(path, on)
+    try:
+        about = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no folder of a model: {error}") from None
+    if about.get("model_type") == "llava-of-parts":
+        tokenizer, language = speaker(path / "language", on)
+        eye = about["vision"] if about["vision"] == "efficientnet" else str(path / "vision")
+        model = build(eye, about["connector"], language, tokenizer, about["layer"], about["select"], on=on)
+        model.connector.load_state_dict(checkpoint.read(path / "connector.safetensors")[0])
+        return tokenizer, model.eval().requires_grad_(False)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        theirs = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16)
+        shown: Any = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no LLaVA at '{name}': {str(error).splitlines()[0]}") from error
+    check(hasattr(theirs.model, "multi_modal_projector"), f"'{name}' is a {theirs.config.model_type}, not a LLaVA")
+    model = from_transformers(pretrained.frozen(theirs, on))
+    model.vision.mean, model.vision.std = shown.image_processor.image_mean, shown.image_processor.image_std
+    return shown.tokenizer, model

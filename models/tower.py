@@ -1,0 +1,159 @@
+"""Vision towers: whatever sees, as a sequence of tokens for a language model to read.
+
+A transformer's patches are tokens already; the maps of a convolutional network become tokens, one for each place. The
+layer before the last is read, as in LLaVA: the last one of CLIP is made for a single vector. Any vision encoder of
+transformers will do, by folder or hub id, and by default EfficientNet-lite0, whose maps are 49 tokens.
+
+Shapes: pixels (B,3,S,S) -> (B,N,D). A tower may begin with tokens that are no patches (class, distilled, registers).
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from utils import assets, checkpoint, pretrained, run
+from utils.run import UserError, check
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, where a folder names no others
+
+
+class EfficientNetMaps(nn.Module):
+    """The last maps of EfficientNet-lite0: (B,3,224,224) -> (B,1280,7,7), of mean 0 and variance 1 at every place.
+
+    A transformer's states were normalised on their way, these were not, and some channels are fifty times as loud.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels):
+        maps = self.network.extract_features(pixels)
+        return F.layer_norm(maps.movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
+
+
+class VisionTower(nn.Module):
+    """An encoder, and which of its states are the tokens. LLaVA-1.5, Sec. 3.2; LLaVA, Sec. 4.1.
+
+    layer: of the hidden states, -2 the one before the last; select: "patch" leaves out what is no patch, "all" keeps
+    it; size S: of the pictures, if not that of the encoder: its positions are interpolated.
+    Raises UserError for an encoder without the layer.
+    """
+
+    def __init__(self, network, layer=-2, select="patch", size=None):
+        super().__init__()
+        check(select in ("patch", "all"), f"--select is patch or all, not {select}")
+        self.network, self.layer, self.select = network, layer, select
+        config = getattr(network, "config", None)
+        side = getattr(config, "image_size", 224)
+        self.size = side if isinstance(side, int) else side[0]
+        if size and size != self.size:
+            interpolate_positions(network, size)
+            self.size = size
+        patch = getattr(config, "patch_size", None)
+        self.lead, self.mean, self.std = 0, MEAN, STD
+        with torch.no_grad():
+            states = self.states(torch.zeros(1, 3, self.size, self.size, device=device(network)))
+        if states.dim() == 3 and isinstance(patch, int) and select == "patch":
+            self.lead = max(0, states.shape[1] - (self.size // patch) ** 2)
+        self.count, self.width = self.tokens(states).shape[1:]
+
+    def states(self, pixels):
+        """What the chosen layer says: (B,N,D), or maps (B,D,h,w)."""
+        pixels = pixels.to(next(self.network.parameters()).dtype)
+        if isinstance(self.network, EfficientNetMaps):
+            return self.network(pixels)
+        found = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
+        check(-len(found) <= self.layer < len(found), f"--layer {self.layer}: the encoder has {len(found)} states")
+        return found[self.layer]
+
+    def tokens(self, states):
+        """Maps row by row; without what stands before the patches."""
+        if states.dim() == 4:
+            states = rearrange(states, "b d h w -> b (h w) d")
+        return states[:, self.lead :]
+
+    def forward(self, pixels):
+        return self.tokens(self.states(pixels))
+
+    def pixels(self, images):
+        """Pictures uint8 (B,3,S,S) -> as the encoder was trained to see them."""
+        if isinstance(self.network, EfficientNetMaps):
+            return pretrained.efficientnet_input(images)
+        mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (self.mean, self.std))
+        return (images / 255 - mean) / std
+
+
+def device(network):
+    return next(network.parameters()).device
+
+
+def interpolate(positions, lead, grid):
+    """Learned positions (1, lead + g*g, D) for another grid (rows, columns): bicubic (ViT, Sec. 3.2)."""
+    before, patches = positions[:, :lead], positions[:, lead:]
+    g = round(patches.shape[1] ** 0.5)
+    patches = rearrange(patches, "b (h w) d -> b d h w", h=g)
+    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)
+    return torch.cat([before, rearrange(patches, "b d h w -> b (h w) d")], dim=1)
+
+
+def interpolate_positions(network, size):
+    """Give the encoder (CLIP, SigLIP, ViT, DeiT and the like) positions for pictures of size x size, in place."""
+    parts, patch = getattr(network, "embeddings", None), getattr(getattr(network, "config", None), "patch_size", None)
+    check(patch and size >= patch and size % patch == 0, f"--size {size}: a multiple of the patch, {patch}, is needed")
+    grid = (size // patch, size // patch)
+    if hasattr(parts, "position_embedding"):  # CLIP, SigLIP: a table
+        old = parts.position_embedding.weight[None]
+        lead = old.shape[1] - int(old.shape[1] ** 0.5) ** 2
+        new = interpolate(old, lead, grid)[0]
+        parts.position_embedding = nn.Embedding.from_pretrained(new.detach(), freeze=False)
+        parts.position_ids = torch.arange(len(new), device=new.device)[None]
+        parts.image_size = size
+    elif isinstance(getattr(parts, "position_embeddings", None), nn.Parameter):  # ViT, DeiT: a parameter
+        old = parts.position_embeddings
+        lead = old.shape[1] - parts.patch_embeddings.num_patches
+        parts.position_embeddings = nn.Parameter(interpolate(old, lead, grid).detach())
+        parts.image_size = parts.patch_embeddings.image_size = (size, size)
+        parts.patch_embeddings.num_patches = grid[0] * grid[1]
+    else:
+        raise UserError(f"--size {size}: of {type(network).__name__} it is not known where its positions are")
+    network.config.image_size = size
+
+
+@torch.no_grad()
+def said(eye, images, key=None, batch=4):
+    """What a tower says of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D).
+
+    With a key, which says all that the pictures depend on, `images` is a function, and called the first time only.
+    """
+    about = (type(eye.network).__name__, getattr(eye.network, "name_or_path", ""), eye.layer, eye.select, eye.size)
+    content = repr(key).encode() if key else images.numpy().tobytes()
+    name = hashlib.sha256(repr(about).encode() + content).hexdigest()[:16]
+    path = assets.cache() / "features" / f"tower-{name}.safetensors"
+    if not path.is_file():
+        on, parts = device(eye.network), (images() if key else images).split(batch)  # larger is slower on a CPU
+        found = [eye(eye.pixels(part.to(on))).bfloat16().cpu() for part in run.bar(parts, len(parts), name="look")]
+        checkpoint.write(path, {"features": torch.cat(found)})
+    return checkpoint.read(path)[0]["features"]
+
+
+def load(name, layer=-2, select="patch", size=None, on="cpu"):
+    """-> tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError if there is none."""
+    if name == "efficientnet":
+        check(not size or size == 224, "--size: EfficientNet looks at 224 x 224")
+        return VisionTower(pretrained.frozen(EfficientNetMaps(pretrained.efficientnet(on)), on), layer, select)
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        network = AutoModel.from_pretrained(name)
+        shown = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no vision encoder at '{name}': {str(error).splitlines()[0]}") from error
+    network = getattr(network, "vision_model", network)  # the half of CLIP that sees
+    tower = VisionTower(pretrained.frozen(network, on), layer, select, size)
+    tower.mean = tuple(getattr(shown, "image_mean", None) or MEAN)
+    tower.std = tuple(getattr(shown, "image_std", None) or STD)
+    return tower

@@ -1,0 +1,62 @@
+"""Vision encoders and language models of a few thousand random weights, for the tests of what sees and talks."""
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+VIT = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 7,
+}  # fmt: skip
+TOWERS = {  # model type: its configuration
+    "clip_vision_model": VIT,
+    "siglip_vision_model": VIT,
+    "vit": VIT,
+    "deit": VIT,  # class token and distilled token
+    "dinov2": VIT,
+    "dinov2_with_registers": VIT | {"num_register_tokens": 3},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]},
+    "convnext": {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]},
+    "mobilenet_v2": {"depth_multiplier": 0.25},
+    "swin": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
+}
+LLAMA = {
+    "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+SPEAKERS = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "mistral": LLAMA,
+    "phi": LLAMA | {"hidden_size": 32, "num_key_value_heads": 4},
+    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"hidden_size": 24, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "word_embed_proj_dim": 24},
+    "gpt_neox": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+def tower(kind="clip_vision_model", **more):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**TOWERS[kind] | more)
+    return AutoModel.from_config(config).eval()
+
+
+def speaker(kind="llama", words=100):
+    torch.manual_seed(1)
+    config = CONFIG_MAPPING[kind](**SPEAKERS[kind], vocab_size=words, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def shake(model, spread=0.05):
+    """Move every weight, so that none is zero or one and hides a mistake."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(spread * torch.randn_like(p))
+    return model
