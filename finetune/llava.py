@@ -308,7 +308,7 @@ def speak_up(cfg, folder):
         board = SummaryWriter(folder / "tensorboard")
         listeners.append(lambda step, value: (board.add_scalar("loss", value, step), board.flush()))
     if cfg.enable_wandb:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         log = wandb.init(project="llava", dir=folder, mode="offline", config=asdict(cfg))
         listeners.append(lambda step, value: log.log({"loss": value}, step=step))
@@ -402,8 +402,8 @@ def scored(cfg, tokenizer, model, folder):
     found, texts, _ = evaluate_vlm.judge(tokenizer, model, features.float(), fruit, chosen)
     truth = [llava.name_of(fruit, i) for i in chosen]
     shown = llava.spread(torch.arange(len(chosen)))
-    some = [[x[i] for i in shown] for x in (texts, truth)]
-    llava.draw(folder / "answers.png", fruit.images[chosen[shown]], *some, evaluate_vlm.QUESTION)
+    said, are = ([x[i] for i in shown] for x in (texts, truth))
+    llava.draw(folder / "answers.png", fruit.images[chosen[shown]], said, are, evaluate_vlm.QUESTION)
     metrics = {"photos": len(chosen), "LLaVA": found}
     if cfg.train_type != "none":
         metrics |= evaluate_vlm.yardsticks(model.vision, fruit, learn, chosen)

@@ -16,6 +16,7 @@ What differs: squares that do not fill the grid are filled up with zeros; the re
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -207,7 +208,7 @@ def build(name, dim_in, dim_out, **options):
     raise UserError(f"there is no connector '{name}'; known are {names}, with numbers for N, R and S")
 
 
-def tokens(connector, n):
+def tokens(connector: Any, n):
     """How many tokens come out of n."""
     return connector.count(n) if hasattr(connector, "count") else n
 

@@ -214,8 +214,8 @@ def main(cfg: Config) -> dict:
     confusion(folder / "confusion.png", log_p, fruit, chosen)
     large = data.groceries(348)
     shown = llava.spread(torch.arange(len(chosen)))
-    some = [[x[i] for i in shown] for x in (texts, truth)]
-    llava.draw(folder / "answers.png", large.images[chosen[shown]], *some, cfg.prompt)
+    said, are = ([x[i] for i in shown] for x in (texts, truth))
+    llava.draw(folder / "answers.png", large.images[chosen[shown]], said, are, cfg.prompt)
     run.write_json(folder / "answers.json", [{"said": a, "is": b} for a, b in zip(texts, truth)])
     return run.report(folder, metrics, 'python models/llava.py --image PHOTO --prompt "What fruit is this?"')
 

@@ -65,7 +65,7 @@ def from_transformers(theirs):
     eye = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
     select = "patch" if config.vision_feature_select_strategy == "default" else "all"
     eye = tower.VisionTower(eye, config.vision_feature_layer, select)
-    join = connector.build("mlp2x_gelu", eye.width, config.text_config.hidden_size)
+    join: Any = connector.build("mlp2x_gelu", eye.width, config.text_config.hidden_size)
     join[0], join[2] = inner.multi_modal_projector.linear_1, inner.multi_modal_projector.linear_2
     model = Llava(eye, join, language, config.image_token_id)
     model.newline = getattr(inner, "image_newline", None)

@@ -8,6 +8,7 @@ Shapes: pixels (B,3,S,S) -> (B,N,D). A tower may begin with tokens that are no p
 """
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,9 @@ class VisionTower(nn.Module):
             interpolate_positions(network, size)
             self.size = size
         patch = getattr(config, "patch_size", None)
-        self.lead, self.mean, self.std = 0, MEAN, STD
+        self.lead = 0
+        self.mean: tuple[float, ...] = MEAN
+        self.std: tuple[float, ...] = STD
         with torch.no_grad():
             states = self.states(torch.zeros(1, 3, self.size, self.size, device=device(network)))
         if states.dim() == 3 and isinstance(patch, int) and select == "patch":
@@ -102,7 +105,8 @@ def interpolate(positions, lead, grid):
 
 def interpolate_positions(network, size):
     """Give the encoder (CLIP, SigLIP, ViT, DeiT and the like) positions for pictures of size x size, in place."""
-    parts, patch = getattr(network, "embeddings", None), getattr(getattr(network, "config", None), "patch_size", None)
+    parts: Any = getattr(network, "embeddings", None)
+    patch = getattr(getattr(network, "config", None), "patch_size", None)
     check(patch and size >= patch and size % patch == 0, f"--size {size}: a multiple of the patch, {patch}, is needed")
     grid = (size // patch, size // patch)
     if hasattr(parts, "position_embedding"):  # CLIP, SigLIP: a table
