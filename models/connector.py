@@ -181,7 +181,8 @@ class Perceiver(nn.Module):
         context, latents = self.inlet(x), self.latents.expand(len(x), -1, -1)
         for layer in self.layers[:-1]:
             latents = layer(latents, context)
-        return self.layers[-1].weights(latents, context)[0].mean(1)[..., : x.shape[1]]
+        last: Any = self.layers[-1]
+        return last.weights(latents, context)[0].mean(1)[..., : x.shape[1]]
 
 
 def build(name, dim_in, dim_out, **options):
