@@ -407,7 +407,7 @@ def scored(cfg, tokenizer, model, folder):
     metrics = {"photos": len(chosen), "LLaVA": found}
     if cfg.train_type != "none":
         metrics |= evaluate_vlm.yardsticks(model.vision, fruit, learn, chosen)
-    pages = evaluate_vlm.paragraphs()
+    pages = evaluate_vlm.paragraphs(min(40, cfg.judged or 40))  # a small trial needs few of them, too
     metrics["text loss"] = {"after": evaluate_vlm.text_loss(tokenizer, model.language, pages)}
     before, language = llava_io.speaker(cfg.language, on)
     metrics["text loss"]["before"] = evaluate_vlm.text_loss(before, language, pages)

@@ -210,7 +210,7 @@ def main(cfg: Config) -> dict:
     truth = [llava.name_of(fruit, i) for i in chosen]
     metrics["as captions"] = captions.scores(texts, [[t] for t in truth])
     metrics["VQA accuracy"] = float(np.mean([captions.vqa_accuracy(a, [t] * 10) for a, t in zip(texts, truth)]))
-    metrics["text loss"] = text_loss(tokenizer, model.language, paragraphs())
+    metrics["text loss"] = text_loss(tokenizer, model.language, paragraphs(min(40, cfg.judged or 40)))
     confusion(folder / "confusion.png", log_p, fruit, chosen)
     large = data.groceries(348)
     shown = llava.spread(torch.arange(len(chosen)))
