@@ -174,7 +174,7 @@ def rows_of(cfg):
         return llava_data.read(cfg.data, folder), folder
     rows, folder = llava_data.fruit("train", cfg.seed), llava_data.photos()
     if cfg.emoji:
-        return rows + llava_data.emoji(cfg.emoji, cfg.seed), folder
+        rows += llava_data.emoji(folder, cfg.emoji, cfg.seed)
     return rows, folder
 
 

@@ -99,7 +99,10 @@ def emoji(folder, count, seed=0):
     rows = []
     for i in random.permutation(len(images))[:count].tolist():
         path = Path(folder) / f"emoji-{i:04}.png"
-        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path)
+        if not path.exists():  # several ranks may write: each its own file, then one name
+            ready = path.with_name(f".{run.os.getpid()}-{path.name}")
+            Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(ready)
+            ready.rename(path)
         rows.append(row(f"emoji-{i:04}", path.name, [(str(random.choice(PICTURE)), captions[i])]))
     return rows
 
