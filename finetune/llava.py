@@ -20,10 +20,10 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,10 +33,10 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from finetune import batching, llama2_full, llama2_lora, llava_data
+from finetune import batching, llama2_full, llama2_lora, llava_data, llava_state
 from finetune.llava_data import IGNORE
 from models import evaluate_vlm, llava, llava_io, tower
-from training import ranks, zero_config
+from training import ranks
 from utils import checkpoint, figures, run
 from utils.run import check
 
@@ -68,6 +68,7 @@ class Config:
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     text_share: float = 0.1  # of samples: paragraphs of manuals, so that it does not forget how to read
     packing: bool = True  # several conversations in one row, none sees another
+    group_by_modality_length: bool = False  # all of a step with pictures or all without, about equally long
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products and of what is frozen
     gradient_checkpointing: bool = False  # keep no activations, compute them again
     zero_stage: Literal[-1, 0, 1, 2] = -1  # train by DeepSpeed; -1: without
@@ -180,6 +181,8 @@ def rows_of(cfg):
 
 def draw(samples, cfg, step, rank, n):
     """The conversations of a step on this rank: A parts of B. Every epoch has its own order, the same on all ranks."""
+    if cfg.group_by_modality_length:
+        return grouped(samples, cfg, step, rank, n)
     a_step = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
     first = (step * n + rank) * a_step
     chosen = []
@@ -188,6 +191,17 @@ def draw(samples, cfg, step, rank, n):
         chosen.append(samples[np.random.default_rng([cfg.seed, 3, epoch]).permutation(len(samples))[place]])
     size = cfg.per_device_train_batch_size
     return [chosen[i : i + size] for i in range(0, a_step, size)]
+
+
+def grouped(samples, cfg, step, rank, n):
+    """The same, but no part mixes pictures with words alone, on no rank of a step."""
+    parts, size = [], cfg.per_device_train_batch_size
+    for k in range(step * cfg.gradient_accumulation_steps, (step + 1) * cfg.gradient_accumulation_steps):
+        count = len(batching.by_modality(samples, size, cfg.seed, 0, n)[rank])
+        epoch, place = divmod(k, count)
+        numbers = batching.by_modality(samples, size, cfg.seed, epoch, n)[rank][place]
+        parts.append([samples[i] for i in numbers])
+    return parts
 
 
 def collate(part, cfg, model, pad, photos, random):
@@ -254,69 +268,8 @@ def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=
         yield total(summed)[0] / tokens
 
 
-def tensors(model):
-    """What was learned, by the names that models/llava_io.py reads."""
-    found = {f"connector.{k}": v for k, v in model.connector.state_dict().items()}
-    for name in llama2_lora.names(model.language):
-        adapter = model.language.get_submodule(name)
-        found |= {f"lora.{name}.A": adapter.lora_A, f"lora.{name}.B": adapter.lora_B}
-    for part in ("vision", "language"):
-        network = getattr(model, part)
-        if not llama2_lora.names(network):
-            found |= {f"{part}.{k}": p for k, p in network.named_parameters() if p.requires_grad}
-    return found
-
-
-def about(cfg):
-    """What stands beside the weights: enough to put the model together again."""
-    return {k: getattr(cfg, k) for k in ("vision", "language", "connector", "layer", "select")} | {"scale": 2.0}
-
-
-class Moving:
-    """All that learns, as one part of a checkpoint."""
-
-    def __init__(self, model):
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def state_dict(self):
-        return {name: p.detach() for name, p in self.weights.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        if state.keys() != self.weights.keys():
-            raise KeyError("other weights were trained")
-        for name, p in self.weights.items():
-            p.copy_(state[name])
-
-
-def engine_of(learner, every, cfg):
-    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts, averages and steps."""
-    config = zero_config.read(SimpleNamespace(
-        zero_stage=cfg.zero_stage, config="", offload="none", precision=cfg.precision,
-        batch=cfg.per_device_train_batch_size, accumulation=cfg.gradient_accumulation_steps,
-    ))  # fmt: skip
-    optimizer = torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
-    return zero_config.quiet().initialize(model=learner, optimizer=optimizer, config=config)[0]
-
-
-def speak_up(cfg, folder):
-    """-> functions that are told (step, loss): TensorBoard's file, Weights & Biases' folder, which stays here."""
-    listeners = []
-    if cfg.enable_tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(folder / "tensorboard")
-        listeners.append(lambda step, value: (board.add_scalar("loss", value, step), board.flush()))
-    if cfg.enable_wandb:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        log = wandb.init(project="llava", dir=folder, mode="offline", config=asdict(cfg))
-        listeners.append(lambda step, value: log.log({"loss": value}, step=step))
-    return listeners
-
-
 def prepare(cfg, on):
-    """-> tokenizer, model of which the right parts learn, samples, their pictures."""
+    """-> tokenizer, model of which the right parts learn, samples, their pictures, and how many were broken."""
     tokenizer, language = llava_io.speaker(cfg.language, on)
     if on.type == "cpu":
         language.set_attn_implementation("eager")  # on rows as short as these faster than the fused kernel
@@ -327,6 +280,7 @@ def prepare(cfg, on):
     if cfg.gradient_checkpointing:
         language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows, folder = rows_of(cfg)
+    rows, broken = llava_data.mend(rows, folder) if cfg.data else (rows, 0)
     names = sorted({row["image"] for row in rows if "image" in row})
     paths = [folder / name for name in names]
     photos = Photos(paths, eye=eye)
@@ -337,7 +291,7 @@ def prepare(cfg, on):
     if cfg.text_share:
         count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))
         samples += [words_alone(tokenizer, text) for text in evaluate_vlm.paragraphs(40 + count)[40:]]
-    return tokenizer, model, samples, photos
+    return tokenizer, model, samples, photos, broken
 
 
 def words_alone(tokenizer, text):
@@ -351,25 +305,18 @@ def worker(cfg):
     rank, n = world()
     on = ranks.device() if n > 1 else run.device(cfg.device)
     folder, first = Path(cfg.out), rank == 0
-    tokenizer, model, samples, photos = prepare(cfg, on)
+    tokenizer, model, samples, photos, broken = prepare(cfg, on)
     learner = Learner(model).train()
     model.vision.train(cfg.train_type == "none")
     every = groups(model, cfg)
-    state, losses = folder / "state.safetensors", []
-    engine = engine_of(learner, every, cfg) if cfg.zero_stage >= 0 else None
+    engine = llava_state.engine_of(learner, every, cfg) if cfg.zero_stage >= 0 else None
     optimizer = engine.optimizer if engine else torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
-    if cfg.resume:
-        losses = checkpoint.load_state(state, cfg, weights=Moving(model), optimizer=optimizer)["losses"]
-    elif first:
+    losses = llava_state.load(cfg, model, optimizer, engine) if cfg.resume else []
+    if first and not cfg.resume:
         run.output(folder, cfg)
-
-    def save():
-        if first:
-            kept = {"weights": Moving(model), "optimizer": optimizer}
-            checkpoint.save_state(state, **kept, config=asdict(cfg), losses=losses)
-
+    save = partial(llava_state.save, cfg, model, optimizer, losses, engine)
     start, clock, cpu = len(losses), time.perf_counter(), time.process_time()
-    listeners = speak_up(cfg, folder) if first else []
+    listeners = llava_state.speak_up(cfg, folder) if first else []
     steps = train(learner, optimizer, samples, photos, tokenizer.pad_token_id, cfg, on, engine, start)
     for value in run.progress(steps, cfg.max_steps, start, cfg.save_every, save):
         losses.append(value)
@@ -379,10 +326,10 @@ def worker(cfg):
     if cfg.save_every:
         save()
     numbers = {"losses": losses, "train_seconds": seconds, "train_cpu_seconds": cpu}
-    numbers["process_MiB"] = llama2_full.process_peak() / 2**20
+    numbers |= {"process_MiB": llama2_full.process_peak() / 2**20, "broken pictures": broken}
     if first:
-        made = tensors(model)
-        checkpoint.write(folder / "model.safetensors", made, about(cfg))
+        made = llava_state.tensors(model)
+        checkpoint.write(folder / "model.safetensors", made, llava_state.about(cfg))
         numbers["learned"] = sum(x.numel() for x in made.values())
         if not cfg.data:
             numbers |= scored(cfg, tokenizer, model.eval(), folder)
@@ -423,7 +370,6 @@ def sane(cfg):
     check(min(cfg.judged, cfg.save_every, cfg.num_warmup_steps, cfg.emoji, cfg.weight_decay) >= 0, "a flag is below 0")
     check(0 <= cfg.text_share < 1, "--text_share must be at least 0 and below 1")
     check(not cfg.image_folder or cfg.data, "--image_folder goes with --data")
-    check(cfg.zero_stage < 0 or not (cfg.resume or cfg.save_every), "--save_every and --resume go without --zero_stage")
     for flag, module in (("tensorboard", cfg.enable_tensorboard), ("wandb", cfg.enable_wandb)):
         check(not module or find_spec(flag), f"--enable_{flag}: pip install {flag}")
 

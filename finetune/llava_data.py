@@ -143,6 +143,27 @@ def read(path, folder):
         raise UserError(f"{path}: {error}") from None
 
 
+def mend(rows, folder):
+    """-> rows, as many as before, and how many were replaced: those whose picture cannot be read, by others that can.
+
+    Without its picture a question has no answer. Who stands in depends on the rows alone, so all ranks choose alike.
+    """
+    fine = {}
+    for name in {one["image"] for one in rows if "image" in one}:
+        try:
+            fine[name] = data.read_image(Path(folder) / name, 32) is not None
+        except UserError as error:
+            print(f"{error}; another one stands in", flush=True)
+            fine[name] = False
+    whole = [one for one in rows if fine.get(one.get("image"))]
+    broken = [i for i, one in enumerate(rows) if not fine.get(one.get("image"), True)]
+    check(whole or not broken, f"none of the pictures in {folder} can be read")
+    rows = list(rows)
+    for i, place in zip(broken, np.random.default_rng(len(rows)).integers(len(whole) or 1, size=len(broken))):
+        rows[i] = whole[place]
+    return rows, len(broken)
+
+
 def sample(tokenizer, one, count, image=None):
     """A row -> {"ids", "labels", "images"}: every question is masked, the word that ends an answer is learned."""
     said = [turn["value"] for turn in one["conversations"]]

@@ -112,6 +112,23 @@ def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks(
         assert sorted(seen) == samples and seen != samples
 
 
+def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
+    samples = [{"ids": [0] * (5 + i % 7), "images": [i] if i % 3 else []} for i in range(36)]
+    for n, size, parts in ((1, 4, 1), (2, 3, 1), (2, 2, 3)):
+        cfg = teach.Config(
+            per_device_train_batch_size=size, gradient_accumulation_steps=parts, group_by_modality_length=True
+        )
+        steps, seen = 36 // (n * size * parts), []
+        for s in range(steps):
+            ranks = [teach.draw(samples, cfg, s, r, n) for r in range(n)]
+            for part in zip(*ranks):
+                assert len({bool(x["images"]) for batch in part for x in batch}) == 1
+            seen += [id(x) for drawn in ranks for batch in drawn for x in batch]
+        assert sorted(seen) == sorted(map(id, samples))
+    plain = teach.Config(per_device_train_batch_size=6)  # the other way does mix them
+    assert any(len({bool(x["images"]) for x in teach.draw(samples, plain, s, 0, 1)[0]}) == 2 for s in range(6))
+
+
 def losses(cfg):
     return teach.main(cfg)["losses"]
 
@@ -155,6 +172,45 @@ def test_deepspeed_trains_the_same(lesson, parity, tmp_path):
     )
 
 
+def test_deepspeed_goes_on_where_it_was(lesson, tmp_path):
+    cfg = replace(lesson, zero_stage=2, lr_scheduler_type="constant", save_every=1, out=str(tmp_path / "a"))
+    losses(replace(cfg, max_steps=2))
+    again, whole = losses(replace(cfg, resume=True)), replace(cfg, save_every=0, out=str(tmp_path / "b"))
+    assert again == losses(whole)
+    assert all(torch.equal(weights(cfg)[k], x) for k, x in weights(whole).items())
+    with pytest.raises(UserError, match="learning_rate"):
+        teach.main(replace(cfg, resume=True, learning_rate=0.5))
+    damaged = next((tmp_path / "a" / "checkpoints").rglob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"123456789")
+    with pytest.raises(UserError, match="damaged"):
+        teach.main(replace(cfg, resume=True))
+
+
+def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
+    rows, pictures = json.loads(Path(lesson.data).read_text()), tmp_path / "pictures"
+    pictures.mkdir()
+    for one in rows[:12]:
+        (pictures / one["image"]).write_bytes((llava_data.photos() / one["image"]).read_bytes())
+    (pictures / rows[3]["image"]).write_bytes(b"no picture")
+    mended, broken = llava_data.mend(rows, pictures)
+    assert broken == 1 and len(mended) == len(rows) and [a is b for a, b in zip(rows, mended)].count(False) == 1
+    assert mended[3]["image"] != rows[3]["image"] and llava_data.mend(rows, pictures) == (mended, broken)
+    found = teach.main(
+        replace(lesson, image_folder=str(pictures), group_by_modality_length=True, out=str(tmp_path / "o"))
+    )
+    assert found["broken pictures"] == 1 and len(found["losses"]) == 3
+    for path in pictures.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of the pictures"):
+        llava_data.mend(rows, pictures)
+
+
+def test_emoji_are_learned_besides(lesson):
+    rows, folder = teach.rows_of(teach.Config(emoji=3))
+    assert len(rows) == 735 and all((folder / one["image"]).is_file() for one in rows[-3:])
+    assert {one["image"][:5] for one in rows[-3:]} == {"emoji"} and not list(folder.glob(".*"))
+
+
 def test_what_was_written_is_loaded(lesson, tmp_path):
     cfg = replace(lesson, out=str(tmp_path))
     losses(cfg)
@@ -170,7 +226,7 @@ def test_what_was_written_is_loaded(lesson, tmp_path):
         ({"text_share": 1.0}, "--text_share"), ({"judged": -1}, "below 0"), ({"data": ""}, "--image_folder"),
         ({"data": "none.json"}, "no readable JSON"), ({"connector": "magic"}, "magic"),
         ({"vision": "no/such"}, "no vision encoder"), ({"language": "no/such"}, "no language model"),
-        ({"resume": True}, "no checkpoint"), ({"zero_stage": 2, "save_every": 1}, "--zero_stage"),
+        ({"resume": True}, "no checkpoint"), ({"resume": True, "zero_stage": 2}, "no checkpoint"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_line_and_nothing_is_written(lesson, tmp_path, flags, says):

@@ -13,7 +13,8 @@ from tests.test_readme import tiny_flags
 
 CHAPTERS = ["models", "finetune", "training", "rag", "papers"]
 SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
-MEASURE = ("bench", "compare", "app", "poison", "mae_claims", "evaluate_vlm", "llava_data", "llava_compare")  # or show
+MEASURE = ("bench", "compare", "app", "poison", "mae_claims", "evaluate_vlm", "llava_data")  # or show
+MEASURE += ("llava_compare", "flamingo_lora", "questions")
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in (ROOT / folder).glob("*.py")]
@@ -66,7 +67,7 @@ def test_a_notebook_was_run_and_its_figures_are_small(path):
 def test_nothing_unsafe_or_unwanted():
     unsafe = ("weights_only=False", "import pickle", "trust_remote_code", "allow_dangerous")
     for path in SOURCES:
-        chosen = () if path == ROOT / "finetune" / "llava.py" else ("wandb",)  # offline, and only if it is asked for
+        chosen = () if path.stem in ("llava", "llava_state") else ("wandb",)  # offline, and only if it is asked for
         for bad in (*unsafe, "import torchvision", *chosen) if path.name != "test_repo.py" else ():
             assert bad not in path.read_text(), f"{path}: {bad}"
     needs = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
@@ -76,6 +77,7 @@ def test_nothing_unsafe_or_unwanted():
 
 # LLaVA is built in one chapter and taught in another, on one rank or many
 ACROSS = {"finetune/llava": ("models", "training"), "finetune/llava_data": ("models",)}
+ACROSS |= {"finetune/llava_state": ("training",), "finetune/flamingo_lora": ("models",)}
 
 
 def test_chapters_import_utils_and_themselves_only():
