@@ -19,12 +19,9 @@ from utils.run import check
 
 STRATEGIES = {  # name: what vision, connector and language model do, flags
     "projector": ("frozen, trained, frozen", ["--train_type", "projector"]),
-    "lora": ("frozen, trained, LoRA on q v", ["--train_type", "use_lora"]),
-    "lora-all": (
-        "frozen, trained, LoRA on all matrices",
-        ["--lora_targets", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    ),
-    "two-stages": ("frozen, trained, LoRA in the last two thirds", ["--align_steps"]),  # a third of the steps
+    "lora": ("frozen, trained, LoRA on q v", ["--lora_targets", "q_proj", "v_proj"]),
+    "lora-all": ("frozen, trained, LoRA on all matrices", ["--train_type", "use_lora"]),
+    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", ["--align_steps"]),  # a third of the steps
     "language": (
         "frozen, trained, trained",
         ["--train_type", "freeze_vision", "--learning_rate_pretraining_components", "5e-5"],
@@ -55,6 +52,7 @@ def command(name, cfg, folder):
     if flags[-1] == "--align_steps":
         flags.append(str(cfg.steps // 3))
     every = {"max_steps": cfg.steps, "per_device_train_batch_size": cfg.batch, "views": cfg.views, "judged": cfg.judged}
+    every |= {"text_share": 0.1}
     every |= {"num_warmup_steps": max(1, cfg.steps // 10), "seed": cfg.seed, "out": folder / name}
     more = [x for flag, value in every.items() for x in (f"--{flag}", str(value))]
     return [sys.executable, str(Path(__file__).with_name("llava.py")), *flags, *more]

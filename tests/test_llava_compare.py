@@ -1,0 +1,43 @@
+"""finetune/llava_compare.py: each strategy is a command that finetune/llava.py takes; the table; wrong names."""
+
+from pathlib import Path
+
+import pytest
+import tyro
+
+from finetune import llava, llava_compare
+from utils.run import UserError
+
+
+@pytest.mark.parametrize("name", llava_compare.STRATEGIES)
+def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
+    cfg = llava_compare.Config(steps=9, batch=4, seed=3)
+    words = llava_compare.command(name, cfg, Path("out"))
+    found = tyro.cli(llava.Config, args=words[2:])
+    llava.sane(found)
+    assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (9, 4, 3, f"out/{name}")
+    assert found.align_steps == (3 if name == "two-stages" else 0)
+
+
+def test_strategies_differ():
+    cfg = llava_compare.Config()
+    runs = [tyro.cli(llava.Config, args=llava_compare.command(n, cfg, Path("x"))[2:]) for n in llava_compare.STRATEGIES]
+    about = [(r.train_type, r.lora_targets, r.align_steps) for r in runs]
+    assert len(set(about)) == len(about)
+    assert {r.train_type for r in runs} == {"projector", "use_lora", "freeze_vision", "none"}
+
+
+def test_the_table_and_its_figure(tmp_path):
+    metrics = {
+        "LLaVA": {"14 kinds": 0.5, "5 groups": 0.8}, "final_loss": 1.5, "text loss": {"after": 3.0}, "learned": 7,
+        "process_MiB": 4000.0, "train_cpu_seconds": 30.0,
+    }  # fmt: skip
+    row = llava_compare.row(metrics, 10)
+    assert row["CPU s a step"] == 3 and row["text loss"] == 3
+    assert llava_compare.draw(tmp_path / "x.png", {"a": row, "b": row | {"14 kinds": 0.6}}).stat().st_size > 1000
+
+
+def test_an_unknown_strategy_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--only magic: there are projector"):
+        llava_compare.main(llava_compare.Config(only=("magic",), out=str(tmp_path / "x")))
+    assert not (tmp_path / "x").exists()
