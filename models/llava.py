@@ -144,17 +144,19 @@ def style(tokenizer):
 def chat(tokenizer, turns, count, talk=None):
     """Turns [(question, answer or None), ...] -> ids, learned (lists): only answers and the words that end them are.
 
-    Every <image> in a question becomes `count` of them. Pieces are tokenized one by one, so that the border between
-    what is asked and what is learned is a border of tokens, whatever is said.
+    Every <image> in a question becomes `count` of them, between START and END if the vocabulary has these. Pieces are
+    tokenized one by one, so that the border between what is asked and what is learned is a border of tokens, whatever
+    is said.
     """
     before, after, ending, rest = STYLES[talk or style(tokenizer)]
     ending = ending if ending in tokenizer.get_vocab() else tokenizer.eos_token
+    place = f"{START}{IMAGE * count}{END}" if START in tokenizer.get_vocab() else IMAGE * count
     ids, learned = [], []
 
     def say(text, learn, words=False):
         if not words:  # what somebody typed: the names of special words in it are plain text
             text = text.replace("<|", "< |").replace("</s>", "< /s>")
-        new = tokenizer(text.replace(IMAGE, IMAGE * count), add_special_tokens=False).input_ids
+        new = tokenizer(text.replace(IMAGE, place), add_special_tokens=False).input_ids
         ids.extend(new)
         learned.extend([learn] * len(new))
 

@@ -176,6 +176,19 @@ def test_only_answers_and_their_ends_are_learned(smollm2):
     assert not any(none[-10:]) and ids[: len(asked)] == asked  # what is asked in use is what was asked in training
 
 
+def test_a_picture_may_stand_between_two_words():
+    tokenizer, language = pretrained.smollm2()
+    turns = [(f"{llava.IMAGE}\nWhat is it?", "an apple")]
+    llava.add_words(tokenizer, language)
+    plain, _ = llava.chat(tokenizer, turns, 4)
+    llava.add_words(tokenizer, language, (llava.IMAGE, llava.START, llava.END))
+    ids, learned = llava.chat(tokenizer, turns, 4)
+    inside = tokenizer.convert_tokens_to_ids([llava.START, *[llava.IMAGE] * 4, llava.END])
+    first = ids.index(inside[0])
+    assert ids[first : first + 6] == inside and not any(learned[: first + 6])
+    assert ids[:first] + ids[first + 1 : first + 5] + ids[first + 6 :] == plain
+
+
 @pytest.mark.parametrize("talk", llava.STYLES)
 def test_every_style_learns_the_end(smollm2, talk):
     ids, learned = llava.chat(smollm2[0], [("Q?", "yes"), ("R?", "no")], 1, talk)
