@@ -179,7 +179,7 @@ def looks(model, x):
     seen = total[:, 0, 1:] if model.pool == "cls" else total[:, 1:, 1:].mean(1)
     seen = rearrange(seen, "b (h w) -> b h w", h=x.shape[2] // model.patch)
     low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
-    return (seen - low) / (high - low)
+    return (seen - low) / (high - low).clamp(min=1e-12)  # one patch is a map without heights
 
 
 def load_encoder(model, path):

@@ -5,7 +5,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae import modeling_vit_mae
 
-from papers import mae, vit
+from papers import mae, mae_claims, photos, vit
 from tests.conftest import gradients
 from tests.vits import shake, theirs
 from utils.run import UserError
@@ -247,6 +247,41 @@ def test_a_ratio_that_leaves_nothing_is_refused():
         mae.random_masking(torch.zeros(1, 8, 1), 1)
     with pytest.raises(UserError, match="multiple of 4"):
         mae.sincos_2d(10, 2, 2)
+
+
+def test_hidden_words_in_the_encoder_stand_where_something_is_hidden():
+    """The other way of Table 1c: what is hidden has no say, but a place; and the encoder reads every patch."""
+    torch.manual_seed(0)
+    model = mae_claims.network(mae_claims.HiddenWordsInEncoder, mae.Config()).eval()
+    with torch.no_grad():
+        model.word.normal_()
+    x, other = torch.randn(2, 3, 64, 64).unbind(0)
+    noise = torch.rand(1, (64 // mae.Config().patch) ** 2)
+    states, mask, restore = model.forward_encoder(x[None], 0.75, noise)
+    assert states.shape[1] == mask.shape[1] + 1 and torch.equal(restore[0], torch.arange(mask.shape[1]))
+    patch = mae.Config().patch
+    hidden = mask.view(1, 1, 64 // patch, 64 // patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    same = torch.where(hidden == 1, other, x[None])  # other pixels, where nobody looks
+    assert torch.equal(model.forward_encoder(same, 0.75, noise)[0], states)
+    assert not torch.allclose(model.forward_encoder(other[None], 0.75, noise)[0], states)
+
+
+def test_the_ratio_that_is_asked_for_is_the_one_that_trains(monkeypatch):
+    seen, whole = set(), mae.random_masking
+    monkeypatch.setattr(mae, "random_masking", lambda x, r, *rest: (seen.add(r), whole(x, r, *rest))[1])
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    list(mae.train(mae.MAE(**SMALL), images, mae.Config(steps=1, batch=2, image_size=16, ratio=0.4)))
+    assert seen == {0.4}
+
+
+def test_features_are_the_mean_of_patches_with_nothing_hidden():
+    torch.manual_seed(0)
+    model, images = mae.build(64, 16).eval(), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        found = mae.features(model, images, 64)
+        states = model.forward_encoder(photos.whole(images, 64), 0)[0]
+    torch.testing.assert_close(found, states[:, 1:].mean(1))
+    assert not torch.allclose(found, states[:, 0])
 
 
 def test_the_loss_falls():

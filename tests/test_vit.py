@@ -83,6 +83,23 @@ def test_rollout_of_known_attention():
     torch.testing.assert_close(both.sum(-1), torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_map_is_drawn_the_right_way_up(pool):
+    """All of them look at one patch, that of row 0 and column 2: the map is hot there, and not where it would be
+    transposed or upside down."""
+    model = vit.ViT(**SMALL)
+    model.pool = pool
+    hot = 1 + 2
+    model.maps = lambda x: torch.zeros(1, 2, 4, 17, 17).index_fill(-1, torch.tensor(hot), 1.0)
+    found = vit.looks(model, torch.zeros(1, 3, 16, 16))[0]
+    assert found[0, 2] == 1 and (found > 0.5).sum() == 1
+
+
+def test_one_patch_is_a_map_and_not_nan():
+    model = vit.ViT(**SMALL | {"patch": 16})
+    assert vit.looks(model, torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
 def test_a_whole_crop_is_the_photo_and_a_mirror_its_mirror():
     torch.manual_seed(0)
     x = torch.rand(64, 3, 16, 16)
