@@ -314,6 +314,8 @@ def worker(cfg):
     losses = llava_state.load(cfg, model, optimizer, engine) if cfg.resume else []
     if first and not cfg.resume:
         run.output(folder, cfg)
+    if first:
+        print(llama2_lora.tree(model) or f"no adapters; what learns: {cfg.train_type}", flush=True)
     save = partial(llava_state.save, cfg, model, optimizer, losses, engine)
     start, clock, cpu = len(losses), time.perf_counter(), time.process_time()
     listeners = llava_state.speak_up(cfg, folder) if first else []
