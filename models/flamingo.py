@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -113,6 +114,8 @@ class Flamingo(nn.Module):
     new: ids of <image> and <|endofchunk|>. Their two vectors, for reading and for writing, are all of the vocabulary
     that learns.
     """
+
+    new: torch.Tensor
 
     def __init__(self, language, new, dim_in=1280, every=6, latents=16, seen=192, modern=False):
         super().__init__()
@@ -250,7 +253,7 @@ def likelihoods(model, features, first, chunks, shots=(), examples=None):
     shots: kinds of the examples, whose features are examples (S,N,D). The prompt is read once, each name after it.
     """
     photos = features[:, None]
-    if len(shots):
+    if examples is not None and len(shots):
         photos = torch.cat([examples.expand(len(features), -1, -1, -1), photos], 1)
     latents, on = model.resample(photos), features.device
     prompt = torch.tensor([[first] + [i for kind in shots for i in chunks[kind]] + chunks[0][:1]], device=on)
@@ -294,7 +297,8 @@ def gaze(model, features, first):
 def draw(path, gates, photos, looks, names, truth, log_p):
     """Above: the gates of each layer while it learned. Below: photos, where <image> looks, the likeliest names."""
     figure = plt.figure(figsize=(9.2, 6.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.9))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.9))
+    top, bottom = halves
     for ax, part, title in zip(top.subplots(1, 2, sharey=True), gates.unbind(1), ("attention", "feed-forward")):
         for i, line in enumerate(part.T):
             ax.plot(line, "o-" if len(part) == 1 else "-", color=plt.get_cmap("viridis")(i / part.shape[1]))
