@@ -188,17 +188,21 @@ def question(tokenizer, model, prompt, tokens):
 
 
 @torch.no_grad()
-def answer(tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None):
-    """What the model says about a photo, uint8 (3,H,W)."""
-    eye = model.vision
-    on = next(model.language.parameters()).device
+def see(model, image, tiles=1):
+    """A photo, uint8 (3,H,W) -> what the language model reads in its place (1,N,E)."""
+    eye, on = model.vision, next(model.language.parameters()).device
     if tiles > 1:
         sizes = anyres.candidates(eye.size, tiles)
         pixels = eye.pixels(anyres.tiles(image, eye.size, sizes).to(on))
-        seen = model.tile_features(pixels, image.shape[1:], sizes)
-    else:
-        seen = model.image_features(eye.pixels(anyres.resize(image, (eye.size, eye.size))[None].to(on)))
-    ids = question(tokenizer, model, prompt, seen.shape[1]).to(on)
+        return model.tile_features(pixels, image.shape[1:], sizes)
+    return model.image_features(eye.pixels(anyres.resize(image, (eye.size, eye.size))[None].to(on)))
+
+
+@torch.no_grad()
+def answer(tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None):
+    """What the model says about a photo, uint8 (3,H,W)."""
+    seen = see(model, image, tiles)
+    ids = question(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
     ending = STYLES[style(tokenizer)][2]
     stop = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ending)]
     new = model.generate(
@@ -275,7 +279,7 @@ def main(cfg: Config) -> dict:
     draw(folder / "answers.png", photos, answers, truths, cfg.prompt)
     if cfg.save:
         llava_io.save(model, tokenizer, cfg.save)
-    metrics = {"prompt": cfg.prompt, "tokens_of_a_photo": model.count}
+    metrics = {"prompt": cfg.prompt, "tokens_of_a_photo": see(model, photos[0], cfg.tiles).shape[1]}
     return run.report(folder, metrics, "python finetune/llava.py")
 
 

@@ -171,6 +171,7 @@ def load(name, on="cpu"):
     path = Path(name)
     if path.suffix == ".safetensors":
         return restore(path, on)
+    check(not path.is_file(), f"{path} holds no weights: name a .safetensors file, a folder or a hub id")
     try:
         about = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
     except (OSError, ValueError) as error:

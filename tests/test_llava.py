@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -245,7 +246,8 @@ def test_parts_that_transformers_has_no_llava_for_come_back(tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.write(tmp_path / "x.safetensors", {"connector.0.weight": torch.zeros(2, 2)}, {"language": "smollm2"})
     for name, says in ((tmp_path / "x.safetensors", "no LLaVA"), (tmp_path / "y.safetensors", "no checkpoint"),
-                       (tmp_path, "no folder of a model"), ("no/such", "no LLaVA at")):  # fmt: skip
+                       (tmp_path, "no folder of a model"), ("no/such", "no LLaVA at"),
+                       (__file__, "holds no weights")):  # fmt: skip
         with pytest.raises(UserError, match=says):
             llava_io.load(name)
 
@@ -261,3 +263,12 @@ def test_corrections_are_added_where_they_were_learned():
     with pytest.raises(UserError, match="another language model"):
         llava_io.correct(language, {"model.layers.9.A": a, "model.layers.9.B": b}, 0.5)
     assert language(ids).logits.isfinite().all()
+
+
+def test_the_printed_tokens_are_what_the_language_model_reads(tmp_path):
+    photo = tmp_path / "wide.png"
+    Image.new("RGB", (600, 400), "orange").save(photo)
+    about = {"image": str(photo), "max_new_tokens": 1, "out": str(tmp_path / "out")}
+    assert llava.main(llava.Config(**about))["tokens_of_a_photo"] == 9
+    tiled = llava.main(llava.Config(**about, tiles=4))["tokens_of_a_photo"]
+    assert tiled > 2 * 9  # the whole, and more than one tile
