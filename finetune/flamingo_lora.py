@@ -2,7 +2,7 @@
 
 The Flamingo of models/flamingo.py names fruit in English; here it learns to do so in French. Whatever is trained sits
 between the layers of the language model, which stays as it is. LoRA (Hu et al. 2021, arXiv:2106.09685) in the gated
-cross-attention layers (Alayrac et al. 2022, arXiv:2204.14198, Sec. 3.1.2) can be taken out again, and the English that
+cross-attention layers (Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.2) can be taken out again, and the English that
 training overwrote comes back bit for bit.
 
 Shapes: features (B,N,D), scores (photos, names).

@@ -3,7 +3,7 @@
 One matrix (LLaVA, Liu et al. 2023, arXiv:2304.08485), or two with a bend between them (1.5, arXiv:2310.03744): as many
 tokens out as in. Fewer, because every token costs: neighbours joined into one (MiniGPT-v2, Chen et al. 2023,
 arXiv:2310.09478; by squares as in Qwen2-VL, arXiv:2409.12191), means over areas, bilinear samples, or a few learned
-questions that look at all of it (the perceiver resampler: Alayrac et al. 2022, arXiv:2204.14198, Sec. 3.1.1; Idefics2:
+questions that look at all of it (the perceiver resampler: Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.1; Idefics2:
 Laurencon et al. 2024, arXiv:2405.02246).
 
 Shapes: (B,N,D) from the eye, N = g x g, row by row -> (B,M,E) for the language model, E the size of its words.
@@ -149,7 +149,7 @@ class PerceiverLayer(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """M learned latents ask the picture, again in every layer: any number of tokens becomes M. Flamingo, Sec. 3.1.1.
+    """M learned latents ask the picture, again in every layer: any number of tokens becomes M. Flamingo, Sec. 2.1.
 
     kv_heads: keys and values that groups of heads share; joined: latents are among the keys; modern: RMSNorm and a
     gated feed-forward (Idefics2), else LayerNorm and ReLU (Flamingo's, as Idefics has it).

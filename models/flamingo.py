@@ -1,6 +1,6 @@
 """Flamingo: a language model that stays as it is looks at pictures through new layers whose gates begin closed.
 
-Alayrac et al. 2022, arXiv:2204.14198; section and figure numbers are the paper's. A resampler makes a few vectors out
+Alayrac et al. 2022, arXiv:2204.14198; section and figure numbers are those of its second version. A resampler makes a few vectors out
 of each photo; between the layers of the frozen language model new layers ask them by cross-attention. Text sees the
 last photo before it, and no other. Training on chains of photos and names makes a prompt of examples a way to ask.
 
@@ -57,7 +57,7 @@ class Config:
 def media_mask(ids, image_id, before=0):
     """Which photo each word sees, the last one before it: ids (B,T) -> counts (B,T), j for the j-th, 0 for none.
 
-    Sec. 3.1.3. The word <image> itself already sees its photo; before: photos read earlier.
+    Sec. 2.3. The word <image> itself already sees its photo; before: photos read earlier.
     """
     return before + (ids == image_id).cumsum(1)
 
@@ -139,7 +139,7 @@ class Flamingo(nn.Module):
         return (block(args[0].float(), *self.now).to(args[0].dtype), *args[1:]), kwargs
 
     def resample(self, features):
-        """Features (B,J,N,D) -> latents (B,J,M,V). Sec. 3.1.1, Fig. 5."""
+        """Features (B,J,N,D) -> latents (B,J,M,V). Sec. 2.1, Fig. 5."""
         return rearrange(self.resampler(features.flatten(0, 1)), "(b j) m v -> b j m v", b=len(features))
 
     def embed(self, ids):
@@ -194,7 +194,7 @@ def add_words(tokenizer, language):
 
 
 def chunk(tokenizer, name):
-    """`<image> NAME<|endofchunk|>` -> ids; all but the first are learned. App. A.1.1."""
+    """`<image> NAME<|endofchunk|>` -> ids; all but the first are learned. Sec. 2.4."""
     return tokenizer(f"{IMAGE} {name}{END}", add_special_tokens=False).input_ids
 
 
@@ -248,7 +248,7 @@ def train(model, said, kinds, first, chunks, cfg, on):
 
 @torch.no_grad()
 def likelihoods(model, features, first, chunks, shots=(), examples=None):
-    """log p(NAME<|endofchunk|> | examples, <image>) for photos (B,N,D) -> (B,C). Sec. 3.3, Fig. 8.
+    """log p(NAME<|endofchunk|> | examples, <image>) for photos (B,N,D) -> (B,C). Sec. 2.5, Fig. 8.
 
     shots: kinds of the examples, whose features are examples (S,N,D). The prompt is read once, each name after it.
     """
