@@ -2,8 +2,8 @@
 
 Alayrac et al. 2022, arXiv:2204.14198; sections and figures are those of its second version. A resampler makes a few
 vectors out of each photo; between the layers of the frozen language model new layers ask them by cross-attention. Text
-sees the last photo before it, and no other. It is trained on chains of photos and names, and asked by a chain whose last
-name is missing.
+sees the last photo before it, and no other. It is trained on chains of photos and names, and asked by one that lacks
+its last name.
 
 Shapes: features (B,N,D) of a photo, latents (B,J,M,V) of J photos in a text, M each; text (B,T), its states (B,T,E).
 Differences from the paper: 1.9 M new parameters, not 10 000 M; 732 photos of fruit, not 2300 M pictures; the resampler
