@@ -4,10 +4,12 @@ import ast
 import importlib
 import json
 import re
+import shlex
 import subprocess
 
 import pytest
 
+from tests import mutate
 from tests.conftest import ROOT
 from tests.test_readme import tiny_flags
 
@@ -109,3 +111,15 @@ def test_make_installs_once(tmp_path):
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "ready").touch()
     assert "pip install" not in plan() and "models/ddpm.py" in plan()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/mutants").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_mutant_still_has_its_line(path):
+    """A list of mutants whose lines are gone breaks nothing and proves nothing."""
+    listed = mutate.mutants(path.stem)
+    assert len({m["name"] for m in listed}) == len(listed)
+    for mutant in listed:
+        assert mutant["kind"] in mutate.KINDS
+        assert mutate.broken(mutant) != (ROOT / mutant["file"]).read_text("utf-8")
+        named = [word.split("::")[0] for word in shlex.split(mutant["tests"]) if word.startswith("tests/")]
+        assert named and all((ROOT / name).is_file() for name in named), mutant["tests"]
