@@ -13,15 +13,23 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers share two cores, and so do their commands
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests import warm  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 LEDGER = ROOT / "outputs" / "parity"
+SPREAD = ("test_readme", "notebooks")  # modules whose tests share nothing: any worker takes any of them
+costs: dict[str, float] = {}  # test -> CPU seconds, fixtures included
+left_out = pytest.StashKey[int]()
+began = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--write-proofs", action="store_true", help="write the table of proofs into README.md")
+    parser.addoption("--times", type=int, default=0, metavar="N", help="show the N slowest tests and sums per chapter")
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +80,99 @@ def gradients(model, output):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def cpu_seconds():
+    """Of this process and of all that it started, ended ones included."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a module share its fixtures, so one worker takes them all; those of SPREAD go where there is room.
+
+    This is --dist loadgroup with a group per module: that option is without effect under pytest 9.2 and xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class PerModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = nodeid.split("::")[0]
+            return nodeid if Path(module).stem in SPREAD else module
+
+    return PerModule(config, log)
+
+
+def pytest_deselected(items):
+    if items:
+        stash = items[0].session.config.stash
+        stash[left_out] = stash.get(left_out, 0) + len(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.stash[began] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "teardown":
+        report.cpu = max(0.0, cpu_seconds() - item.stash.get(began, 0.0))
+    return report
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        costs[report.nodeid] = getattr(report, "cpu", 0.0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker of xdist has ended: every worker left out the same tests."""
+    node.config.stash[left_out] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def chapter(nodeid):
+    """The chapter whose script a test is about: by the name of its module, or of its notebook."""
+    if "notebooks.py" in nodeid:
+        return "notebooks/" + nodeid.split("[")[-1].split("/")[0]
+    name = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
+    folders = sorted(p.parent.name for p in ROOT.glob("*/__init__.py") if (p.parent / f"{name}.py").exists())
+    named = [p.parent.name for p in ROOT.glob("*/__init__.py") if name.startswith(f"{p.parent.name}_")]
+    return (named or folders or ["pages, house"])[0]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The ten slowest tests, CPU seconds per chapter, and how much of the whole this run was."""
+    if not config.option.times:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("CPU seconds, fixtures included")
+    for name, cost in sorted(costs.items(), key=lambda item: -item[1])[: config.option.times]:
+        write(f"{cost:8.1f}  {name}")
+    sums: dict[str, float] = {}
+    for name, cost in costs.items():
+        sums[chapter(name)] = sums.get(chapter(name), 0.0) + cost
+    for name, cost in sorted(sums.items(), key=lambda item: -item[1]):
+        write(f"{cost:8.1f}  {name}")
+    write(f"{sum(costs.values()):8.1f}  together")
+    skipped = config.stash.get(left_out, 0)
+    rest = f"; `make test-all` runs the other {skipped}, too" if skipped else ""
+    write(f"{len(costs)} of {len(costs) + skipped} tests ran, with {len(proofs())} of the {listed()} proofs{rest}")
+
+
+def listed():
+    """How many proofs the table names."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return len(re.search(r"<!-- proofs -->\n(.*?)<!-- /proofs -->", text, re.S)[1].splitlines()) - 2
+
+
 def pytest_sessionstart(session):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         LEDGER.mkdir(parents=True, exist_ok=True)
@@ -97,6 +198,9 @@ def table(rows):
 
 def pytest_sessionfinish(session, exitstatus):
     """The README's table names the proofs that ran, no more, no fewer; errors may differ a digit between machines."""
+    warm.stop()
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(left_out, 0)
     whole = not session.config.args or {Path(a).name for a in session.config.args} <= {"tests", ROOT.name}
     chosen = session.config.option.keyword or session.config.option.markexpr
     if "PYTEST_XDIST_WORKER" in os.environ or exitstatus != 0 or not whole or chosen:

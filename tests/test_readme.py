@@ -12,6 +12,7 @@ import pytest
 import torch
 import tyro
 
+from tests import warm
 from tests.conftest import ROOT
 
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md"))]
@@ -34,34 +35,98 @@ def commands():
     return list(dict.fromkeys(x for x in lines if x.startswith(("python", "torchrun", "deepspeed"))))
 
 
-OFFLINE = """
-import runpy, socket, sys
-def refuse(self, address, *rest):
-    raise OSError(f"a socket was opened to {address}")
-socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = lambda *a, **k: refuse(None, a)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("line", commands())
-def test_command(line, tmp_path):
-    """It runs without a network: whatever it needs was fetched before, by the tests of assets and data."""
+def tiny(line):
+    """The words of a command as the tests run it: with the tiny flags of its script, which win over its own."""
     words = shlex.split(line)
     script = next((w for w in words if w.endswith(".py")), None)
+    return words + tiny_flags()[script] if script else words
+
+
+def meaning(words):
+    """Two lines are the same command if this is the same: of flags given twice, the last ones count."""
+    script = next((i for i, w in enumerate(words) if w.endswith(".py")), len(words))
+    flags = {"": []}
+    name = ""
+    for word in words[script + 1 :]:
+        if re.match(r"--[a-z]", word):
+            name, *value = word.replace("_", "-").split("=", 1)
+            flags[name] = value
+        else:
+            flags[name].append(word)
+    return tuple(words[: script + 1]), tuple(sorted((name, tuple(values)) for name, values in flags.items()))
+
+
+def different():
+    """The lines of the pages, those left out that tiny flags make equal to an earlier one."""
+    return list({meaning(tiny(line)): line for line in reversed(commands())}.values())[::-1]
+
+
+def plain_script(words):
+    """Whether it is `python script.py ...`: no launcher, no module."""
+    return words[0] == "python" and words[1].endswith(".py")
+
+
+def first_of_each():
+    """A line per script: what a fresh process runs in test-all."""
+    lines = [line for line in different() if plain_script(shlex.split(line))]
+    return list({shlex.split(line)[1]: line for line in reversed(lines)}.values())[::-1]
+
+
+def check_command(done, script, folder):
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert script is None or (folder / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("line", different())
+def test_command(line, tmp_path):
+    """It runs without a network: whatever it needs was fetched before, by the tests of assets and data."""
+    words = tiny(line)
+    script = next((w for w in words if w.endswith(".py")), None)
+    if script is not None:
+        words += ["--out", str(tmp_path)]
+    if plain_script(words):  # in a fork of a process that has the libraries
+        return check_command(warm.run(words[1:]), script, tmp_path)
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
     if words[0] == "deepspeed":  # two of them at a time must not meet at one port
         words = ["python", "-m", "deepspeed.launcher.runner", f"--master_port={29900 + os.getpid() % 90}", *words[1:]]
-    if script is not None:
-        words += [*tiny_flags()[script], "--out", str(tmp_path)]
-    if words[0] == "python" and script is not None and "-m" not in words:
-        words = ["python", "-c", OFFLINE, *words[1:]]
     port = {"MASTER_PORT": str(29700 + os.getpid() % 200)}
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
+    check_command(done, script, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", first_of_each())
+def test_command_in_a_process_of_its_own(line, tmp_path):
+    """What the warm helper might hide: an import that is missing, a line outside of the main guard."""
+    words = [*tiny(line)[1:], "--out", str(tmp_path)]
+    line = [sys.executable, "-c", warm.OFFLINE, *words]
+    check_command(subprocess.run(line, cwd=ROOT, capture_output=True, text=True), words[0], tmp_path)
+
+
+def cpu_seconds(words):
+    """CPU seconds of a command, over all its processes."""
+    before = os.times()
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    after = os.times()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert script is None or (tmp_path / "metrics.json").is_file()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.fixture(scope="module")
+def import_torch():
+    """CPU seconds of the one import that every script needs: the measure of all others."""
+    return min(cpu_seconds(["-c", "import torch"]) for _ in range(2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", sorted(tiny_flags()))
+def test_help_is_quick(script, import_torch):
+    """Heavy libraries are imported where they are used: --help costs less than two imports of torch (1.3 s here)."""
+    cost = cpu_seconds([script, "--help"])
+    if cost > 2 * import_torch:  # perhaps the machine was busy with something else
+        cost = min(cost, cpu_seconds([script, "--help"]))
+    assert cost <= 2 * import_torch, f"{script} --help: {cost:.1f} CPU s; import torch: {import_torch:.1f}"
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if ".py" in line])
@@ -84,8 +149,7 @@ def test_the_rule_covers_every_script_that_is_named():
 
 def test_the_socket_block_blocks():
     fetch = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')"
-    code = OFFLINE.replace('runpy.run_path(sys.argv[0], run_name="__main__")', fetch)
-    done = subprocess.run([sys.executable, "-c", code, "x"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"{warm.REFUSE}\n{fetch}"], capture_output=True, text=True)
     assert done.returncode != 0 and "a socket was opened" in done.stderr
 
 
