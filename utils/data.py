@@ -16,11 +16,10 @@ from torch import Tensor
 
 from utils.assets import fetch
 from utils.checkpoint import read, write
-from utils.run import UserError, check
+from utils.images import IMAGE_SUFFIXES, open_image, to_rgb
+from utils.run import check
 
-MEGAPIXELS = 40  # more than any photo of ours; PIL decodes twice as much without a word
 Made = tuple[dict[str, Tensor], Any]  # what is kept: tensors, and lists of strings
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -127,19 +126,14 @@ def image_folder(folder: str | Path, size: int) -> Tensor:
     return torch.stack([read_image(path, size) for path in paths])
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    try:
-        with Image.open(path) as image:  # reads the header only
-            check(image.width * image.height <= MEGAPIXELS * 1e6, f"{path} has more than {MEGAPIXELS} megapixels")
-            return square(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image: {error}") from error
+def read_image(path: str | Path, size: int) -> Tensor:
+    """One image, the middle square: uint8 (3,size,size); size 0: as it is. Raises UserError as `open_image` does."""
+    return square(open_image(path), size)
 
 
 def square(image: Image.Image, size: int) -> Tensor:
     """Upright, on white where transparent, middle square, antialiased: uint8 (3,size,size); size 0: as it is."""
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = to_rgb(image)
     pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
