@@ -3,7 +3,7 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -36,7 +36,7 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     Of an animation the first frame. 16-bit and float pictures are scaled as `to_8_bit` says. Raises UserError, one line
     that names the file: missing, not an image, cut short, damaged, more than MEGAPIXELS, values of unknown range.
     """
-    name = printable(getattr(source, "name", "the image") if hasattr(source, "read") else source)
+    name = printable(source if isinstance(source, (str, Path)) else getattr(source, "name", "the image"))
     try:
         data = whole_file(source, name)
         # a first pass over the checksums, where the format has them
@@ -57,16 +57,16 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
         raise UserError(f"{name} is not a readable image: {reason}") from None
 
 
-def whole_file(source: str | Path | Any, name: str) -> bytes:
+def whole_file(source: str | Path | BinaryIO, name: str) -> bytes:
     """All bytes of it. Raises UserError if there are more than MEGABYTES, or it is no ordinary file."""
-    if hasattr(source, "read"):
-        data = source.read(MEGABYTES * 2**20 + 1)
-        check(isinstance(data, bytes), f"{name} was not opened as a binary file; open it with mode 'rb'")
-    else:
+    if isinstance(source, (str, Path)):
         path = Path(source)
         check(path.is_file() or not path.exists(), f"{name} is not a readable image: it is no ordinary file")
         with path.open("rb") as file:
             data = file.read(MEGABYTES * 2**20 + 1)
+    else:
+        data = source.read(MEGABYTES * 2**20 + 1)
+        check(isinstance(data, bytes), f"{name} was not opened as a binary file; open it with mode 'rb'")
     check(len(data) <= MEGABYTES * 2**20, f"{name} is larger than {MEGABYTES} MB; make it smaller")
     return data
 
