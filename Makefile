@@ -3,25 +3,32 @@ PYTHON ?= python3
 PY = .venv/bin/python
 READY = .venv/ready
 
-.PHONY: help demo test notebooks lint bench clean
+.PHONY: help demo test test-all notebooks lab lint bench clean
 
 help:
-	@echo "make demo       train a small diffusion model on handwritten digits and draw new ones"
-	@echo "make test       all tests"
+	@echo "make demo       four results from the shipped weights in a few minutes: outputs/demo/index.html"
+	@echo "make test       the quick tests, ten minutes on two cores"
+	@echo "make test-all   all tests"
 	@echo "make notebooks  run every notebook from top to bottom"
+	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make lint       style and types"
 	@echo "make bench      measure what the README claims"
 	@echo "make clean      remove .venv, outputs and caches; downloaded weights and data stay"
 
 demo: $(READY)
-	$(PY) models/ddpm.py
-	@echo "look at outputs/ddpm/film.png: digits growing out of noise"
+	$(PY) -m utils.demo
 
 test: $(READY)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 -m "not long" --times 10
+
+test-all: $(READY)
+	$(PY) -m pytest -n 2 --times 10
 
 notebooks: $(READY)
-	$(PY) -m pytest -v tests/notebooks.py
+	$(PY) -m pytest -n 2 --times 10 tests/notebooks.py
+
+lab: $(READY)
+	$(PY) -m jupyter lab notebooks
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -46,5 +53,6 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "this Python cannot make environments: install the Debian package python3-venv"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "installing into .venv: some 2.8 GB with the CPU build of torch, minutes on a quick line"
 	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt -e '.[dev]'
 	@touch $(READY)

@@ -4,11 +4,14 @@ A fresh process spends most of its time on imports. `run(argv)` gives the comman
 code and output as `python argv[0] argv[1:]` would, and no network: opening a socket fails. One helper per test worker,
 started at the first command. Threads: one, or a fork would wait for those that its parent left behind.
 
+Jupyter's kernels start from it, too (`Kernel`, for tests/notebooks.py); those may open sockets, they talk through them.
+
     python tests/warm.py         the helper itself: requests come in on stdin, a line of JSON each
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,8 @@ SECONDS = 300  # more than any command of a page with its tiny flags
 LIBRARIES = """
     einops matplotlib.pyplot numpy peft PIL.Image safetensors.torch sentence_transformers tqdm transformers tyro
     faiss langchain_core.runnables langchain_core.vectorstores langchain_text_splitters torch.distributed
-    transformers.models.llama.modeling_llama transformers.models.bert.modeling_bert
+    transformers.models.llama.modeling_llama transformers.models.bert.modeling_bert ipykernel.kernelapp
+    matplotlib_inline.backend_inline
 """
 REFUSE = """
 import socket
@@ -34,22 +38,58 @@ OFFLINE = f"{REFUSE}\nimport runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path
 helper: "subprocess.Popen[str] | None" = None
 
 
-def run(argv: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run a script in a fork of the helper; as subprocess.run(..., capture_output=True, text=True)."""
+def ask(request: dict) -> int:
+    """Send the helper a request, starting it at the first -> its answer: an exit code, or a process id of a kernel."""
     global helper
     if helper is None or helper.poll() is not None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).resolve())]
         helper = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert helper.stdin and helper.stdout
+    helper.stdin.write(json.dumps(request) + "\n")
+    helper.stdin.flush()
+    return json.loads(helper.stdout.readline())
+
+
+def run(argv: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Run a script in a fork of the helper; as subprocess.run(..., capture_output=True, text=True)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        request = {"argv": argv, "cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err)}
-        helper.stdin.write(json.dumps(request) + "\n")
-        helper.stdin.flush()
-        code = json.loads(helper.stdout.readline())
+        code = ask({"argv": argv, "cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err)})
         texts = [path.read_text("utf-8", "replace") for path in (out, err)]
     return subprocess.CompletedProcess(argv, code, *texts)
+
+
+class Kernel:
+    """A Jupyter kernel that was forked from the helper; what jupyter_client asks of a subprocess.Popen."""
+
+    stdin = None
+
+    def __init__(self, connection_file: str, cwd: str) -> None:
+        words = ["ipykernel_launcher", "-f", connection_file]
+        self.pid = ask({"argv": words, "cwd": cwd, "env": {}, "out": os.devnull, "err": os.devnull, "kernel": True})
+
+    def poll(self) -> int | None:
+        """None while it runs. An ended one may wait for its parent to take note of it: state Z."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+        except OSError:
+            return 0
+        return 0 if state == "Z" else None
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.01)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def stop() -> None:
@@ -77,7 +117,7 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             child(request)
-        answers.write(json.dumps(wait(pid)) + "\n")
+        answers.write(json.dumps(pid if "kernel" in request else wait(pid)) + "\n")
         answers.flush()
 
 
@@ -99,6 +139,8 @@ def child(request: dict) -> None:
     import runpy
     import traceback
 
+    import matplotlib
+
     code = 1
     try:
         os.setsid()
@@ -108,8 +150,12 @@ def child(request: dict) -> None:
         os.environ.update(request["env"])
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
         sys.argv = request["argv"]
+        if "kernel" in request:
+            start_kernel()
+            os._exit(0)
         sys.path[0] = str(Path(request["argv"][0]).resolve().parent)
         exec(REFUSE, {})
+        matplotlib.use("Agg")
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as error:
@@ -122,6 +168,16 @@ def child(request: dict) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def start_kernel() -> None:
+    """What `python -m ipykernel_launcher` does."""
+    import matplotlib
+    from ipykernel import kernelapp
+
+    sys.path[0] = ""
+    matplotlib.use("module://matplotlib_inline.backend_inline")
+    kernelapp.launch_new_instance()
 
 
 if __name__ == "__main__":
