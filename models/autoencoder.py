@@ -16,6 +16,7 @@ channels and half of the blocks.
 
 import copy
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -212,12 +213,18 @@ def train(model, ema, optimizer, images, cfg, start=0, discriminator=None, optim
         yield value.item()
 
 
+def shown(parts, name):
+    """Batches under a progress bar, if there are more than a few."""
+    return run.bar(parts, len(parts), name=name) if len(parts) > 4 else parts
+
+
 @torch.no_grad()
 def encode_all(model, images, batch=64):
     """uint8 (N, 3, H, W) -> mean latents (N, D, h, w), not yet scaled."""
     device = next(model.parameters()).device
     with run.autocast(device):
-        return torch.cat([model.encode(data.to_float(x).to(device))[0].float().cpu() for x in images.split(batch)])
+        parts = shown(images.split(batch), "encode")
+        return torch.cat([model.encode(data.to_float(x).to(device))[0].float().cpu() for x in parts])
 
 
 @torch.no_grad()
@@ -225,7 +232,8 @@ def decode_all(model, latents, batch=64):
     """Latents (N, D, h, w), not scaled -> images (N, 3, H, W) in [-1, 1]."""
     device = next(model.parameters()).device
     with run.autocast(device):
-        return torch.cat([model.decode(z.to(device)).float().cpu().clamp(-1, 1) for z in latents.split(batch)])
+        parts = shown(latents.split(batch), "decode")
+        return torch.cat([model.decode(z.to(device)).float().cpu().clamp(-1, 1) for z in parts])
 
 
 def scale_factor(latents):
@@ -244,8 +252,10 @@ def main(cfg: Config) -> dict:
     run.check(min(cfg.steps, cfg.batch, cfg.latent) > 0, "--steps, --batch and --latent must be at least 1")
     run.check(cfg.channels and all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8")
     run.check(len(cfg.channels) <= 6, "--channels: 64 pixels can be halved five times, so there are at most six")
+    run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
+    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     weights = (cfg.perceptual, cfg.kl, cfg.adversarial)
-    run.check(cfg.lr > 0 <= min(weights), "--lr must be above 0, --perceptual, --kl and --adversarial not below")
+    run.check(all(0 <= w < math.inf for w in weights), "--perceptual, --kl, --adversarial: finite, not below 0")
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     images, captions, _ = data.emoji(64)

@@ -96,11 +96,11 @@ def training_step(model, x, t, bf16):
     return step
 
 
-def interleaved(actions, rounds):
+def interleaved(actions, rounds, name="bench"):
     """Run the actions in turn, after one unmeasured turn -> [seconds of each]."""
     for action in actions:
         action()
-    times = [[seconds(action) for action in actions] for _ in range(rounds)]
+    times = [[seconds(action) for action in actions] for _ in run.bar(range(rounds), rounds, name=name)]
     return list(zip(*times))
 
 
@@ -129,7 +129,8 @@ def main(cfg: Config) -> dict:
         sizes = {"parameters": p, "their_parameters": p_other, "GFLOP": f / 1e9, "their_GFLOP": f_other / 1e9}
         metrics[f"{name}: size"] = sizes
         for kind, bf16 in (("fp32", False), ("bf16", True)):
-            mine, theirs = interleaved([training_step(m, x, t, bf16) for m in (model, other)], cfg.rounds)
+            steps = [training_step(m, x, t, bf16) for m in (model, other)]
+            mine, theirs = interleaved(steps, cfg.rounds, f"{name}, {kind}")
             metrics[f"{name}: {kind} step"] = {
                 "times_faster": statistics.median(b / a for a, b in zip(mine, theirs)),
                 "ms": 1e3 * statistics.median(mine),

@@ -47,6 +47,7 @@ def timesteps(schedule, n, spacing="trailing"):
     pure noise, so use trailing.
     """
     run.check(1 <= n <= schedule.steps, f"cannot take {n} of {schedule.steps} steps")
+    run.check(spacing in ("leading", "trailing"), f"there is no spacing '{spacing}'; there are leading and trailing")
     if spacing == "leading":
         return torch.arange(n).flip(0) * (schedule.steps // n)
     return (schedule.steps - torch.arange(n) * schedule.steps / n).round().long() - 1
@@ -89,13 +90,14 @@ def sample(model, schedule, xt, n, predict="eps", spacing="trailing", eta=0.0, c
 
 @torch.no_grad()
 def invert(model, schedule, x0, n, predict="eps", rounds=8):
-    """From images to the noise that `sample` turns into them: the same steps, walked upwards. Sec. 4.3.
+    """From images to the noise that `sample` turns into them: the same steps, walked upwards; yields every x. Sec. 4.3.
 
     The way down asks the network at the upper end of each step, which the way up does not know yet: guess it from the
     lower end, and use the answer as a better guess, a few rounds (one round is the nearest to the paper's).
     """
     steps = [-1, *timesteps(schedule, n).flip(0).tolist()]
     x = x0
+    yield x
     for now, above in zip(steps[:-1], steps[1:], strict=True):
         t, t_above = (torch.full((len(x),), i, device=x.device) for i in (now, above))
         y = x
@@ -103,7 +105,7 @@ def invert(model, schedule, x0, n, predict="eps", rounds=8):
             eps = ddpm.to_eps(schedule, y, t_above, model(y, t_above).float(), predict)
             y = step(schedule, x, t, t_above, eps, clip=False)
         x = y
-    return x
+        yield x
 
 
 def last(chain):
@@ -114,9 +116,15 @@ def last(chain):
 
 
 def slerp(a, b, weight):
-    """From noise a to noise b on the sphere, where Gaussian noise lives; a straight line leaves it. Eq. 67."""
+    """From noise a to noise b on the sphere, where Gaussian noise lives; a straight line leaves it. Eq. 67.
+
+    Raises UserError for a noise of zeros and for opposite noises: no way between them is the shortest.
+    """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = cosine.clamp(-1, 1).acos()
+    if angle < 1e-3:  # where the formula is 0 / 0, arc and line are one
+        return a + weight * (b - a)
+    run.check(angle.sin() > 1e-3, "no arc between these two noises: one is zero, or they are opposite; draw another")
     return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
 
 
@@ -149,20 +157,22 @@ def main(cfg: Config) -> dict:
             metrics[f"{n} steps"] = judge(images) | {"seconds_per_64": seconds}
             shown[f"{n} steps"] = images[:10]
         digits = data.to_float(data.mnist("test")[0][:10]).to(device)
-        inverted = {n: invert(model, schedule, digits, n, predict) for n in (20, 100)}
-        back = {n: last(sample(model, schedule, z, n, predict)).cpu() for n, z in inverted.items()}
+        back = {}
+        for n in (20, 100):
+            found = last(run.bar(invert(model, schedule, digits, n, predict), n + 1, name=f"invert, {n} steps"))
+            back[n] = last(sample(model, schedule, found, n, predict)).cpu()
         a, b = noise[:4].repeat_interleave(10, 0), noise[4:8].repeat_interleave(10, 0)
         path = torch.cat([slerp(x[None], y[None], w) for x, y, w in zip(a, b, torch.linspace(0, 1, 10).repeat(4))])
-        between = last(sample(model, schedule, path, 50, predict)).cpu()
+        between = last(run.bar(sample(model, schedule, path, 50, predict), 51, name="interpolate")).cpu()
     digits = digits.cpu()
     metrics |= {f"inversion_error_{n}_steps": float((x - digits).abs().mean()) for n, x in back.items()}
     figures.rows(folder / "steps.png", shown)
     for name, score, label in (
-        ("quality", "recognised", "share recognised at >= 0.9"),
-        ("frechet", "frechet", "Frechet distance"),
+        ("quality", "recognised", f"share recognised, of {cfg.samples}"),
+        ("frechet", "frechet", "Frechet distance to test digits"),
     ):
         values = [metrics[f"{n} steps"][score] for n in cfg.counts]
-        figures.curves(folder / f"{name}.png", {label: (cfg.counts, values)}, "steps", label, log="x")
+        figures.curves(folder / f"{name}.png", {label: (cfg.counts, values)}, "DDIM steps a digit", label, log="x")
     figures.rows(folder / "inversion.png", {"test digits": digits, **{f"{n} steps": x for n, x in back.items()}})
     figures.rows(folder / "interpolation.png", {f"pair {i + 1}": between[10 * i : 10 * i + 10] for i in range(4)})
     return run.report(folder, metrics, then="python models/autoencoder.py")

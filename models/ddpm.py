@@ -43,7 +43,7 @@ class Config:
     predict: Predict = "v"  # what the network says: the noise, the image, or v between the two
     channels: tuple[int, ...] = (32, 64)  # widths of the U-Net, one per resolution
     layers: int = 2  # residual blocks per resolution
-    ema: float = 0.995  # samples come from a running mean of the weights with this memory
+    ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
     samples: int = 64  # digits to sample and measure
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
@@ -57,10 +57,11 @@ class Schedule:
     """The noise of each step: beta, alpha = 1 - beta and alpha_bar = prod(alpha), each (T,); index 0 is t = 1. Sec. 2.
 
     signal = sqrt(alpha_bar) and noise = sqrt(1 - alpha_bar) are kept in double precision: in single, 1 - 0.9999 leaves
-    three digits.
+    three digits. Raises UserError for another kind.
     """
 
     def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02, kind="linear"):
+        run.check(kind in ("linear", "cosine"), f"there is no schedule '{kind}'; there are linear and cosine")
         self.steps = steps
         if kind == "linear":  # Sec. 4
             beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
@@ -103,8 +104,14 @@ def posterior(schedule, x0, xt, t):
     return mean, at(noise_prev**2 / noise**2 * beta, t)  # Eq. 7
 
 
+def known(predict):
+    """Raises UserError unless a network can be asked for that."""
+    run.check(predict in ("eps", "x0", "v"), f"a network cannot predict '{predict}'; it may be eps, x0 or v")
+
+
 def target(schedule, x0, t, eps, predict="eps"):
     """What the network should say: the noise, the image, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
+    known(predict)
     if predict == "v":
         return at(schedule.signal, t) * eps - at(schedule.noise, t) * x0  # Salimans & Ho 2022, App. D
     return eps if predict == "eps" else x0
@@ -112,6 +119,7 @@ def target(schedule, x0, t, eps, predict="eps"):
 
 def to_eps(schedule, xt, t, output, predict="eps"):
     """The noise that the network's output stands for; exact for all three kinds."""
+    known(predict)
     signal, noise = at(schedule.signal, t), at(schedule.noise, t)
     if predict == "v":
         return signal * output + noise * xt
@@ -126,23 +134,29 @@ def loss(model, schedule, x0, predict="eps", t=None, eps=None):
     return F.mse_loss(output.float(), target(schedule, x0, t, eps, predict))  # Eq. 14
 
 
-def step(schedule, xt, t, eps, noise=None):
-    """x_{t-1} from x_t and the predicted noise. Algorithm 2; noise: (B, C, H, W), ignored at the last step, t = 0."""
-    x0 = predict_x0(schedule, xt, t, eps).clamp(-1, 1)  # as the authors' code: no image leaves [-1, 1]
+def step(schedule, xt, t, eps, noise=None, clip=True):
+    """x_{t-1} from x_t and the predicted noise. Algorithm 2; noise: (B, C, H, W), ignored at the last step, t = 0.
+
+    clip: keep x0 in [-1, 1], as the authors' code does; not for latents.
+    """
+    x0 = predict_x0(schedule, xt, t, eps)
+    if clip:
+        x0 = x0.clamp(-1, 1)
     mean, variance = posterior(schedule, x0, xt, t)
     noise = torch.randn_like(xt) if noise is None else noise
     return mean + (t > 0)[:, None, None, None] * variance.sqrt() * noise
 
 
 @torch.no_grad()
-def sample(model, schedule, shape, predict="eps"):
+def sample(model, schedule, shape, predict="eps", clip=True):
     """From noise to images: yields x_T, then x_{t-1} of every step; the last are the samples. Algorithm 2."""
     device = schedule.beta.device
     xt = torch.randn(shape, device=device)
     yield xt
     for i in reversed(range(schedule.steps)):
         t = torch.full((shape[0],), i, device=device)
-        xt = step(schedule, xt, t, to_eps(schedule, xt, t, model(xt, t).float(), predict))
+        eps = to_eps(schedule, xt, t, model(xt, t).float(), predict)
+        xt = step(schedule, xt, t, eps, clip=clip)
         yield xt
 
 
@@ -182,9 +196,14 @@ def train(model, ema, optimizer, schedule, images, cfg, start=0):
         yield value.item()
 
 
+def possible(channels):
+    """Raises UserError if there is no such U-Net for digits."""
+    run.check(1 <= len(channels) <= 2, "--channels takes one or two widths: 14 x 14 positions can be halved once")
+
+
 def build(channels, layers, **_):
     """The U-Net of this chapter: pixels folded 2 x 2, attention at the coarsest resolution."""
-    run.check(1 <= len(channels) <= 2, "--channels takes one or two widths: 14 x 14 positions can be halved once")
+    possible(channels)
     attention = [i == len(channels) - 1 for i in range(len(channels))]
     return UNet(1, channels, layers, attention, patch=2)
 
@@ -198,9 +217,11 @@ def load(path, device="cpu"):
 def main(cfg: Config) -> dict:
     """Train (or load), sample, measure; writes the digits, the film strip, the loss curve and the weights."""
     run.check(min(cfg.steps, cfg.batch, cfg.layers) > 0, "--steps, --batch and --layers must be at least 1")
-    run.check(cfg.lr > 0 and 0 <= cfg.ema < 1, "--lr must be above 0, --ema in [0, 1)")
+    run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
+    run.check(0 < cfg.lr < math.inf and 0 <= cfg.ema < 1, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(cfg.samples >= 6, "--samples must be at least 6, as many as the film shows")
     run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
+    possible(cfg.channels)
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     metrics, state = {}, folder / "state.safetensors"

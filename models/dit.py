@@ -18,6 +18,7 @@ rises and falls.
 """
 
 import copy
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ class Config:
     size: str = "tiny"  # tiny, or the paper's S, B, L, XL
     patch: int = 4  # side of a patch in pixels; half of it is four times the tokens
     dropout: float = 0.1  # share of labels hidden in training, so that the network also learns "no class"
-    ema: float = 0.995  # samples come from a running mean of the weights with this memory
+    ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
     guidance: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6)  # scales to compare; 1 is no guidance
     samples: int = 100  # digits to sample and measure at each guidance scale
     pretrained: bool = False  # start from the shipped weights and skip the training
@@ -63,6 +64,7 @@ class Config:
 
 def position_embedding(dim, size):
     """Where a token stands, in sines and cosines of its column and its row: (size * size, dim). Sec. 3.2, as in MAE."""
+    run.check(dim % 4 == 0, f"a width of {dim} is no multiple of 4: sines, cosines, columns, rows")
     frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(size)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # (size, dim / 2)
@@ -166,10 +168,15 @@ def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
         yield value.item()
 
 
-def build(size, patch, **_):
-    """The network of this chapter, for digits."""
+def possible(size, patch):
+    """Raises UserError if there is no such network for digits."""
     run.check(size in SIZES, f"there is no --size {size}; there are: {', '.join(SIZES)}")
     run.check(patch > 0 and 28 % patch == 0, f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14")
+
+
+def build(size, patch, **_):
+    """The network of this chapter, for digits."""
+    possible(size, patch)
     return DiT(*SIZES[size], patch)
 
 
@@ -188,9 +195,11 @@ def main(cfg: Config) -> dict:
     """Train (or load), sample at every guidance scale, measure; writes the digits, what guidance does, the weights."""
     run.check(min(cfg.steps, cfg.batch, cfg.save_every) > 0, "--steps, --batch and --save-every must be at least 1")
     run.check(cfg.samples >= 10, "--samples must be at least 10, one of each digit")
-    run.check(cfg.lr > 0 and 0 <= cfg.ema < 1, "--lr must be above 0, --ema in [0, 1)")
+    run.check(0 < cfg.lr < math.inf and 0 <= cfg.ema < 1, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(0 <= cfg.dropout < 1, "--dropout must be at least 0 and less than 1")
-    run.check(cfg.guidance and min(cfg.guidance) >= 0, "--guidance takes one or more scales, none of them negative")
+    finite = all(0 <= scale < math.inf for scale in cfg.guidance)
+    run.check(cfg.guidance and finite, "--guidance takes one or more scales, finite and not negative")
+    possible(cfg.size, cfg.patch)
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     metrics, state = {}, folder / "state.safetensors"
@@ -221,15 +230,19 @@ def main(cfg: Config) -> dict:
         with run.autocast(device):
             chain = ddim.sample(guide(model, y.to(device), scale), schedule, noise.to(device), 50, "v")
             digits[scale] = ddim.last(run.bar(chain, 51, name=f"sample, guidance {scale:g}")).cpu()
-        scores[scale] = {"accuracy": accuracy(classifier, digits[scale], y)} | judge(digits[scale])
+        right = accuracy(classifier, digits[scale], y)
+        error = quality.standard_error(right, cfg.samples)
+        scores[scale] = {"accuracy": right, "accuracy_error": error} | judge(digits[scale])
         metrics |= {f"guidance {scale:g}: {k}": v for k, v in scores[scale].items()}
     best = min(scores, key=lambda scale: scores[scale]["frechet"])
     metrics |= {"best_guidance": best, "sample_seconds": clock()}
     figures.rows(folder / "samples.png", {str(k): digits[best][y == k][:8] for k in range(10)})
-    figures.rows(folder / "guidance.png", {f"{scale:g}": x[:10] for scale, x in digits.items()}, range(10))
-    for name, label in (("accuracy", "share of digits asked for"), ("frechet", "Frechet distance")):
+    figures.rows(folder / "guidance.png", {f"scale {scale:g}": x[:10] for scale, x in digits.items()}, range(10))
+    labels = {"accuracy": f"share drawn as asked, of {cfg.samples}", "frechet": "Frechet distance to test digits"}
+    for name, label in labels.items():
         values = [s[name] for s in scores.values()]
-        figures.curves(folder / f"guidance_{name}.png", {label: (list(scores), values)}, "guidance scale", label)
+        curve = {label: (list(scores), values)}
+        figures.curves(folder / f"guidance_{name}.png", curve, "guidance scale (1: none)", label)
     return run.report(folder, metrics, then=f"open {folder}/guidance.png")
 
 

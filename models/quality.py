@@ -11,6 +11,7 @@ Shapes: B or N images, D = 64 features, K = 10 classes.
     python models/quality.py --pretrained   # only the scores
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def recognised(probabilities, confidence=0.9):
     return float((probabilities.max(-1).values >= confidence).float().mean())
 
 
+def standard_error(share, n):
+    """Of a share of n independent trials: with 64 samples a share near 0.7 is known to 0.06 only."""
+    return math.sqrt(share * (1 - share) / n)
+
+
 def score(model, images, real):
     """Both numbers for images (N, 1, 28, 28) in [-1, 1]; `real` are features of test digits, (M, 64)."""
     shape = tuple(images.shape)
@@ -98,8 +104,10 @@ def score(model, images, real):
     features, probabilities = evaluate(model, images)
     spread = probabilities.argmax(-1).bincount(minlength=10) / len(images)
     entropy = float(-(spread * spread.clamp(min=1e-9).log()).sum())
+    share = recognised(probabilities)
     return {
-        "recognised": recognised(probabilities),
+        "recognised": share,
+        "recognised_error": standard_error(share, len(images)),
         "frechet": frechet_distance(features, real),
         "digits_seen": float(torch.tensor(entropy).exp()),  # 10 if all digits come equally often, 1 if one only
     }
@@ -136,7 +144,9 @@ HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}  # where emoji
 
 def picture_features(images):
     """(N, 3, H, W) in [-1, 1] or uint8 -> unit vectors (N, 1280)."""
-    return F.normalize(pretrained.efficientnet_features(pretrained.efficientnet(), images, batch=16))
+    network, parts = pretrained.efficientnet(), images.split(16)
+    shown = run.bar(parts, len(parts), name="features") if len(parts) > 4 else parts
+    return F.normalize(torch.cat([pretrained.efficientnet_features(network, x) for x in shown]))
 
 
 def emoji_features(images):
@@ -212,7 +222,9 @@ def train(model, images, labels, cfg):
 
 def main(cfg: Config) -> dict:
     """Train or load the classifier; score real digits and digits spoiled by noise, blur and repetition."""
-    run.check(cfg.epochs > 0 and cfg.batch > 0, "--epochs and --batch must be at least 1")
+    run.check(cfg.epochs > 0, "--epochs must be at least 1")
+    run.check(8 <= cfg.batch <= 60_000, "--batch must be 8 to 60 000: an eighth is no digit, and there are 60 000")
+    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.seed(cfg.seed)
     folder, where, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     test, labels = data.mnist("test")
@@ -224,7 +236,7 @@ def main(cfg: Config) -> dict:
         model = Classifier().to(where).train()
         losses = list(run.progress(train(model, *data.mnist("train"), cfg), cfg.epochs * (60_000 // cfg.batch)))
         checkpoint.write(folder / "model.safetensors", model.state_dict(), {"class": "Classifier"})
-        figures.curves(folder / "loss.png", {"cross-entropy": losses}, "step", "loss", smooth=50)
+        figures.curves(folder / "loss.png", {"cross-entropy": losses}, "step", "cross-entropy, nats", smooth=50)
         metrics["train_seconds"] = clock()
     real = data.to_float(test)
     features, probabilities = evaluate(model, real)
@@ -241,7 +253,7 @@ def main(cfg: Config) -> dict:
         "one digit only": x[names == 1],
         "pure noise": torch.randn_like(x),
     }
-    for name, images in spoiled.items():
+    for name, images in run.bar(spoiled.items(), len(spoiled), name="score"):
         result = score(model, images.clamp(-1, 1), features)
         metrics |= {f"{name}: {k}": v for k, v in result.items()}
     figures.rows(folder / "spoiled.png", {name: images[:10] for name, images in spoiled.items()})

@@ -17,6 +17,7 @@ schedule (see ddpm.py).
 """
 
 import copy
+import math
 import os
 import textwrap
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models import autoencoder, ddim, ddpm, quality
 from models.unet import UNet
 from utils import checkpoint, data, figures, pretrained, run
+from utils.text import clean, plain, printable
 
 WEIGHTS = Path(__file__).parent / "weights" / "stable_diffuser.safetensors"
 
@@ -37,7 +39,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "stable_diffuser.safetensors"
 class Config:
     """Train a text-to-image model on emoji and their names, draw prompts, measure."""
 
-    prompt: str = ""  # draw this, eight times
+    prompt: str = ""  # draw this, eight times; without it, draw known prompts and measure
     negative: str = ""  # and steer away from this
     guidance: float = 3.0  # 1: the prompt as it is; more: the prompt exaggerated
     sampling_steps: int = 50  # DDIM steps per image
@@ -55,7 +57,10 @@ class Config:
 
 
 class TextEncoder:
-    """Captions -> word features (N, L, E) and a mask (N, L), True where there is a word. Sec. 3.3's tau, frozen."""
+    """Captions -> word features (N, L, E) and a mask (N, L), True where there is a word. Sec. 3.3's tau, frozen.
+
+    Raises UserError for a caption of more than L tokens, of which two are the marks of start and end.
+    """
 
     def __init__(self, device="cpu", words=16):
         self.tokenizer, self.model = pretrained.minilm(device)
@@ -64,9 +69,13 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, captions, batch=256):
         states, masks = [], []
-        length = dict(padding="max_length", truncation=True, max_length=self.words)
         for i in range(0, len(captions), batch):
-            tokens = self.tokenizer(captions[i : i + batch], return_tensors="pt", **length).to(self.model.device)
+            part = [plain(caption, self.tokenizer) for caption in captions[i : i + batch]]
+            tokens = self.tokenizer(part, padding="max_length", max_length=self.words, verbose=False)
+            for caption, ids in zip(part, tokens["input_ids"]):
+                needed = f"has {len(ids) - 2} tokens and the network reads {self.words - 2}: say it shorter"
+                run.check(len(ids) <= self.words, f'"{printable(caption)}" {needed}')
+            tokens = tokens.convert_to_tensors("pt").to(self.model.device)
             states.append(self.model(**tokens).last_hidden_state)
             masks.append(tokens["attention_mask"].bool())
         return torch.cat(states), torch.cat(masks)
@@ -208,21 +217,25 @@ def main(cfg: Config) -> dict:
     sizes = (cfg.steps, cfg.batch, cfg.sampling_steps)
     run.check(min(sizes) > 0, "--steps, --batch and --sampling-steps must be at least 1")
     run.check(cfg.sampling_steps <= 1000, "--sampling-steps: the schedule has 1000 steps and no more")
-    run.check(cfg.lr > 0, "--lr must be above 0")
+    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.check(not (cfg.pretrained and cfg.autoencoder), "the shipped weights belong to the shipped --autoencoder")
     run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
     run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
-    run.check(cfg.guidance >= 0, "--guidance must not be negative")
-    run.check(cfg.guidance != 1 or not cfg.negative, "--negative needs a --guidance other than 1 to steer with")
+    run.check(0 <= cfg.guidance < math.inf, "--guidance must be finite and not negative")
+    run.check(cfg.guidance > 1 or not cfg.negative, "--negative needs a --guidance above 1: less steers towards it")
     run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
+    for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
+        run.check(not words or words.strip(), f"{flag} is blank: name what to draw, or leave it out")
+        run.check(clean(words) == words, f"{flag} holds bytes that are no UTF-8: write it in a UTF-8 terminal")
     run.check(cfg.channels and all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32")
     run.check(len(cfg.channels) <= 4, "--channels takes up to four widths: 8 x 8 positions can be halved three times")
     run.seed(cfg.seed)
+    coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
+    text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
+    text([cfg.prompt, cfg.negative])  # too long is said now, not after the training
     folder, clock = run.output(cfg.out, cfg), run.Clock()
     images, captions, _ = data.emoji(64)
     held_out = torch.tensor(autoencoder.split(captions))
-    coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
-    text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
     shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
     metrics, state = {}, folder / "state.safetensors"
     if cfg.pretrained:

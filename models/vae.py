@@ -210,6 +210,8 @@ def main(cfg: Config) -> dict:
     """Train every variant, measure on the test digits, and draw."""
     sizes = (cfg.steps, cfg.batch, cfg.hidden, *cfg.channels)
     run.check(min(sizes) > 0, "--steps, --batch, --hidden and --channels must be at least 1")
+    run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
+    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.check(cfg.samples >= 64, "--samples must be at least 64, as many as the figures show")
     run.check(cfg.latents and min(cfg.latents) > 1, "--latents must be numbers from 2 on: a map has two axes")
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
@@ -223,7 +225,7 @@ def main(cfg: Config) -> dict:
     test, labels = data.mnist("test")
     test = data.to_float(test)
     judge, codes, samples = quality.judge(device), {}, {}
-    for name, model in models.items():
+    for name, model in run.bar(models.items(), len(models), name="measure"):
         result, codes[name] = measure(model, test)
         samples[name] = sample(model, cfg.samples)
         metrics |= {f"{name}: {k}": v for k, v in (result | judge(samples[name])).items()}
