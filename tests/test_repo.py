@@ -107,10 +107,10 @@ def test_make_installs_once(tmp_path):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     plan = lambda: subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True).stdout  # noqa: E731
-    assert "pip install" in plan() and "models/ddpm.py" in plan()
+    assert "pip install" in plan() and "utils.demo" in plan()
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "ready").touch()
-    assert "pip install" not in plan() and "models/ddpm.py" in plan()
+    assert "pip install" not in plan() and "utils.demo" in plan()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests/mutants").glob("*.toml")), ids=lambda p: p.stem)

@@ -1,7 +1,7 @@
 """Four results in a few minutes, from the shipped weights: `make demo`, or python -m utils.demo
 
-Each is a command of the book as a reader would type it. What they write is gathered on one page, outputs/demo/index.html,
-every result above the command that made it.
+Each is a command of the book as a reader would type it. What they write is gathered on one page,
+outputs/demo/index.html, every result above the command that made it.
 """
 
 import html
@@ -35,8 +35,9 @@ RESULTS = (
         "A language model that sees: LLaVA names fruit",
         "python models/llava.py --samples 8",
         "answers.png",
-        "A vision encoder turns each photo into nine tokens; a language model of 135 million parameters reads them and "
-        "answers. No photo here was seen in training. It was taught fruit and nothing else: shown a bus, it names a fruit.",
+        "A vision encoder turns each photo into nine tokens; a language model of 135 million parameters reads them "
+        "and answers: above each photo its answer, green if right, below the truth. No photo here was seen in "
+        "training. It was taught fruit and nothing else: shown a bus, it names a fruit.",
         "python finetune/llava.py",
         "models/README.md",
     ),
@@ -44,7 +45,8 @@ RESULTS = (
         "Text to image: latent diffusion draws emoji",
         'python models/stable_diffuser.py --pretrained --prompt "red apple" --sampling-steps 25',
         "prompt.png",
-        "Eight draws of the prompt “red apple”, each from other noise, by 25 steps of DDIM in the latents of an autoencoder.",
+        "Eight draws of the prompt “red apple”, each from other noise, by 25 steps of DDIM in the latents of an "
+        "autoencoder.",
         "python models/stable_diffuser.py",
         "models/README.md",
     ),
@@ -60,21 +62,45 @@ RESULTS = (
         "Retrieval-augmented generation: a question answered from manuals",
         "python rag/raw_rag.py --distractors 300 --limit 0",
         "",
-        "A sample of the manuals of Django, Celery and Scrapy: the passages found, the answer of a small language model "
-        "without them, and with them.",
+        "A sample of the manuals of Django, Celery and Scrapy: the passages found, the answer of a small language "
+        "model without them, and with them.",
         "python rag/raw_rag.py",
         "rag/README.md",
     ),
 )
 
 STYLE = """
-body { font: 17px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #1a1a1a; background: #fff }
+h1 { line-height: 1.2 }
+h2 { margin-top: 3rem }
+a { color: #0b57d0 }
 img { max-width: 100%; border: 1px solid #ddd; border-radius: 6px; background: #fff }
-pre { background: #f2f2f2; padding: .7rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; font-size: 14px }
-h1 { line-height: 1.2 } h2 { margin-top: 3rem } a { color: #0b57d0 }
+pre { padding: .7rem 1rem; border-radius: 6px; white-space: pre-wrap; font-size: 14px; background: #f2f2f2 }
 @media (prefers-color-scheme: dark) {
-  body { color: #e8e8e8; background: #161616 } pre { background: #262626 } img { border-color: #333 } a { color: #8ab4f8 }
+  body { color: #e8e8e8; background: #161616 }
+  pre { background: #262626 }
+  img { border-color: #333 }
+  a { color: #8ab4f8 }
 }
+"""
+
+SECTION = """
+<h2>{title}</h2>
+{shown}
+<p>{words}</p>
+<pre>{command}</pre>
+<p>{seconds:.0f} seconds here. To train one: <code>{train}</code>. To read: <a href="{up}{page}">{page}</a>.</p>
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>VLM-Action: four results</title><style>{style}</style></head><body>
+<h1>VLM-Action: four results</h1>
+<p>All of them come from weights that this repository ships or fetched as a package, made by the commands that stand
+below each.</p>
+{sections}
+</body></html>
 """
 
 
@@ -100,32 +126,21 @@ def run(result: Result, number: int, folder: Path) -> tuple[str, float]:
     return "".join(lines), time.monotonic() - start
 
 
-def section(result: Result, number: int, said: str, seconds: float) -> str:
-    """One result as HTML: the figure or the text, then the command."""
-    name = f"{number}"
+def section(result: Result, number: int, said: str, seconds: float, up: str = "../../") -> str:
+    """One result as HTML: the figure or the text, then the command. `up` leads from the page to the repository."""
+    title = html.escape(result.title)
     if result.figure:
-        shown = f'<p><img src="{name}/{result.figure}" alt="{html.escape(result.title)}"></p>'
+        shown = f'<p><img src="{number}/{result.figure}" alt="{title}"></p>'
     else:
-        shown = f"<pre>{html.escape(said[: said.find('written to')].strip())}</pre>"
-    return f"""
-<h2>{html.escape(result.title)}</h2>
-{shown}
-<p>{html.escape(result.words)}</p>
-<pre>{html.escape(result.command)}</pre>
-<p>{seconds:.0f} seconds here. To train one: <code>{html.escape(result.train)}</code>. To read: <a href="{"../" * 2}{result.page}">{result.page}</a>.</p>
-"""
+        shown = f"<pre>{html.escape(said.split('written to')[0].strip())}</pre>"
+    words, command = html.escape(result.words), html.escape(result.command)
+    about = {"title": title, "shown": shown, "words": words, "command": command, "seconds": seconds}
+    return SECTION.format(**about, train=html.escape(result.train), up=up, page=result.page)
 
 
 def page(sections: list[str]) -> str:
     """The whole page: no script, no font, nothing from elsewhere."""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>VLM-Action: four results</title><style>{STYLE}</style></head><body>
-<h1>VLM-Action: four results</h1>
-<p>All of them come from weights that this repository ships or fetched as a package, made by the commands that stand below each.</p>
-{"".join(sections)}
-</body></html>
-"""
+    return PAGE.format(style=STYLE, sections="".join(sections))
 
 
 def main(cfg: Config) -> dict:
