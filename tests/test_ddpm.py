@@ -231,11 +231,11 @@ def by_hand(goal, cfg, decay, weight=3.0, mean=-7.0):
     return losses, weights, means
 
 
-def followed(train, goal, cfg, decay):
+def followed(train, goal, cfg, decay, network=OneWeight):
     """`train(model, ema, optimizer)` does what `by_hand` does, step by step."""
-    model, ema = OneWeight(), OneWeight(-7.0).requires_grad_(False)
+    model, ema = network(), network(-7.0).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=123.0)  # the rate comes from the schedule
-    found = [(value, float(model.weight), float(ema.weight)) for value in train(model, ema, optimizer)]
+    found = [(value, model.weight.item(), ema.weight.item()) for value in train(model, ema, optimizer)]
     for mine, expected in zip(zip(*found), by_hand(goal, cfg, decay)):
         assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert len(found) == cfg.steps

@@ -1,21 +1,19 @@
 """models/dit.py: equal to diffusers' DiT, as large as the paper's, nothing at first, steered by class and guidance."""
 
+import copy
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ddim, ddpm, dit
+from models import ddim, ddpm, dit, quality
 from tests.conftest import gradients
-from utils import checkpoint, data, run
+from tests.test_ddpm import OneWeight, Spy, command, followed, one_line, only_noise, part_of, same
+from utils import checkpoint, data
+from utils.run import UserError
 
-ROOT = Path(__file__).parent.parent
 TINY = {"depth": 3, "width": 32, "heads": 2, "patch": 2, "image": 8, "channels": 3, "classes": 5}
 BLOCK = {  # ours -> diffusers', inside a block
     "adaln.1": "norm1.linear",
@@ -124,6 +122,11 @@ def test_position_embedding_equals_diffusers(parity, dim, size):
     parity("DiT", "dit.position_embedding", "diffusers get_2d_sincos_pos_embed", ours, theirs, 1e-6)
 
 
+def test_position_embedding_refuses_a_width_that_is_no_multiple_of_four():
+    with pytest.raises(UserError, match="30"):
+        dit.position_embedding(30, 4)
+
+
 TABLE_4 = [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)]
 
 
@@ -218,6 +221,93 @@ def test_drop_labels():
     assert (shares - 0.1).abs().max() < 0.03
 
 
+class Names(OneWeight):
+    """One weight for every answer; three classes, and "no class"."""
+
+    def __init__(self, weight=3.0):
+        super().__init__(weight)
+        self.label = torch.nn.Embedding(4, 1).requires_grad_(False)
+
+
+def test_training_by_hand():
+    """Rate, zeroed gradients, clipping and EMA of every step; the target v is -x0 where the schedule is only noise."""
+    cfg = dit.Config(steps=7, batch=4, lr=40.0, ema=0.25)
+    white, labels = torch.full((8, 1, 4, 4), 255, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
+    rest = only_noise(), white, labels, cfg
+    followed(lambda *parts: dit.train(*parts, *rest), -1.0, cfg, 0.25, Names)
+
+
+def test_training_hides_labels_behind_the_null_class_and_keeps_images_with_their_labels():
+    """A picture's grey is its label here; half of the labels are hidden, as the flag says."""
+    labels = torch.arange(3).repeat(40)
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) * 100
+    model, seen = Names(), []
+    schedule = ddpm.Schedule()
+    schedule.signal, schedule.noise = torch.ones(1000), torch.zeros(1000)  # xt is x0
+
+    def forward(xt, t, y):
+        seen.append((data.to_uint8(xt)[:, 0, 0, 0] // 100, y))
+        return model.weight.expand_as(xt)
+
+    model.forward = forward
+    rest = copy.deepcopy(Names()).requires_grad_(False), torch.optim.SGD(model.parameters()), schedule, images, labels
+    list(dit.train(model, *rest, dit.Config(steps=20, batch=30, dropout=0.5)))
+    grey, asked = (torch.cat(x) for x in zip(*seen))
+    hidden = asked == 3
+    assert torch.equal(asked[~hidden], grey[~hidden].long()) and len(grey) == 600
+    assert 0.4 < hidden.float().mean() < 0.6
+
+
+def test_accuracy_compares_with_the_class_asked_for(monkeypatch):
+    said = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 2]), 10).float()
+    monkeypatch.setattr(quality, "evaluate", lambda classifier, images: (None, said))
+    assert dit.accuracy(None, torch.zeros(4, 1, 28, 28), torch.tensor([0, 1, 2, 3])) == 0.75
+
+
+def test_main_asks_the_ema_for_every_digit_at_every_scale(monkeypatch, tmp_path):
+    """One noise for all scales; classes in turn; written is what was sampled; the best has the least distance."""
+    spy, asked, judged = Spy(monkeypatch, ddpm), [], []
+    monkeypatch.setitem(dit.SIZES, "tiny", (1, 16, 2))
+    monkeypatch.setattr(quality, "load", lambda device: None)
+    monkeypatch.setattr(dit, "accuracy", lambda classifier, images, y: asked[-1].update(y=y) or 0.25)
+    monkeypatch.setattr(quality, "judge", lambda device: judge)
+
+    def guide(model, y, scale):
+        asked.append({"model": model, "classes": y, "scale": scale})
+        return asked[-1]
+
+    def sample(network, schedule, noise, n, predict="eps", *_, **__):
+        network.update(noise=noise, n=n, predict=predict, schedule=schedule)
+        yield torch.full_like(noise, network["scale"] / 10)
+
+    def judge(images):
+        judged.append(float(images.mean()))
+        return {"recognised": 0.5, "frechet": {0.1: 3.0, 0.2: 1.0, 0.4: 2.0}[round(judged[-1], 2)]}
+
+    monkeypatch.setattr(dit, "guide", guide)
+    monkeypatch.setattr(ddim, "sample", sample)
+    cfg = dit.Config(steps=3, batch=8, samples=11, guidance=(1, 2, 4), ema=0.5, out=str(tmp_path))
+    metrics = dit.main(cfg)
+    assert [a["scale"] for a in asked] == [1, 2, 4]
+    for a in asked:
+        assert torch.equal(a["noise"], asked[0]["noise"]) and a["noise"].shape == (11, 1, 28, 28)
+        assert a["classes"].tolist() == a["y"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+        assert (a["n"], a["predict"]) == (50, "v")
+        assert torch.equal(a["schedule"].alpha_bar, ddpm.Schedule(kind="cosine").alpha_bar)
+    written = checkpoint.read(tmp_path / "model.safetensors")[0]
+    state = checkpoint.read(tmp_path / "state.safetensors")[0]
+    assert same(written, part_of(state, "ema")) and same(written, asked[0]["model"].state_dict())
+    assert not same(written, part_of(state, "model"))
+    assert (
+        metrics["best_guidance"] == 2
+        and metrics["guidance 4: frechet"] == 2.0
+        and judged == pytest.approx([0.1, 0.2, 0.4])
+    )
+    assert metrics["guidance 2: accuracy_error"] == pytest.approx((0.25 * 0.75 / 11) ** 0.5)
+    for label, row in spy.strips["samples.png"].items():  # of the best scale, each digit in its row
+        assert len(row) == (2 if label == "0" else 1) and float(row.mean()) == pytest.approx(0.2)
+
+
 def test_learns_digits_and_their_names():
     """A minute network and 64 real zeros and ones: the loss falls, and a wrong name makes it worse."""
     images, labels = data.mnist("test")
@@ -246,26 +336,22 @@ def test_learns_digits_and_their_names():
 
 def test_command(tmp_path):
     """The README's command with small numbers: every file it promises, and weights that load again."""
-    flags = f"--steps 3 --batch 8 --samples 10 --guidance 1 2 --out {tmp_path}".split()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "models/dit.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = command(*f"--steps 2 --batch 8 --samples 10 --guidance 2 --out {tmp_path}".split(), script="dit")
     assert done.returncode == 0, done.stderr[-2000:]
     files = {p.name for p in tmp_path.iterdir()}
     figures = {"loss.png", "samples.png", "guidance.png", "guidance_accuracy.png", "guidance_frechet.png"}
     assert files == figures | {"config.json", "metrics.json", "model.safetensors", "state.safetensors"}
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for scale in (1, 2):
-        assert {f"guidance {scale}: {k}" for k in ("accuracy", "recognised", "frechet")} <= metrics.keys()
+    assert {f"guidance 2: {k}" for k in ("accuracy", "accuracy_error", "recognised", "frechet")} <= metrics.keys()
     assert "next:" in done.stdout
     model, _, meta = dit.load(tmp_path / "model.safetensors")
-    assert meta["steps"] == 3 and model.head.weight.abs().max() > 0
+    assert meta["steps"] == 2 and model.head.weight.abs().max() > 0
 
 
 def test_resume_is_bit_exact(tmp_path, monkeypatch):
     """Six steps, and six steps killed in the fifth after a checkpoint at the third, end in the same bits."""
-    images, labels = data.mnist("test")
-    monkeypatch.setattr(data, "mnist", lambda _: (images[:200], labels[:200]))
+    Spy(monkeypatch, ddpm)
+    monkeypatch.setattr(ddim, "sample", lambda network, schedule, noise, *_: iter([noise]))
     monkeypatch.setitem(dit.SIZES, "tiny", (2, 32, 2))
     flags = {"steps": 6, "batch": 8, "samples": 10, "guidance": (1,), "save_every": 3}
     dit.main(dit.Config(**flags, out=str(tmp_path / "whole")))
@@ -299,13 +385,16 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
         (["--samples", "5"], "--samples"),
         (["--dropout", "1"], "--dropout"),
         (["--guidance", "-1"], "--guidance"),
+        (["--guidance", "1", "nan"], "--guidance"),
+        (["--guidance", "inf"], "--guidance"),
+        (["--lr", "inf"], "--lr"),
         (["--batch", "70000"], "--batch"),
         (["--resume"], "no checkpoint"),
         (["--device", "cuda:99"], "--device"),
     ],
 )
 def test_bad_flags_give_one_line(flags, word, tmp_path, monkeypatch, capsys):
-    error = one_line([*flags, "--out", str(tmp_path)], monkeypatch, capsys)
+    error = one_line(dit, [*flags, "--out", str(tmp_path)], monkeypatch, capsys)
     assert word in error
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -321,21 +410,9 @@ def test_damaged_checkpoint_gives_one_line_and_stays(damage, tmp_path, monkeypat
     if damage == "cut":
         content = content[:-100]
     state.write_bytes(content)
-    error = one_line(["--resume", "--out", str(tmp_path)], monkeypatch, capsys)
+    error = one_line(dit, ["--resume", "--out", str(tmp_path)], monkeypatch, capsys)
     assert {"bit": "damaged", "cut": "not a whole", "other": "other settings"}[damage] in error
     assert state.read_bytes() == content
     if damage == "bit":
         monkeypatch.setattr(dit, "WEIGHTS", state)
-        assert "damaged" in one_line(["--pretrained", "--out", str(tmp_path / "new")], monkeypatch, capsys)
-
-
-def one_line(flags, monkeypatch, capsys):
-    """Run the command in this process; it must end with exit code 2 and one line on stderr, which is returned."""
-    monkeypatch.setattr(sys, "argv", ["dit.py", *flags])
-    with pytest.raises(SystemExit) as stopped:
-        run.cli(dit.main, dit.Config)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    lines = [line for line in error.splitlines() if "error" in line]
-    assert len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
+        assert "damaged" in one_line(dit, ["--pretrained", "--out", str(tmp_path / "new")], monkeypatch, capsys)
