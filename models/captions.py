@@ -18,7 +18,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from utils import data, figures, run
@@ -179,17 +178,32 @@ def likeliest(log_p, lengths=None):
     return int(np.argmax(np.asarray(log_p, float) / (1 if lengths is None else np.asarray(lengths))))
 
 
+NEGATIONS = {"not", "no", "nor", "neither", "never", "without", "cannot"}
+
+
 def match_choice(text, choices):
     """Index of the choice that a free text names, or None, which counts as wrong.
 
-    It names a choice by its letter, "(b)", or by its words anywhere; of several the longest, if no other is as long.
+    It names a choice by being it, by its letter, "(b)", or by its words anywhere; of several the longest, if no other
+    is as long. What the text denies it does not name: "not a cat, a dog" is the dog.
     """
+    same = [i for i, c in enumerate(choices) if c.strip().lower() == text.strip().lower()]
+    if len(same) == 1:
+        return same[0]
     letter = re.fullmatch(r"\(?([a-z])[).:]?", text.strip().lower())
     if letter and ord(letter[1]) - ord("a") < len(choices):
         return ord(letter[1]) - ord("a")
-    text, choices = f" {normalise(text)} ", [f" {normalise(c)} " for c in choices]
-    inside = sorted((-len(c), i) for i, c in enumerate(choices) if c.strip() and c in text)
+    said = f" {normalise(text)} "
+    wanted = [f" {normalise(c)} " for c in choices]
+    inside = sorted((-len(c), i) for i, c in enumerate(wanted) if c.strip() and c in said and not denied(text, c))
     return None if not inside or (len(inside) > 1 and inside[0][0] == inside[1][0]) else inside[0][1]
+
+
+def denied(text, choice):
+    """Does a negation stand before the choice in every clause that has it? Clauses end at , . ; : ! ? and "but"."""
+    clauses = [f" {normalise(part)} " for part in re.split(r"[,.;:!?](?:\s|$)|\bbut\b", text)]
+    before = [clause.partition(choice)[0].split() for clause in clauses if choice in clause]
+    return bool(before) and all(any(w in NEGATIONS or w.endswith("n't") for w in words) for words in before)
 
 
 # Damage: words that say the same, words that say something else, and words that are lost.
@@ -249,6 +263,8 @@ def whole_captions(captions, rng):
 
 def draw(path, shares, curves, table, examples):
     """Above: each score, as a share of that of the untouched captions, against the damage. Below: damages by name."""
+    import matplotlib.pyplot as plt
+
     figure = plt.figure(figsize=(8, 7.8))
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 2.1), hspace=0.27)
     perfect = table["nothing"]

@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ class Config:
 
 
 def mlp(depth, dim_in, dim_out):
-    """mlp2x_gelu and the like: `depth` matrices, GELU between them. LLaVA-1.5, Sec. 3.2."""
+    """mlp2x_gelu and the like: `depth` matrices, GELU between them. LLaVA-1.5, Sec. 3.3."""
     layers = [nn.Linear(dim_in, dim_out)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(dim_out, dim_out)]
@@ -152,7 +151,8 @@ class Perceiver(nn.Module):
     """M learned latents ask the picture, again in every layer: any number of tokens becomes M. Flamingo, Sec. 2.1.
 
     kv_heads: keys and values that groups of heads share; joined: latents are among the keys; modern: RMSNorm and a
-    gated feed-forward (Idefics2), else LayerNorm and ReLU (Flamingo's, as Idefics has it).
+    gated feed-forward (Idefics2), else LayerNorm and ReLU as in Idefics, its counterpart in transformers; the paper has
+    squared ReLU here too (its appendix, hyper-parameters).
     """
 
     def __init__(
@@ -278,6 +278,8 @@ def looks(join, x):
 
 def draw(path, photo, maps, joins):
     """A photo, and for each connector where its tokens come from: each token a colour, blended by how much it looks."""
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(joins) + 1, figsize=(1.55 * (len(joins) + 1), 2))
     axes[0].imshow(photo.permute(1, 2, 0))
     axes[0].set_title("photo", fontsize=8)

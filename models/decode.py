@@ -18,12 +18,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from einops import rearrange
 
 from utils import data, figures, pretrained, run
 from utils.run import check
+from utils.text import clean, plain
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,38 @@ class Config:
     chat: bool = False  # put the prompt as a question to the assistant
     model: str = "smollm2"  # or a local folder, or a hub id
     max_new_tokens: int = 64  # tokens of each continuation
+    max_prompt: int = 512  # tokens of the longest prompt that is read: each of seven ways reads it
     passages: int = 6  # paragraphs of real manuals to go on with: the first 24 tokens are the prompt
     beams: int = 4  # sentences that beam search keeps
     length_penalty: float = 1.0  # a finished sentence scores sum log p / length ** this
     temperature: float = 0.7  # below 1 likely tokens get likelier
     top_k: int = 40
     top_p: float = 0.9
-    repetition: float = 1.3  # penalty of a token that was there before; 1 is none
+    repetition: float = 1.3  # penalty of a token that was there before, in the prompt too; 1 is none
     seed: int = 0  # same seed, same dice
     device: str = "auto"
     out: str = "outputs/decode"
+
+
+def ends(tokenizer, model=None):
+    """The ids that end a text, in order: the tokenizer's, and those of the model's generation_config, often several."""
+    named = [tokenizer.eos_token_id]
+    config = getattr(model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    named += more if isinstance(more, (list, tuple)) else [more]
+    return sorted({i for i in named if i is not None})
+
+
+def check_length(model, tokens, new, most=None):
+    """Raises UserError unless a prompt of so many tokens and so many new ones fit into the model's positions.
+
+    Past its table of positions a model crashes (GPT-2) or prints noise (rotary ones). most: tokens of a prompt that one
+    is ready to wait for.
+    """
+    check(most is None or tokens <= most, f"the prompt has {tokens} tokens, --max-prompt is {most}: shorten the prompt")
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    fits = room is None or tokens + new <= room
+    check(fits, f"{tokens} tokens of prompt and {new} new ones, but the model has {room} positions: ask for fewer")
 
 
 def forward(model, mask, cache=None, **new):
@@ -73,6 +95,13 @@ def start(model, input_ids=None, inputs_embeds=None, attention_mask=None):
     return logits, cache, mask, seen if input_ids is None else seen.scatter_add(1, x, mask.to(seen.dtype))
 
 
+def width_of(prompt):
+    """N, tokens of the longest prompt; 0 if there is none, which `start` refuses."""
+    found = prompt.get("input_ids")
+    found = prompt.get("inputs_embeds") if found is None else found
+    return 0 if found is None else found.shape[1]
+
+
 def longer(mask):
     """(B,N) -> (B,N+1): the token that was just made is seen from now on."""
     return torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -88,7 +117,7 @@ def repetition_penalty(logits, seen, penalty):
     """Make tokens that were there before less likely: (B,V), counts (B,V) -> (B,V). Keskar et al. 2019, Sec. 4.1.
 
     The paper divides every logit, which makes a token with a negative one likelier: these are multiplied, as in
-    transformers.
+    transformers. Words of the prompt count, too: never use it where an answer is to be copied from a passage.
     """
     return torch.where(seen > 0, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -133,6 +162,7 @@ def stream(model, pick=likeliest, max_new_tokens=40, eos=None, pad=0, repetition
     fit together. eos: the ids that end a text.
     """
     check(max_new_tokens > 0 and repetition > 0, "max_new_tokens must be at least 1, the repetition penalty above 0")
+    check_length(model, width_of(prompt), max_new_tokens)
     logits, cache, mask, seen = start(model, **prompt)
     going = mask[:, -1] > 0
     for i in range(max_new_tokens):
@@ -167,6 +197,8 @@ def beam(
     and none that goes on could score better at its present length (early_stopping: when K have ended).
     """
     check(1 <= num_return <= beams and max_new_tokens > 0, "beams must be at least num_return, and both at least 1")
+    check(repetition > 0, "the repetition penalty must be above 0")
+    check_length(model, width_of(prompt), max_new_tokens)
     logits, cache, mask, seen = start(model, **prompt)
     prompts, vocabulary = logits.shape
     cache.batch_repeat_interleave(beams)  # the prompt is read once, and its keys and values are copied to all beams
@@ -270,6 +302,16 @@ def left_padded(prompts, pad, device="cpu"):
     return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
+def prompt_ids(tokenizer, prompt, chat):
+    """A text to go on with, or a question to the assistant, in which no word is a command -> ids."""
+    if not chat:
+        return tokenizer(clean(prompt))["input_ids"]
+    check(tokenizer.chat_template, "--chat: this model has no chat template; leave it out")
+    turn = [{"role": "user", "content": plain(prompt, tokenizer)}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them already
+
+
 def judge(model, tokens, eos, **prompt):
     """Each new text up to its end: [(log p of each token (T,), share of 4-grams that are repeated)]."""
     log_p = log_probs(model, tokens, **prompt).cpu()
@@ -279,6 +321,8 @@ def judge(model, tokens, eos, **prompt):
 
 def draw(path, judged):
     """Left: how likely each token of one text is, as Holtzman et al., Fig. 2. Right: all texts, likely against dull."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.2, 1))
     search, human = list(judged)[1], list(judged)[-1]
     dullest = max(range(len(judged[human])), key=lambda i: judged[search][i][1])
@@ -303,21 +347,22 @@ def draw(path, judged):
 def main(cfg: Config) -> dict:
     """Decode one prompt and the beginnings of real paragraphs in seven ways; writes texts, a table and the figure."""
     check(cfg.prompt.strip(), "--prompt is empty")
-    check(min(cfg.max_new_tokens, cfg.beams, cfg.passages, cfg.top_k) > 0, "numbers of tokens, beams ... start at 1")
+    numbers = (cfg.max_new_tokens, cfg.max_prompt, cfg.beams, cfg.passages, cfg.top_k)
+    check(min(numbers) > 0, "numbers of tokens, beams ... start at 1")
     dice(cfg.temperature, cfg.top_k, cfg.top_p)  # raises UserError if one of them makes no sense
     check(cfg.repetition > 0, "--repetition must be above 0; 1 is no penalty")
     run.seed(cfg.seed)
     device = run.device(cfg.device)
     known = cfg.model == "smollm2"
     tokenizer, model = pretrained.smollm2(device) if known else pretrained.language_model(cfg.model, device)
-    eos = tokenizer.eos_token_id
-    pad = 0 if eos is None else eos
+    eos = ends(tokenizer, model)
+    pad = tokenizer.eos_token_id or 0
+    asked = prompt_ids(tokenizer, cfg.prompt, cfg.chat)
+    check_length(model, max(len(asked), 24), cfg.max_new_tokens, max(cfg.max_prompt, 24))
     beginnings, theirs = passages(tokenizer, cfg.passages, cfg.max_new_tokens)
-    turn = [{"role": "user", "content": cfg.prompt}]
-    asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) if cfg.chat else cfg.prompt
-    prompt = left_padded([tokenizer(asked)["input_ids"], *beginnings], pad, device)
+    prompt = left_padded([asked, *beginnings], pad, device)
     folder = run.output(cfg.out, cfg)
-    print(cfg.prompt)
+    print(clean(cfg.prompt))
     texts, judged = {}, {}
     for name, way in ways(model, cfg, eos=eos, pad=pad).items():
         tokens = way(prompt)
@@ -331,6 +376,8 @@ def main(cfg: Config) -> dict:
         rows[name] = {"tokens": mean([len(x) for x, _ in some]), "log p": mean([x.sum().item() for x, _ in some])}
         rows[name] |= {"a token": mean([x.mean().item() for x, _ in some]), "repeated": mean([y for _, y in some])}
     run.write_json(folder / "texts.json", texts)
+    if cfg.repetition > 1:
+        print(f"\npenalty {cfg.repetition:g} counts words of the prompt, too: not for answers out of a passage")
     print()
     return run.report(folder, rows, then=f"open {folder}/decode.png")
 

@@ -13,17 +13,18 @@ Shapes: features (B,N,D) of B photos, C names.
     python models/evaluate_vlm.py --model outputs/llava_finetune/model.safetensors
 """
 
+import math
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import captions, llava, llava_io, tower
+from models import captions, decode, llava, llava_io, tower
 from utils import data, figures, run
 from utils.run import check
+from utils.text import plain
 
 QUESTION = "What fruit is this?"
 
@@ -50,21 +51,23 @@ def asked(tokenizer, model, prompt, features):
     )
 
 
-def ending(tokenizer):
-    """The ids that end an answer."""
-    word = tokenizer.convert_tokens_to_ids(llava.STYLES[llava.style(tokenizer)][2])
-    return sorted({i for i in (word, tokenizer.eos_token_id) if i is not None})
-
-
 @torch.no_grad()
 def likelihoods(tokenizer, model, features, names, prompt=QUESTION):
-    """log p(name and the end of it | photo, question) -> (B,C). The question is read once, each name after it."""
+    """log p(name and the end of it | photo, question) -> (B,C). The question is read once, each name after it.
+
+    Raises UserError for a name without a word, or a tokenizer without a word that ends an answer.
+    """
     embeds = asked(tokenizer, model, prompt, features)
+    end = llava.end_of_answer(tokenizer)
+    check(end, "the tokenizer has no word that ends an answer: set its eos_token")
+    end_id = tokenizer.convert_tokens_to_ids(end)
     out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
     first, cache, scores = out.logits[:, -1].float().log_softmax(-1), out.past_key_values, []
     for name in names:
-        ids = tokenizer(name, add_special_tokens=False, return_tensors="pt").input_ids.to(embeds.device)
-        ids = torch.cat([ids, ids.new_tensor([[ending(tokenizer)[-1]]])], 1).expand(len(embeds), -1)
+        ids = tokenizer(plain(name, tokenizer), add_special_tokens=False).input_ids
+        check(ids, f"a name of no words cannot be scored: {name!r}")
+        decode.check_length(model.language, embeds.shape[1], len(ids) + 1)
+        ids = torch.tensor([[*ids, end_id]], device=embeds.device).expand(len(embeds), -1)
         more = model.language(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
         rest = more.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         scores.append(first[:, ids[0, 0]] + rest.sum(1))
@@ -76,9 +79,11 @@ def likelihoods(tokenizer, model, features, names, prompt=QUESTION):
 def spoken(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
     """What the model says about each photo, greedily -> texts."""
     embeds = asked(tokenizer, model, prompt, features)
+    decode.check_length(model.language, embeds.shape[1], max_new_tokens)
     new = model.language.generate(
         inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ending(tokenizer),
+        max_new_tokens=max_new_tokens, eos_token_id=llava.ends(tokenizer, model.language) or None,
+        pad_token_id=tokenizer.pad_token_id, **llava.GREEDY,
     )  # fmt: skip
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -163,14 +168,33 @@ def split(fruit, judged=0, seed=0):
     return torch.from_numpy(learn), torch.from_numpy(unseen)
 
 
-def yardsticks(eye, fruit, learn, chosen):
-    """What the most frequent answer, and a linear probe on the mean of the same features, would reach."""
+def probed(eye, fruit, learn, chosen):
+    """What a linear probe on the mean of the features says of the photos `chosen`: {"14 kinds", "5 groups"} of (B,)."""
     x, unseen = (tower.said(eye, fruit.images[i]).float().mean(1) for i in (learn, chosen))
-    found = {"the most frequent": {}, "linear probe": {}}
-    for name, y in (("14 kinds", fruit.fine), ("5 groups", fruit.coarse)):
-        found["the most frequent"][name] = share(y[chosen] == y[learn].mode().values)
-        found["linear probe"][name] = share(probe(x, y[learn], unseen).argmax(-1) == y[chosen])
-    return found
+    return {name: probe(x, y[learn], unseen).argmax(-1) for name, y in truths(fruit).items()}
+
+
+def truths(fruit):
+    return {"14 kinds": fruit.fine, "5 groups": fruit.coarse}
+
+
+def yardsticks(eye, fruit, learn, chosen, found=None):
+    """What the most frequent answer, and a linear probe on the mean of the same features, would reach."""
+    found = probed(eye, fruit, learn, chosen) if found is None else found
+    often = {name: share(y[chosen] == y[learn].mode().values) for name, y in truths(fruit).items()}
+    probes = {name: share(found[name] == y[chosen]) for name, y in truths(fruit).items()}
+    return {"the most frequent": often, "linear probe": probes}
+
+
+def paired(ours, theirs):
+    """Two readers of the same photos, right or wrong (B,) each -> how much more often ours is right, its 95 % interval,
+    and the p-value of the sign test over the photos on which they differ (McNemar 1947, exact)."""
+    difference = ours.float() - theirs.float()
+    mean, error = float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+    more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
+    least, all_of_them = min(more, fewer), more + fewer
+    tail = sum(math.comb(all_of_them, k) for k in range(least + 1)) / 2**all_of_them
+    return {"difference": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "p": min(1.0, 2 * tail)}
 
 
 def confusion(path, log_p, fruit, chosen):
@@ -181,6 +205,8 @@ def confusion(path, log_p, fruit, chosen):
         table[order.index(int(truth)), order.index(int(found))] += 1
     table /= table.sum(1, keepdim=True).clamp(min=1)
     names = [llava.NAMES[fruit.fine_names[k]] for k in order]
+    import matplotlib.pyplot as plt
+
     figure, ax = plt.subplots(figsize=(6.4, 5.4))
     ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
     for i in range(len(order)):
@@ -206,7 +232,10 @@ def main(cfg: Config) -> dict:
     found, texts, log_p = judge(tokenizer, model, features.float(), fruit, chosen, cfg.prompt, cfg.batch)
     metrics = {"photos": len(chosen), "LLaVA": found}
     if cfg.probe:
-        metrics |= yardsticks(model.vision, fruit, learn, chosen)
+        reader = probed(model.vision, fruit, learn, chosen)
+        metrics |= yardsticks(model.vision, fruit, learn, chosen, reader)
+        mine, kinds = log_p.argmax(-1), fruit.fine[chosen]
+        metrics["LLaVA less the probe"] = paired(mine == kinds, reader["14 kinds"] == kinds)
     truth = [llava.name_of(fruit, i) for i in chosen]
     metrics["as captions"] = captions.scores(texts, [[t] for t in truth])
     metrics["VQA accuracy"] = float(np.mean([captions.vqa_accuracy(a, [t] * 10) for a, t in zip(texts, truth)]))

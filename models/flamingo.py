@@ -20,15 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from transformers import DynamicCache
 
-from models import connector, evaluate_vlm, llava, tower
+from models import connector, decode, evaluate_vlm, llava, tower
 from utils import checkpoint, data, figures, pretrained, run
 from utils.run import check
 
@@ -43,6 +41,7 @@ class Config:
     steps: int = 120  # training steps
     batch: int = 48  # photos a step, in chains that are all equally long
     longest: int = 5  # photos in the longest chain
+    shortest: int = 1  # photos in the shortest one; as many as in the longest: all chains are equally long
     lr: float = 2e-3  # of new layers; the gates' is ten times that
     every: int = 6  # a new layer before every so many-th layer of the language model
     latents: int = 16  # M, vectors that stand for a photo
@@ -152,10 +151,14 @@ class Flamingo(nn.Module):
     def states(self, ids, latents=None, before=0, cache=None):
         """What the language model makes of words and photos: (B,T), (B,J,M,V) -> (B,T,E).
 
-        before: photos that stand before these words, in what the cache remembers.
+        before: photos that stand before these words, in what the cache remembers. Raises UserError if a text has more
+        words <image> than there are photos: the last of them would see nothing, without a word.
         """
         if latents is not None:
-            mask = visible(media_mask(ids, self.new[0], before), *latents.shape[1:3])
+            counts = media_mask(ids, self.new[0], before)
+            there = latents.shape[1]
+            check(int(counts.max()) <= there, f"a text has {int(counts.max())} words {IMAGE}, but {there} photos")
+            mask = visible(counts, *latents.shape[1:3])
             self.now = (latents.flatten(1, 2), mask)
         try:
             out = self.language.base_model(
@@ -205,12 +208,12 @@ def start(tokenizer):
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def chains(random, first, chunks, kinds, batch, longest):
+def chains(random, first, chunks, kinds, batch, longest, shortest=1):
     """About `batch` photos drawn at random, as chains of J of them -> ids (B,T), learned (B,T), which photos (B,J).
 
-    J is drawn from 1 to `longest`; first: id at the start; chunks: ids by kind; kinds (photos,).
+    J is drawn from `shortest` to `longest`; first: id at the start; chunks: ids by kind; kinds (photos,).
     """
-    size = random.integers(1, longest + 1)
+    size = random.integers(shortest, longest + 1)
     photos = random.integers(len(kinds), size=(max(1, batch // size), size))
     texts = [torch.tensor([first] + [i for p in chain for i in chunks[kinds[p]]]) for chain in photos]
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=first)  # at the end, where nobody looks back
@@ -237,7 +240,7 @@ def train(model, said, kinds, first, chunks, cfg, on):
     for step in range(cfg.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
-        ids, learned, photos = chains(random, first, chunks, kinds, cfg.batch, cfg.longest)
+        ids, learned, photos = chains(random, first, chunks, kinds, cfg.batch, cfg.longest, getattr(cfg, "shortest", 1))
         with run.autocast(on):
             value = loss(model, ids.to(on), learned.to(on), half(said[photos]).float().to(on))
         optimizer.zero_grad()
@@ -252,12 +255,16 @@ def likelihoods(model, features, first, chunks, shots=(), examples=None):
     """log p(NAME<|endofchunk|> | examples, <image>) for photos (B,N,D) -> (B,C). Sec. 2.5, Fig. 8.
 
     shots: kinds of the examples, whose features are examples (S,N,D). The prompt is read once, each name after it.
+    Raises UserError if examples, photo and name are longer than the language model's positions.
     """
+    from transformers import DynamicCache
+
     photos = features[:, None]
     if examples is not None and len(shots):
         photos = torch.cat([examples.expand(len(features), -1, -1, -1), photos], 1)
     latents, on = model.resample(photos), features.device
     prompt = torch.tensor([[first] + [i for kind in shots for i in chunks[kind]] + chunks[0][:1]], device=on)
+    decode.check_length(model.language, prompt.shape[1], max(map(len, chunks)) - 1)
     cache, scores = DynamicCache(), []
     states = model.states(prompt.expand(len(features), -1), latents, cache=cache)
     begins = model.head(states[:, -1]).float().log_softmax(-1)
@@ -295,19 +302,33 @@ def gaze(model, features, first):
     return torch.einsum("bm,bmn->bn", torch.stack(found).mean(0), model.resampler.looks(features))
 
 
+def draw_gates(ax, part, title):
+    """Gates (steps + 1, layers): a line for each new layer while it learned; without training a bar for each."""
+    import matplotlib.pyplot as plt
+
+    colours = [plt.get_cmap("viridis")(i / part.shape[1]) for i in range(part.shape[1])]
+    if len(part) == 1:
+        ax.bar(range(1, part.shape[1] + 1), part[0], color=colours)
+        ax.set_xlabel("new layer, in the order of the text", fontsize=8)
+    else:
+        for i, line in enumerate(part.T):
+            ax.plot(line, color=colours[i])
+            ax.text(1.02 * (len(part) - 1), line[-1], f"{i + 1}", fontsize=7, va="center")
+        ax.set_xlabel("step (numbers: new layer)", fontsize=8)
+    ax.axhline(0, color="gray", lw=0.5)
+    ax.set_title(f"gates tanh(alpha) of {title}", fontsize=9)
+    ax.tick_params(labelsize=7)
+
+
 def draw(path, gates, photos, looks, names, truth, log_p):
-    """Above: the gates of each layer while it learned. Below: photos, where <image> looks, the likeliest names."""
+    """Above: the gates of each new layer. Below: photos, where <image> looks, the likeliest names."""
+    import matplotlib.pyplot as plt
+
     figure = plt.figure(figsize=(9.2, 6.6), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.9))
     top, bottom = halves
     for ax, part, title in zip(top.subplots(1, 2, sharey=True), gates.unbind(1), ("attention", "feed-forward")):
-        for i, line in enumerate(part.T):
-            ax.plot(line, "o-" if len(part) == 1 else "-", color=plt.get_cmap("viridis")(i / part.shape[1]))
-            ax.text(1.02 * max(len(part) - 1, 1e-3), line[-1], f"{i + 1}", fontsize=7, va="center")
-        ax.axhline(0, color="gray", lw=0.5)
-        ax.set_title(f"gates tanh(alpha) of {title}, by new layer", fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
-        ax.tick_params(labelsize=7)
+        draw_gates(ax, part, title)
     axes = bottom.subplots(2, 4).flat
     side = round(looks.shape[1] ** 0.5)
     for ax, photo, look, right, score in zip(axes, photos, looks.view(-1, side, side), truth, log_p):
@@ -340,12 +361,26 @@ def load(path, language, new, on="cpu"):
     return model.eval().requires_grad_(False)
 
 
+def check_same_shape(cfg):
+    """Raises UserError if the flags ask for another network than that of the shipped weights."""
+    made = checkpoint.read(WEIGHTS)[1]
+    for name, asked in (("every", cfg.every), ("latents", cfg.latents)):
+        same = made[name] == asked
+        check(same, f"--{name} {asked}: the weights have {made[name]}; leave out --{name} or --pretrained")
+    check(
+        cfg.language == "smollm2", "the weights were learned in front of smollm2: leave out --language or --pretrained"
+    )
+
+
 def main(cfg: Config) -> dict:
     """Train (or load) the new layers, ask for the names of photos with and without examples, draw what is seen."""
     check(min(cfg.steps, cfg.batch, cfg.longest, cfg.latents) > 0 and cfg.lr > 0, "all numbers must be above 0")
+    check(1 <= cfg.shortest <= cfg.longest, "--shortest must be at least 1 and at most --longest")
     check(cfg.judged >= 0 and cfg.every > 0, "--judged must be 0 or more, --every at least 1")
     check(cfg.shots and min(cfg.shots) >= 0, "--shots takes one number or more, none below 0")
     check(not cfg.pretrained or WEIGHTS.is_file(), f"there are no weights at {WEIGHTS}: leave out --pretrained")
+    if cfg.pretrained:
+        check_same_shape(cfg)
     run.seed(cfg.seed)
     on, clock = run.device(cfg.device), run.Clock()
     ours = cfg.language == "smollm2"
@@ -356,6 +391,8 @@ def main(cfg: Config) -> dict:
     names = [llava.NAMES[kind] for kind in fruit.fine_names]
     chunks = [chunk(tokenizer, name) for name in names]
     learn, chosen = evaluate_vlm.split(fruit, cfg.judged, cfg.seed)
+    longest = max(map(len, chunks))
+    decode.check_length(language, 1 + longest * max(cfg.longest, 1 + max(cfg.shots)), 0)
     shape = {"dim_in": eye.width, "every": cfg.every, "latents": cfg.latents}
     model = load(WEIGHTS, language, new, on) if cfg.pretrained else Flamingo(language, new, **shape).to(on)
     folder = run.output(cfg.out, cfg)

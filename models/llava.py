@@ -7,7 +7,9 @@ language model reads on as it always has.
 
 Shapes: pixels (B,3,S,S), features (B,N,D), text embeddings (B,T,E), where T counts N words <image> for each photo.
 Differences from the papers: by default EfficientNet-lite0 sees and SmolLM2 speaks, 4.7 and 134.5 M parameters; any pair
-of transformers' models can be named. The weights that come with the book were made by finetune/llava.py.
+of transformers' models can be named. The weights that come with the book were made by finetune/llava.py, of 732 photos
+of fruit: they know fourteen kinds and nothing else, and call a blue car a fruit, too. Beside each answer stands how
+likely the model itself finds it.
 
     python models/llava.py                                                     # photos that no training saw
     python models/llava.py --image PHOTO --prompt "What fruit is this?"        # one of your own
@@ -18,15 +20,14 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from transformers import TextStreamer
 
-from models import anyres, connector, tower
+from models import anyres, connector, decode, tower
 from utils import data, figures, run
 from utils.run import check
+from utils.text import plain
 
 WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
 IMAGE, START, END = "<image>", "<im_patch_start>", "<im_patch_end>"
@@ -55,10 +56,15 @@ class Config:
     tiles: int = 1  # cut the photo into so many tiles at most, as LLaVA-1.6 does; 1: none
     samples: int = 8  # photos, if none is named
     max_new_tokens: int = 30  # longest answer
+    max_prompt: int = 512  # tokens of the longest prompt that is read, photo and all; two cores read 300 a second
     save: str = ""  # write the whole model there, as an ordinary folder
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/llava"
+
+
+# Not what generation_config.json says: a penalty on words that were there before forbids "apple" the second time.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 class Llava(nn.Module):
@@ -69,6 +75,7 @@ class Llava(nn.Module):
         self.vision, self.connector, self.language, self.image_id = vision, join, language, image_id
         width = language.config.get_text_config().hidden_size
         self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None  # 1.6: ends a row of tiles
+        self.grids = None  # 1.6: the sizes that a picture is tiled to; None: every grid
 
     @property
     def count(self):
@@ -85,7 +92,12 @@ class Llava(nn.Module):
         return self.connector(features.to(weight.dtype))
 
     def tile_features(self, pixels, size, candidates):
-        """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one sequence (1,N',E)."""
+        """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one sequence (1,N',E).
+
+        Raises UserError for a connector whose tokens have no place, and so cannot be put together again.
+        """
+        is_map = not isinstance(self.connector, connector.Perceiver)
+        check(is_map, "tiles are put together by place, and a perceiver's latents have none: leave out --tiles")
         return anyres.pack(self.image_features(pixels), size, self.vision.size, candidates, self.newline)[None]
 
     def merge(self, text_embeds, image_features, input_ids):
@@ -111,9 +123,9 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, features=None, **more):
-        """Answers (B, new tokens): greedy, if nothing else is asked for."""
+        """Answers (B, new tokens): greedy and without a penalty, whatever the model's own habits, if not asked for."""
         embeds = self.embed(input_ids, features)
-        return self.language.generate(inputs_embeds=embeds, **{"do_sample": False} | more)
+        return self.language.generate(inputs_embeds=embeds, **GREEDY | more)
 
 
 def add_words(tokenizer, language, words=(IMAGE,)):
@@ -146,35 +158,51 @@ def style(tokenizer):
     return "llama2" if "[INST]" in (tokenizer.chat_template or "") else "vicuna"
 
 
+def end_of_answer(tokenizer, talk=None):
+    """The word that ends an answer, which is learned; None if the tokenizer has no such word."""
+    word = STYLES[talk or style(tokenizer)][2]
+    return word if has(tokenizer, word) else tokenizer.eos_token
+
+
+def ends(tokenizer, language=None):
+    """The ids that end an answer: of the word that was learned, and all that the model itself names."""
+    word = end_of_answer(tokenizer)
+    learned = [] if word is None else [tokenizer.convert_tokens_to_ids(word)]
+    return sorted({*learned, *decode.ends(tokenizer, language)})
+
+
 def chat(tokenizer, turns, count, talk=None):
     """Turns [(question, answer or None), ...] -> ids, learned (lists): only answers and the words that end them are.
 
     Every <image> in a question becomes `count` of them, between START and END if the vocabulary has these. Pieces are
     tokenized one by one, so that the border between what is asked and what is learned is a border of tokens, whatever
-    is said.
+    is said. Raises UserError for an answer, if the tokenizer has no word to end it.
     """
-    before, after, ending, rest = STYLES[talk or style(tokenizer)]
-    ending = ending if has(tokenizer, ending) else tokenizer.eos_token
+    before, after, _, rest = STYLES[talk or style(tokenizer)]
+    ending = end_of_answer(tokenizer, talk)
     place = f"{START}{IMAGE * count}{END}" if has(tokenizer, START) else IMAGE * count
     ids, learned = [], []
 
-    def say(text, learn, words=False):
-        if not words:  # what somebody typed: the names of special words in it are plain text
-            text = text.replace("<|", "< |").replace("</s>", "< /s>")
-        new = tokenizer(text.replace(IMAGE, place), add_special_tokens=False).input_ids
+    def say(text, learn):
+        new = tokenizer(text, add_special_tokens=False).input_ids
         ids.extend(new)
         learned.extend([learn] * len(new))
+
+    def typed(text):
+        """What somebody typed: the names of special words in it are plain text, all but <image>."""
+        return place.join(plain(part, tokenizer) for part in text.split(IMAGE))
 
     if tokenizer.bos_token_id is not None and before == STYLES["vicuna"][0]:
         ids, learned = [tokenizer.bos_token_id], [False]
     for question, answer in turns:
-        say(before, False, True)
-        say(question, False)
-        say(after, False, True)
+        say(before, False)
+        say(typed(question), False)
+        say(after, False)
         if answer is not None:
-            say(answer, True)
-            say(ending, True, True)
-            say(rest, False, True)
+            check(ending, "the tokenizer has no word that ends an answer: set its eos_token")
+            say(plain(answer, tokenizer), True)
+            say(ending, True)
+            say(rest, False)
     return ids, learned
 
 
@@ -187,8 +215,13 @@ def build(vision, join, language, tokenizer, layer=-2, select="patch", words=(IM
 
 
 def question(tokenizer, model, prompt, tokens):
-    """-> ids (1,T) of a question about one photo of so many tokens, which stands before the words."""
+    """-> ids (1,T) of a question about one photo of so many tokens, which stands before the words.
+
+    Raises UserError if the question has a picture of its own, or is longer than the language model can read.
+    """
+    check(IMAGE not in prompt, f"a question is words; {IMAGE} is put before it")
     ids, _ = chat(tokenizer, [(f"{IMAGE}\n{prompt}", None)], tokens)
+    decode.check_length(model.language, len(ids), 0)
     return torch.tensor([ids])
 
 
@@ -197,24 +230,34 @@ def see(model, image, tiles=1):
     """A photo, uint8 (3,H,W) -> what the language model reads in its place (1,N,E)."""
     eye, on = model.vision, next(model.language.parameters()).device
     if tiles > 1:
-        sizes = anyres.candidates(eye.size, tiles)
+        most = tiles * eye.size**2
+        sizes = [s for s in model.grids or anyres.candidates(eye.size, tiles) if s[0] * s[1] <= most]
         pixels = eye.pixels(anyres.tiles(image, eye.size, sizes).to(on))
         return model.tile_features(pixels, image.shape[1:], sizes)
     return model.image_features(eye.pixels(anyres.resize(image, (eye.size, eye.size))[None].to(on)))
 
 
 @torch.no_grad()
-def answer(tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None):
+def answer(tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512):
     """What the model says about a photo, uint8 (3,H,W)."""
+    return answer_and_probability(tokenizer, model, image, prompt, max_new_tokens, tiles, streamer, max_prompt)[0]
+
+
+@torch.no_grad()
+def answer_and_probability(
+    tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
+):  # fmt: skip
+    """What the model says about a photo, uint8 (3,H,W), and p(answer | photo, prompt), its end included."""
     seen = see(model, image, tiles)
     ids = question(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
-    ending = STYLES[style(tokenizer)][2]
-    stop = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ending)]
+    decode.check_length(model.language, ids.shape[1], max_new_tokens, max_prompt)
+    stop = ends(tokenizer, model.language)
     new = model.generate(
         ids, seen, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
-        eos_token_id=[i for i in stop if i is not None],
+        eos_token_id=stop or None, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return tokenizer.decode(new[0], skip_special_tokens=True).strip()
+    log_p = decode.log_probs(model.language, new, inputs_embeds=model.embed(ids, seen))
+    return tokenizer.decode(new[0], skip_special_tokens=True).strip(), float(log_p.sum().exp())
 
 
 def name_of(fruit, i):
@@ -241,6 +284,8 @@ def spread(chosen, count=8):
 
 def draw(path, images, answers, truths, prompt):
     """Photos, what was said about them, and what they are."""
+    import matplotlib.pyplot as plt
+
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
@@ -272,20 +317,34 @@ def main(cfg: Config) -> dict:
         chosen = one_of_each(fruit, np.random.default_rng(cfg.seed).permutation(unseen))[: cfg.samples]
         photos, truths = [fruit.images[i] for i in chosen], [name_of(fruit, i) for i in chosen]
     tokenizer, model = llava_io.load(cfg.model, on := run.device(cfg.device))
+    tokens = see(model, photos[0], cfg.tiles).shape[1]
+    asked = question(tokenizer, model, cfg.prompt, tokens).shape[1]
+    decode.check_length(model.language, asked, cfg.max_new_tokens, cfg.max_prompt)
     folder = run.output(cfg.out, cfg)
     print(sizes(model))
+    if cfg.model == str(WEIGHTS):
+        print("It was taught fruit only: fourteen kinds. Of anything else it talks as if it were fruit.")
     print(cfg.prompt)
-    answers = []
+    answers, sure = [], []
     for photo, truth in zip(photos, truths):
-        shown = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True) if cfg.image else None
-        answers.append(answer(tokenizer, model, photo, cfg.prompt, cfg.max_new_tokens, cfg.tiles, shown))
-        if not cfg.image:
-            print(f"{answers[-1]:>28}  {truth}")
+        shown = streamer(tokenizer) if cfg.image else None
+        about = (cfg.prompt, cfg.max_new_tokens, cfg.tiles, shown, cfg.max_prompt)
+        said, p = answer_and_probability(tokenizer, model, photo, *about)
+        answers.append(said)
+        sure.append(p)
+        print(f"{said:>28}  {100 * p:3.0f} % sure  {truth}".rstrip())
     draw(folder / "answers.png", photos, answers, truths, cfg.prompt)
     if cfg.save:
         llava_io.save(model, tokenizer, cfg.save)
-    metrics = {"prompt": cfg.prompt, "tokens_of_a_photo": see(model, photos[0], cfg.tiles).shape[1]}
+    metrics = {"prompt": cfg.prompt, "tokens_of_a_photo": tokens, "p of the answer": sum(sure) / len(sure)}
     return run.report(folder, metrics, "python finetune/llava.py")
+
+
+def streamer(tokenizer):
+    """Prints words as they come."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

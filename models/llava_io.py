@@ -17,6 +17,10 @@ from models import connector, tower
 from models.llava import IMAGE, Llava, build
 from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
+from utils.text import printable, read_text
+
+KINDS = ("llava", "llava_next")  # model types of transformers that are read here; others only look alike
+OURS = {"model_type", "vision", "connector", "layer", "select"}  # keys of config.json of a folder of parts
 
 
 def speaker(name, on="cpu"):
@@ -46,15 +50,48 @@ def restore(path, on="cpu"):
         model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
         correct(language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
         for name, parts in (("vision.", model.vision), ("language.", language)):  # trained whole
-            if part(name):
-                parts.load_state_dict(part(name), strict=False)
-    except (TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} holds no LLaVA of this kind ({str(error).splitlines()[0]})") from None
+            if part(name):  # what did not learn is not in the file
+                unknown = parts.load_state_dict(part(name), strict=False).unexpected_keys
+                check(not unknown, f"{path} holds weights that its {name[:-1]} model lacks: {printable(unknown)}")
+    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} holds no LLaVA of this kind ({first_line(error)})") from None
     return tokenizer, model.eval().requires_grad_(False)
 
 
-def from_transformers(theirs):
-    """transformers' LlavaForConditionalGeneration or LlavaNext... -> ours, with the very same weights, not copied."""
+def first_line(error):
+    """Of an error of whatever kind, at most 200 characters."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def check_supported(config, name):
+    """Raises UserError, naming the key, for what a configuration of transformers asks and this project does not do."""
+    kind = getattr(config, "model_type", None)
+    check(kind in KINDS, f"'{name}' is a {printable(kind)}: only {', '.join(KINDS)} and folders of --save are read")
+    from transformers import LlavaConfig, LlavaNextConfig
+
+    usual = set((LlavaConfig if kind == "llava" else LlavaNextConfig)().to_dict())
+    usual |= {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "ignore_index"}
+    usual |= {"image_token_index", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "hidden_size"}
+    usual |= {"use_image_newline_parameter", "use_cache", "initializer_range", "text_config", "vision_config"}
+    unknown = sorted(set(config.to_dict()) - usual)
+    check(not unknown, f"'{name}' has {printable(', '.join(unknown))} in its config.json, which is not known here")
+    one_layer = isinstance(config.vision_feature_layer, int) and not isinstance(config.vision_feature_layer, bool)
+    wanted = {
+        "projector_hidden_act": config.projector_hidden_act == "gelu",
+        "vision_feature_layer": one_layer,  # a list: several layers side by side
+        "vision_feature_select_strategy": config.vision_feature_select_strategy in ("default", "full"),
+        "use_image_newline_parameter": getattr(config, "use_image_newline_parameter", True) is True,
+    }
+    for key, fine in wanted.items():
+        check(fine, f"'{name}': {key} {printable(getattr(config, key, None))} is not supported")
+
+
+def from_transformers(theirs, name="the model"):
+    """transformers' LlavaForConditionalGeneration or LlavaNext... -> ours, with the very same weights, not copied.
+
+    Raises UserError for a model of another kind, or with a setting that is not done here.
+    """
+    check_supported(theirs.config, name)
     from transformers import AutoModelForCausalLM
 
     config, inner = theirs.config, theirs.model
@@ -69,6 +106,8 @@ def from_transformers(theirs):
     join[0], join[2] = inner.multi_modal_projector.linear_1, inner.multi_modal_projector.linear_2
     model = Llava(eye, join, language, config.image_token_id)
     model.newline = getattr(inner, "image_newline", None)
+    if model.newline is not None:
+        model.grids = [tuple(size) for size in config.image_grid_pinpoints]
     return model
 
 
@@ -94,7 +133,10 @@ def to_transformers(model):
         vision_config=eye.network.config, text_config=model.language.config, image_token_index=model.image_id,
         vision_feature_layer=eye.layer, vision_feature_select_strategy="default" if eye.lead else "full",
         image_seq_length=eye.count, tie_word_embeddings=model.language.config.tie_word_embeddings,
+        multimodal_projector_bias=join[0].bias is not None,
     )  # fmt: skip
+    if next_one and model.grids:
+        config.image_grid_pinpoints = [list(size) for size in model.grids]
     theirs: Any = (LlavaNextForConditionalGeneration if next_one else LlavaForConditionalGeneration)(config)
     theirs.to(model.language.dtype)  # before anything is copied: a configuration may ask for bf16
     inner = theirs.model
@@ -172,24 +214,53 @@ def load(name, on="cpu"):
     if path.suffix == ".safetensors":
         return restore(path, on)
     check(not path.is_file(), f"{path} holds no weights: name a .safetensors file, a folder or a hub id")
-    try:
-        about = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no folder of a model: {error}") from None
+    about = described(path) if path.is_dir() else {}
     if about.get("model_type") == "llava-of-parts":
-        tokenizer, language = speaker(path / "language", on)
-        eye = about["vision"] if about["vision"] == "efficientnet" else str(path / "vision")
-        model = build(eye, about["connector"], language, tokenizer, about["layer"], about["select"], on=on)
-        model.connector.load_state_dict(checkpoint.read(path / "connector.safetensors")[0])
-        return tokenizer, model.eval().requires_grad_(False)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+        return of_parts(path, about, on)
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    try:
-        theirs = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16)
-        shown: Any = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no LLaVA at '{name}': {str(error).splitlines()[0]}") from error
-    check(hasattr(theirs.model, "multi_modal_projector"), f"'{name}' is a {theirs.config.model_type}, not a LLaVA")
-    model = from_transformers(pretrained.frozen(theirs, on))
+    def asked(what, **more):
+        """Whatever goes wrong in a folder that somebody else wrote, it is one line."""
+        try:
+            return what.from_pretrained(name, **more)
+        except Exception as error:
+            raise UserError(f"no LLaVA at '{name}': {first_line(error)}") from error
+
+    check_supported(asked(AutoConfig), name)  # before the weights: they may be large
+    theirs, info = asked(AutoModelForImageTextToText, dtype=torch.bfloat16, output_loading_info=True)
+    lost = sorted(info["missing_keys"])
+    check(not lost, f"'{name}' lacks {len(lost)} weights, {printable(lost[:1])} and more: fetch or write it again")
+    shown: Any = asked(AutoProcessor)
+    model = from_transformers(pretrained.frozen(theirs, on), name)
     model.vision.mean, model.vision.std = shown.image_processor.image_mean, shown.image_processor.image_std
     return shown.tokenizer, model
+
+
+def described(path):
+    """config.json of a folder. Raises UserError: none, no JSON object, one of ours with keys missing or unknown."""
+    check((path / "config.json").is_file(), f"{path} is no folder of a model: it has no config.json")
+    try:
+        about = json.loads(read_text(path / "config.json"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no folder of a model: {first_line(error)}") from None
+    check(isinstance(about, dict), f"{path} is no folder of a model: its config.json is no object")
+    if about.get("model_type") == "llava-of-parts":
+        odd = sorted(about.keys() ^ OURS)
+        check(not odd, f"{path}/config.json: {printable(', '.join(odd))} is unknown or missing")
+        texts = all(isinstance(about[k], str) for k in ("vision", "connector", "select"))
+        whole = isinstance(about["layer"], int) and not isinstance(about["layer"], bool)
+        fine = texts and whole and about["vision"] in ("efficientnet", "vision")
+        check(fine, f"{path}/config.json: vision, connector, layer or select is not what save writes")
+    return about
+
+
+def of_parts(path, about, on="cpu"):
+    """A folder of ours, in which every part is a folder of its own -> tokenizer, model."""
+    tokenizer, language = speaker(path / "language", on)
+    eye = about["vision"] if about["vision"] == "efficientnet" else str(path / "vision")
+    model = build(eye, about["connector"], language, tokenizer, about["layer"], about["select"], on=on)
+    try:
+        model.connector.load_state_dict(checkpoint.read(path / "connector.safetensors")[0])
+    except RuntimeError as error:
+        raise UserError(f"{path}/connector.safetensors is not a {about['connector']}: {first_line(error)}") from None
+    return tokenizer, model.eval().requires_grad_(False)

@@ -24,6 +24,9 @@ from PIL import Image
 from models import captions, evaluate_vlm, llava, llava_io, tower
 from utils import data, run
 from utils.run import UserError, check
+from utils.text import clean, plain, printable, read_text
+
+LONGEST = 2000  # letters of a question, a choice or an answer: a page of text is no question about a picture
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,11 @@ def fruit(folder, count, seed=0):
 
 def parse(path):
     """The content of a JSON file. Raises UserError."""
+    text = read_text(path, limit_mb=1024)  # the answers of VQA v2's training set are 300 MB
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON file: {error}") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{printable(path)} is no readable JSON file: {printable(error)}") from None
 
 
 def read(path, annotations="", images=""):
@@ -75,51 +79,86 @@ def read(path, annotations="", images=""):
     if isinstance(found, dict):
         check(isinstance(found.get("questions"), list), f"{path} has no list 'questions': it is not of VQA v2")
         check(annotations, f"{path} is of VQA v2: name the file of its answers by --annotations")
-        listed = parse(annotations)
-        check(
-            isinstance(listed, dict) and isinstance(listed.get("annotations"), list), f"{annotations} holds no answers"
-        )
-        try:
-            said = {a["question_id"]: [x["answer"] for x in a["answers"]] for a in listed["annotations"]}
-            found = [q | {"direct_answers": said.get(q["question_id"])} for q in found["questions"]]
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{annotations} or {path} lacks {error}") from None
+        found = joined(found["questions"], parse(annotations), path, annotations)
+    else:
+        check(not annotations, f"{path} is not of VQA v2: --annotations goes with that only")
     check(isinstance(found, list) and found, f"{path} holds no list of questions")
     return [known(one, number, images) for number, one in enumerate(found)]
+
+
+def joined(questions, listed, path, annotations):
+    """Questions of VQA v2, each with the answers that people gave to it, by question_id."""
+    whole = isinstance(listed, dict) and isinstance(listed.get("annotations"), list)
+    check(whole, f"{annotations} holds no answers")
+    try:
+        said = {a["question_id"]: [x["answer"] for x in a["answers"]] for a in listed["annotations"]}
+        both = [q | {"direct_answers": said.get(q["question_id"])} for q in questions]
+        ids = {q["question_id"] for q in questions}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{annotations} or {path} lacks {printable(error)}") from None
+    once = len(said) == len(listed["annotations"]) and len(ids) == len(questions)
+    check(once, f"{annotations} or {path} has a question_id twice")
+    return both
+
+
+def is_number(x):
+    """An integer of JSON, and no true or false, which Python takes for 1 and 0."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_text(x):
+    return isinstance(x, str) and bool(x.strip()) and len(x) <= LONGEST
 
 
 def known(one, number, images=""):
     """A row of A-OKVQA, checked -> what is used of it."""
     at = f"question {number}"
     check(isinstance(one, dict) and isinstance(one.get("question"), str), f"{at} has no text 'question'")
+    question = one["question"]
+    check(is_text(question) and llava.IMAGE not in question, f"{at}: 'question' is no text of 1 to {LONGEST} letters")
     choices, right, answers = (one.get(k) for k in ("choices", "correct_choice_idx", "direct_answers"))
+    for name, several in (("choices", choices), ("direct_answers", answers)):
+        check(several is None or isinstance(several, list), f"{at}: '{name}' is no list")
     check(choices or answers, f"{at} has neither 'choices' nor answers")
-    fine = choices is None or (isinstance(right, int) and 0 <= right < len(choices))
-    check(fine, f"{at}: 'correct_choice_idx' is {right}, of {len(choices or [])} choices")
+    fine = choices is None or (is_number(right) and 0 <= right < len(choices))
+    check(fine, f"{at}: 'correct_choice_idx' is {printable(right)}, of {len(choices or [])} choices")
     texts = [*(choices or []), *(answers or [])]
-    check(
-        all(isinstance(x, str) and x.strip() for x in texts), f"{at}: choices and answers are texts that are not empty"
-    )
+    fine = all(is_text(x) for x in texts)
+    check(fine, f"{at}: choices and answers are texts that are not empty, of at most {LONGEST} letters")
     check(answers is None or len(answers) > 1, f"{at}: answers of two people or more are needed")
-    return {"image": picture(one, at, images), "question": one["question"].strip(), "choices": choices, "right": right,
-            "answers": answers}  # fmt: skip
+    return {
+        "image": picture(one, at, images), "question": clean(question).strip(), "right": right,
+        "choices": None if choices is None else [clean(c) for c in choices],
+        "answers": None if answers is None else [clean(a) for a in answers],
+    }  # fmt: skip
 
 
 def picture(one, at, images):
     """Where the picture of a row is: by its name, or as COCO numbers them, of 2017 or 2014."""
     number = one.get("image_id")
     names = [one["image"]] if isinstance(one.get("image"), str) else []
-    if isinstance(number, int):
+    if is_number(number) and 0 <= number < 10**12:
         names += [f"{number:012}.jpg", *(f"COCO_{part}2014_{number:012}.jpg" for part in ("val", "train"))]
-    there = [Path(images) / name for name in names if (Path(images) / name).is_file()]
-    check(there, f"{at}: there is none of {', '.join(names) or 'no name'} in {images or 'this folder'}; see --images")
+    there = [Path(images) / name for name in names if is_file(Path(images) / name)]
+    listed = printable(", ".join(names) or "no name")
+    check(there, f"{at}: there is none of {listed} in {printable(images or 'this folder')}; see --images")
     return there[0]
+
+
+def is_file(path):
+    """Also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def choose(tokenizer, model, features, question, choices, per_token=False):
     """The index of the most probable choice: features (1,N,D)."""
     log_p = evaluate_vlm.likelihoods(tokenizer, model, features, choices, question)[0].tolist()
-    lengths = [len(tokenizer(c, add_special_tokens=False).input_ids) + 1 for c in choices]  # and the end
+    lengths = [
+        len(tokenizer(plain(c, tokenizer), add_special_tokens=False).input_ids) + 1 for c in choices
+    ]  # and the end
     return captions.likeliest(log_p, lengths if per_token else None)
 
 
@@ -137,13 +176,19 @@ def answer(tokenizer, model, rows, features, per_token=False):
     return done
 
 
+def is_right(row, how):
+    """Is the choice that was found the right one? By its words: a file may give the same choice twice."""
+    found = row[how]
+    return found is not None and row["choices"][found] == row["choices"][row["right"]]
+
+
 def score(done):
     """Answered rows -> accuracies: of choices, and of what was said, by both data sets' rules."""
     several, free = [r for r in done if r["choices"]], [r for r in done if r["answers"]]
     metrics = {"questions": len(done)}
     if several:
-        metrics["chosen by likelihood"] = float(np.mean([r["chosen"] == r["right"] for r in several]))
-        metrics["named in what was said"] = float(np.mean([r["matched"] == r["right"] for r in several]))
+        metrics["chosen by likelihood"] = float(np.mean([is_right(r, "chosen") for r in several]))
+        metrics["named in what was said"] = float(np.mean([is_right(r, "matched") for r in several]))
         metrics["chance"] = float(np.mean([1 / len(r["choices"]) for r in several]))
     if free:
         metrics["VQA accuracy"] = float(np.mean([captions.vqa_accuracy(r["said"], r["answers"]) for r in free]))

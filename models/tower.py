@@ -8,6 +8,7 @@ Shapes: pixels (B,3,S,S) -> (B,N,D). A tower may begin with tokens that are no p
 """
 
 import hashlib
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from utils import assets, checkpoint, pretrained, run
 from utils.run import UserError, check
 
+VERSION = 1  # of what this file makes of pictures: raise it with any change that moves a feature, or old ones are read
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, where a folder names no others
 
 
@@ -37,7 +39,7 @@ class EfficientNetMaps(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """An encoder, and which of its states are the tokens. LLaVA-1.5, Sec. 3.2; LLaVA, Sec. 4.1.
+    """An encoder, and which of its states are the tokens. LLaVA, Sec. 4.1.
 
     layer: of the hidden states, -2 the one before the last; select: "patch" leaves out what is no patch, "all" keeps
     it; size S: of the pictures, if not that of the encoder: its positions are interpolated.
@@ -47,6 +49,7 @@ class VisionTower(nn.Module):
     def __init__(self, network, layer=-2, select="patch", size=None):
         super().__init__()
         check(select in ("patch", "all"), f"--select is patch or all, not {select}")
+        check(isinstance(layer, int), f"one layer is read, not {layer}")
         self.network, self.layer, self.select = network, layer, select
         config = getattr(network, "config", None)
         side = getattr(config, "image_size", 224)
@@ -70,7 +73,8 @@ class VisionTower(nn.Module):
         if isinstance(self.network, EfficientNetMaps):
             return self.network(pixels)
         found = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
-        check(-len(found) <= self.layer < len(found), f"--layer {self.layer}: the encoder has {len(found)} states")
+        there = found is not None and -len(found) <= self.layer < len(found)
+        check(there, f"--layer {self.layer}: the encoder has {len(found or ())} states")
         return found[self.layer]
 
     def tokens(self, states):
@@ -127,35 +131,56 @@ def interpolate_positions(network, size):
     network.config.image_size = size
 
 
+def fingerprint(eye):
+    """A hash of all that its features depend on: weights and buffers, configuration, layer, size, normalisation, code.
+
+    Not its name: a tower retrained in place keeps its name and says something else.
+    """
+    network = eye.network
+    weights = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
+    config: Any = getattr(network, "config", None)
+    described = config.to_json_string(use_diff=False) if config is not None else ""
+    settings = (eye.layer, eye.select, eye.size, eye.lead, tuple(eye.mean), tuple(eye.std), network.training)
+    return checkpoint.digest(weights, repr((VERSION, type(network).__name__, described, settings)))
+
+
 @torch.no_grad()
 def said(eye, images, key=None, batch=4):
     """What a tower says of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D).
 
     With a key, which says all that the pictures depend on, `images` is a function, and called the first time only.
     """
-    about = (type(eye.network).__name__, getattr(eye.network, "name_or_path", ""), eye.layer, eye.select, eye.size)
-    content = repr(key).encode() if key else images.numpy().tobytes()
-    name = hashlib.sha256(repr(about).encode() + content).hexdigest()[:16]
+    shape = b"" if key else repr(tuple(images.shape)).encode()
+    content = repr(key).encode() if key else images.contiguous().numpy().tobytes()
+    name = hashlib.sha256(fingerprint(eye).encode() + shape + content).hexdigest()[:16]
     path = assets.cache() / "features" / f"tower-{name}.safetensors"
-    if not path.is_file():
-        on, parts = device(eye.network), (images() if key else images).split(batch)  # larger is slower on a CPU
-        found = [eye(eye.pixels(part.to(on))).bfloat16().cpu() for part in run.bar(parts, len(parts), name="look")]
-        checkpoint.write(path, {"features": torch.cat(found)})
-    return checkpoint.read(path)[0]["features"]
+    with suppress(UserError):  # not there yet, or damaged: look again
+        return checkpoint.read(path)[0]["features"]
+    # larger batches are slower on a CPU
+    on, parts = device(eye.network), (images() if key else images).split(batch)
+    found = [eye(eye.pixels(part.to(on))).bfloat16().cpu() for part in run.bar(parts, len(parts), name="look")]
+    checkpoint.write(path, {"features": torch.cat(found)})
+    return torch.cat(found)
 
 
 def load(name, layer=-2, select="patch", size=None, on="cpu"):
-    """-> tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError if there is none."""
+    """-> tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError if there is none.
+
+    EfficientNet has one answer, its last maps: any `layer` but the default is refused.
+    """
     if name == "efficientnet":
         check(not size or size == 224, "--size: EfficientNet looks at 224 x 224")
+        check(layer == -2, f"--layer {layer}: of EfficientNet the last maps are read; leave it out")
         return VisionTower(pretrained.frozen(EfficientNetMaps(pretrained.efficientnet(on)), on), layer, select)
+    from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModel
 
     try:
         network = AutoModel.from_pretrained(name)
         shown = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no vision encoder at '{name}': {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no vision encoder at '{name}': {reason}") from error
     network = getattr(network, "vision_model", network)  # the half of CLIP that sees
     tower = VisionTower(pretrained.frozen(network, on), layer, select, size)
     tower.mean = tuple(getattr(shown, "image_mean", None) or MEAN)

@@ -102,10 +102,18 @@ def test_joined_neighbours_are_pixel_unshuffled(parity):
 def test_pooling_is_torchs(name, parity):
     ours, x = connector.build(name, 8, 6), torch.randn(2, 49, 8)
     maps = x.transpose(1, 2).unflatten(2, (7, 7))
-    theirs = {"pool3": torch.nn.AdaptiveAvgPool2d(3), "bilinear3": torch.nn.Upsample(size=(3, 3), mode="bilinear")}[
-        name
-    ](maps)
-    parity("Connector", f"connector.Pool.shrink {name}", "torch", ours.shrink(x), theirs.flatten(2).transpose(1, 2))
+    modules = {"pool3": torch.nn.AdaptiveAvgPool2d(3), "bilinear3": torch.nn.Upsample(size=(3, 3), mode="bilinear")}
+    theirs = modules[name](maps).flatten(2).transpose(1, 2)
+    parity("Connector", f"connector.Pool.shrink {name}", "torch, the same call", ours.shrink(x), theirs)
+
+
+def test_pooling_known_cases():
+    """A grid of 7 that counts its columns: means over areas that overlap, and samples between the nearest four."""
+    x = torch.arange(7.0).expand(7, 7).reshape(1, 49, 1)
+    pooled = connector.build("pool3", 1, 1).shrink(x)[0, :, 0]
+    torch.testing.assert_close(pooled, torch.tensor([1.0, 3.0, 5.0] * 3))  # columns 0-2, 2-4, 4-6
+    sampled = connector.build("bilinear3", 1, 1).shrink(x)[0, :, 0]
+    torch.testing.assert_close(sampled, torch.tensor([2 / 3, 3.0, 16 / 3] * 3))
 
 
 @pytest.mark.parametrize("name", [*connector.NAMES, "mlp3x_gelu", "identity", "concat9", "pool2"])

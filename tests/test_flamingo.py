@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import IdeficsConfig
+from transformers.activations import ACT2FN
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
 from models import flamingo
@@ -63,6 +64,60 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     parity(
         "Flamingo", "flamingo.GatedCrossAttention, gradients", name, found, {k: them[theirs_of(k)] for k in found}, 1e-4
     )
+
+
+class Paper(torch.nn.Module):
+    """The pseudocode of the paper's Fig. 4, told by torch's own attention and transformers' squared ReLU.
+
+    y + tanh(alpha_xattn) * attention(q=norm(y), kv=x), then y + tanh(alpha_dense) * ffw(norm(y)); as in OpenFlamingo a
+    word that stands before all photos gets nothing from the attention.
+    """
+
+    def __init__(self, width, seen, heads, hidden):
+        super().__init__()
+        self.norm, self.norm_ffw = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.attention = torch.nn.MultiheadAttention(
+            width, heads, bias=False, kdim=seen, vdim=seen, batch_first=True
+        )  # fmt: skip
+        self.ffw = torch.nn.Sequential(
+            torch.nn.Linear(width, hidden, bias=False), ACT2FN["relu2"], torch.nn.Linear(hidden, width, bias=False)
+        )
+        self.alpha_xattn, self.alpha_dense = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    def forward(self, y, x, sees):
+        blind = ~sees.any(-1, keepdim=True)
+        hidden = ~(sees | blind).repeat_interleave(self.attention.num_heads, 0)  # softmax over nothing is NaN
+        found, _ = self.attention(self.norm(y), x, x, attn_mask=hidden)
+        y = y + self.alpha_xattn.tanh() * found.masked_fill(blind, 0)
+        return y + self.alpha_dense.tanh() * self.ffw(self.norm_ffw(y))
+
+
+PAPER = {
+    "norm_attention": "norm", "norm_mlp": "norm_ffw", "gate_attention": "alpha_xattn", "gate_mlp": "alpha_dense",
+    "q_proj": "attention.q_proj", "k_proj": "attention.k_proj", "v_proj": "attention.v_proj",
+    "o_proj": "attention.out_proj", "up_proj": "ffw.0", "down_proj": "ffw.2",
+}  # fmt: skip
+
+
+def test_the_default_gated_layer_is_that_of_the_paper(parity):
+    torch.manual_seed(4)
+    theirs = eyes.shake(Paper(24, 12, heads=4, hidden=40), 0.3)
+    ours = flamingo.GatedCrossAttention(24, 12, heads=4, head_dim=6, hidden=40)
+    weights, names = theirs.state_dict(), {}
+    for name in ours.state_dict():
+        head, _, leaf = name.partition(".")
+        other = f"{PAPER[head]}.{leaf}" if leaf else PAPER[head]
+        names[name] = other if other in weights else other.replace("_proj.weight", "_proj_weight")
+    ours.load_state_dict({name: weights[other] for name, other in names.items()})
+    x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12)
+    mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
+    name = "torch MultiheadAttention and transformers relu2, as the paper's Fig. 4"
+    parity("Flamingo", "flamingo.GatedCrossAttention, default", name, ours(x, latents, mask), theirs(x, latents, mask))
+    mine = gradients(ours, ours(x, latents, mask))
+    them = gradients(theirs, theirs(x, latents, mask))
+    assert len(mine) == len(them) == 12
+    them = {k: them[names[k]] for k in mine}
+    parity("Flamingo", "flamingo.GatedCrossAttention, default, gradients", name, mine, them, 1e-4)
 
 
 @pytest.mark.parametrize("kind", eyes.SPEAKERS)
@@ -132,6 +187,117 @@ def test_a_word_sees_the_last_photo_before_it_and_no_other(monkeypatch):
 
     monkeypatch.setattr(flamingo, "visible", all_photos)
     assert reach(model())[1][2:5].all()  # it reads about photo 2 before it comes
+
+
+def test_more_words_for_photos_than_photos_are_refused():
+    made = model()
+    latents = made.resample(torch.randn(1, 2, 4, 16))
+    three = torch.tensor([[1, IMAGE, 7, IMAGE, 8, IMAGE, 9]])
+    with pytest.raises(UserError, match="3 words <image>, but 2 photos"):
+        made(three, latents)
+    with pytest.raises(UserError, match="3 words"):
+        made(three[:, :3], latents, before=2)  # two were read before
+
+
+def test_every_photo_of_a_text_is_resampled_by_itself():
+    made, features = model(), torch.randn(2, 3, 4, 16)
+    found = made.resample(features)
+    assert found.shape == (2, 3, 3, 12)
+    for b in range(2):
+        for j in range(3):
+            torch.testing.assert_close(found[b, j], made.resampler(features[b, j][None])[0])
+
+
+def test_the_loss_is_that_of_all_logits_at_learned_words():
+    made, ids, features = model(), text(), torch.randn(2, 2, 4, 16)
+    learned = (ids != IMAGE) & (ids != 1)
+    logits = made(ids, made.resample(features))
+    labels = ids.where(learned, -100)
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(flamingo.loss(made, ids, learned, features), wanted)
+
+
+def test_patch_dropout_hides_half_of_the_places_others_every_time():
+    features = torch.arange(49.0)[None, None, :, None].expand(2, 3, -1, 5)
+    kept = [flamingo.half(features)[..., 0] for _ in range(2)]
+    for part in kept:
+        assert part.shape == (2, 3, 25) and part[0, 0].unique().numel() == 25
+    assert set(kept[0][0, 0].tolist()) != set(kept[1][0, 0].tolist())
+
+
+def steps_of(monkeypatch, **flags):
+    """Train a tiny Flamingo -> the model, what the loss was shown at each step, the learning rates of each step."""
+    shown, rates, clipped = [], [], []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *about):
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(*about)
+
+    def clip(parameters, most):
+        clipped.append((list(parameters), most))
+
+    whole = flamingo.loss
+
+    def loss(made, ids, learned, features):
+        shown.append((ids, features))
+        return whole(made, ids, learned, features)
+
+    monkeypatch.setattr(flamingo.torch.optim, "AdamW", Watched)
+    monkeypatch.setattr(flamingo.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(flamingo, "loss", loss)
+    language = eyes.speaker()
+    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
+    chunks, kinds = [[IMAGE, 20, END], [IMAGE, 21, END], [IMAGE, 22, END]], torch.arange(12) % 3
+    said = torch.arange(12.0)[:, None, None].expand(-1, 6, 16)  # the number of the photo
+    cfg = flamingo.Config(**{"batch": 12, "longest": 3, "lr": 1e-3, "steps": 4} | flags)
+    list(flamingo.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
+    return made, shown, rates, clipped
+
+
+def test_a_step_of_training_is_shown_half_of_the_photos_that_its_text_names(monkeypatch):
+    made, shown, _, clipped = steps_of(monkeypatch)
+    for ids, features in shown:
+        assert features.shape[2] == 3  # of six places
+        named = ids[ids >= 20].view(ids.shape[0], -1)
+        names = named[named < IMAGE].view(ids.shape[0], -1) - 20
+        assert torch.equal(features[:, :, 0, 0].long() % 3, names)  # photo i is of kind i % 3
+    for parameters, most in clipped:
+        assert most == 1.0 and {id(p) for p in parameters} == {id(p) for p in made.moving().values()}
+
+
+def test_gates_learn_ten_times_as_fast_and_all_rates_rise_and_fall(monkeypatch):
+    _, _, rates, _ = steps_of(monkeypatch)
+    rest, gates = zip(*rates)
+    assert gates == pytest.approx([10 * r for r in rest])
+    wanted = [1e-3 * (step + 1) / 20 * (1 + np.cos(np.pi * step / 4)) / 2 for step in range(4)]
+    assert rest == pytest.approx(wanted)
+    monkeypatch.undo()
+    made = steps_of(pytest.MonkeyPatch(), steps=1)[0]  # the first step of Adam moves every gate by its rate
+    torch.testing.assert_close(made.gates().abs(), torch.full((2, 2), 10 * 1e-3 / 20), rtol=1e-3, atol=0)
+
+
+def test_chains_can_be_equally_long(monkeypatch):
+    _, shown, _, _ = steps_of(monkeypatch, shortest=3)
+    assert {features.shape[:2] for _, features in shown} == {(4, 3)}
+
+
+def test_examples_are_training_photos_with_their_own_names_new_ones_for_every_part(monkeypatch):
+    kinds, asked = torch.arange(30) % 14, []
+    said = torch.arange(30.0)[:, None, None].expand(-1, 4, 16)
+    judged = 100 + torch.arange(45.0)[:, None, None].expand(-1, 4, 16)
+
+    def likelihoods(made, features, first, chunks, shots, examples):
+        asked.append((features, shots, examples))
+        return features[:, :1, 0]
+
+    monkeypatch.setattr(flamingo, "likelihoods", likelihoods)
+    about = (flamingo.Config(), torch.device("cpu"))
+    found = flamingo.judge(None, judged, 1, [], said, kinds, 4, *about)
+    assert torch.equal(found[:, 0], judged[:, 0, 0]) and [len(x) for x, _, _ in asked] == [20, 20, 5]
+    for _, shots, examples in asked:
+        assert (examples[:, 0, 0].long() % 14).tolist() == shots and len(shots) == 4
+    assert len({tuple(shots) for _, shots, _ in asked}) == 3
 
 
 def test_gates_that_begin_open_disturb_the_language_model():
@@ -274,11 +440,76 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     for flags, says in (
         ({"steps": 0}, "above 0"), ({"shots": (-1,)}, "--shots"), ({"judged": -1}, "--judged"),
         ({"every": 0}, "--every"), ({"every": 3, "language": language}, "the language model has 2 layers"),
-        ({"language": "no/such"}, "no language"),
+        ({"language": "no/such"}, "no language"), ({"shortest": 6}, "--shortest"), ({"shortest": 0}, "--shortest"),
+        ({"pretrained": True, "every": 3}, "--every 3: the weights have 6"),
+        ({"pretrained": True, "latents": 4}, "--latents 4: the weights have 16"),
+        ({"pretrained": True, "language": language}, "in front of smollm2"),
+        ({"shots": (0, 200), "every": 1, "language": language}, "the model has 128 positions"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
             flamingo.main(flamingo.Config(**{"out": out} | flags))
     assert not (tmp_path / "out").exists()
+
+
+class Eye:
+    """In the place of a vision tower: `eyes.seen` looks for it."""
+
+    width = 16
+
+
+def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
+    """Every part of `main` is handed the photos and names that it should be."""
+    fruit, shown = eyes.shop(), {}
+    monkeypatch.setattr(flamingo.data, "groceries", lambda size: fruit)
+    monkeypatch.setattr(flamingo.tower, "load", lambda *about, **more: Eye())
+    monkeypatch.setattr(flamingo.tower, "said", eyes.seen)
+    monkeypatch.setattr(flamingo, "add_words", lambda *about: [IMAGE, END])
+    monkeypatch.setattr(flamingo, "start", lambda tokenizer: 1)
+    monkeypatch.setattr(flamingo, "chunk", lambda tokenizer, name: [IMAGE, 20 + sorted(NAMED).index(name), END])
+    speaker = eyes.speaker()
+    monkeypatch.setattr(flamingo.pretrained, "language_model", lambda *about: (None, speaker))
+
+    def train(made, said, kinds, first, chunks, cfg, on):
+        shown["train"] = said, kinds, chunks
+        yield 1.0
+
+    def judge(made, features, first, chunks, said, kinds, shots, cfg, on):
+        shown[shots] = features, said, kinds
+        right = torch.nn.functional.one_hot(features[:, 0, 0].long() % 3, 3).float()
+        return right if shots == 0 else -right  # right without examples, wrong with them
+
+    monkeypatch.setattr(flamingo, "train", train)
+    monkeypatch.setattr(flamingo, "judge", judge)
+    monkeypatch.setattr(flamingo, "draw", lambda *about: shown.update(draw=about))
+    found = flamingo.main(
+        flamingo.Config(language="tiny", every=1, shots=(0, 1), steps=1, judged=15, out=str(tmp_path))
+    )
+    said, kinds, chunks = shown["train"]
+    numbers = said[:, 0, 0].long()
+    assert numbers.tolist() == list(range(20)) and torch.equal(kinds, numbers % 3)
+    assert [c[1] for c in chunks] == [20 + sorted(NAMED).index(n) for n in NAMED]
+    for shots in (0, 1):
+        features, examples, of = shown[shots]
+        judged = features[:, 0, 0].long()
+        assert len(judged) == 15 and judged.min() >= 20 and torch.equal(examples, said) and torch.equal(of, kinds)
+    assert found["0 examples"] == {"14 kinds": 1.0, "5 groups": 1.0} and found["1 examples"]["14 kinds"] == 0
+    _, _, photos, _, names, truth, log_p = shown["draw"]
+    assert [names[k] for k in log_p.argmax(-1)] == truth  # photos, what they are and scores stand in one order
+    assert [NAMED[int(p[0, 0, 0]) % 3] for p in photos] == truth
+
+
+NAMED = ["Pink Lady apple", "Royal Gala apple", "Anjou pear"]
+
+
+def test_gates_that_never_learned_are_bars(tmp_path):
+    import matplotlib.pyplot as plt
+
+    figure, (one, many) = plt.subplots(1, 2)
+    flamingo.draw_gates(one, torch.tensor([[0.1, -0.2, 0.3]]), "attention")
+    assert [round(bar.get_height(), 3) for bar in one.patches] == [0.1, -0.2, 0.3]
+    flamingo.draw_gates(many, torch.rand(5, 3), "attention")
+    assert len([line for line in many.lines if len(line.get_xdata()) == 5]) == 3 and not many.patches
+    plt.close(figure)
 
 
 def test_the_whole_script_runs(tmp_path):

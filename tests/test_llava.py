@@ -209,6 +209,7 @@ def tiny_llava(tmp_path, kind="clip_vision_model", smollm2=None):
 
     tokenizer, language = pretrained.language_model(llamas.folder(tmp_path / "speaker"))
     language = language.float()
+    language.config.max_position_embeddings = 512  # a prompt with 196 places for a photo is longer than 128
     eye = tower.VisionTower(eyes.tower(kind))
     return tokenizer, llava.build(eye, "mlp2x_gelu", language, tokenizer).eval()
 
