@@ -5,6 +5,7 @@ in three ways: `python x.py` starts its ranks itself on this machine, `torchrun 
 them already. On a CPU the ranks talk through gloo, on GPUs through NCCL; the code that they run is the same.
 """
 
+import multiprocessing.forkserver
 import os
 import sys
 import tempfile
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.run import UserError, check
 
 TIMEOUT = timedelta(minutes=5)  # a rank that waits longer than this for the others gives up, with an error
+PRELOADED = ["torch.distributed", "transformers.models.llama.modeling_llama", "training.ranks"]  # by the fork server
 
 
 def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
@@ -39,10 +40,12 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
     check(ranks > 0, "--ranks must be at least 1")
     gpus = torch.cuda.device_count()
     check(not gpus or ranks <= gpus, f"--ranks {ranks}: there are {gpus} GPUs; CUDA_VISIBLE_DEVICES= takes the CPU")
-    queue, found = mp.get_context("spawn").SimpleQueue(), {}
+    method = start_method()
+    queue, found = mp.get_context(method).SimpleQueue(), {}
+    here = os.getcwd(), dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        about = worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
-        started: Any = mp.spawn(_enter, about, ranks, join=False)
+        about = here, worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
+        started: Any = mp.start_processes(_enter, about, ranks, join=False, start_method=method)
         try:
             done = False
             while not (done and queue.empty()):
@@ -57,15 +60,42 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
     return [found[rank] for rank in range(ranks)]
 
 
+def start_method():
+    """How ranks are started: "forkserver", forks of a process that has torch loaded already, or "spawn", from nothing.
+
+    The server only imports: no thread of a kernel runs in it and CUDA is not initialised, for neither outlives a fork.
+    Where there are GPUs, ranks begin from nothing all the same, and where a fork of loaded libraries is not safe.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return "spawn"
+    multiprocessing.set_forkserver_preload(PRELOADED)  # nothing, if it runs already
+    return "forkserver"
+
+
+def _forget_server():
+    """After a fork, in the child: the server is the parent's, and the child may not wait for it."""
+    multiprocessing.forkserver._forkserver.__init__()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_server)
+
+
 def count(ranks):
     """How many ranks there will be: torchrun's or deepspeed's number counts before ours."""
     check(ranks > 0, "--ranks must be at least 1")
     return int(os.environ.get("WORLD_SIZE", ranks))
 
 
-def _enter(rank, worker, cfg, ranks, meet, timeout, queue):
-    """What a started process does. A UserError goes to the parent, which says it once and stops the others."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+def _enter(rank, here, worker, cfg, ranks, meet, timeout, queue):
+    """What a started process does. A UserError goes to the parent, which says it once and stops the others.
+
+    here: folder and environment of the parent; the fork server has those of the moment in which it was started.
+    """
+    folder, environment = here
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
@@ -120,6 +150,8 @@ def allocated(action):
         torch.cuda.reset_peak_memory_stats()
         action()
         return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
     with hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         action()
     results: Any = trace.profiler
