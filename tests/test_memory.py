@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tests import fuzz
 from tests.conftest import ROOT
 from training import formulas, memory, presets
 from training.memory import Config
 from training.tracker import Tracker
 from utils.run import UserError
 
+TINY = str(ROOT / "training/configs/llama_tiny.json")
 SMALL = dict(
     model_type="llama", vocab_size=1000, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
     num_attention_heads=8, num_key_value_heads=4,
@@ -183,12 +186,10 @@ def test_offload_and_checkpointing_take_away_what_they_should(small):
 
 
 def test_lora_stays_out_of_the_eye():
-    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, image_size=28, patch_size=14,
-                  num_hidden_layers=2, num_attention_heads=2, projection_dim=16)  # fmt: skip
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("llava", vision_config=vision, text_config=SMALL, image_token_index=999)
+    config = AutoConfig.for_model("llava", vision_config=VISION, text_config=SMALL, image_token_index=999)
     with FakeTensorMode():
         model = presets.build(Config(method="lora"), config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -234,11 +235,10 @@ def test_json_is_one_object_in_bytes(tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (dict(model="llama9"), "llama9"),
+        (dict(model="llama9"), "do you mean llama3-8b"),
         (dict(batch=0), "--batch"),
-        (dict(fit="batch", budget=0.001), "not even --batch 1"),
+        (dict(model=TINY, fit="batch", budget=0.001), "not even --batch 1"),
         (dict(fit="batch", budget=float("inf")), "--budget"),
-        (dict(precision="fp32", measure=True), "--measure needs"),
         (dict(zero=1, precision="bf16"), "bf16-mixed"),
         (dict(offload="optimizer"), "--zero"),
         (dict(zero=2, offload="parameters"), "--zero 3"),
@@ -249,6 +249,106 @@ def test_json_is_one_object_in_bytes(tmp_path):
 def test_bad_input(flags, said):
     with pytest.raises(UserError, match=said):
         memory.main(Config(**flags))
+
+
+def test_measuring_more_than_there_is_room_for_is_refused(small, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+    with pytest.raises(UserError, match="--measure needs"):
+        memory.main(replace(small, measure=True))
+
+
+VISION = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, image_size=28, patch_size=14,
+              num_hidden_layers=2, num_attention_heads=2, projection_dim=16)  # fmt: skip
+
+
+def write(tmp_path, values):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values), "utf-8")
+    return Config(str(path), batch=1, seq_len=16)
+
+
+@pytest.mark.parametrize("select, places", [("default", 4), ("full", 5)])
+def test_a_picture_takes_the_places_that_its_tower_gives(select, places, tmp_path):
+    values = {"model_type": "llava", "vision_config": VISION, "text_config": SMALL, "image_token_index": 999}
+    cfg = write(tmp_path, values | {"vision_feature_select_strategy": select})
+    assert presets.places(presets.configuration(cfg.model)) == places
+    assert abs(memory.exact(cfg)["peak"] - memory.measured(cfg)) <= 32
+    with pytest.raises(UserError, match=f"a picture takes {places} tokens"):
+        memory.allow(replace(cfg, seq_len=places))
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm", "llava_next", "internvl", "siglip", "gpt2", "opt", "idefics2"])
+def test_other_kinds_of_models_are_refused_in_one_line(kind, tmp_path):
+    with pytest.raises(UserError) as error:
+        memory.allow(write(tmp_path, {"model_type": kind}))
+    assert kind in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_an_unknown_name_is_one_line_and_no_request(capfd, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match="nonsense-7b is no preset, no folder and no hub id OWNER/NAME; presets are"):
+        memory.main(Config("nonsense-7b"))
+    with pytest.raises(UserError, match="do you mean llama2-7b?"):
+        memory.main(Config("llama2-7B"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_retries_of_the_hub_are_not_told(capfd, monkeypatch):
+    def no_network(*_, **__):
+        import logging
+
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no connection\nsecond line")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", no_network)
+    with pytest.raises(UserError, match="--model owner/nonsense-7b: no connection second line"):
+        memory.main(Config("owner/nonsense-7b"))
+    assert capfd.readouterr() == ("", "")
+
+
+def refused_or_as_written(path):
+    """The configuration is refused, or its sizes are those in the file: none is transformers' own default."""
+    cfg = Config(str(path), seq_len=8)
+    memory.allow(cfg)
+    config, written = presets.configuration(cfg.model), json.loads(path.read_text("utf-8-sig"))
+    for key in presets.NEEDED:
+        assert getattr(config, key) == written[key]
+    assert config.num_key_value_heads == written.get("num_key_value_heads", config.num_attention_heads)
+    return config
+
+
+@pytest.mark.parametrize("way", ["damaged", "retyped"])
+def test_damaged_configurations(way, tmp_path):
+    path, values = tmp_path / "config.json", SMALL | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    whole, read, built = json.dumps(values), 0, 0
+    bad = fuzz.damaged(whole.encode(), 250) if way == "damaged" else fuzz.retyped(values, 250)
+    for content in bad:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        config = fuzz.reads_or_refuses(lambda: refused_or_as_written(path))
+        if config is not None:
+            read += 1
+            if read % 3 == 0 and config.num_hidden_layers < 10:  # what was read can be weighed
+                assert memory.exact(Config(str(path), seq_len=8))["peak"] > 0
+                built += 1
+    assert 0 < read < 100 and built
+
+
+def test_another_tower_is_refused(tmp_path):
+    vision = {"model_type": "siglip_vision_model"}
+    with pytest.raises(UserError, match="sees by a siglip_vision_model, not by CLIP"):
+        memory.allow(write(tmp_path, {"model_type": "llava", "vision_config": vision, "text_config": SMALL}))
+
+
+def test_a_key_that_is_nearly_right_or_missing_is_named(tmp_path):
+    for values, said in (
+        (SMALL | {"num_key_value_head": 2}, "perhaps you mean 'num_key_value_heads'"),
+        ({k: v for k, v in SMALL.items() if k != "intermediate_size"}, "intermediate_size is missing"),
+        (SMALL | {"num_key_value_heads": 3}, "8 heads cannot share 3"),
+        (SMALL | {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; 1 to 500"),
+        (SMALL | {"hidden_act": "silly"}, "no known hidden_act: silly"),
+    ):
+        with pytest.raises(UserError, match=said):
+            memory.allow(write(tmp_path, values))
 
 
 def test_a_broken_configuration_is_one_line(tmp_path):

@@ -20,16 +20,23 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from training import formulas, ranks, zero
-from training.presets import PRESETS, Linear4bit, LoRALinear, build, configuration, inputs
+from training.presets import (
+    KNOWN,
+    PRESETS,
+    Linear4bit,
+    LoRALinear,
+    build,
+    check_picture,
+    configuration,
+    inputs,
+    places,
+)
 from training.tracker import Tracker
 from utils import figures, run
 
@@ -86,6 +93,8 @@ def engine(cfg, model):
 @contextmanager
 def fake_ranks(n):
     """As if there were n ranks and this were the first: collectives have shapes and do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
     try:
         yield
@@ -289,7 +298,7 @@ def fit(cfg):
     field, step = ("batch", 1) if cfg.fit == "batch" else ("seq_len", 64)
     config, start = configuration(cfg.model), step
     if field == "seq_len" and hasattr(config, "vision_config"):  # a picture must find its place
-        start = 64 * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 // 64 + 1)
+        start = 64 * (places(config) // 64 + 1)
     least = exact(replace(cfg, **{field: start}))["peak"]
     run.check(least <= budget, f"not even --{cfg.fit} {start} fits: it takes {least / 1e9:.2f} GB of {cfg.budget:g}")
     x, peak = largest(lambda x: exact(replace(cfg, **{field: x}))["peak"], budget, start, step)
@@ -301,6 +310,8 @@ COLOURS = zero.COLOURS | {"activations": "tab:purple", "temporary": "lightgray"}
 
 def draw(path, cfg):
     """Left: the highest moment for every stage of ZeRO. Right: what the length of the texts costs."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     n = max(8, cfg.world_size)
     for stage in range(4):
@@ -347,17 +358,17 @@ def allow(cfg):
     run.check(cfg.offload == "none" or cfg.zero, "--offload is a part of ZeRO: choose --zero 1, 2 or 3")
     run.check(cfg.offload != "parameters" or cfg.zero == 3, "--offload parameters needs --zero 3")
     config = configuration(cfg.model)
+    check_picture(config, cfg.model)
     text = getattr(config, "text_config", config)
-    known = ("llama", "qwen2", "mistral")
-    run.check(text.model_type in known, f"--model {cfg.model} is a {text.model_type}; known are {', '.join(known)}")
+    run.check(text.model_type in KNOWN, f"--model {cfg.model} is a {text.model_type}; known are {', '.join(KNOWN)}")
     usual = text.hidden_size // text.num_attention_heads
     run.check(
         getattr(text, "head_dim", usual) in (None, usual), f"--model {cfg.model}: heads of another size than d / H"
     )
     run.check(not cfg.plot or not (cfg.fit or cfg.json), "--plot goes with neither --fit nor --json")
     if hasattr(config, "vision_config") and cfg.fit != "seq-len":
-        places = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        run.check(cfg.seq_len > places, f"a picture takes {places} tokens: --seq-len must be above that")
+        picture = places(config)
+        run.check(cfg.seq_len > picture, f"a picture takes {picture} tokens: --seq-len must be above that")
     run.check(not (cfg.measure and cfg.fit), "--measure and --fit: one at a time")
     run.check(not cfg.measure or cfg.offload == "none", "--measure cannot tell host from device: leave out --offload")
 
@@ -375,6 +386,8 @@ def main(cfg: Config) -> dict:
         return found
     found = dict(exact(cfg))
     if cfg.measure:
+        import psutil
+
         room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
         run.check(
             found["peak"] < 0.9 * room, f"--measure needs {found['peak'] / 1e9:.0f} GB, here are {room / 1e9:.0f}"
