@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -208,6 +207,8 @@ def worker(cfg):
 
 def draw_ring(path, n=4):
     """Who holds how many ranks' part of each piece, before and after every step of the ring."""
+    import matplotlib.pyplot as plt
+
     holds = np.ones((n, n))  # rank, piece: how many parts the sum here has
     frames = [holds.copy()]
     for first, action in ring(n):

@@ -18,18 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from training import manifest, ranks, tiny
 from utils import checkpoint, figures, run
@@ -74,6 +64,9 @@ def shard(model, cfg):
     Embedding and head are one weight in this model: both must be in one piece, here the root's. Wrapped one by one they
     would be two slices of two weights that drift apart; PyTorch refuses that today, and did not always.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(ranks.device().type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cfg.bf16 else MixedPrecisionPolicy()
     llama = model.get_base_model() if cfg.method == "lora" else model
@@ -94,6 +87,9 @@ def train(model, optimizer, text, cfg, start=0):
 
 def save(folder, model, optimizer, plain):
     """The sharded checkpoint: every rank writes its own slices, under names and places of the whole."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     if dist.get_rank() == 0:
@@ -107,6 +103,9 @@ def plain_of(folder):
 
 def load(folder, model, optimizer):
     """Read into the slices of this rank whatever ranks wrote -> the plain values."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)
@@ -116,6 +115,8 @@ def load(folder, model, optimizer):
 
 def export(model, cfg, folder):
     """The full checkpoint: all slices come to rank 0, which writes an ordinary folder; of LoRA the adapter alone."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=cfg.method == "lora")
     weights = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
@@ -161,6 +162,8 @@ def worker(cfg):
 
 def draw(path, found):
     """Who holds which rows of the weights of one layer, of the embedding and of the last norm."""
+    import matplotlib.pyplot as plt
+
     kept = [
         x for x in found[0]["slices"] if ".layers.0." in x[0] or "embed" in x[0] or x[0].endswith("model.norm.weight")
     ]

@@ -23,7 +23,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -211,6 +210,8 @@ def newest(cfg, config=None):
 
 def picture(path, held):
     """Who holds what, between two parts of a batch."""
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(2.5 + len(held), 3))
     bottom = np.zeros(len(held))
     for name in ("weights", "gradients", "optimizer"):

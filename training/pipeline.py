@@ -19,12 +19,10 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from training import ranks, tiny
 from utils import data, figures, pretrained, run
@@ -67,7 +65,7 @@ def one_f_one_b(stage, stages, micro):
 
 UNITS = {"forward": 1, "backward": 2}  # time: twice as many products
 COLOURS = {"forward": "lightskyblue", "backward": "sandybrown"}
-SCHEDULES = {"gpipe": (gpipe, ScheduleGPipe), "1f1b": (one_f_one_b, Schedule1F1B)}
+SCHEDULES = {"gpipe": (gpipe, "ScheduleGPipe"), "1f1b": (one_f_one_b, "Schedule1F1B")}  # ours, torch's
 
 
 def bubble(stages, micro):
@@ -244,12 +242,24 @@ class Box:
 
 def through_torch(schedule, module, ids, labels, micro):
     """The same step by torch.distributed.pipelining: ids, labels (B, L) -> the loss, 0 on all but the last stage."""
-    stage = PipelineStage(module, dist.get_rank(), dist.get_world_size(), ids.device)
+    from torch.distributed import pipelining
+
+    stage = pipelining.PipelineStage(module, dist.get_rank(), dist.get_world_size(), ids.device)
     losses = []
     inputs = [ids] if module.first else []
     target = {"target": labels, "losses": losses} if module.last else {}
-    SCHEDULES[schedule][1](stage, micro, loss_fn=loss).step(*inputs, **target)
+    make_schedule = getattr(pipelining, SCHEDULES[schedule][1])
+    make_schedule(stage, micro, loss_fn=loss).step(*inputs, **target)
     return sum(x.item() for x in losses) / micro
+
+
+def check(config):
+    """Raises UserError unless `Stage` can go through the layers of a model of this configuration."""
+    kind, known = config.model_type, ("llama", "mistral", "qwen2")
+    run.check(kind in known, f"--model is a {kind}; stages are made of the layers of {', '.join(known)}")
+    window = getattr(config, "sliding_window", None)
+    run.check(not window or kind == "qwen2" and not config.use_sliding_window,
+              f"--model looks {window} tokens back only; stages have no mask for that")  # fmt: skip
 
 
 def read(cfg):
@@ -258,6 +268,7 @@ def read(cfg):
         model, ids = tiny.llama(layers=cfg.layers), tiny.batch(tiny.corpus(), cfg.seed, 0, cfg.batch, cfg.length + 1)
     else:
         tokenizer, model = pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+        check(model.config)
         run.check(cfg.layers <= len(model.model.layers), f"--layers: the model has {len(model.model.layers)}")
         del model.model.layers[cfg.layers :]
         text = "\n\n".join(page for _, page in data.docs()[: cfg.batch])
@@ -319,6 +330,8 @@ def gantt(axis, lines, title):
 
 def main(cfg: Config) -> dict:
     """One step in both orders, compared; writes the timeline."""
+    import matplotlib.pyplot as plt
+
     run.check(min(cfg.micro, cfg.batch, cfg.length, cfg.layers) > 0, "--micro, --batch, --length, --layers: at least 1")
     run.check(cfg.batch % cfg.micro == 0, "--batch must be a multiple of --micro: unequal parts have another mean")
     run.check(cfg.pace >= 0, "--pace must be at least 0")

@@ -23,13 +23,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.flop_counter import FlopCounterMode
 
 from training import ranks
 from utils import checkpoint, data, figures, pretrained, run
@@ -72,6 +69,8 @@ def learn_tokens(texts, size):
 
     It begins with the 256 bytes, so that every text can be written. Sec. 2.1; Sennrich et al. 2015, arXiv:1508.07909.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,6 +82,7 @@ def learn_tokens(texts, size):
 
 def tokens(cfg):
     """-> {"learn": (n,), "held": (m,)} token numbers, (the tokenizer, the bytes held out). Made once, then read."""
+    from tokenizers import Tokenizer
 
     def make():
         texts = dict(zip(("learn", "held"), split(data.docs())))
@@ -191,6 +191,8 @@ def flops_per_token(model, length):
 
 def counted_flops(model, pieces):
     """Forward and backward as PyTorch counts them: every product that it really makes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         losses(model, pieces).sum().backward()
     model.zero_grad()
@@ -340,6 +342,8 @@ def as_transformers(tokenizer):
 
 def draw_curve(path, found, ngrams, cfg):
     """Bits per byte over tokens and over seconds of training; a line for each n-gram."""
+    import matplotlib.pyplot as plt
+
     figure, axis = plt.subplots(figsize=(6.2, 4.6))
     million = cfg.batch * cfg.length / 1e6
     axis.plot([i * million for i, _ in found["scores"]], [bits for _, bits in found["scores"]], "o-")

@@ -18,17 +18,11 @@ import copy
 import warnings
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from training import ranks
 from utils import data, figures, pretrained, run
@@ -127,6 +121,8 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = piece(dense, "v_proj"), piece(dense, "o_proj")
 
     def forward(self, hidden_states, position_embeddings, **_):
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
         x = f(hidden_states)
         q, k, v = (
             rearrange(p(x), "b l (h d) -> b h l d", d=self.size) for p in (self.q_proj, self.k_proj, self.v_proj)
@@ -171,7 +167,8 @@ def cross_entropy(states, weight, labels):
 def check(config):
     """Raises UserError unless a Llama of this configuration can be dealt to the ranks there are."""
     c, n = config, dist.get_world_size()
-    run.check(c.model_type == "llama" and not c.attention_bias and not c.mlp_bias, "--model must be a Llama, no biases")
+    run.check(c.model_type == "llama", f"--model is a {c.model_type}; only a Llama can be cut here")
+    run.check(not c.attention_bias and not c.mlp_bias, "--model has biases; only a Llama without can be cut here")
     sizes = {"query heads": c.num_attention_heads, "heads of keys and values": c.num_key_value_heads}
     for what, size in (sizes | {"hidden units": c.intermediate_size, "words": c.vocab_size}).items():
         run.check(size % n == 0, f"{size} {what} cannot be dealt to {n} ranks; take --ranks that divide {size}")
@@ -195,6 +192,15 @@ def through_torch(model, once=True):
     once: the input of a block becomes a DTensor before its matrices take it. Else each matrix makes its own, and each
     of these is an all-reduce in the backward pass.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
     plan: dict = {f"self_attn.{x}_proj": ColwiseParallel() for x in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
     plan |= {f"mlp.{x}_proj": ColwiseParallel() for x in ("gate", "up")} | {"mlp.down_proj": RowwiseParallel()}
     if once:
@@ -244,6 +250,8 @@ def share(x, k, group):
 
 def on_a_grid(cfg):
     """Worker: a random product on side x side ranks -> how it differs from the whole one, bytes of both, place."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     torch.manual_seed(cfg.seed)
     run.check(dist.get_world_size() == cfg.side**2, f"a grid of side {cfg.side} takes {cfg.side**2} ranks")
     mesh = init_device_mesh(ranks.device().type, (cfg.side, cfg.side))
@@ -268,6 +276,7 @@ def on_a_grid(cfg):
 def read(cfg):
     """The first layers of the model, fp32, with gradients, and real text for it: -> model, ids (B, L + 1)."""
     tokenizer, model = pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+    check(model.config)
     depth = len(model.model.layers)
     run.check(0 <= cfg.layers <= depth, f"--layers must be at most {depth}, those of the model, or 0 for all")
     del model.model.layers[cfg.layers or depth :]
@@ -304,8 +313,9 @@ def difference(ours, theirs):
 
 def worker(cfg):
     """What every rank does: a training step of the whole model, of torch's pieces, of ours -> what was found."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
     model, ids = read(cfg)
-    check(model.config)
     whole = step(model, ids, plain)
     whole["gradients"] = {name: mine(name, x) for name, x in whole["gradients"].items()}
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
@@ -334,6 +344,8 @@ def worker(cfg):
 
 def picture(path, found):
     """Who holds what of a layer: its matrices as in the paper, inputs down, outputs across, a colour for each rank."""
+    import matplotlib.pyplot as plt
+
     figure, axis = plt.subplots(figsize=(11, 5.2), layout="constrained")
     say = lambda x, y, what: axis.text(x, y, what, ha="center", va="center", fontsize=9)  # noqa: E731
     shapes = lambda one, of: [n / one["width"] for n in one[of][key]]  # noqa: E731

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -347,6 +346,8 @@ def worker(cfg):
 
 def picture(path, found, cfg, psi, n):
     """Left: what a rank holds, measured (bars) and by the formula (lines). Right: what it sends in a step."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for i, (stage, row) in enumerate(found.items()):
         bottom, expected = 0.0, 0.0
