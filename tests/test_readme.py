@@ -66,42 +66,51 @@ def plain_script(words):
     return words[0] == "python" and words[1].endswith(".py")
 
 
-def first_of_each():
-    """A line per script: what a fresh process runs in test-all."""
-    lines = [line for line in different() if plain_script(shlex.split(line))]
-    return list({shlex.split(line)[1]: line for line in reversed(lines)}.values())[::-1]
+def firsts():
+    """The first line of every script and every launcher: what `make test` runs of the pages."""
+    found = {}
+    for line in different():
+        words = shlex.split(line)
+        found.setdefault(words[1] if plain_script(words) else words[0], line)
+    return set(found.values())
 
 
-def check_command(done, script, folder):
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert script is None or (folder / "metrics.json").is_file()
+def chosen():
+    """All lines, those marked as long that `make test` leaves out."""
+    first = firsts()
+    return [pytest.param(line, marks=[] if line in first else pytest.mark.long, id=line) for line in different()]
 
 
-@pytest.mark.parametrize("line", different())
-def test_command(line, tmp_path):
-    """It runs without a network: whatever it needs was fetched before, by the tests of assets and data."""
+@pytest.mark.parametrize("line", chosen())
+def test_command(line, tmp_path, request):
+    """It runs without a network: whatever it needs was fetched before, by the tests of assets and data.
+
+    In a fork of a process that has the libraries. Where all tests run, the first line of every script has a process of
+    its own: the fork might hide that an import is missing.
+    """
     words = tiny(line)
     script = next((w for w in words if w.endswith(".py")), None)
     if script is not None:
         words += ["--out", str(tmp_path)]
-    if plain_script(words):  # in a fork of a process that has the libraries
-        return check_command(warm.run(words[1:]), script, tmp_path)
+    alone = line in firsts() and not request.config.option.markexpr
+    if plain_script(words) and not alone:
+        done = warm.run(words[1:])
+    else:
+        done = fresh(words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert script is None or (tmp_path / "metrics.json").is_file()
+
+
+def fresh(words):
+    """The command in a process of its own, the launchers as modules; without a network where that can be had."""
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
     if words[0] == "deepspeed":  # two of them at a time must not meet at one port
         words = ["python", "-m", "deepspeed.launcher.runner", f"--master_port={29900 + os.getpid() % 90}", *words[1:]]
+    if plain_script(words):
+        words = ["python", "-c", warm.OFFLINE, *words[1:]]
     port = {"MASTER_PORT": str(29700 + os.getpid() % 200)}
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
-    check_command(done, script, tmp_path)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("line", first_of_each())
-def test_command_in_a_process_of_its_own(line, tmp_path):
-    """What the warm helper might hide: an import that is missing, a line outside of the main guard."""
-    words = [*tiny(line)[1:], "--out", str(tmp_path)]
-    line = [sys.executable, "-c", warm.OFFLINE, *words]
-    check_command(subprocess.run(line, cwd=ROOT, capture_output=True, text=True), words[0], tmp_path)
+    return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
 
 
 def cpu_seconds(words):
