@@ -92,11 +92,8 @@ def test_command(line, tmp_path, request):
     script = next((w for w in words if w.endswith(".py")), None)
     if script is not None:
         words += ["--out", str(tmp_path)]
-    alone = line in firsts() and not request.config.option.markexpr
-    if plain_script(words) and not alone:
-        done = warm.run(words[1:])
-    else:
-        done = fresh(words)
+    forked = plain_script(words) and (line not in firsts() or request.config.option.markexpr)
+    done = warm.run(words[1:]) if forked else fresh(words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert script is None or (tmp_path / "metrics.json").is_file()
 
