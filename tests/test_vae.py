@@ -2,21 +2,17 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from models import vae
-from utils import checkpoint, data
+from models import quality, vae
+from tests.test_ddpm import command, one_line, same
+from utils import checkpoint, data, figures
 from utils.run import UserError
 
-ROOT = Path(__file__).parent.parent
-TINY = "--steps 3 --batch 8 --samples 70 --channels 4 8 --hidden 16 --latents 2 3".split()
+TINY = "--steps 2 --batch 8 --samples 64 --channels 4 8 --hidden 16 --latents 2 --no-ablations".split()
 
 
 def codes(b=6, d=5):
@@ -32,13 +28,6 @@ def with_gradients(value, *inputs):
 
 def small(latent=2):
     return vae.VAE(latent, (4, 8), 16)
-
-
-def command(folder, *flags):
-    """models/vae.py as a subprocess."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    line = [sys.executable, "models/vae.py", "--device", "cpu", "--out", str(folder), *flags]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_kl_divergence(parity):
@@ -167,42 +156,169 @@ def test_wrong_images(bad):
         vae.loss(small(), bad)
 
 
-def trained(name, steps=250):
-    """One variant after some steps on real digits -> losses, what it measures on 500 test digits, their codes."""
-    cfg = vae.Config(latents=(2,), steps=steps, batch=32, channels=(8, 8), hidden=64, lr=4e-3)
-    variant, curves = vae.variants(cfg)[name], {"reconstruction": [], "kl": []}
-    torch.manual_seed(0)
-    model = vae.VAE(variant.latent, cfg.channels, cfg.hidden)
-    optimizer = torch.optim.Adam(model.parameters(), cfg.lr)
-    losses = list(vae.train(model, optimizer, data.mnist("train")[0], cfg, curves, variant))
-    assert len(losses) == steps == len(curves["kl"]) and all(math.isfinite(x) for x in losses)
-    return losses, *vae.measure(model, data.to_float(data.mnist("test")[0][:500]))
+class Codes:
+    """Stands in for a VAE: codes are what is asked about, and a picture is its code."""
+
+    latent = 3
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def encode(self, x):
+        return x.flatten(1)[:, :3], torch.full((len(x), 3), -4.0)
+
+    def decode(self, z):
+        return z[:, :, None, None]
 
 
-def test_learning_and_what_each_part_is_for():
+def test_samples_come_from_the_prior():
+    """z ~ N(0, 1), no wider and no narrower; the picture is 2 sigmoid(logits) - 1."""
+    z = 2 * vae.sample(Codes(), 20_000).double().atanh().flatten(1)
+    assert z.shape == (20_000, 3)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3).double(), atol=0.03, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(3).double(), atol=0.03, rtol=0)
+
+
+def test_measure_is_the_whole_bound_of_all_images_and_codes_are_means(monkeypatch):
+    """With KL and with noise, whatever was left out in training; uneven batches count by their size."""
+    model, x = small(), torch.rand(700, 1, 28, 28) * 2 - 1
+    asked = []
+
+    def loss(model, x, beta=1.0, noise=True):
+        asked.append((beta, noise))
+        return tuple(torch.tensor(float(k * len(x))) for k in (3, 1, 2))
+
+    monkeypatch.setattr(vae, "loss", loss)
+    result, codes = vae.measure(model, x)
+    assert asked == [(1.0, True)] * 2
+    mean = (500 * 500 + 200 * 200) / 700
+    assert result == pytest.approx({"elbo": -3 * mean, "reconstruction": mean, "kl": 2 * mean})
+    torch.testing.assert_close(codes, model.encode(x)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_variants_leave_out_one_part_each():
+    chosen = vae.variants(vae.Config(latents=(2, 16)))
+    parts = {name: (v.latent, v.beta, v.noise) for name, v in chosen.items()}
+    assert parts["2-d"] == (2, 1.0, True) and parts["16-d"] == (16, 1.0, True)
+    assert parts["no noise"] == (2, 1.0, False) and parts["no KL"] == (2, 0.0, True)
+    assert list(vae.variants(vae.Config(latents=(2,), ablations=False))) == ["2-d"]
+
+
+def test_training_sets_the_rate_clips_and_hands_the_variant_on(monkeypatch):
+    """SGD moves by the schedule's rate times a gradient that is cut at 100; every step begins from no gradient."""
+    cfg = vae.Config(steps=5, batch=4, lr=3.0)
+    images, asked = torch.full((6, 1, 28, 28), 255, dtype=torch.uint8), []
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+
+    def loss(model, x, beta, noise):
+        asked.append((beta, noise, tuple(x.shape), float(x.min())))
+        value = model.weight.sum() * (7.0 if len(asked) % 2 else 900.0)
+        return value, value + 1, value + 2
+
+    monkeypatch.setattr(vae, "loss", loss)
+    curves, weights = {"reconstruction": [], "kl": []}, [0.0]
+    for value in vae.train(model, optimizer, images, cfg, curves, vae.Variant(2, 0.25, False)):
+        assert (curves["reconstruction"][-1], curves["kl"][-1]) == pytest.approx((value + 1, value + 2))
+        weights.append(model.weight.item())
+    moves = [a - b for a, b in zip(weights, weights[1:])]
+    assert moves == pytest.approx([vae.learning_rate(cfg, i) * (100.0 if i % 2 else 7.0) for i in range(5)], rel=1e-4)
+    assert asked == [(0.25, False, (4, 1, 28, 28), 1.0)] * 5
+
+
+def test_main_measures_test_digits_and_judges_samples(monkeypatch, tmp_path):
+    """Training sees training digits only; the bound is of test digits; the judge sees samples from the prior."""
+    kinds = {"train": torch.zeros(70, 1, 28, 28).byte(), "test": torch.full((70, 1, 28, 28), 255).byte()}
+    monkeypatch.setattr(data, "mnist", lambda split: (kinds[split], torch.arange(70) % 10))
+    monkeypatch.setattr(quality, "judge", lambda device: lambda images: judged.append(images) or {"recognised": 0.5})
+    monkeypatch.setattr(vae, "draw", lambda folder, cfg, *rest: drawn.append(rest))
+    judged, drawn, trained, measured = [], [], [], []
+    train, measure = vae.train, vae.measure
+
+    def watched(model, optimizer, images, *rest):
+        trained.append((images, rest[-1]))
+        yield from train(model, optimizer, images, *rest)
+
+    monkeypatch.setattr(vae, "train", watched)
+    monkeypatch.setattr(vae, "measure", lambda model, x: measured.append(x) or measure(model, x))
+    small = dict(steps=1, batch=8, channels=(4, 8), hidden=16, samples=64, latents=(2, 3))
+    metrics = vae.main(vae.Config(**small, out=str(tmp_path)))
+    assert all((images == 0).all() for images, _ in trained) and all((x == 1).all() for x in measured)
+    names = ["2-d", "3-d", "no noise", "no KL"]
+    assert [variant for _, variant in trained] == list(vae.variants(vae.Config(**small)).values())
+    _, models, codes, samples, test, labels = drawn[0]
+    assert list(models) == names and codes["3-d"].shape == (70, 3) and test.min() == 1 and labels[3] == 3
+    for images, name in zip(judged, names):
+        assert torch.equal(images, samples[name]) and images.shape == (64, 1, 28, 28)
+        assert metrics[f"{name}: elbo"] == pytest.approx(-metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"])
+    loaded = vae.load(tmp_path / "model.safetensors")
+    for name in names:
+        assert same(loaded[name].state_dict(), models[name].state_dict())
+
+
+def test_figures_show_the_largest_model_and_every_ablation(monkeypatch, tmp_path):
+    """Samples are of the last of --latents, the map of the first; clouds of the first and of what was left out."""
+    drawn = {}
+    for name in ("grid", "rows", "panels", "curves"):
+        monkeypatch.setattr(figures, name, lambda path, content, *_, **__: drawn.update({path.name: content}))
+    cfg = vae.Config(latents=(2, 3), channels=(4, 8), hidden=16)
+    models = {
+        name: vae.VAE(v.latent, cfg.channels, cfg.hidden).requires_grad_(False) for name, v in vae.variants(cfg).items()
+    }
+    test, labels = torch.rand(40, 1, 28, 28) * 2 - 1, torch.arange(40) % 10
+    codes = {name: torch.randn(40, model.latent) for name, model in models.items()}
+    samples = {name: torch.full((64, 1, 28, 28), float(i)) for i, name in enumerate(models)}
+    curves = {name: {"reconstruction": [2.0 * i], "kl": [3.0 * i]} for i, name in enumerate(models, 1)}
+    vae.draw(tmp_path, cfg, curves, models, codes, samples, test, labels)
+    assert (drawn["samples.png"] == 1).all()
+    assert torch.equal(drawn["map.png"][0]["after training"], vae.latent_grid(models["2-d"]))
+    clouds, below = drawn["latents.png"]
+    assert list(clouds) == [f"{name}: codes of test digits" for name in ("2-d", "no noise", "no KL")]
+    assert [float(x.mean()) for x in below.values()] == [0.0, 2.0, 3.0]
+    assert drawn["loss.png"] == {"2-d": [5.0], "3-d": [10.0]} and drawn["kl.png"]["no KL"] == [12.0]
+    back = drawn["reconstructions.png"]
+    torch.testing.assert_close(back["no KL"], vae.paint(models["no KL"], codes["no KL"][:10]))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """{variant: losses, what it measures on 500 test digits, their codes} after some steps on real digits."""
+    cfg, results = vae.Config(latents=(2,), steps=200, batch=32, channels=(8, 8), hidden=64, lr=4e-3), {}
+    images, test = data.mnist("train")[0], data.to_float(data.mnist("test")[0][:500])
+    for name, variant in vae.variants(cfg).items():
+        curves = {"reconstruction": [], "kl": []}
+        torch.manual_seed(0)
+        model = vae.VAE(variant.latent, cfg.channels, cfg.hidden)
+        optimizer = torch.optim.Adam(model.parameters(), cfg.lr)
+        losses = list(vae.train(model, optimizer, images, cfg, curves, variant))
+        assert len(losses) == 200 == len(curves["kl"]) and all(math.isfinite(x) for x in losses)
+        results[name] = losses, *vae.measure(model, test)
+    return results
+
+
+def test_learning_and_what_each_part_is_for(trained):
     """The bound improves; without KL the codes leave the prior, without noise the code is a free point."""
-    losses, whole, codes = trained("2-d")
+    losses, whole, codes = trained["2-d"]
     assert losses[0] > 500 and sum(losses[-10:]) / 10 < 200  # grey everywhere costs 784 ln 2 = 543
     assert whole["elbo"] == pytest.approx(-whole["reconstruction"] - whole["kl"]) and -200 < whole["elbo"] < -120
-    _, no_kl, far = trained("no KL")
+    _, no_kl, far = trained["no KL"]
     assert no_kl["kl"] > 2 * whole["kl"] and far.abs().max() > 2 * codes.abs().max()
-    _, no_noise, _ = trained("no noise")
+    _, no_noise, _ = trained["no noise"]
     assert no_noise["elbo"] < whole["elbo"] - 20
 
 
 def test_command_writes_what_it_promises(tmp_path):
-    done = command(tmp_path / "a", *TINY)
+    done = command(*TINY, "--out", str(tmp_path / "a"), script="vae")
     assert done.returncode == 0, done.stderr
     promised = "config.json metrics.json model.safetensors samples.png reconstructions.png map.png interpolation.png"
     for name in f"{promised} latents.png reconstruction.png kl.png loss.png".split():
         assert (tmp_path / "a" / name).stat().st_size > 0 and name in done.stdout
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    for name in ("2-d", "3-d", "no noise", "no KL"):
-        elbo = -metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"]
-        assert metrics[f"{name}: elbo"] == pytest.approx(elbo, rel=1e-5)
-        assert {f"{name}: {k}" for k in ("recognised", "frechet", "digits_seen")} <= metrics.keys()
-    models = vae.load(tmp_path / "a" / "model.safetensors")
-    assert list(models) == ["2-d", "3-d", "no noise", "no KL"] and models["3-d"].latent == 3
+    elbo = -metrics["2-d: reconstruction"] - metrics["2-d: kl"]
+    assert metrics["2-d: elbo"] == pytest.approx(elbo, rel=1e-5)
+    assert {f"2-d: {k}" for k in ("recognised", "recognised_error", "frechet", "digits_seen")} <= metrics.keys()
+    assert list(vae.load(tmp_path / "a" / "model.safetensors")) == ["2-d"]
 
 
 def test_resume_goes_on_bit_for_bit(tmp_path):
@@ -235,7 +351,9 @@ def test_resume_goes_on_bit_for_bit(tmp_path):
     "flags, word",
     [
         ({"latents": (0,)}, "--latents"), ({"latents": ()}, "--latents"),
-        ({"steps": -1}, "--steps"), ({"samples": 9}, "--samples"),
+        ({"steps": -1}, "--steps"), ({"lr": -1.0}, "--lr"), ({"lr": math.nan}, "--lr"),
+        ({"save_every": -1}, "--save-every"),
+        ({"samples": 9}, "--samples"),
         ({"batch": 0}, "--batch"), ({"device": "abacus"}, "--device"), ({"resume": True}, "no checkpoint"),
     ],
 )  # fmt: skip
@@ -245,12 +363,12 @@ def test_bad_flags(tmp_path, flags, word):
     assert "\n" not in str(error.value)
 
 
-def test_damaged_checkpoint_and_blocked_folder(tmp_path):
+def test_damaged_checkpoint_and_blocked_folder(tmp_path, monkeypatch, capsys):
     state = tmp_path / "state_2-d.safetensors"
     state.write_bytes(b"\x00" * 100)
-    done = command(tmp_path, *TINY, "--resume")
-    assert done.returncode == 2 and "not a whole safetensors file" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert "not a whole safetensors file" in one_line(
+        vae, [*TINY, "--resume", "--out", str(tmp_path)], monkeypatch, capsys
+    )
     assert state.read_bytes() == b"\x00" * 100
     with pytest.raises(UserError, match="--out"):
         vae.main(vae.Config(out=str(state / "below")))
