@@ -1,10 +1,10 @@
-"""Checkpoints of many files: a hundred kills and a thousand mutations."""
+"""Checkpoints of many files: a kill before every operation on the disk, and a thousand mutations."""
 
 import json
 import os
 import random
 import signal
-import time
+import sys
 
 import pytest
 
@@ -17,7 +17,11 @@ def put(step, size=200_000):
 
     def write(folder):
         for i in range(3):
-            (folder / f"rank{i}.bin").write_bytes(f"{step:08d}".encode() * (size // 8))
+            with open(folder / f"rank{i}.bin", "wb") as file:
+                file.write(f"{step:08d}".encode() * (size // 16))
+                file.flush()
+                os.fsync(file.fileno())  # half of it is there
+                file.write(f"{step:08d}".encode() * (size // 16))
 
     return write
 
@@ -30,26 +34,42 @@ def whole(root):
     return int(steps.pop())
 
 
-def test_a_hundred_kills_leave_a_whole_checkpoint_every_time(tmp_path):
-    dice, seen, halves = random.Random(0), [], 0
+def save_and_die(root, step, death):
+    """In a process of its own: save, and be killed before operation number `death` on the disk -> was it killed?"""
+    child = os.fork()
+    if child == 0:
+        operations = 0
+
+        def operation(event, _=None):
+            nonlocal operations
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "fsync"):
+                if operations == death:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                operations += 1
+
+        real = os.fsync
+        os.fsync = lambda number: (operation("fsync"), real(number))  # python audits no fsync
+        sys.addaudithook(operation)
+        manifest.save(root, step, put(step))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """Before each operation of a save in turn; what a kill leaves behind is there when the next save begins."""
     manifest.save(tmp_path, 1, put(1))
-    for _ in range(100):
-        child = os.fork()
-        if child == 0:
-            step = whole(tmp_path)
-            while True:
-                step += 1
-                manifest.save(tmp_path, step, put(step))
-        time.sleep(dice.uniform(0.002, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        seen.append(whole(tmp_path))
+    step, seen, halves, death = 1, [], 0, 0
+    while save_and_die(tmp_path, step + 1, death):
+        found = whole(tmp_path)
+        seen.append(found - step)
         halves += len(list(tmp_path.glob("step*"))) > 1
-    assert seen == sorted(seen) and seen[-1] > 20
-    assert halves > 10  # kills did hit half-made or half-removed folders
-    manifest.save(tmp_path, seen[-1] + 1, put(seen[-1] + 1))
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["latest", f"step{seen[-1] + 1}"]
+        step, death = found, death + 1
+    assert set(seen) == {0, 1} and len(seen) > 30
+    assert halves > 20  # kills did hit half-made or half-removed folders
+    assert whole(tmp_path) == step + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", f"step{step + 1}"]
 
 
 def test_no_litter_after_a_restart(tmp_path):

@@ -39,7 +39,7 @@ def verify(folder):
     """Raises UserError, which names the first such file, if one was damaged, lost or added since `write`."""
     folder = Path(folder)
     try:
-        listed, there = json.loads((folder / LIST).read_text()), hashes(folder)
+        listed, there = json.loads((folder / LIST).read_text("utf-8")), hashes(folder)
         check(isinstance(listed, dict) and listed, f"{folder / LIST} is not a list of hashes; train again")
     except (OSError, ValueError):
         raise UserError(f"{folder} is no whole checkpoint: its {LIST} is missing or damaged; train again") from None
@@ -81,7 +81,7 @@ def save(root, step, put):
 def newest(root):
     """The folder that `latest` names, unchecked, or None."""
     try:
-        return Path(root) / (Path(root) / "latest").read_text().strip()
+        return Path(root) / (Path(root) / "latest").read_text("utf-8").strip()
     except (OSError, ValueError):
         return None
 
@@ -97,7 +97,7 @@ def load(root) -> Path:
 def replace(path, text):
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}")  # one writer: what a killed one left is written over
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
