@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from utils import data
 from utils.run import check
+from utils.text import plain as without_control_tokens
 
 IGNORE = -100  # a label that is not learned
 
@@ -66,26 +67,37 @@ def plain(text):
 def conversation(tokenizer, question, answer, length):
     """-> ids, labels: those of the answer and its end are learned, those of the question are not. Cut at `length`.
 
-    Raises UserError if the tokenizer has no chat template, or one that puts the answer elsewhere.
+    A control token that stands in question or answer is broken up: text of others ends no turn. Raises UserError if
+    the tokenizer has no chat template, or one that puts the answer elsewhere.
     """
+    question, answer = (without_control_tokens(text, tokenizer) for text in (question, answer))
     check(tokenizer.chat_template, "the tokenizer of --model has no chat template: name a model made for chat")
     asked, told = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
     before = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([asked, told], tokenize=False).rstrip()
     check(whole.startswith(before), "the chat template of --model does not put an answer after its question")
-    prompt, reply = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, whole[len(before) :]))
+    prompt, reply = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, whole[len(before) :]))
     return (prompt + reply)[:length], ([IGNORE] * len(prompt) + reply)[:length]
 
 
 def conversations(tokenizer, length):
-    """-> [(ids, labels)] to learn, and held out: a fifth of the questions, by a hash of their letters."""
-    parts = [], []
+    """-> [(ids, labels)] to learn, and held out: a fifth of the questions, by a hash of their letters.
+
+    The first rank says how many are cut, and how many left out because their question alone fills the length.
+    """
+    parts, cut, left_out = ([], []), 0, 0
     for _, question, answer in questions():
         held_out = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
-        row = conversation(tokenizer, question, answer, length)
-        if learned(row[1]):  # else the question alone fills the length
-            parts[held_out].append(row)
+        ids, labels = conversation(tokenizer, question, answer, length + 1)
+        cut += len(ids) > length
+        if learned(labels[:length]):
+            parts[held_out].append((ids[:length], labels[:length]))
+        else:
+            left_out += 1
     check(all(parts), f"--length {length} leaves no room for answers")
+    if cut and (not dist.is_initialized() or dist.get_rank() == 0):
+        total = sum(map(len, parts)) + left_out
+        print(f"--length {length}: {cut} of {total} conversations are longer and are cut, {left_out} are left out")
     return parts
 
 
