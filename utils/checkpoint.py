@@ -18,7 +18,10 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from utils.run import UserError, check, cli, same_flags, write_json
+from utils.run import UserError, check, clean, cli, same_flags, write_json
+
+# What building and filling a network raises if the file holds something else
+WRONG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
@@ -73,7 +76,7 @@ def load_model(path: str | Path, build: Callable[..., Any], device: Any = "cpu")
     try:
         model = build(**meta)
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (TypeError, KeyError, RuntimeError):
+    except WRONG:
         raise UserError(f"{path} holds the weights of another network; name a file that this script wrote") from None
     return model.to(device).eval().requires_grad_(False), meta
 
@@ -92,15 +95,15 @@ def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, A
     flags: the dataclass of the run, against the `config` that was saved. Raises UserError if it would learn otherwise.
     """
     tensors, skeleton = read(path)
-    state = _put_back(skeleton, tensors)
-    if flags and "config" in state:
-        same_flags(flags, state["config"], path)
     try:
+        state = _put_back(skeleton, tensors)
+        if flags and "config" in state:
+            same_flags(flags, state["config"], path)
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
         cpu, *cuda = state.pop("random")
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except WRONG as error:
+        reason = clean(str(error)).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} was made with other settings ({reason}); use the same or leave out --resume") from None
     if flags:
         write_json(Path(path).with_name("config.json"), asdict(flags))
@@ -136,7 +139,9 @@ class Config:
 
 def ship(cfg: Config) -> None:
     """Writes target.safetensors, target.json and target_loss.png. Raises UserError if the run did not train them."""
-    record = {path.stem: json.loads(path.read_text()) for path in sorted(cfg.run.glob("*.json"))}  # config, metrics
+    record = {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(cfg.run.glob("*.json"))
+    }  # config, metrics
     if "train_seconds" not in record.get("metrics", {}) or not (cfg.run / "loss.png").is_file():
         raise UserError(f"{cfg.run} holds no finished training; a run with --pretrained has nothing to ship")
     tensors, meta = read(cfg.run / "model.safetensors")

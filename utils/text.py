@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from utils.run import UserError
+from utils.run import UserError, clean
 
 # What a chat template writes between turns, as letters: [INST], <<SYS>>, <|im_end|>, <start_of_turn>, </s>.
 TEMPLATE_MARKS = re.compile(r"\[/?[A-Z][A-Z_]*\]|<</?[A-Z]+>>|</?\|?[A-Za-z]\w*\|?>")
@@ -33,11 +33,6 @@ def decode(data: bytes, name: str) -> str:
         found = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise UserError(f"{name} is not UTF-8 ({found}); save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def clean(text: str) -> str:
-    """Lone surrogates, half characters out of JSON, a PDF or a file name, become U+FFFD: no encoder takes them."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def printable(value: Any) -> str:
