@@ -220,6 +220,8 @@ def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
         complete(tokenizer, model)
     except Exception as error:  # a damaged config.json or tokenizer.json: transformers raises what comes
         reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
+            reason = "its weights have other shapes than its config.json says"
         raise UserError(f"no language model at '{printable(name)}': {reason}") from None
     finally:
         logging.set_verbosity(before)
