@@ -11,6 +11,7 @@ Shapes: B or N images, D = 64 features, K = 10 classes.
     python models/quality.py --pretrained   # only the scores
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +151,9 @@ def picture_features(images):
 
 
 def emoji_features(images):
-    """The same for the whole emoji set, which takes a minute, so the result is kept in the cache."""
-    path = assets.cache() / f"efficientnet-emoji-{len(images)}.safetensors"
+    """The same for the whole emoji set, which takes a minute: kept in the cache, by the hash of the pictures."""
+    key = hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:16]
+    path = assets.cache() / f"efficientnet-emoji-{key}.safetensors"
     if not path.exists():
         checkpoint.write(path, {"features": picture_features(images)})
     return checkpoint.read(path)[0]["features"]
