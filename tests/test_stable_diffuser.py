@@ -407,7 +407,7 @@ def test_gradients_of_two_halves_are_those_of_the_whole():
         (["--guidance", "nan"], "--guidance"),
         (["--guidance", "inf"], "--guidance"),
         (["--prompt", "  "], "--prompt"),
-        (["--prompt", "\udcff"], "--prompt"),
+        (["--prompt", "\udcff"], "UTF-8"),
         (["--prompt", "a " * 15], "15 tokens"),
         (["--lr", "inf"], "--lr"),
         (["--channels"], "channels"),
