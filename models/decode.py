@@ -283,12 +283,13 @@ def ways(model, cfg, **options):
 
 def passages(tokenizer, count, tokens, head=24):
     """Paragraphs of plain prose from all over three manuals: beginnings [ids], and what follows (count,tokens)."""
-    found = []
+    texts = []
     for _, page in data.docs():
         for text in re.split(r"\n\s*\n", page):
             if text[:1].isupper() and not re.search(r"[`:*|_<>={}\\]", text):  # no markup, no code
-                ids = tokenizer(" ".join(text.split()))["input_ids"]
-                found += [ids[: head + tokens]] if len(ids) >= head + tokens else []
+                texts.append(" ".join(text.split()))
+    every = tokenizer(texts)["input_ids"] if texts else []  # all at once: a third of the time
+    found = [ids[: head + tokens] for ids in every if len(ids) >= head + tokens]
     check(len(found) >= count, f"only {len(found)} paragraphs are so long: lower --passages or --max-new-tokens")
     some = [found[i * len(found) // count] for i in range(count)]
     return [ids[:head] for ids in some], torch.tensor([ids[head:] for ids in some])

@@ -75,7 +75,7 @@ class Llava(nn.Module):
         self.vision, self.connector, self.language, self.image_id = vision, join, language, image_id
         width = language.config.get_text_config().hidden_size
         self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None  # 1.6: ends a row of tiles
-        self.grids = None  # 1.6: the sizes that a picture is tiled to; None: every grid
+        self.grids: list[tuple] = []  # 1.6: the sizes that a picture is tiled to; none: every grid
 
     @property
     def count(self):

@@ -217,23 +217,34 @@ def load(name, on="cpu"):
     about = described(path) if path.is_dir() else {}
     if about.get("model_type") == "llava-of-parts":
         return of_parts(path, about, on)
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    def asked(what, **more):
-        """Whatever goes wrong in a folder that somebody else wrote, it is one line."""
-        try:
-            return what.from_pretrained(name, **more)
-        except Exception as error:
-            raise UserError(f"no LLaVA at '{name}': {first_line(error)}") from error
-
-    check_supported(asked(AutoConfig), name)  # before the weights: they may be large
-    theirs, info = asked(AutoModelForImageTextToText, dtype=torch.bfloat16, output_loading_info=True)
+    transformers_config(name)  # before the weights: they may be large
+    more = {"dtype": torch.bfloat16, "output_loading_info": True}
+    theirs, info = from_pretrained(AutoModelForImageTextToText, name, **more)
     lost = sorted(info["missing_keys"])
-    check(not lost, f"'{name}' lacks {len(lost)} weights, {printable(lost[:1])} and more: fetch or write it again")
-    shown: Any = asked(AutoProcessor)
+    check(not lost, f"'{name}' lacks {len(lost)} weights, {printable(lost[:1])} first: fetch or write it again")
+    shown: Any = from_pretrained(AutoProcessor, name)
     model = from_transformers(pretrained.frozen(theirs, on), name)
     model.vision.mean, model.vision.std = shown.image_processor.image_mean, shown.image_processor.image_std
     return shown.tokenizer, model
+
+
+def from_pretrained(what, name, **more) -> Any:
+    """Whatever goes wrong in a folder that somebody else wrote, it is one line."""
+    try:
+        return what.from_pretrained(name, **more)
+    except Exception as error:
+        raise UserError(f"no LLaVA at '{name}': {first_line(error)}") from error
+
+
+def transformers_config(name):
+    """The configuration of a folder or hub id of transformers' LLaVA. Raises UserError for any other."""
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, name)
+    check_supported(config, name)
+    return config
 
 
 def described(path):

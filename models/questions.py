@@ -120,7 +120,7 @@ def known(one, number, images=""):
     for name, several in (("choices", choices), ("direct_answers", answers)):
         check(several is None or isinstance(several, list), f"{at}: '{name}' is no list")
     check(choices or answers, f"{at} has neither 'choices' nor answers")
-    fine = choices is None or (is_number(right) and 0 <= right < len(choices))
+    fine = choices is None or (is_number(right) and right in range(len(choices)))
     check(fine, f"{at}: 'correct_choice_idx' is {printable(right)}, of {len(choices or [])} choices")
     texts = [*(choices or []), *(answers or [])]
     fine = all(is_text(x) for x in texts)

@@ -73,8 +73,8 @@ class VisionTower(nn.Module):
         if isinstance(self.network, EfficientNetMaps):
             return self.network(pixels)
         found = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
-        there = found is not None and -len(found) <= self.layer < len(found)
-        check(there, f"--layer {self.layer}: the encoder has {len(found or ())} states")
+        found = () if found is None else found
+        check(-len(found) <= self.layer < len(found), f"--layer {self.layer}: the encoder has {len(found)} states")
         return found[self.layer]
 
     def tokens(self, states):

@@ -208,6 +208,19 @@ def test_a_okvqa():
     assert captions.match_choice("z", choices) is None
 
 
+@pytest.mark.parametrize("text, choices, expected", [
+    ("not a cat", ["cat", "dog"], None), ("It is not a cat but a dog.", ["cat", "dog"], 1),
+    ("neither a cat nor a dog", ["cat", "dog"], None), ("I don't think it is a cat", ["cat", "dog"], None),
+    ("No, it is a cat.", ["cat", "dog"], 0), ("no", ["yes", "no"], 1), ("There is no cat", ["cat", "no cat"], 1),
+    ("Not the cat, the dog!", ["cat", "dog"], 1), ("It is a cat, not a dog", ["cat", "dog"], 0),
+    ("without a hat: a cat", ["hat", "cat"], 1), ("black, white", ["black, white", "white"], 0),
+    ("a", ["b", "a"], 1), ("B", ["b", "a"], 0), ("b", ["an apple", "b", "c"], 1), ("(b)", ["b", "a"], 1),
+    ("a", ["cat", "dog"], 0), ("two", ["one", "two", "two"], None),
+])  # fmt: skip
+def test_a_choice_is_named_by_what_is_said_and_not_by_what_is_denied(text, choices, expected):
+    assert captions.match_choice(text, choices) == expected
+
+
 def test_no_choice_is_named_by_an_empty_text():
     assert captions.match_choice("", ["a", "the"]) is None
 

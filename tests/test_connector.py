@@ -163,6 +163,34 @@ def test_it_learns_what_and_where(name, sees):
     assert found["what"] > 0.6 and (found["where"] > 0.6) == sees and (sees or found["where"] < 0.3)
 
 
+def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tmp_path):
+    """main: each connector learns from the photos to learn from, and is scored on the others, with their own kinds."""
+    fruit, shown = eyes.shop(), []
+    monkeypatch.setattr(connector.data, "groceries", lambda size: fruit)
+    monkeypatch.setattr(connector.tower, "load", lambda *about, **more: None)
+    said = lambda eye, images: images[:, :1, 0, 0].float()[..., None].expand(-1, 49, 1280)  # noqa: E731
+    monkeypatch.setattr(connector.tower, "said", said)
+    monkeypatch.setattr(connector, "draw", lambda *about: None)
+
+    def train(judge, maps, kinds, sticker, cfg, on):
+        shown.append((judge, maps, kinds))
+        yield 1.0
+
+    def score(judge, maps, kinds, sticker, on):
+        shown.append((judge, maps, kinds))
+        return {"what": 0.5, "where": 0.25}
+
+    monkeypatch.setattr(connector, "train", train)
+    monkeypatch.setattr(connector, "score", score)
+    cfg = connector.Config(names=("pool1", "linear"), width=8, steps=1, judged=15, out=str(tmp_path / "out"))
+    found = connector.main(cfg)
+    assert found["pool1"]["tokens"] == 1 and found["linear"]["tokens"] == 49 and found["linear"]["where"] == 0.25
+    for i, (judge, maps, kinds) in enumerate(shown):
+        numbers = maps[:, 0, 0].long()
+        assert torch.equal(kinds, numbers % 3) and judge.join is shown[i - i % 2][0].join
+        assert numbers.tolist() == list(range(20)) if i % 2 == 0 else min(numbers) >= 20 and len(numbers) == 15
+
+
 @pytest.mark.parametrize(
     "name, says",
     [
