@@ -1,5 +1,7 @@
 """Data parallel: the ring, the buckets, and PyTorch's own; many ranks are one process with the whole batch."""
 
+import os
+import sys
 from dataclasses import replace
 from datetime import timedelta
 
@@ -71,7 +73,11 @@ def worker(folder):
     single.load_state_dict(model.state_dict())
     (single(torch.ones(2, 4), True) / dist.get_world_size()).backward()
     found["eye of one"] = single.eye.weight.grad.tolist()
-    cfg = replace(CFG, out=folder, save_every=2)
+    torch.manual_seed(dist.get_rank())  # each begins with weights of its own
+    mixed = nn.Linear(3, 2)
+    ddp.DataParallel(mixed)
+    found["begins"] = mixed.weight.tolist()
+    cfg = replace(CFG, out=folder, save_every=3)  # one step is left to do for the resumed run
     found["whole"], found["resumed"] = ddp.worker(cfg), ddp.worker(replace(cfg, resume=True, save_every=0))
     return found
 
@@ -111,6 +117,81 @@ def test_the_plan_of_the_ring_gives_everyone_every_sum(n):
 def test_weights_without_a_gradient_hang_nobody(found):
     for row in found:
         assert row["eye"] == [pytest.approx(x, abs=1e-7) for x in row["eye of one"]]
+
+
+def test_all_begin_with_the_weights_of_the_first(found):
+    torch.manual_seed(0)
+    first = nn.Linear(3, 2).weight.tolist()
+    assert all(row["begins"] == first for row in found)
+
+
+def test_a_batch_is_drawn_by_seed_and_step_and_read_to_the_end():
+    text = torch.arange(1000)
+    draw = lambda seed, step: tiny.batch(text, seed, step, 4, 9)  # noqa: E731
+    assert torch.equal(draw(1, 2), draw(1, 2)) and draw(1, 2).shape == (4, 9)
+    assert not torch.equal(draw(1, 2), draw(1, 3)) and not torch.equal(draw(1, 2), draw(2, 2))
+    assert ((draw(1, 2)[:, 1:] - draw(1, 2)[:, :-1]) == 1).all()  # pieces, not letters
+
+
+def test_the_loss_of_the_small_llama_is_transformers_own():
+    model, ids = tiny.llama(16, 1, 2), torch.randint(256, (3, 12))
+    torch.testing.assert_close(tiny.loss(model, ids), model(input_ids=ids, labels=ids).loss)
+
+
+# What `ranks.launch` promises, whatever it starts.
+
+
+def scene(cfg):
+    """What a rank sees of its surroundings; one of them may fail."""
+    if cfg == "refuse" and dist.get_rank() == 1:
+        raise UserError("rank 1 refuses")
+    if cfg == "crash" and dist.get_rank() == 1:
+        raise ZeroDivisionError
+    if cfg in ("refuse", "crash"):
+        dist.barrier()  # would wait for the other one for ever
+    seen = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "threads": torch.get_num_threads()}
+    return seen | {"folder": os.getcwd(), "word": os.environ.get("A_WORD"), "process": os.getpid()}
+
+
+def test_ranks_have_folder_and_environment_of_now(tmp_path, monkeypatch):
+    """Not those of the moment in which the fork server was started."""
+    ranks.launch(scene, None, 1, WAIT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("A_WORD", "yes")
+    found = ranks.launch(scene, None, 2, WAIT)
+    assert [row["rank"] for row in found] == [0, 1] and {row["ranks"] for row in found} == {2}
+    assert all(row["folder"] == str(tmp_path) and row["word"] == "yes" for row in found)
+    assert len({row["process"] for row in found} | {os.getpid()}) == 3
+    monkeypatch.delenv("A_WORD")
+    (row,) = ranks.launch(scene, None, 1, WAIT)
+    assert row["word"] is None and "RANK" not in os.environ
+
+
+def test_a_rank_that_fails_ends_the_others():
+    with pytest.raises(UserError, match="^rank 1 refuses$"):
+        ranks.launch(scene, "refuse", 2, WAIT)
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        ranks.launch(scene, "crash", 2, WAIT)
+    with pytest.raises(UserError, match="--ranks must be at least 1"):
+        ranks.launch(scene, None, 0)
+
+
+def test_where_there_are_gpus_ranks_begin_from_nothing(monkeypatch):
+    assert ranks.start_method() == ("forkserver" if sys.platform == "linux" else "spawn")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ranks.start_method() == "spawn"
+
+
+def test_ranks_can_be_started_by_a_fork(tmp_path):
+    """The fork server of the parent is not the child's: it must not be waited for."""
+    ranks.launch(scene, None, 1, WAIT)
+    child = os.fork()
+    if child == 0:
+        done = ranks.launch(scene, None, 1, WAIT)
+        (tmp_path / "done").write_text(str(len(done)), "utf-8")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / "done").read_text("utf-8") == "1"
 
 
 def trap(find):

@@ -1,6 +1,7 @@
 """training/faq.py: the questions of three manuals, and what a model reads of them."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,26 @@ def test_a_row_means_the_same_alone_and_among_longer_ones():
     logits = [model(input_ids=ids, attention_mask=mask).logits for ids, mask, _ in (both, alone)]
     torch.testing.assert_close(logits[0][1:, :2], logits[1], atol=1e-6, rtol=1e-5)
     assert F.mse_loss(logits[0][:1, :2], logits[1]) > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_texts_of_a_step_are_dealt_out_once(accumulation, monkeypatch):
+    """Two ranks have each text of one process with twice as many parts, once; all know all tokens that are learned."""
+    rows = [([i] * (i + 2), [faq.IGNORE] + [i] * (i + 1)) for i in range(3, 23)]
+    cfg = SimpleNamespace(seed=0, batch=2, accumulation=accumulation)
+
+    def deal(rank, n, step=4, **more):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: n)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        parts, tokens = faq.draw(rows, SimpleNamespace(**vars(cfg) | more), step, 1)
+        return [part[0].tolist() for part in parts], tokens
+
+    (first, tokens), (second, same) = deal(0, 2), deal(1, 2)
+    whole, total = deal(0, 1, accumulation=2 * accumulation)
+    assert [part for pair in zip(first, second) for part in pair] == whole and len(whole) == 2 * accumulation
+    learned = sum(sum(x != 1 for x in row) - 1 for part in whole for row in part)
+    assert tokens == same == total == learned
+    assert deal(0, 2, step=5)[0] != first and deal(0, 2, seed=1)[0] != first
 
 
 def test_a_tokenizer_without_a_template_is_refused():

@@ -1,5 +1,6 @@
 """FSDP2: slices on two ranks are one process; checkpoints for any number of ranks; what breaks tied weights."""
 
+import math
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -65,7 +66,7 @@ def worker(folder):
         ls, ws = together(replace(CFG, wrap=wrap))
         apart = max(float((ws[name] - weights[name]).detach().abs().max()) for name in ws)
         found[wrap] = max(abs(a - b) for a, b in zip(ls, losses)), apart
-    cfg = replace(CFG, out=f"{folder}/full", save_every=2)
+    cfg = replace(CFG, out=f"{folder}/full", steps=5, save_every=3)  # the last loss is one that the optimizer moved
     found["whole"], found["again"] = fsdp.worker(cfg), fsdp.worker(replace(cfg, resume=True, save_every=0))
     found["lora"] = fsdp.worker(replace(CFG, out=f"{folder}/lora", method="lora"))
     found["bf16"] = fsdp.worker(replace(CFG, out=f"{folder}/bf16", bf16=True))
@@ -99,16 +100,16 @@ def test_two_ranks_are_one_process(parity, found, wrap):
 
 def test_a_resumed_run_is_the_same_bit_for_bit(found):
     for row in found:
-        assert row["again"]["losses"] == row["whole"]["losses"] and len(row["whole"]["losses"]) == CFG.steps
+        assert row["again"]["losses"] == row["whole"]["losses"] and len(row["whole"]["losses"]) == 5
 
 
 def test_one_rank_goes_on_where_two_stopped(found, folder):
     cfg = replace(CFG, out=str(folder / "full"), resume=True, steps=6, ranks=1)
     (row,) = ranks.launch(further, cfg, 1, WAIT)
-    assert row["losses"][:4] == found[0]["whole"]["losses"] and len(row["losses"]) == 6
+    assert row["losses"][:3] == found[0]["whole"]["losses"][:3] and len(row["losses"]) == 6
     run.seed(0)
     losses, _ = alone_for(6)
-    assert row["losses"][4:] == pytest.approx(losses[4:], abs=1e-4)
+    assert row["losses"][3:] == pytest.approx(losses[3:], abs=1e-4)
 
 
 def alone_for(steps):
@@ -133,13 +134,12 @@ def test_the_full_checkpoint_is_an_ordinary_model(found, folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_the_adapter_alone_loads_with_peft(found, folder):
-    from peft import PeftModel
+def test_the_adapter_loads_with_peft_and_names_its_base(found, folder):
+    from peft import AutoPeftModelForCausalLM
 
     names = {path.name for path in (folder / "lora/model").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
-    run.seed(0)
-    model = PeftModel.from_pretrained(tiny.llama(CFG.width, CFG.layers), folder / "lora/model").train()
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "base"}
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "lora/model").train()
     moved = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert moved and all(float(p.detach().abs().max()) > 0 for p in moved)
     losses = found[0]["lora"]["losses"]
@@ -154,11 +154,15 @@ def test_bytes(found):
         assert row["whole"]["sent"]["reduce_scatter"] == pytest.approx(0.5 * 4 * psi, rel=0.01)
         assert row["bf16"]["held"] == row["whole"]["held"]  # slices stay in fp32
         assert row["bf16"]["sent"]["all_gather"] == pytest.approx(row["whole"]["sent"]["all_gather"] / 2, rel=0.01)
+        assert row["bf16"]["sent"]["reduce_scatter"] == row["whole"]["sent"]["reduce_scatter"]  # gradients stay in fp32
+        layers = sum(4 * math.prod(shape) for name, shape, _ in row["whole"]["slices"] if ".layers." in name)
+        # layers are gathered twice, forward and backward; what is at the root once
+        assert row["whole"]["sent"]["all_gather"] == pytest.approx(0.5 * (4 * psi + layers), rel=0.01)
         assert row["lora"]["held"]["weights"] > 3 * row["lora"]["held"]["optimizer"]
 
 
 def test_bf16_learns_alike(found):
-    assert found[0]["bf16"]["losses"] == pytest.approx(found[0]["whole"]["losses"], abs=0.02)
+    assert found[0]["bf16"]["losses"] == pytest.approx(found[0]["whole"]["losses"][:4], abs=0.02)
 
 
 def test_the_trap_of_tied_weights_is_there_and_can_be_mended(found):

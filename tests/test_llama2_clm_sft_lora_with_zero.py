@@ -1,5 +1,7 @@
 """training/llama2_clm_sft_lora_with_zero.py: every stage and every launcher learn the same; checkpoints survive."""
 
+import copy
+import functools
 import json
 import os
 import shutil
@@ -43,8 +45,26 @@ def cfg(tmp_path_factory):
     return sft.Config(model=folder(out / "tiny"), out=str(out), **settings)
 
 
+def economical():
+    """In a process of its own: tokenizer, model and texts of all runs are read once; four held-out texts are enough."""
+    read, conversations, texts = functools.cache(pretrained.language_model), faq.conversations, {}
+
+    def language_model(name):
+        tokenizer, model = read(name)
+        return tokenizer, copy.deepcopy(model)
+
+    def few(tokenizer, length):
+        if length not in texts:
+            texts[length] = conversations(tokenizer, length)
+        learn, held_out = texts[length]
+        return learn, held_out[:4]
+
+    pretrained.language_model, faq.conversations = language_model, few
+
+
 def jobs(cfg):
     """On every rank: the runs, with logits of what each trained; one is killed, resumed, damaged, and resumed again."""
+    economical()
     real_loss, real_whole, found, calls, digests = sft.loss, sft.whole, {}, [], {}
 
     def go(name, **kw):
@@ -102,7 +122,7 @@ def plain(cfg):
     cfg = replace(cfg, accumulation=2)
     tokenizer, model = sft.prepare(cfg)
     learn, held_out = faq.conversations(tokenizer, cfg.length)
-    before = sft.score(model, held_out, cfg.batch, tokenizer.eos_token_id)
+    before = sft.score(model, held_out[:4], cfg.batch, tokenizer.eos_token_id)
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = torch.optim.AdamW(moving.values(), weight_decay=0.0), []
     for step in range(cfg.steps):
@@ -225,6 +245,7 @@ def test_the_loss_is_transformers_own(cfg, parity):
 # The ways of starting it.
 
 
+@pytest.mark.long
 def test_deepspeed_torchrun_and_python_learn_the_same(cfg, two):
     """One rank with two parts learns what two ranks do; the ways of starting two ranks agree to the last bit."""
     here, port = Path(sys.executable).parent, 29300 + os.getpid() % 300
@@ -249,6 +270,13 @@ def test_deepspeed_torchrun_and_python_learn_the_same(cfg, two):
         else:
             assert losses == two[0]["stage 2"]["losses"]
         assert "ZeRO-2: 4 texts a step" in out and "written to" in out
+        names: dict = {}
+        exec(
+            "\n".join(out.split("use it:\n")[1].splitlines()[:3]), names
+        )  # the printed lines load adapter, base and tokenizer
+        logits = load_file(f"{cfg.out}/stage 2/logits.safetensors")["logits"]
+        torch.testing.assert_close(names["model"].float()(input_ids=IDS).logits, logits, atol=1e-4, rtol=1e-4)
+        assert names["tokenizer"].chat_template
         files = {p.name for p in Path(cfg.out, name).iterdir()}
         assert files >= {"adapter", "config.json", "held.png", "losses.json", "metrics.json"}
 
@@ -292,6 +320,108 @@ def test_our_own_configurations_are_read_and_filled():
     assert sorted(p.name for p in zero_config.CONFIGS.glob("zero*.json")) == [
         "zero0.json", "zero1.json", "zero2.json", "zero2_offload.json", "zero3.json", "zero3_offload.json",
     ]  # fmt: skip
+
+
+def test_the_adapter_on_the_disk_names_its_base(cfg, two):
+    base = json.loads(Path(cfg.out, "stage 2", "adapter", "adapter_config.json").read_text("utf-8"))
+    assert base["base_model_name_or_path"] == str(Path(cfg.model).resolve())
+
+
+def test_an_adapter_names_a_base_that_loads_from_any_folder(cfg, monkeypatch):
+    """A relative --model is written as a whole path."""
+    monkeypatch.chdir(Path(cfg.model).parent)
+    _, model = sft.prepare(replace(cfg, model="tiny"))
+    assert model.peft_config["default"].base_model_name_or_path == str(Path(cfg.model).resolve())
+    for method, library in (("lora", "peft"), ("full", "transformers")):
+        assert sft.usage(replace(cfg, method=method)).startswith(f"from {library} import Auto")
+
+
+def test_the_learning_rate_is_the_library_s(parity):
+    from transformers import get_linear_schedule_with_warmup
+
+    cfg = sft.Config(steps=40, lr=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 4, 40)
+    theirs = []
+    for _ in range(40):
+        theirs.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    ours = [sft.learning_rate(cfg, step) for step in range(40)]
+    assert ours[4:] == pytest.approx(theirs[4:])
+    assert ours[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])  # ours does not waste the first step on zero
+
+
+class Engine:
+    """Notes what it is given; divides as DeepSpeed's engine and accelerate do, by parts and by ranks."""
+
+    def __init__(self, parts, ranks):
+        self.num_processes, self.divisor = ranks, parts * ranks
+        self.optimizer = self.model = self
+        self.param_groups, self.rates, self.seen, self.gradient = [{}], [], 0, 0.0
+        self.parts, self.clipped = parts, []
+
+    def backward(self, value):
+        self.seen += 1
+        self.gradient += float(value) / self.divisor
+
+    def step(self):
+        self.rates.append(self.param_groups[0]["lr"])
+
+
+def give(monkeypatch, n, rank):
+    """As if this were one of n ranks. A text's loss is its length squared: no two means are alike."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: n)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(sft, "add", lambda *values: list(values))
+    monkeypatch.setattr(sft, "loss", lambda _, ids, mask, labels: (mask.sum(1) ** 2.0).sum())
+
+
+ROWS = [([3] * k, [faq.IGNORE] + [3] * (k - 1)) for k in range(2, 22)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_is_the_mean_over_all_tokens(parts, monkeypatch):
+    """What two engines are left with together: the sum of losses, by the tokens of all; the rates are ours."""
+    cfg = sft.Config(batch=2, accumulation=parts, steps=10, lr=1.0)
+    total, engines = 0.0, [Engine(parts, 2) for _ in range(2)]
+    for rank, engine in enumerate(engines):
+        give(monkeypatch, 2, rank)
+        total += next(sft.train(engine, ROWS, cfg, 1))
+    _, tokens = faq.draw(ROWS, cfg, 0, 1)
+    give(monkeypatch, 1, 0)
+    texts, _ = faq.draw(ROWS, replace(cfg, accumulation=2 * parts), 0, 1)
+    right = sum(float(sft.loss(None, *part)) for part in texts) / tokens
+    assert total == pytest.approx(right) and sum(e.gradient for e in engines) == pytest.approx(right)
+    assert engines[0].rates == [sft.learning_rate(cfg, 0)] * parts and engines[0].seen == parts
+
+
+def test_held_out_texts_are_scored_once(monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    sums: list = []
+    for n in (1, 2, 3):
+        sums.clear()
+        for rank in range(n):
+            give(monkeypatch, n, rank)
+            monkeypatch.setattr(sft, "add", lambda *values: sums.append(values) or (1.0, 1.0))
+            sft.score(model, ROWS, 3, 1)
+        totals = [sum(x) for x in zip(*sums)]
+        assert totals == [sum(len(ids) ** 2 for ids, _ in ROWS), sum(len(ids) - 1 for ids, _ in ROWS)]
+    assert model.training
+
+
+def test_more_positions_than_the_model_knows_are_refused(cfg):
+    with pytest.raises(run.UserError, match="--length 129: --model knows 128 positions"):
+        sft.prepare(replace(cfg, length=129))
+
+
+def test_a_configuration_in_another_encoding_is_one_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"gradient_clipping": 1.0}')  # a byte order mark is none of our business
+    assert zero_config.read(sft.Config(config=str(path)))["gradient_clipping"] == 1.0
+    path.write_bytes('{"größe": 1}'.encode("latin-1"))
+    with pytest.raises(run.UserError, match="is not UTF-8"):
+        zero_config.read(sft.Config(config=str(path)))
 
 
 @pytest.mark.parametrize(

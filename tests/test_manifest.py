@@ -149,3 +149,6 @@ def test_a_failed_save_keeps_the_one_before(tmp_path):
     with pytest.raises(UserError, match="kept"):
         manifest.save(tmp_path, 2, full)
     assert whole(tmp_path) == 1
+    with pytest.raises(UserError, match="kept"):
+        manifest.save(tmp_path, 1, full)  # a run that begins anew in the same folder
+    assert whole(tmp_path) == 1

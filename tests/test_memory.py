@@ -125,6 +125,7 @@ def test_deepspeed_says_the_same(parity, stage, offload):
     parity("Memory", f"deepspeed_estimate, stage {stage}, offload {offload}", "deepspeed", ours, theirs, atol=0)
 
 
+LORA = dict(precision="bf16", method="lora")
 CASES = {
     "full fp32": dict(precision="fp32"),
     "full bf16": dict(precision="bf16"),
@@ -165,7 +166,7 @@ def test_the_parts_are_those_of_the_paper(small):
 
 
 def test_textbook_and_exact_agree_where_they_speak_of_the_same(small):
-    for flags in ({}, dict(zero=2, world_size=4), dict(precision="fp32"), dict(precision="bf16", method="lora")):
+    for flags in ({}, dict(zero=2, world_size=4), dict(precision="fp32"), LORA, LORA | {"method": "qlora"}):
         cfg = replace(small, **flags)
         found = memory.exact(cfg)
         book = memory.textbook(cfg, found)

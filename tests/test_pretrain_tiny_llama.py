@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "docs", lambda: PAGES)
         folders = {k: tmp_path_factory.mktemp(k) for k in ("whole", "resumed", "two", "moved")}
-        loss = tiny.main(config(folders["whole"]))["final_loss"]
+        metrics = tiny.main(config(folders["whole"]))
         for name in ("resumed", "moved"):
             with pytest.raises(KeyboardInterrupt):
                 broken_off(config(folders[name]))
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
         tiny.tokens(cfg)
     given = config(folders["two"]), config(folders["moved"], resume=True)
     found = ranks.launch(on_two_ranks, given, 2, timeout=timedelta(seconds=60))
-    return SimpleNamespace(**folders, ranks=found, loss=loss)
+    return SimpleNamespace(**folders, ranks=found, loss=metrics["final_loss"], bits=metrics["bits_per_byte"])
 
 
 def broken_off(cfg):
@@ -73,7 +73,8 @@ def broken_off(cfg):
 def on_two_ranks(given):
     """A run from the start, one from the middle, and the mean gradient of one batch by us and by DDP."""
     fresh, resumed = given
-    found = {"loss": tiny.worker(fresh)["losses"], "resumed": tiny.worker(resumed)["losses"]}
+    whole = tiny.worker(fresh)
+    found = {"loss": whole["losses"], "scores": whole["scores"], "resumed": tiny.worker(resumed)["losses"]}
     ids, _ = tiny.tokens(fresh)
     pieces = tiny.draw(ids["learn"], fresh, 0).chunk(2)[dist.get_rank()]
     for name in ("ours", "ddp"):
@@ -98,6 +99,48 @@ def test_two_ranks_learn_what_one_does(runs):
         torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=0)
     assert runs.ranks[0]["loss"] == runs.ranks[1]["loss"]
     assert np.mean(runs.ranks[0]["loss"]) == pytest.approx(runs.loss, abs=1e-5)
+    assert all(found["scores"][-1][1] == pytest.approx(runs.bits, abs=1e-5) for found in runs.ranks)
+
+
+def test_pages_to_learn_are_what_is_read(runs):
+    """The loss of the first step is that of the untrained model on the pieces of step 0, of pages that are learned."""
+    ids, _ = tiny.tokens(cfg := config(runs.whole))
+    value = tiny.losses(tiny.llama(cfg), tiny.draw(ids["learn"], cfg, 0)).mean().item()
+    assert runs.ranks[0]["loss"][0] == pytest.approx(value, abs=1e-5)
+
+
+def test_the_tokenizer_never_saw_a_page_held_out(tmp_path, monkeypatch):
+    real, seen = tiny.learn_tokens, []
+    monkeypatch.setattr(tiny, "learn_tokens", lambda texts, size: seen.append(texts) or real(texts, size))
+    tiny.tokens(config(tmp_path))
+    assert seen == [tiny.split(PAGES)[0]]
+
+
+class Watched(torch.optim.SGD):
+    """Notes what it is given at each step, and stands still."""
+
+    def step(self, closure=None):
+        grads = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        self.seen.append((self.param_groups[0]["lr"], torch.cat(grads).norm().item()))
+
+
+def test_gradients_are_clipped_and_rates_are_those_of_the_schedule(tmp_path):
+    cfg = config(tmp_path, steps=40)
+    model, ids = tiny.llama(cfg), torch.randint(1, 400, (999,))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)  # a gradient longer than 1
+    optimizer = Watched(model.parameters(), 1.0)
+    optimizer.seen = []
+    losses = tiny.train(model, optimizer, ids, cfg, CPU, start=1)
+    value = next(losses)
+    rate, length = optimizer.seen[0]
+    assert rate == tiny.learning_rate(cfg, 1) and length == pytest.approx(1.0, abs=1e-3)
+    alone = tiny.losses(model, tiny.draw(ids, cfg, 1)).mean()
+    gradient = torch.autograd.grad(alone, list(model.parameters()))
+    assert alone.item() == pytest.approx(value, abs=1e-5)
+    assert torch.cat([g.flatten() for g in gradient]).norm() > 1.5
+    next(losses)
+    assert optimizer.seen[1][0] == tiny.learning_rate(cfg, 2) and optimizer.seen[1][1] <= 1.001
 
 
 def test_a_run_broken_off_and_resumed_is_the_whole_run_bit_for_bit(runs):

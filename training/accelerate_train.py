@@ -104,7 +104,9 @@ def worker(cfg):
     after = sft.score(model, held_out, cfg.batch, ending)
     if accelerator.is_main_process:
         whole: Any = accelerator.unwrap_model(model)
-        whole.save_pretrained(folder / ("adapter" if cfg.method == "lora" else "model"))
+        target = folder / ("adapter" if cfg.method == "lora" else "model")
+        whole.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     held = {k: v / 2**20 for k, v in ranks.states(model, optimizer).items() if k != "gradients"}
     numbers = {"trained": sum(p.numel() for p in moving), "seconds_per_step": seconds, "after": after}
     return numbers | so_far | {"held": held}

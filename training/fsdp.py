@@ -114,7 +114,7 @@ def load(folder, model, optimizer):
 
 
 def export(model, cfg, folder):
-    """The full checkpoint: all slices come to rank 0, which writes an ordinary folder; of LoRA the adapter alone."""
+    """The full checkpoint: all slices come to rank 0, which writes an ordinary folder; of LoRA adapter and base."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=cfg.method == "lora")
@@ -127,6 +127,11 @@ def export(model, cfg, folder):
         else:
             tensors = {name.replace(".default", ""): x for name, x in weights.items()}
             checkpoint.write(folder / "adapter_model.safetensors", tensors)
+            # the base was drawn by the seed and stands still: without it the adapter would be of no use
+            run.seed(cfg.seed)
+            base = (folder / "base").resolve()
+            tiny.llama(cfg.width, cfg.layers).save_pretrained(base)
+            model.peft_config["default"].base_model_name_or_path = str(base)
             model.peft_config["default"].save_pretrained(folder)
     manifest.wait()
 

@@ -60,6 +60,9 @@ class Config:
 def prepare(cfg):
     """-> tokenizer, model: a frozen one with adapters, or one of which all moves; in the precision asked for."""
     tokenizer, model = pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+    table = getattr(model.config, "max_position_embeddings", None) or cfg.length
+    run.check(cfg.length <= table, f"--length {cfg.length}: --model knows {table} positions, and no more")
+    run.check(tokenizer.eos_token_id is not None, "the tokenizer of --model has no end token: name one made for chat")
     model = model.to(torch.float32 if cfg.precision == "fp32" else torch.bfloat16)
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # on texts as short as these faster than the fused kernel
@@ -71,11 +74,31 @@ def prepare(cfg):
         r = cfg.lora_rank  # all-linear: every matrix of every layer, not the head
         lora = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules="all-linear")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        model.peft_config["default"].base_model_name_or_path = base_of(model)
     else:
         model.requires_grad_(True)
     if cfg.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return tokenizer, model.train()
+
+
+def base_of(model):
+    """The name under which the base of an adapter loads again, from any folder: a hub id, or a whole path."""
+    name = model.config.name_or_path
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def usage(cfg):
+    """Three lines of Python that load what the run has written."""
+    library, kind, name = "transformers", "AutoModelForCausalLM", "model"
+    if cfg.method == "lora":
+        library, kind, name = "peft", "AutoPeftModelForCausalLM", "adapter"
+    target = Path(cfg.out).resolve() / name
+    return (
+        f"from {library} import {kind}; from transformers import AutoTokenizer\n"
+        f"model = {kind}.from_pretrained({str(target)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(target)!r})"
+    )
 
 
 def loss(model, ids, mask, labels):
@@ -285,7 +308,9 @@ def summary(cfg, found, then):
     metrics |= {f"MiB on rank {i}": r["held"] for i, r in enumerate(found)}
     run.write_json(Path(cfg.out) / "losses.json", r["losses"])
     figures.curves(Path(cfg.out) / "loss.png", {"loss": r["losses"]}, "step", "-log p(token of an answer)")
-    return run.report(Path(cfg.out), metrics, then) | {"losses": r["losses"]}
+    result = run.report(Path(cfg.out), metrics, then) | {"losses": r["losses"]}
+    print(f"use it:\n{usage(cfg)}")
+    return result
 
 
 def main(cfg: Config) -> dict:

@@ -384,7 +384,7 @@ def main(cfg: Config) -> dict:
     ngrams = {f"n-gram, {k} bytes back": yardstick.bits(held, k) for k in range(cfg.order + 1)}
     draw_curve(folder / "bits.png", one, ngrams, cfg)
     story = f"-- before\n{one['before']}\n-- after {cfg.steps} steps\n{one['after']}\n"
-    (folder / "samples.txt").write_text(story)
+    (folder / "samples.txt").write_text(story, "utf-8")
     print(story)
     bits, rate = one["scores"][-1][1], one["flops_per_token"] * one["speed"]
     metrics = {

@@ -134,7 +134,7 @@ def hushed():
     """Nothing reaches stderr, not even from C++: the profiler says there that it begins and ends."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from utils.run import UserError, check
+from utils.text import read_text
 
 CONFIGS = Path(__file__).parent / "configs"
 OURS = {"fp16", "optimizer", "scheduler", "train_batch_size", "tensorboard"}  # the script sees to these
@@ -42,9 +43,9 @@ def read(cfg):
     check(cfg.config or path.is_file(), f"--offload {cfg.offload} goes with --zero-stage 2 or 3")
     check(cfg.config or cfg.offload != "parameters" or cfg.zero_stage == 3, "--offload parameters: --zero-stage 3")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
         check(isinstance(config, dict), f"{path} holds no JSON object")
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON file: {error}") from None
     for key in sorted(OURS & config.keys()):
         raise UserError(f"{path}: leave out '{key}', the script sees to it")
