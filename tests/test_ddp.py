@@ -1,9 +1,11 @@
 """Data parallel: the ring, the buckets, and PyTorch's own; many ranks are one process with the whole batch."""
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.conftest import ROOT
 from training import ddp, manifest, ranks, tiny
 from utils import run
 from utils.run import UserError
@@ -77,7 +80,7 @@ def worker(folder):
     mixed = nn.Linear(3, 2)
     ddp.DataParallel(mixed)
     found["begins"] = mixed.weight.tolist()
-    cfg = replace(CFG, out=folder, save_every=3)  # one step is left to do for the resumed run
+    cfg = replace(CFG, out=folder, steps=5, save_every=3)  # the resumed run has a step whose loss the optimizer moved
     found["whole"], found["resumed"] = ddp.worker(cfg), ddp.worker(replace(cfg, resume=True, save_every=0))
     return found
 
@@ -194,6 +197,19 @@ def test_ranks_can_be_started_by_a_fork(tmp_path):
     assert (tmp_path / "done").read_text("utf-8") == "1"
 
 
+def test_torchrun_reports_our_line(tmp_path):
+    """A flag that cannot be meant: our line once, and again as the cause in the report that torchrun adds."""
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    command = [torchrun, "--nproc_per_node", "1", "--master_port", str(29900 + os.getpid() % 90), "training/ddp.py"]
+    command += ["--batch", "7", "--accumulate", "2", "--out", str(tmp_path / "x")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    line = "error: --batch 7 does not fall into 1 ranks x 2 parts"
+    assert done.returncode != 0 and done.stderr.splitlines().count(line) == 1
+    assert f"traceback : {line}" in done.stderr and 'training/ddp.py", line' not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def trap(find):
     """PyTorch's wrapper on ranks that see different modalities, as it comes."""
     run.seed(0)
@@ -212,7 +228,7 @@ def test_the_trap_of_different_modalities_is_there_and_can_be_mended():
 
 def test_a_resumed_run_is_the_same_bit_for_bit(found):
     for row in found:
-        assert row["whole"]["losses"] == row["resumed"]["losses"] and len(row["whole"]["losses"]) == CFG.steps
+        assert row["whole"]["losses"] == row["resumed"]["losses"] and len(row["whole"]["losses"]) == 5
 
 
 def test_from_the_command(tmp_path):
