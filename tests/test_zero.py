@@ -192,6 +192,7 @@ def test_two_ranks_are_one_process(parity, found, stage):
         assert weights < 2e-5
 
 
+@pytest.mark.long
 def test_the_production_engines_do_the_same(parity):
     """They equal one process with AdamW, as ours do above."""
     found = ranks.launch(engines, None, 2, WAIT)
