@@ -204,7 +204,7 @@ class Accelerator(Engine):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_is_the_mean_over_all_tokens_and_clipped_once(parts, monkeypatch):
-    cfg = accelerate_train.Config(batch=2, accumulation=parts, steps=10, lr=1.0)
+    cfg = accelerate_train.Config(batch=2, accumulation=parts, steps=40, lr=1.0)
     total, sides = 0.0, [Accelerator(parts, 2) for _ in range(2)]
     for rank, side in enumerate(sides):
         give(monkeypatch, 2, rank)

@@ -383,7 +383,7 @@ ROWS = [([3] * k, [faq.IGNORE] + [3] * (k - 1)) for k in range(2, 22)]
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_is_the_mean_over_all_tokens(parts, monkeypatch):
     """What two engines are left with together: the sum of losses, by the tokens of all; the rates are ours."""
-    cfg = sft.Config(batch=2, accumulation=parts, steps=10, lr=1.0)
+    cfg = sft.Config(batch=2, accumulation=parts, steps=40, lr=1.0)
     total, engines = 0.0, [Engine(parts, 2) for _ in range(2)]
     for rank, engine in enumerate(engines):
         give(monkeypatch, 2, rank)
