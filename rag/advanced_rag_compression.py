@@ -13,6 +13,7 @@ still holds, beside the tokens that it costs.
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,15 +41,25 @@ class Config(raw_rag.Config):
 
 def sentences(text):
     """A text -> its sentences and the lines of its lists and code; put together they are the text again."""
-    parts = re.split(r"(?<=[.!?:])(\s+)(?=[A-Z`\"'(*])|(\n{2,}|\n(?=\s*[*\-#]))", text)
-    parts = [p for p in parts if p]
+    ends = [m.end() for m in sentence_ends().finditer(text)]
+    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
     joined: list[str] = []
     for part in parts:  # the space between two sentences belongs to the first
         if part.isspace() and joined:
             joined[-1] += part
-        else:
+        elif part:
             joined.append(part)
     return joined
+
+
+@lru_cache(maxsize=1)
+def sentence_ends():
+    """A point and blanks before a capital letter, a letter without case or a mark; a full stop of Chinese, Hindi or
+    Urdu; an empty line; the end of a line before one of a list."""
+    lower = "".join(c for c in map(chr, range(0x80, 0x1F000)) if c.islower())
+    point = rf"(?<=[.!?:\u061f])\s+(?=[`\"'(*]|(?![a-z{lower}\d_])\w)"
+    stop = r"[\u3002\uff01\uff1f\uff1b\u0964\u0965\u06d4]+\s*"
+    return re.compile(rf"{point}|{stop}|\n{{2,}}|\n(?=[^\S\n]*[*\-#])")
 
 
 def relevant(similarity, threshold):
@@ -96,7 +107,7 @@ class CompressionRetriever(BaseRetriever):
         return self.compress(query, self.quick.invoke(query))
 
     def compress(self, query, documents):
-        question = self.encoder.vectors([query])[0]
+        question = self.encoder.encode([query])[0]
         vectors = self.encoder.vectors([d.page_content for d in documents])
         keep = relevant(vectors @ question, self.cfg.relevant) & different(vectors, self.cfg.same)
         short = []

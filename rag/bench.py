@@ -53,7 +53,7 @@ class Known:
         self.id, self.vectors = encoder.id, encoder.vectors
         self.known = dict(zip(questions, encoder.encode(questions)))
 
-    def encode(self, texts):
+    def encode(self, texts, task="query"):
         return np.stack([self.known[text] for text in texts])
 
     def __call__(self, text):

@@ -5,44 +5,47 @@ file), `id` (file#title) and `title` (the titles it stands below). The manuals h
 section is an answer, its question is taken away from it, and the pair (question, id of the answer) is what retrieval
 is scored by. A reader of ours asks what the authors' readers asked, and the answer is where the authors put it.
 
-Files of a folder that are broken, too large or no text at all cost one line each and are counted, and nothing stops.
+Files of a folder that are broken, too large or no text at all cost one line each and are counted; those of other kinds
+(.docx, pictures) are named together. Reading takes time in proportion to the size of a file, whatever stands in it.
 """
 
 import logging
 import random
 import re
 import sys
+import unicodedata
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bs4 import BeautifulSoup
 from langchain_core.documents import Document
-from langchain_text_splitters import RecursiveCharacterTextSplitter
-from pypdf import PdfReader
 
 from utils import data
 from utils.run import UserError, check
+from utils.text import clean, decode, printable
 
 MEGABYTES = 20  # of one file; a larger one is skipped
 PAGES = 2000  # of one PDF
 logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it finds broken is said here, with the name of the file
 RST = re.compile(r"^(?:([=\-~^\"'*#+`.:_])\1{2,}\n)?(\S.*)\n(([=\-~^\"'*#+`.:_])\4{2,})$", re.M)
-MARKDOWN = re.compile(r"^(#{1,6}) +(.+?) *#*$", re.M)
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\n]*)")  # the first or last line of a block of code in Markdown
+HEADING = re.compile(r"\x02([1-6])([^\x02\n]*)\x02")  # where a heading stood in HTML
 POINTER = re.compile(r"See (?:(?!\.\s).)*", re.S)  # an answer of one sentence that only names another page
 MARKUP = [  # reStructuredText, and what a reader sees of it
     (r"^\.\. _.*:( .*)?\n(?:[ \t]+http.*\n)?", ""),  # where a link leads
     (r"^[ \t]*\.\. [\w:+-]+::?( .*)?\n(?:[ \t]+:\w.*\n)*", r"\1\n"),  # a directive; what stands in it stays
-    (r":[\w:+-]+:`[!~]?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1"),  # :role:`words <target>`
-    (r"`([^`<]+?)(?:\s*<[^`]*>)?`__?", r"\1"),  # `words <target>`_
+    (r":[\w:+-]{1,40}:`[!~]?([^`<]*)(<[^`]*>)?`", lambda m: shown(m)),  # :role:`words <target>`
+    (r"`([^`<]+)(<[^`]*>)?`__?", lambda m: shown(m)),  # `words <target>`_
     (r"^\*+Answer:?\*+:?\s+", ""),
     (r"``|\*\*(?=\S)|(?<=\S)\*\*", ""),
     (r"::$", ":"),
     (r"^[=\-~^\"'*#+]{4,}\n", ""),
     (r"\\", ""),
-    (r"[ \t]+$", ""),
+    (r"(?<![ \t])[ \t]+$", ""),  # looked for once a run of blanks, not once a blank
     (r"\n{3,}", "\n\n"),
 ]
 
@@ -54,6 +57,12 @@ class Question:
     text: str
     gold: str
     answer: str
+
+
+def shown(match):
+    """The words of a link without its target."""
+    words, target = match[1], match[2]
+    return words.rstrip() if target else words
 
 
 def plain(text):
@@ -88,7 +97,48 @@ def rst_titles(text):
 
 
 def markdown_titles(text):
-    return [Title(len(m[1]), m[2], m.start(), m.end()) for m in MARKDOWN.finditer(text)]
+    """Titles of Markdown: lines of one to six `#`, a blank and words. In a block of code a `#` begins a comment."""
+    found, start, fence = [], 0, ""
+    for line in text.split("\n"):
+        end = start + len(line)
+        mark = FENCE.match(line)
+        if fence:
+            # only a line of the same marks, as many or more, ends the block
+            if mark and mark[1].startswith(fence) and not mark[2].strip():
+                fence = ""
+        elif mark and not (mark[1][0] == "`" and "`" in mark[2]):
+            fence = mark[1]
+        elif line.lstrip(" ").startswith("#") and len(line) - len(line.lstrip(" ")) <= 3:
+            depth, words = heading(line)
+            if words:
+                found.append(Title(depth, words, start, end))
+        start = end + 1
+    return found
+
+
+def heading(line):
+    """A line that begins with # -> how many, and the words; "" if it is no title. "## Usage ##" -> 2, "Usage"."""
+    line = line.strip()
+    words = line.lstrip("#")
+    depth = len(line) - len(words)
+    if depth > 6 or not words[:1].isspace():
+        return depth, ""
+    words = words.strip()
+    bare = words.rstrip("#")
+    return depth, bare.rstrip() if bare[-1:].isspace() else words
+
+
+@lru_cache(maxsize=1)
+def marks():
+    """Every character that only changes the one before it (accents, vowel signs of Hindi), for a class in a pattern."""
+    found = [c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c).startswith("M")]
+    return "".join(found) + "\u200c\u200d"  # and what joins or parts two letters
+
+
+@lru_cache(maxsize=1)
+def word_pattern():
+    """A word in any script: `\\w+` alone cuts it at each mark."""
+    return re.compile(rf"[\w{marks()}]+")
 
 
 def cut(text, titles):
@@ -103,8 +153,10 @@ def cut(text, titles):
 
 def section(source, number, above, title, body, show=True):
     """One Document, named after its title; its text begins with the title if that is shown."""
-    name = re.sub(r"\W+", "-", title.lower()).strip("-")[:60]
+    title, body = (unicodedata.normalize("NFC", clean(part)) for part in (title, body))
+    name = "-".join(word_pattern().findall(title.lower())).strip("-")[:60]
     text = f"{title}\n\n{body}".strip() if show else body
+    above = [unicodedata.normalize("NFC", clean(t)) for t in above]
     path = " > ".join(t for t in (source.split("/")[0], *above, title if show else "") if t)
     return Document(text, metadata={"source": source, "id": f"{source}#{number}-{name}", "title": path})
 
@@ -145,7 +197,7 @@ def passages(sections, chunk=1000, overlap=0, titles=False):
     MiniLM reads 256 tokens, about a thousand characters: what comes behind them would not be found.
     """
     check(chunk >= 50 and 0 <= overlap < chunk, "--chunk: 50 characters or more; --overlap: 0 or more, below --chunk")
-    splitter = RecursiveCharacterTextSplitter(chunk_size=chunk, chunk_overlap=overlap)
+    splitter = passage_splitter(chunk, overlap)
     found = []
     for one in sections:
         name = one.metadata["id"]
@@ -155,53 +207,88 @@ def passages(sections, chunk=1000, overlap=0, titles=False):
     return found
 
 
+def passage_splitter(chunk, overlap):
+    """Cuts at paragraphs, else lines, else words; in scripts without blanks after sentences, else between characters,
+    but never between a letter and its marks."""
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    cuts = [r"\n\n", r"\n", " ", "(?<=[。！？；।॥۔])", rf"(?![{marks()}])", ""]
+    return RecursiveCharacterTextSplitter(cuts, is_separator_regex=True, chunk_size=chunk, chunk_overlap=overlap)
+
+
 def whole(sections):
     """Each section as one passage."""
     return [Document(s.page_content, metadata=s.metadata | {"section": s.metadata["id"]}) for s in sections]
 
 
 def folder(path):
-    """Every .md, .rst, .txt, .html and .pdf below a folder -> sections. What cannot be read is named and counted."""
+    """Every .md, .rst, .txt, .html and .pdf below a folder -> sections. What is not read is named and counted.
+
+    Hidden files, whose names or folders begin with a dot, are none of them.
+    """
     path = Path(path)
-    check(path.is_dir(), f"--docs {path} is not a folder")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in READERS and f.is_file())
+    check(path.is_dir(), f"--docs {printable(path)} is not a folder")
     home = path.resolve()
-    check(files, f"--docs {path}: nothing there ends in {' '.join(READERS)}")
-    sections, skipped = [], 0
-    for file in files:
-        source = file.relative_to(path).as_posix()
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f, path))
+    known = [f for f in files if f.suffix.lower() in READERS]
+    others = [file_name(f, path) for f in files if f.suffix.lower() not in READERS]
+    kinds = " ".join(READERS)
+    besides = f"; there are {some(others)}" if others else ""
+    check(known, f"--docs {printable(path)}: nothing there ends in {kinds}{besides}")
+    sections, skipped = [], len(others)
+    for file in known:
+        source = file_name(file, path)
         try:
-            if not file.resolve().is_relative_to(home):
-                raise ValueError("a link that leads out of the folder")
-            if file.stat().st_size > MEGABYTES * 1e6:
-                raise ValueError(f"larger than {MEGABYTES} MB")
-            parts = READERS[file.suffix.lower()](file)
-            if not any(body.strip() for _, _, body in parts):
-                raise ValueError("no text in it")
+            parts = read(file, home)
         except Exception as error:  # whatever a broken file does to its reader, it costs this file only
             reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-            print(f"skipped {source}: {reason}", file=sys.stderr)
+            print(f"skipped {printable(source)}: {printable(reason)}", file=sys.stderr)
             skipped += 1
             continue
-        sections += [
-            section(source, number, above, title.text if title else "", body.strip())
-            for number, (above, title, body) in enumerate(parts)
-            if body.strip()
-        ]
+        for number, (above, title, body) in enumerate(parts):
+            if body.strip():
+                sections.append(section(source, number, above, title.text if title else "", body.strip()))
+    if others:
+        print(f"skipped {some(others)}: none of {kinds}", file=sys.stderr)
     if skipped:
         print(f"skipped {skipped} of {len(files)} files", file=sys.stderr)
-    check(sections, f"--docs {path}: no file could be read")
+    check(sections, f"--docs {printable(path)}: no file could be read")
     return sections
 
 
+def read(file, home):
+    """A file below the folder `home` -> [(titles above, title or None, body)]. Raises ValueError, saying why not."""
+    if not file.resolve().is_relative_to(home):
+        raise ValueError("a link that leads out of the folder")
+    if file.stat().st_size > MEGABYTES * 1e6:
+        raise ValueError(f"larger than {MEGABYTES} MB")
+    parts = READERS[file.suffix.lower()](file)
+    if not any(body.strip() for _, _, body in parts):
+        raise ValueError("no text in it")
+    return parts
+
+
+def hidden(file, home):
+    return any(part.startswith(".") for part in file.relative_to(home).parts)
+
+
+def file_name(file, home):
+    """The name below the folder; bytes in it that are no UTF-8 are written out, so that two names stay two."""
+    name = file.relative_to(home).as_posix()
+    return clean(name.encode(errors="surrogateescape").decode(errors="backslashreplace"))
+
+
+def some(names, count=5):
+    """The first of many names, and how many there are besides."""
+    shown = ", ".join(printable(name) for name in names[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
 def read_text(file):
-    data = file.read_bytes()
-    if b"\0" in data:
-        raise ValueError("not a text")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise ValueError("not a text in UTF-8") from None
+    content = file.read_bytes()
+    if b"\0" in content:
+        raise ValueError("not a text in UTF-8")
+    return decode(content, "it")
 
 
 def read_rst(file):
@@ -214,21 +301,78 @@ def read_markdown(file):
     return cut(text, markdown_titles(text))
 
 
+class Page(HTMLParser):
+    """The words of a page of HTML; a heading becomes a line between two \\x02, which no text of the page can hold."""
+
+    HIDDEN = ("head", "script", "style", "nav", "noscript", "template")  # what they hold is not shown as words
+    HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
+    BLOCKS = {"p", "div", "section", "article", "main", "ul", "ol", "dl", "table", "pre", *HEADINGS}
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.pieces: list[str] = []
+        self.hidden: Counter[str] = Counter()  # how many of each kind are open
+        self.heading: list[str] | None = None  # words of the heading that is open
+        self.depth = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag in self.BLOCKS:
+            self.end_heading()  # a heading that is not closed ends where the next block begins
+        if tag == "body":
+            self.hidden.clear()  # </head> may be left out
+        elif tag in self.HIDDEN:
+            self.hidden[tag] += 1
+        elif tag in self.HEADINGS and not self.hidden.total():
+            self.heading, self.depth = [], tag[1]
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.hidden[tag] > 0:
+            self.hidden[tag] -= 1
+        elif tag in self.HEADINGS:
+            self.end_heading()
+
+    def handle_data(self, data: str) -> None:
+        if self.hidden.total():
+            return
+        (self.pieces if self.heading is None else self.heading).append(data)
+
+    def end_heading(self) -> None:
+        words = " ".join(" ".join(self.heading or ()).split())
+        if words:
+            self.pieces.append(f"\n\n\x02{self.depth}{words}\x02\n\n")
+        self.heading = None
+
+    def text(self) -> str:
+        self.end_heading()
+        return re.sub(r"\n\s*\n+", "\n\n", "".join(self.pieces))
+
+
 def read_html(file):
     """The words of a page, cut at its headings; scripts, styles and what only serves navigation are no words."""
-    soup = BeautifulSoup(read_text(file), "html.parser")
-    for tag in soup(["head", "script", "style", "nav", "noscript", "template"]):
-        tag.decompose()
-    for tag in soup(["h1", "h2", "h3", "h4", "h5", "h6"]):
-        words = " ".join(tag.get_text(" ").split())
-        if words:
-            tag.replace_with(f"\n\n{'#' * int(tag.name[1])} {words}\n\n")
-    text = re.sub(r"\n\s*\n+", "\n\n", soup.get_text())
-    return cut(text, markdown_titles(text))
+    page = Page()
+    page.feed(tame(read_text(file)))
+    page.close()
+    text = page.text()
+    titles = [Title(int(m[1]), m[2], m.start(), m.end()) for m in HEADING.finditer(text)]
+    return cut(text, titles)
+
+
+def tame(text):
+    """HTML without what Python's parser looks for the end of again and again, up to the end of the file."""
+    # comments, which end at the next --> or never
+    first, *rest = text.replace("\x02", "").split("<!--")
+    text = first + "".join(part.partition("-->")[2] for part in rest)
+    # sections like <![CDATA[, which HTML reads as a comment up to the next >
+    text = text.replace("<![", "<!")
+    # behind the last > no tag is complete: it is text
+    head, close, tail = text.rpartition(">")
+    return head + close + tail.replace("<", "&lt;")
 
 
 def read_pdf(file):
     """A section a page."""
+    from pypdf import PdfReader
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pages = PdfReader(file).pages

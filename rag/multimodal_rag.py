@@ -161,12 +161,17 @@ class Pictures(NamedTuple):
     coarse: list[str]  # kind of fruit, "" for emoji
 
 
+LOOK = "efficientnet_features, pooled, batches of 4"  # how `features` are made: a part of their name in the cache
+
+
 def features(images, device):
-    """uint8 (N,3,H,W) -> (N,D) by EfficientNet-lite0; kept in the cache under a hash of the pictures."""
-    name = hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()[:16]
+    """uint8 (N,3,H,W) -> (N,D) by EfficientNet-lite0; in the cache under a hash of pictures, weights and settings."""
+    network = pretrained.efficientnet(device)
+    weights = {name: w.cpu() for name, w in network.state_dict().items()}
+    name = checkpoint.digest(weights | {"the pictures": images.contiguous()}, LOOK)[:16]
     path = assets.cache() / "features" / f"efficientnet-{name}.safetensors"
     if not path.exists():
-        network, parts = pretrained.efficientnet(device), images.split(32)
+        parts = images.split(32)
         shown = run.bar(parts, len(parts), name="look")
         x = [pretrained.efficientnet_features(network, p, batch=4).cpu() for p in shown]  # larger is slower on a CPU
         checkpoint.write(path, {"features": torch.cat(x)})

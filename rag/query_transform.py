@@ -19,7 +19,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
 from rag import advanced_rag_merge_retrievers as merging
-from rag import answer, raw_rag
+from rag import answer, embedder, raw_rag
 from utils import run
 from utils.run import check
 
@@ -52,9 +52,9 @@ def transform(llm, kind, question):
 
 
 def mean(vectors):
-    """(N,D) unit vectors -> (1,D), the direction between them."""
+    """(N,D) unit vectors -> (1,D), the direction between them; zero if they cancel out."""
     middle = vectors.mean(0, keepdims=True)  # Eq. 8
-    return np.ascontiguousarray(middle / np.linalg.norm(middle), np.float32)
+    return np.ascontiguousarray(embedder.unit(middle), np.float32)
 
 
 class TransformRetriever(BaseRetriever):
@@ -71,7 +71,9 @@ class TransformRetriever(BaseRetriever):
         texts = self.known.setdefault(query, None) or transform(self.llm, self.kind, query)
         self.known[query] = texts
         if self.kind == "hyde":
-            return self.by_vector(mean(self.encoder.encode(texts)))
+            # an invention is read as a document is, the question as a question
+            vectors = [self.encoder.encode(texts[:1]), self.encoder.encode(texts[1:], "document")]
+            return self.by_vector(mean(np.concatenate(vectors)))
         found = [self.quick.invoke(text) for text in texts]
         known = {d.metadata["id"]: d for documents in found for d in documents}
         merged = merging.rrf([[d.metadata["id"] for d in documents] for documents in found])

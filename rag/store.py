@@ -24,8 +24,6 @@ import faiss
 import numpy as np
 from langchain_core.documents import Document
 from langchain_core.vectorstores import VectorStore
-from langchain_qdrant import QdrantVectorStore
-from qdrant_client import QdrantClient, models
 
 from rag import corpus
 from rag.embedder import Embedder
@@ -63,27 +61,44 @@ class FaissStore(VectorStore):
         self.documents = {k: d for k, d in (self.documents | new).items() if k not in set(gone)}
         return len(new), len(gone)
 
-    def similarity_search_with_score(self, query: str, k: int = 4, **kwargs: Any) -> list[tuple[Document, float]]:
-        """The k passages closest in meaning, best first."""
-        return self.by_vector(self.embedder.encode([query]), k)[0]
+    def similarity_search_with_score(
+        self, query: str, k: int = 4, filter: Any = None, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        """The k passages closest in meaning, best first, of those whose metadata pass the filter: {name: value}, or a
+        function of the metadata. Raises TypeError for any other option: none is passed over in silence."""
+        known_options(kwargs)
+        return self.by_vector(self.embedder.encode([query]), k, filter)[0]
 
     def similarity_search_with_score_by_vector(
-        self, embedding: list[float], k: int = 4
+        self, embedding: list[float], k: int = 4, filter: Any = None, **kwargs: Any
     ) -> list[tuple[Document, float]]:
-        return self.by_vector(np.array([embedding], np.float32), k)[0]
+        known_options(kwargs)
+        return self.by_vector(np.array([embedding], np.float32), k, filter)[0]
 
-    def by_vector(self, queries, k):
-        """(Q,D) -> for each query [(passage, cosine)]."""
-        scores, keys = self.index.search(queries, min(k, len(self.documents)))
-        return [[(self.documents[i], float(s)) for i, s in zip(*row)] for row in zip(keys, scores)]
+    def by_vector(self, queries, k, filter=None):
+        """(Q,D) -> for each query [(passage, cosine)]. A query of length zero, without a known word, finds nothing."""
+        if k < 1:
+            raise ValueError(f"k is {k}: 1 or more")
+        if not self.documents:
+            return [[] for _ in queries]
+        # a filter is applied to all passages, best first: the index is flat, so that nothing is missed
+        depth = min(k, len(self.documents)) if filter is None else len(self.documents)
+        scores, keys = self.index.search(np.ascontiguousarray(queries, np.float32), depth)
+        found = []
+        for query, row, names in zip(queries, scores, keys):
+            pairs = [(self.documents[i], float(s)) for i, s in zip(names.tolist(), row.tolist()) if i in self.documents]
+            passed = [(d, s) for d, s in pairs if filter is None or passes(d.metadata, filter)]
+            found.append(passed[:k] if np.any(query) else [])
+        return found
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
-        return [document for document, _ in self.similarity_search_with_score(query, k)]
+        return [document for document, _ in self.similarity_search_with_score(query, k, **kwargs)]
 
     @classmethod
     def from_texts(cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any) -> Any:
+        known_options(kwargs)
         store = cls(embedding)
-        store.sync([Document(text, metadata=m) for text, m in zip(texts, metadatas or [{}] * len(texts))])
+        store.sync([Document(text, metadata=m) for text, m in zip(texts, metadatas or [{}] * len(texts), strict=True)])
         return store
 
     def save(self, folder):
@@ -115,12 +130,27 @@ class FaissStore(VectorStore):
             for part, data in parts.items():
                 if record[part] != f"{part}-{hashlib.sha256(data).hexdigest()}":
                     raise ValueError
+            if not isinstance(then, dict):
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"the index in {folder} is damaged: delete it, it will be made again") from None
         refuse_others(then, settings, folder)
         store.index = faiss.deserialize_index(np.frombuffer(parts["index"], np.uint8))
         store.documents = {k: Document(text, metadata=m) for k, text, m in json.loads(parts["passages"])}
         return store
+
+
+def known_options(kwargs):
+    """Raises TypeError, as a function without these options would."""
+    if kwargs:
+        raise TypeError(f"this store does not know {', '.join(sorted(kwargs))}; it knows k and filter")
+
+
+def passes(metadata, filter):
+    """Do the metadata of a passage hold what the filter asks for? {name: value}, or a function of the metadata."""
+    if callable(filter):
+        return bool(filter(metadata))
+    return all(name in metadata and metadata[name] == value for name, value in filter.items())
 
 
 def whole(path, data):
@@ -141,19 +171,26 @@ def refuse_others(then, settings, place):
     check(not changed, f"the index in {place} was made with {changed}: delete it, or choose another place with --out")
 
 
-class QdrantStore(QdrantVectorStore):
-    """The same in a Qdrant collection, on a server or inside this process.
+class QdrantStore(VectorStore):
+    """The same in a Qdrant collection, through LangChain's own store; on a server or inside this process.
 
     Inside, it is kept in memory: the client's folder on disk is made of pickles, which whoever can write that folder
     can turn into a program. The vectors come out of the embedder's cache, so that filling it again takes seconds.
     """
 
     NAME = "vlm-action"
-    settings: dict[str, Any] = {}
+
+    def __init__(self, client: Any, embedder: Any, settings: dict[str, Any]) -> None:
+        from langchain_qdrant import QdrantVectorStore
+
+        self.client, self.embedder, self.settings = client, embedder, settings
+        self.inner = QdrantVectorStore(client, self.NAME, embedder)
 
     @classmethod
     def open(cls, url, embedder, settings):
         """The collection at a URL, or an empty one in memory. Raises UserError if nobody answers there."""
+        from qdrant_client import QdrantClient, models
+
         try:
             client = QdrantClient(url, timeout=20) if url else QdrantClient(":memory:")
             if not client.collection_exists(cls.NAME):
@@ -161,11 +198,9 @@ class QdrantStore(QdrantVectorStore):
                 client.create_collection(cls.NAME, vectors_config=shape)
         except Exception as error:  # each transport has errors of its own
             raise UserError(f"no Qdrant at --store-url {url}: {str(error).splitlines()[0][:100]}") from None
-        store = cls(client, cls.NAME, embedder)
         for record in client.scroll(cls.NAME, limit=1, with_payload=["metadata"])[0]:
             refuse_others((record.payload or {})["metadata"].get("settings", {}), settings, url)
-        store.settings = settings
-        return store
+        return cls(client, embedder, settings)
 
     def have(self):
         """{key: id of the point} of everything in the collection."""
@@ -182,10 +217,33 @@ class QdrantStore(QdrantVectorStore):
         new, gone = changes(have, documents)
         if new:
             marked = [Document(d.page_content, metadata=d.metadata | {"settings": self.settings}) for d in new.values()]
-            self.add_documents(marked, ids=[str(uuid.UUID(int=k)) for k in new])
+            self.inner.add_documents(marked, ids=[str(uuid.UUID(int=k)) for k in new])
         if gone:
-            self.delete([have[k] for k in gone])
+            self.inner.delete([have[k] for k in gone])
         return len(new), len(gone)
+
+    def similarity_search_with_score(self, query: str, k: int = 4, **kwargs: Any) -> list[tuple[Document, float]]:
+        """As FaissStore; `filter` and other options are those of langchain_qdrant."""
+        return self.similarity_search_with_score_by_vector(self.embedder.encode([query])[0].tolist(), k, **kwargs)
+
+    def similarity_search_with_score_by_vector(
+        self, embedding: list[float], k: int = 4, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        if k < 1:
+            raise ValueError(f"k is {k}: 1 or more")
+        if not any(embedding):  # no direction: nothing is close to it
+            return []
+        return self.inner.similarity_search_with_score_by_vector(embedding, k, **kwargs)
+
+    def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
+        return [document for document, _ in self.similarity_search_with_score(query, k, **kwargs)]
+
+    @classmethod
+    def from_texts(cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any) -> Any:
+        known_options(kwargs)
+        store = cls.open("", embedding, {})
+        store.sync([Document(text, metadata=m) for text, m in zip(texts, metadatas or [{}] * len(texts), strict=True)])
+        return store
 
 
 def open_store(cfg, embedder, documents, folder=None):

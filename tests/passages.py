@@ -16,7 +16,7 @@ class Bag(Embeddings):
 
     id, size = "bag", 32
 
-    def encode(self, texts):
+    def encode(self, texts, task="query"):
         found = np.stack([sum(self.word(w) for w in text.lower().split()) + np.zeros(self.size) for text in texts])
         return (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
@@ -24,7 +24,8 @@ class Bag(Embeddings):
         seed = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:4])
         return np.random.default_rng(seed).standard_normal(self.size)
 
-    vectors = encode
+    def vectors(self, texts):
+        return self.encode(texts, "document")
 
     def embed_documents(self, texts):
         return self.encode(texts).tolist()

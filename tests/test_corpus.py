@@ -104,7 +104,7 @@ def test_a_folder_is_read_and_what_is_broken_is_named_and_counted(tmp_path, caps
     told = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in told] == [
         "skipped d.txt", "skipped e.pdf", "skipped f.txt", "skipped g.md", "skipped i.pdf", "skipped j.txt",
-        "skipped 6 of 9 files",
+        "skipped h.jpg", "skipped 7 of 10 files",
     ]  # fmt: skip
     assert all(len(line) < 160 for line in told)
 

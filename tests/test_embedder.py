@@ -35,7 +35,7 @@ def test_a_text_is_embedded_once(minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(embedder, "KEEP", 0)
     monkeypatch.setattr(minilm, "path", tmp_path / "vectors.safetensors")
     rows = np.eye(384, dtype=np.float32)
-    monkeypatch.setattr(minilm, "encode", lambda texts: asked.extend(texts) or rows[: len(texts)])
+    monkeypatch.setattr(minilm, "encode", lambda texts, task: asked.extend(texts) or rows[: len(texts)])
     monkeypatch.setattr(minilm, "known", {})
     first = minilm.vectors(["a", "b", "a"])
     assert asked == ["a", "b"] and (first[0] == first[2]).all()
@@ -47,7 +47,7 @@ def test_a_text_is_embedded_once(minilm, tmp_path, monkeypatch):
 
 
 def test_a_name_tells_models_apart(minilm):
-    assert minilm.id.startswith("minilm-") and len(minilm.id) == len("minilm-") + 8 and minilm.size == 384
+    assert minilm.id.startswith("minilm-") and len(minilm.id) == len("minilm-") + 16 and minilm.size == 384
 
 
 def test_no_such_model():
