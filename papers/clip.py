@@ -20,7 +20,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,7 +45,7 @@ class Config:
     lr: float = 1e-3
     temperature: float = 0.07  # where it begins
     learn_temperature: bool = True
-    sweep: bool = True  # train again with other temperatures and batches
+    sweep: bool = True  # train again with other temperatures, and with other batches but as many pairs
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/clip"
@@ -211,15 +210,19 @@ def fit(x, captions, cfg, reader=None, name="train"):
 
 @torch.no_grad()
 def sweeps(x, t, learn, cfg):
-    """recall@1 of names in search of pictures, for other temperatures, kept as they are, and other batches."""
+    """recall@1 of names in search of pictures, for other temperatures, kept as they are, and for other batches.
+
+    Batches are compared at equal pairs: with equal steps the larger batch would have seen more of them.
+    """
     score = lambda towers: recall(towers.encode_image(x[~learn]), towers.encode_text(t[~learn]))  # noqa: E731
     rows = {"temperature": {}, "batch": {}}
     with torch.enable_grad():
         for value in (0.01, 0.03, 0.07, 0.2, 0.5):
             towers, _ = fit(x[learn], t[learn], replace(cfg, temperature=value, learn_temperature=False), None, "sweep")
             rows["temperature"][value] = score(towers)["text finds picture"]["recall@1"]
-        for size in (8, 32, 128, 512, int(learn.sum())):
-            towers, _ = fit(x[learn], t[learn], replace(cfg, batch=size), None, "sweep")
+        for size in (32, 128, 512):
+            steps = max(1, cfg.steps * cfg.batch // size)
+            towers, _ = fit(x[learn], t[learn], replace(cfg, batch=size, steps=steps), None, "sweep")
             rows["batch"][size] = score(towers)["text finds picture"]["recall@1"]
     return rows
 
@@ -233,6 +236,8 @@ def save(towers, folder, cfg):
 
 def matrix(path, images, captions, z, t):
     """Every picture against every caption: cosines, with the pictures themselves along the top."""
+    import matplotlib.pyplot as plt
+
     figure, axis = plt.subplots(figsize=(7.5, 5.6))
     closeness = (t @ z.T).numpy()
     axis.imshow(closeness, cmap="viridis")

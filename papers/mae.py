@@ -145,12 +145,12 @@ class MAE(nn.Module):
         return self.to_pixels(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, imgs, pred, mask):
-        """Mean squared error of the hidden patches, and of those alone. "Reconstruction target"."""
+        """Mean squared error of hidden patches, and of those alone; 0 if there are none. "Reconstruction target"."""
         target = patchify(imgs, self.patch)
         if self.norm_pix:
             mean, spread = moments(target)
             target = (target - mean) / spread
-        return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+        return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
 
     def forward(self, imgs, ratio=0.75, noise=None):
         latent, mask, ids_restore = self.forward_encoder(imgs, ratio, noise)
@@ -204,7 +204,8 @@ def features(model, images, size):
     """Photos uint8 (N,C,H,W) -> mean of the states of all patches, nothing hidden, (N,D)."""
     device = next(model.parameters()).device
     parts = photos.whole(images, size).split(128)
-    return torch.cat([model.forward_encoder(x.to(device), 0)[0][:, 1:].mean(1).cpu() for x in parts])
+    shown = run.bar(parts, len(parts), name="look", delay=2)
+    return torch.cat([model.forward_encoder(x.to(device), 0)[0][:, 1:].mean(1).cpu() for x in shown])
 
 
 def build(image_size, patch, size="tiny", decoder="light", norm_pix=False, **_):

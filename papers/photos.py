@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import assets, checkpoint, data, pretrained, run
+from utils import assets, data, pretrained, run
 
 
 def crops(images, size, smallest=0.2):
@@ -83,9 +83,11 @@ def imagenet(images, device):
     """Features (N,1280) of uint8 images by a network that ImageNet's labels taught: made once, kept by their hash."""
     name = hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()[:16]
     path = assets.cache() / "features" / f"efficientnet-{name}.safetensors"
-    if not path.is_file():
+
+    def look():
         network, parts = pretrained.efficientnet(device), images.split(32)
         shown = run.bar(parts, len(parts), name="look")
         x = [pretrained.efficientnet_features(network, p, batch=4).cpu() for p in shown]  # larger is slower on a CPU
-        checkpoint.write(path, {"features": torch.cat(x)})
-    return checkpoint.read(path)[0]["features"]
+        return {"features": torch.cat(x)}, None
+
+    return data.cached(path, look)[0]["features"]

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -225,7 +224,8 @@ def predict(model, images, size):
     """Logits (N,K) of whole photos and their mirror images, together."""
     device = next(model.parameters()).device
     found = []
-    for part in photos.whole(images, size).split(128):
+    parts = photos.whole(images, size).split(128)
+    for part in run.bar(parts, len(parts), name="look", delay=2):
         with run.autocast(device):
             found.append((model(part.to(device)) + model(part.flip(-1).to(device))).float().cpu())
     return torch.cat(found)
@@ -240,6 +240,8 @@ def build(image_size, patch, size="tiny", pool="cls", classes=14, **_):
 
 def draw(path, images, seen):
     """Images (N,C,H,W) in a row, and below them one row an entry of `seen`: {name: (N,h,w)}, laid over the photo."""
+    import matplotlib.pyplot as plt
+
     pictures = [(np.clip(x.permute(1, 2, 0).numpy(), -1, 1) + 1) / 2 for x in images]
     figure, axes = plt.subplots(1 + len(seen), len(images), figsize=(1.3 * len(images) + 1, 1.35 * (1 + len(seen))))
     for j, picture in enumerate(pictures):

@@ -64,7 +64,7 @@ def test_a_batch_in_pieces_is_the_whole_batch(chunk, parity):
     whole.backward()
     theirs = gradients()
     loss = clip.cached_backward((towers.encode_image, towers.encode_text), (x, t), towers.scale(), chunk)
-    name = f"the big batch, pieces of {chunk}"
+    name = f"own clip.clip_loss, the whole batch, pieces of {chunk}"
     parity("CLIP", "clip.cached_backward", name, [loss, gradients()], [whole, theirs])
 
 

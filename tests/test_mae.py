@@ -57,9 +57,7 @@ def test_the_encoder_is_a_vision_transformer(parity):
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()}, strict=False)
     states, mask, _ = model.forward_encoder(x, 0, torch.arange(N).expand(2, -1).float())
     assert mask.sum() == 0
-    parity(
-        "MAE", "mae.MAE.forward_encoder, nothing hidden", "vit.ViT, so transformers.ViTModel", states, plain.features(x)
-    )
+    parity("MAE", "mae.MAE.forward_encoder, nothing hidden", "own vit.ViT.features", states, plain.features(x))
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (6, 2)])

@@ -1,11 +1,13 @@
-"""Figures: grids of pictures, film strips, curves, scatter plots. Each function writes one PNG and returns its path."""
+"""Figures: grids of pictures, film strips, curves, scatter plots. Each function writes one PNG and returns its path.
+
+matplotlib is imported where it draws: `--help` need not wait for it.
+"""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
@@ -30,6 +32,8 @@ def grid(path: str | Path, images: torch.Tensor, columns: int = 8, scale: int = 
 
 def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any] = (), scale: float = 0.7) -> Path:
     """One labelled row of pictures an entry: {"label": (N, C, H, W) in [-1, 1]}; `titles` stand over the columns."""
+    import matplotlib.pyplot as plt
+
     columns = max(len(x) for x in named.values())
     width, height = scale * columns + 1.2, scale * len(named) + 0.4
     figure, axes = plt.subplots(len(named), columns, figsize=(width, height), squeeze=False)
@@ -49,6 +53,8 @@ def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any]
 
 def show(named: dict[str, torch.Tensor], titles: Sequence[Any] = (), title: str = "", size: float = 0.8) -> None:
     """For notebooks: one labelled row of pictures an entry, {"label": (N, C, H, W) in [-1, 1]}, `size` inches each."""
+    import matplotlib.pyplot as plt
+
     columns = max(len(x) for x in named.values())
     height = size * len(named) + 0.3 * bool(title) + 0.3 * bool(titles)
     figure, axes = plt.subplots(len(named), 1, figsize=(size * columns + 1, height), squeeze=False)
@@ -72,6 +78,8 @@ def curves(
 
     `smooth` averages over so many points; log: "x", "y" or "xy".
     """
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=size)
     for label, values in named.items():
         xs, ys = values if isinstance(values, tuple) else (range(1, len(values) + 1), values)
@@ -90,6 +98,8 @@ def curves(
 
 def panels(path: str | Path, layout: list[dict[str, Any]], size: float = 3.0) -> Path:
     """Row by row {"title": pictures (N, C, H, W), laid in a square, or (codes (N, D), labels (N,)) for `scatter`}."""
+    import matplotlib.pyplot as plt
+
     shape = len(layout), len(layout[0])
     figure, axes = plt.subplots(*shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False)
     for axis, (title, content) in zip(axes.flat, (panel for row in layout for panel in row.items())):
@@ -105,6 +115,8 @@ def panels(path: str | Path, layout: list[dict[str, Any]], size: float = 3.0) ->
 
 def bars(path: str | Path, named: dict[str, tuple[float, float, float]], x: str = "accuracy") -> Path:
     """A horizontal bar an entry: {"label": (value, low, high)}, with the interval drawn on it."""
+    import matplotlib.pyplot as plt
+
     figure, axis = plt.subplots(figsize=(6, 0.3 * len(named) + 0.8))
     for i, (value, low, high) in enumerate(named.values()):
         axis.barh(i, value, xerr=[[value - low], [high - value]], capsize=2, color="lightsteelblue")
@@ -116,6 +128,8 @@ def bars(path: str | Path, named: dict[str, tuple[float, float, float]], x: str 
 
 def scatter(axis: Any, codes: torch.Tensor, labels: torch.Tensor) -> None:
     """The first two dimensions of codes (N, D), coloured by label; the circle holds 95 % of a 2-d standard normal."""
+    import matplotlib.pyplot as plt
+
     codes = codes[:, :2].cpu()
     axis.scatter(*codes.T, c=labels, cmap="tab10", s=1, alpha=0.4, linewidths=0)
     for k in labels.unique():
@@ -128,6 +142,8 @@ def scatter(axis: Any, codes: torch.Tensor, labels: torch.Tensor) -> None:
 
 def close(figure: Any, path: str | Path) -> Path:
     """Write a matplotlib figure and free it."""
+    import matplotlib.pyplot as plt
+
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return Path(path)
