@@ -227,15 +227,18 @@ def main(cfg: Config) -> dict:
     for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
         run.check(not words or words.strip(), f"{flag} is blank: name what to draw, or leave it out")
     run.check(cfg.channels and all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32")
-    run.check(len(cfg.channels) <= 4, "--channels takes up to four widths: 8 x 8 positions can be halved three times")
     run.seed(cfg.seed)
     coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
     text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
     text([cfg.prompt, cfg.negative])  # too long is said now, not after the training
+    shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
+    halved = (
+        f"--channels: latents of {shape[1]} x {shape[2]}, folded 2 x 2, cannot be halved {len(cfg.channels) - 1} times"
+    )
+    run.check(shape[1] % 2 ** len(cfg.channels) == 0, halved)
     folder, clock = run.output(cfg.out, cfg), run.Clock()
     images, captions, _ = data.emoji(64)
     held_out = torch.tensor(autoencoder.split(captions))
-    shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
     metrics, state = {}, folder / "state.safetensors"
     if cfg.pretrained:
         model = load(WEIGHTS, device)

@@ -163,11 +163,14 @@ def fit(name, variant, images, cfg, folder, device):
 
 
 def load(path, device="cpu"):
-    """Weights written by this script -> {name: model}, ready to sample."""
+    """Weights written by this script -> {name: model}, ready to sample. Raises UserError for another network's."""
     tensors, meta = checkpoint.read(path)
-    models = {name: VAE(latent, meta["channels"], meta["hidden"]) for name, latent in meta["latent"].items()}
-    together = nn.ModuleDict(models).to(device).eval().requires_grad_(False)
-    together.load_state_dict(tensors)
+    try:
+        models = {name: VAE(latent, meta["channels"], meta["hidden"]) for name, latent in meta["latent"].items()}
+        together = nn.ModuleDict(models).to(device).eval().requires_grad_(False)
+        together.load_state_dict(tensors)
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError):
+        raise run.UserError(f"{path} holds no weights of models/vae.py; name a file that this script wrote") from None
     return models
 
 

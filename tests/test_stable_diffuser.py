@@ -282,6 +282,15 @@ def asked(rank, world, drop=0.0, steps=3):
     return model.asked
 
 
+def test_latents_too_small_for_the_widths_are_refused(tmp_path, monkeypatch, capsys):
+    """An autoencoder of six widths leaves 2 x 2 latents, one place when folded: nothing to halve."""
+    coder, path = autoencoder.Autoencoder((8,) * 6, 2), tmp_path / "coder.safetensors"
+    meta = {"channels": [8] * 6, "latent": 2, "scale": 1.0}
+    checkpoint.write(path, coder.state_dict(), meta)
+    printed = one_line(stable_diffuser, ["--autoencoder", str(path), "--out", str(tmp_path / "x")], monkeypatch, capsys)
+    assert "2 x 2" in printed and not (tmp_path / "x").exists()
+
+
 def test_two_processes_share_each_batch_and_no_picture_is_learned_twice():
     whole, first, second = asked(0, 1), asked(0, 2), asked(1, 2)
     for batch, a, b in zip(whole, first, second):

@@ -347,6 +347,11 @@ def test_resume_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(UserError, match="no weights of models/vae.py"):
+        vae.load(quality.WEIGHTS)
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
