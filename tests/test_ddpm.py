@@ -270,7 +270,8 @@ class Spy:
     def __init__(self, monkeypatch, module):
         self.drawn, self.strips = [], {}
         images, labels = data.mnist("test")
-        monkeypatch.setattr(data, "mnist", lambda split: (images[:64], labels[:64]))
+        kinds = {"train": (images[:64], labels[:64]), "test": (images[64:128], labels[64:128])}
+        monkeypatch.setattr(data, "mnist", kinds.get)
         monkeypatch.setattr(module, "sample", self.sample)
         monkeypatch.setattr(quality, "judge", lambda device: self.judge)
         for name in ("grid", "curves", "rows"):

@@ -255,6 +255,8 @@ def test_hue_names_the_colour_of_most_of_a_picture():
     assert quality.hue(picture) == ""  # white
     picture[:, 3:] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
     assert quality.hue(picture) == "red"
+    picture[:, 3:] = torch.tensor([1.0, -1.0, -0.8])[:, None, None]  # 0.98 of the circle, next to 0
+    assert quality.hue(picture) == "red"
     picture[:, 5:] = torch.tensor([-1.0, 1.0, -1.0])[:, None, None]
     assert quality.hue(picture) == "green"
 

@@ -328,6 +328,7 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
         rows, titles = pictures[name]
         numbers = [names["".join(title.split())] for title in titles]
         assert torch.equal(rows["true"], data.to_float(images[numbers]))
+        assert all(held_out[i] == (name == "held_out.png") for i in numbers)
         assert max(len(line) for title in titles for line in title.splitlines()) <= 12
 
 
