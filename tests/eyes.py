@@ -62,6 +62,19 @@ def shake(model, spread=0.05):
     return model
 
 
+def talker(folder):
+    """A whole LLaVA of tiny parts with the real tokenizer: tokenizer, model in fp32."""
+    from models import llava
+    from models import tower as towers
+    from tests import llamas
+    from utils import pretrained
+
+    tokenizer, language = pretrained.language_model(llamas.folder(folder))
+    language.config.max_position_embeddings = 512  # a prompt with 196 places for a photo is longer than 128
+    eye = towers.VisionTower(tower())
+    return tokenizer, llava.build(eye, "mlp2x_gelu", shake(language.float(), 0.2), tokenizer).eval()
+
+
 def shop(photos=40, size=8):
     """Groceries of our own, photo i filled with the value i: the first half to learn from, the second half to be judged
     by; three kinds in two groups, in turns. What a test is shown, it can name."""

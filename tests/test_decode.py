@@ -295,8 +295,8 @@ def test_the_cache_saves_the_work_and_changes_nothing(model, ids):
     assert torch.equal(tokens, text[:, 7:])
 
 
-def test_pieces_wait_for_whole_letters():
-    tokenizer, _ = pretrained.smollm2()
+def test_pieces_wait_for_whole_letters(smollm2):
+    tokenizer, _ = smollm2
     ids = tokenizer("a 🦜 sees")["input_ids"]
     parts = list(decode.pieces(ids, tokenizer))
     assert "".join(parts) == "a 🦜 sees" and "\ufffd" not in "".join(parts)

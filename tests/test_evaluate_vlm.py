@@ -6,19 +6,14 @@ import pytest
 import torch
 
 from models import evaluate_vlm, llava, llava_io, tower
-from tests import eyes, llamas
-from utils import data, pretrained
+from tests import eyes
+from utils import data
 from utils.run import UserError
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    tokenizer, language = pretrained.language_model(llamas.folder(tmp_path_factory.mktemp("speaker")))
-    torch.manual_seed(0)
-    eye = tower.VisionTower(eyes.tower())
-    language.config.max_position_embeddings = 512
-    model = llava.build(eye, "mlp2x_gelu", eyes.shake(language.float(), 0.2), tokenizer).eval()
-    return tokenizer, model
+    return eyes.talker(tmp_path_factory.mktemp("speaker"))
 
 
 NAMES = ["orange", "Granny Smith apple", "pear", "cantaloupe melon"]

@@ -512,10 +512,12 @@ def test_gates_that_never_learned_are_bars(tmp_path):
     plt.close(figure)
 
 
-def test_the_whole_script_runs(tmp_path):
+def test_the_whole_script_runs(tmp_path, monkeypatch):
+    """The real tower and tokenizer, a tiny language model, two dozen plain pictures."""
+    monkeypatch.setattr(flamingo.data, "groceries", lambda size: eyes.shop(24, size))
     language = llamas.folder(tmp_path / "speaker")
     found = flamingo.main(
-        flamingo.Config(steps=2, batch=4, longest=2, every=1, shots=(0, 1), judged=20, language=language,
+        flamingo.Config(steps=2, batch=4, longest=2, every=1, shots=(0, 1), judged=10, language=language,
                         out=str(tmp_path / "out"))
     )  # fmt: skip
     assert found["loss"] > 0 and 0 <= found["1 examples"]["14 kinds"] <= 1
