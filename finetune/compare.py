@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from finetune import sentiment
 from utils import figures, run
 
@@ -75,13 +73,13 @@ def measure(cfg, name, flags, folder):
     words = command(cfg, flags, place)
     done = place / "metrics.json"
     if cfg.resume and done.is_file():
-        metrics = json.loads(done.read_text())
+        metrics = json.loads(done.read_text("utf-8"))
         if metrics["command"] == shlex.join(["python", *words[1:]]):
             return metrics
     print(f"== {name}: {flags}", flush=True)
     ran = subprocess.run(words)
     run.check(ran.returncode == 0, f"{name} failed; go on with --resume: what ran before it is kept in {folder}")
-    return json.loads(done.read_text())
+    return json.loads(done.read_text("utf-8"))
 
 
 def written(x):
@@ -103,6 +101,8 @@ def table(rows):
 
 def plot(path, rows):
     """What each method reaches, and what it costs, side by side; methods that train nothing are drawn as lines."""
+    import matplotlib.pyplot as plt
+
     trained = {name: m for name, m in rows.items() if m.get("trained")}
     figure, axes = plt.subplots(1, 4, figsize=(11, 0.3 * len(trained) + 1.4), sharey=True)
     places = range(len(trained))
@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
     for name in cfg.only or METHODS:
         m = measure(cfg, name, METHODS[name], folder)
         rows[name] = m["likelihood"] | {"generated": m["generated"]["accuracy"]} | {k: m[k] for k in COLUMNS.values()}
-    (folder / "table.md").write_text("\n".join(table(rows)) + "\n")
+    (folder / "table.md").write_text("\n".join(table(rows)) + "\n", "utf-8")
     plot(folder / "compare.png", rows)
     print("\n".join(table(rows)))
     return run.report(folder, rows)

@@ -12,7 +12,7 @@ its neighbours are 0.008 away.
     python finetune/llama2_full.py --model meta-llama/Llama-2-7b-hf --lr 1e-5 --batch 32 --steps 1000    # for GPUs
 """
 
-import json
+import inspect
 import os
 import resource
 import sys
@@ -26,11 +26,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from finetune import sentiment
+from finetune import adapters, sentiment
 from finetune.sentiment import IGNORE
 from utils import checkpoint, figures, pretrained, run
 
@@ -181,10 +179,32 @@ class Bench:
     parts: dict  # of the data: {"train", "valid", "test": [(text, label)]}
 
 
-def start(cfg, allow=None):
+def supported(model, tokenizer, cfg, before=0):
+    """Raises UserError for a model that cannot be asked as this chapter asks, or has too few positions for the texts.
+
+    before: positions that stand before every text, soft words or a prefix.
+    """
+    kind = model.config.model_type
+    accepted = inspect.signature(model.forward).parameters
+    lacking = [name for name in ("position_ids", "inputs_embeds", "logits_to_keep") if name not in accepted]
+    run.check(
+        not lacking, f"models of the kind {kind} take no {', '.join(lacking)}; choose a Llama, GPT-2, OPT or Qwen"
+    )
+    end = tokenizer.eos_token_id
+    words = model.get_input_embeddings().num_embeddings
+    run.check(end is not None, "the tokenizer of this model has no end token; set eos_token in tokenizer_config.json")
+    run.check(end < words, f"the end token has the number {end}, and the model knows {words} words")
+    # The longest question there can be: a text is cut to MAX_TOKENS, its answer and the end token follow.
+    pattern = len(tokenizer(cfg.pattern.replace("{text}", ""))["input_ids"])
+    answer = max(map(len, sentiment.answers(tokenizer, cfg))) + 1
+    sentiment.room(model, before + pattern + sentiment.MAX_TOKENS + answer)
+
+
+def start(cfg, allow=None, before=0):
     """Check the flags, load data and model, make the folder, fix the seed -> Bench. Raises UserError.
 
-    allow: a function that refuses a model by a UserError, before anything is written.
+    allow: a function that refuses a model by a UserError, before anything is written; before: positions that stand
+    before every text.
     """
     if isinstance(cfg, Training):
         run.check(min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0, "--steps, --batch and --lr must be above 0")
@@ -194,6 +214,7 @@ def start(cfg, allow=None):
     tokenizer, model = load(device)
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # on texts as short as these a fifth faster than the fused kernel
+    supported(model, tokenizer, cfg, before)
     if allow:
         allow(model)
     run.seed(cfg.seed)
@@ -254,30 +275,24 @@ def choose(model, part):
     """
     if part == "all":
         return model.float().requires_grad_(True)
-    head = model.lm_head
-    model.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=False, device=head.weight.device)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(head.weight)
+    head = model.get_output_embeddings()
+    run.check(isinstance(head, torch.nn.Linear), "--part head: this model has no linear layer as its head")
+    bias = head.bias is not None
+    own = torch.nn.Linear(head.in_features, head.out_features, bias=bias, device=head.weight.device)
+    own.load_state_dict(head.state_dict())
+    model.set_output_embeddings(own)
     model.config.tie_word_embeddings = False
     return model
 
 
 def by_peft(cfg, bench, model, network):
     """Train and score a PEFT model, and let PEFT write its files -> metrics."""
+    base = adapters.base_of(bench.model)
+    model.peft_config["default"].base_model_name_or_path = base
     metrics = experiment(cfg, bench, network, model)
     model.save_pretrained(bench.folder / "adapter")
+    print(adapters.usage(bench.folder / "adapter", base))
     return metrics | {"checkpoint_MiB": size(bench.folder / "adapter")}
-
-
-def read_adapter(folder):
-    """What PEFT's two files of an adapter hold, ours or PEFT's: (config, {name: tensor}). Raises UserError."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise run.UserError(f"no adapter in {folder}: {error}") from None
-    run.check(isinstance(config, dict) and "peft_type" in config, f"{folder} holds an adapter of kind None")
-    return config, tensors
 
 
 def size(folder):

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import llama2_full, sentiment
-from utils import checkpoint, figures, pretrained, run
+from finetune import adapters, llama2_full, sentiment
+from utils import figures, pretrained, run
+from utils.text import printable
 
 Variant = Literal["lora", "rslora", "dora", "ia3"]
 
@@ -146,7 +147,11 @@ def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", 
     within: the part of the model that may be changed; also: names of modules to train whole.
     """
     run.check(rank > 0 and 0 <= dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
-    names = find(model, targets, within)
+    return inject_at(model, find(model, targets, within), rank, alpha, dropout, variant, also)
+
+
+def inject_at(model, names, rank, alpha, dropout=0.0, variant="lora", also=()):
+    """`inject` for layers that are named in full."""
     single(model, [*names, *also])
     model.requires_grad_(False)
     for name in names:
@@ -167,6 +172,8 @@ def merge(model):
     for name, adapter in [(n, m) for n, m in model.named_modules() if isinstance(m, ADAPTERS)]:
         run.check(isinstance(adapter.base, nn.Linear), f"{name} is stored in few bits: nothing can be added to it")
         adapter.base.weight.copy_(adapter.merged())
+        if isinstance(adapter, IA3Linear) and not adapter.feedforward and adapter.base.bias is not None:
+            adapter.base.bias.mul_(adapter.ia3_l)  # l * (W x + b)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter.base)
     return model
@@ -208,23 +215,25 @@ def names(model):
     return [name for name, m in model.named_modules() if isinstance(m, ADAPTERS)]
 
 
-PREFIX = "base_model.model."  # PEFT wraps a model twice, and its files say so
+def stored(name, adapter):
+    """The numbers of one adapter as PEFT's files name and shape them: {name: tensor}, views of what is trained."""
+    if isinstance(adapter, IA3Linear):
+        return {f"{name}.ia3_l": adapter.ia3_l[None] if adapter.feedforward else adapter.ia3_l[:, None]}
+    numbers = {f"{name}.lora_A.weight": adapter.lora_A, f"{name}.lora_B.weight": adapter.lora_B}
+    if adapter.magnitude is not None:
+        numbers[f"{name}.lora_magnitude_vector"] = adapter.magnitude
+    return numbers
 
 
 def save(model, folder, cfg, base="", also=()):
     """Write the adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors.
 
-    `also`: names of modules that were trained whole (PEFT's modules_to_save).
+    base: what `from_pretrained` finds the model by that it belongs to, a folder or a hub id; `also`: names of modules
+    that were trained whole (PEFT's modules_to_save).
     """
     tensors = {}
     for name in names(model):
-        adapter = model.get_submodule(name)
-        if isinstance(adapter, IA3Linear):
-            tensors[f"{name}.ia3_l"] = adapter.ia3_l[None] if adapter.feedforward else adapter.ia3_l[:, None]
-        else:
-            tensors |= {f"{name}.lora_A.weight": adapter.lora_A, f"{name}.lora_B.weight": adapter.lora_B}
-            if adapter.magnitude is not None:
-                tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude
+        tensors |= stored(name, model.get_submodule(name))
     for name in also:
         tensors |= {f"{name}.{k}": v for k, v in model.get_submodule(name).state_dict().items()}
     config = {
@@ -238,50 +247,62 @@ def save(model, folder, cfg, base="", also=()):
             "r": cfg.rank, "lora_alpha": cfg.alpha, "lora_dropout": cfg.dropout, "bias": "none",
             "use_rslora": cfg.variant == "rslora", "use_dora": cfg.variant == "dora",
         }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + k: v for k, v in tensors.items()}
-    checkpoint.write(folder / "adapter_model.safetensors", tensors)
-    run.write_json(folder / "adapter_config.json", config)
+    adapters.write(folder, config, {adapters.PREFIX + k: v for k, v in tensors.items()})
+
+
+def adapted(model, config, tensors):
+    """Names of the layers that an adapter of PEFT is for.
+
+    A list holds ends of names. A string is a regular expression; the file of the weights says as well where they
+    belong, and unlike a stranger's expression it cannot take for ever.
+    """
+    targets = config["target_modules"]
+    linear = [name for name, m in model.named_modules() if hasattr(m, "in_features")]
+    if isinstance(targets, str):
+        owners = {re.sub(r"\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$", "", key) for key in tensors}
+        return [name for name in linear if adapters.PREFIX + name in owners]
+    return [name for name in linear if any(f".{name}".endswith(f".{t}") for t in targets)]
 
 
 def load(model, folder):
     """Inject what an adapter folder describes, ours or PEFT's, and load it, in place -> names of the layers.
 
-    Raises UserError for another kind of adapter, for a weight that is missing, and for one that has no place.
+    Raises UserError for another kind of adapter, for a setting that is not known here, for a weight that is missing,
+    and for one that has no place.
     """
-    config, tensors = llama2_full.read_adapter(folder)
-    kind = config["peft_type"]
-    run.check(kind in ("LORA", "IA3"), f"{folder} holds an adapter of kind {kind}")
-    needed = {"target_modules"} | ({"r", "lora_alpha"} if kind == "LORA" else set())
-    run.check(needed <= config.keys(), f"{folder}/adapter_config.json lacks {', '.join(needed - config.keys())}")
-    beyond = [k for k in ("alpha_pattern", "rank_pattern", "layers_to_transform") if config.get(k)]
-    run.check(not beyond, f"{folder} has {', '.join(beyond)}, which this script does not know; load it with PEFT")
-    if kind == "IA3":
+    config, tensors = adapters.read(folder, ("LORA", "IA3"))
+    where = printable(folder)
+    if config["peft_type"] == "IA3":
         variant, rank, alpha = "ia3", 1, 1
     else:
         variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
         rank, alpha = config["r"], config["lora_alpha"]
-    targets = config["target_modules"]
-    found = inject(model, [targets] if isinstance(targets, str) else targets, rank, alpha, variant=variant)
+    found = adapted(model, config, tensors)
+    run.check(found, f"{where}: its target_modules name no linear layer of this model")
+    inner = config.get("feedforward_modules") or []
+    scaled = [n for n in found if any(f".{n}".endswith(f".{t}") for t in inner)]  # IA3 scales their inputs
+    same = variant != "ia3" or scaled == [n for n in found if n.endswith(FEEDFORWARD)]
+    run.check(same, f"{where}: feedforward_modules are not the {', '.join(FEEDFORWARD)}; load it with PEFT")
+    for name in found:  # before anything is made: a rank of a billion is a typing error
+        smallest = min(model.get_submodule(name).in_features, model.get_submodule(name).out_features)
+        run.check(rank <= 64 * smallest, f"{where}: rank {rank} is far above the width of {name}, {smallest}")
+    also = config.get("modules_to_save") or ()
+    inject_at(model, found, rank, alpha, variant=variant, also=also)
     wanted = {}
     for name in found:
-        adapter = model.get_submodule(name)
-        if variant == "ia3":
-            wanted[f"{name}.ia3_l"] = adapter.ia3_l
-        else:
-            wanted |= {f"{name}.lora_A.weight": adapter.lora_A, f"{name}.lora_B.weight": adapter.lora_B}
-            wanted |= {f"{name}.lora_magnitude_vector": adapter.magnitude} if variant == "dora" else {}
-    single(model, config.get("modules_to_save") or ())
-    for name in config.get("modules_to_save") or ():
+        wanted |= stored(name, model.get_submodule(name))
+    for name in also:
         wanted |= {f"{name}.{k}": v for k, v in model.get_submodule(name).named_parameters()}
-    missing = sorted({PREFIX + k for k in wanted} - tensors.keys())
-    strange = sorted(tensors.keys() - {PREFIX + k for k in wanted})
-    run.check(not missing and not strange, f"{folder}: missing {missing[:2]}, without a place {strange[:2]}")
-    other = [k for k, w in wanted.items() if tensors[PREFIX + k].numel() != w.numel()]
-    run.check(not other, f"{folder}: {other[:1]} has another size than this model needs")
+    missing = sorted({adapters.PREFIX + k for k in wanted} - tensors.keys())
+    strange = sorted(tensors.keys() - {adapters.PREFIX + k for k in wanted})
+    lost = printable(f"missing {missing[:2]}, without a place {strange[:2]}")
+    run.check(not missing and not strange, f"{where}: {lost}")
+    for name, weight in wanted.items():
+        shape, place = tuple(tensors[adapters.PREFIX + name].shape), tuple(weight.shape)
+        run.check(shape == place, f"{where}: {name} has the shape {shape}, this model needs {place}")
     with torch.no_grad():
         for name, weight in wanted.items():
-            weight.copy_(tensors[PREFIX + name].reshape(weight.shape))
+            weight.copy_(tensors[adapters.PREFIX + name])
     return found
 
 
@@ -309,13 +330,15 @@ def through_peft(model, cfg):
             r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=layers, task_type="CAUSAL_LM",
             use_rslora=cfg.variant == "rslora", use_dora=cfg.variant == "dora", modules_to_save=list(cfg.also) or None,
         )  # fmt: skip
-    return get_peft_model(model, config)
+    made = get_peft_model(model, config)
+    made.peft_config["default"].base_model_name_or_path = adapters.base_of(model)
+    return made
 
 
 def main(cfg: Config) -> dict:
     """Inject, train, score; write the adapter in PEFT's layout."""
     bench = llama2_full.start(cfg, lambda model: allow(model, cfg))
-    model, folder = bench.model, bench.folder
+    model, folder, base = bench.model, bench.folder, adapters.base_of(bench.model)
     if cfg.backend == "peft":
         model = through_peft(model, cfg)
     else:
@@ -325,12 +348,13 @@ def main(cfg: Config) -> dict:
     if cfg.backend == "peft":
         model.save_pretrained(folder / "adapter")
     else:
-        save(model, folder / "adapter", cfg, cfg.model, cfg.also)
+        save(model, folder / "adapter", cfg, base, cfg.also)
         figures.curves(folder / "changes.png", changes(model), "layer", "relative change of the weight")
     metrics["checkpoint_MiB"] = llama2_full.size(folder / "adapter")
     if cfg.merge:
         whole = model.merge_and_unload() if cfg.backend == "peft" else merge(model)
         pretrained.save(whole, bench.tokenizer, folder / "merged")
+    print(adapters.usage(folder / "adapter", base))
     return run.report(folder, metrics, then="python finetune/compare.py")
 
 

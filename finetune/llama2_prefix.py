@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from einops import rearrange
 from torch import nn
-from transformers import DynamicCache
 
 from finetune import llama2_full, llama2_prompt, sentiment
 from utils import run
@@ -38,10 +37,17 @@ class Config(llama2_full.Training):
 
 
 def sizes(model):
-    """-> layers N, heads of keys and values H, numbers a head d."""
+    """-> layers N, heads of keys and values H, numbers a head d. Raises UserError if layers keep something else."""
+    from transformers import DynamicCache
+
     c = model.config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return c.num_hidden_layers, c.num_key_value_heads, head
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads  # models before Llama 2 have as many
+    kept = {type(layer).__name__ for layer in DynamicCache(config=c).layers} - {"DynamicLayer"}
+    run.check(
+        not kept, f"models of the kind {c.model_type} keep {', '.join(kept)} in some layers: no place for a prefix"
+    )
+    return c.num_hidden_layers, heads, head
 
 
 class PrefixEncoder(nn.Module):
@@ -67,6 +73,8 @@ class PrefixEncoder(nn.Module):
 
 def remember(prefix, layers, heads, batch, dtype):
     """Numbers (P, N 2 H d) -> a cache that says that P words were read, the same for all texts of a batch."""
+    from transformers import DynamicCache
+
     pairs = rearrange(prefix.to(dtype), "p (n two h d) -> n two 1 h p d", n=layers, two=2, h=heads)
     cache = DynamicCache()
     for i, (key, value) in enumerate(pairs):
@@ -95,6 +103,7 @@ def network(model, prefix):
 
     def forward(ids, mask, last=0):
         numbers = prefix()
+        sentiment.room(model, len(numbers) + ids.shape[1])
         cache = remember(numbers, layers, heads, len(ids), model.dtype)
         seen = torch.cat([mask.new_ones(len(ids), len(numbers)), mask], dim=1)
         position = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, len(numbers) :]
@@ -120,7 +129,7 @@ def through_peft(model, cfg, projection=True) -> Any:
 def main(cfg: Config) -> dict:
     """Train the encoder, score; write the keys and values that it ends with in PEFT's layout."""
     run.check(min(cfg.tokens, cfg.hidden) > 0, "--tokens and --hidden must be at least 1")
-    bench = llama2_full.start(cfg)
+    bench = llama2_full.start(cfg, sizes, before=cfg.tokens)
     if cfg.backend == "peft":
         model = through_peft(bench.model, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, llama2_prompt.peft_network(model))

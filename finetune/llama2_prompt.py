@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from finetune import llama2_full, sentiment
-from utils import checkpoint, run
+from finetune import adapters, llama2_full, sentiment
+from utils import run
+from utils.text import clean, printable
 
 START = "Does this tweet sound negative or positive? Answer with one word, negative or positive."
 
@@ -38,7 +39,7 @@ class Config(llama2_full.Training):
 
 def first_words(tokenizer, text, count, vocabulary):
     """Numbers of `count` words to start from: those of the text, again and again; random ones if it is empty."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(clean(text), add_special_tokens=False)["input_ids"]
     if not ids:
         return torch.randint(vocabulary, (count,))
     return torch.tensor((ids * (count // len(ids) + 1))[:count])
@@ -60,6 +61,7 @@ def network(model, soft):
 
     def forward(ids, mask, last=0):
         prompt = soft()
+        sentiment.room(model, len(prompt) + ids.shape[1])
         words = model.get_input_embeddings()(ids)  # (B, L, D)
         x = torch.cat([prompt.to(words.dtype).expand(len(ids), -1, -1), words], dim=1)  # (B, P + L, D)
         seen = torch.cat([mask.new_ones(len(ids), len(prompt)), mask], dim=1)
@@ -80,17 +82,20 @@ def save(folder, kind, prompt, model, **extra):
         "token_dim": size.hidden_size, "num_layers": size.num_hidden_layers,
         "num_attention_heads": size.num_attention_heads, "num_transformer_submodules": 1,
     } | extra  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder / "adapter_model.safetensors", {"prompt_embeddings": prompt.float()})
-    run.write_json(folder / "adapter_config.json", config)
+    adapters.write(folder, config, {"prompt_embeddings": prompt.float()})
 
 
 def load(folder, kind):
     """A prompt that was written by `save` or by PEFT: (P, numbers). Raises UserError for a file of another kind."""
-    config, tensors = llama2_full.read_adapter(folder)
-    run.check(config["peft_type"] == kind, f"{folder} holds an adapter of kind {config['peft_type']}, not {kind}")
-    run.check(tensors.keys() == {"prompt_embeddings"}, f"{folder} lacks prompt_embeddings; it has {sorted(tensors)}")
-    return tensors["prompt_embeddings"]
+    config, tensors = adapters.read(folder, (kind,))
+    where = printable(folder)
+    found = printable(sorted(tensors))
+    run.check(tensors.keys() == {"prompt_embeddings"}, f"{where} lacks prompt_embeddings; it has {found}")
+    prompt = tensors["prompt_embeddings"]
+    count = config["num_virtual_tokens"]
+    told = prompt.dim() == 2 and len(prompt) == count
+    run.check(told, f"{where} has prompt_embeddings of shape {tuple(prompt.shape)} for {count} num_virtual_tokens")
+    return prompt
 
 
 def peft_network(model):
@@ -112,7 +117,9 @@ def experiment(cfg, bench, soft, forward, kind, **extra):
     metrics = llama2_full.experiment(cfg, bench, forward, whole)
     with torch.no_grad():  # as it was asked: an LSTM may round otherwise when it keeps what gradients need
         prompt = soft()
-    save(bench.folder / "adapter", kind, prompt, bench.model, base_model_name_or_path=cfg.model, **extra)
+    base = adapters.base_of(bench.model)
+    save(bench.folder / "adapter", kind, prompt, bench.model, base_model_name_or_path=base, **extra)
+    print(adapters.usage(bench.folder / "adapter", base))
     return metrics | {"checkpoint_MiB": llama2_full.size(bench.folder / "adapter")}
 
 
@@ -131,7 +138,7 @@ def through_peft(model, tokenizer, cfg):
 def main(cfg: Config) -> dict:
     """Start from words, train, score; write the prompt in PEFT's layout and the words nearest to what was learned."""
     run.check(cfg.tokens > 0, "--tokens must be at least 1")
-    bench = llama2_full.start(cfg)
+    bench = llama2_full.start(cfg, before=cfg.tokens)
     if cfg.backend == "peft":
         model = through_peft(bench.model, bench.tokenizer, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, peft_network(model))

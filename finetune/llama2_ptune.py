@@ -75,12 +75,13 @@ def through_peft(model, cfg):
 def main(cfg: Config) -> dict:
     """Train the encoder, score; write the prompt that it ends with in PEFT's layout."""
     run.check(min(cfg.tokens, cfg.hidden) > 0, "--tokens and --hidden must be at least 1")
-    bench = llama2_full.start(cfg)
+    bench = llama2_full.start(cfg, before=cfg.tokens)
     if cfg.backend == "peft":
         model = through_peft(bench.model, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, llama2_prompt.peft_network(model))
     else:
-        soft = PromptEncoder(cfg.tokens, bench.model.config.hidden_size, cfg.hidden, cfg.encoder)
+        width = bench.model.get_input_embeddings().embedding_dim
+        soft = PromptEncoder(cfg.tokens, width, cfg.hidden, cfg.encoder)
         forward = llama2_prompt.network(bench.model, soft)
         extra = {"encoder_hidden_size": cfg.hidden, "encoder_reparameterization_type": cfg.encoder.upper()}
         metrics = llama2_prompt.experiment(cfg, bench, soft, forward, "P_TUNING", **extra)

@@ -49,7 +49,7 @@ class DeepPrompt(nn.Module):
 def main(cfg: Config) -> dict:
     """Train the prefix, score; write it in PEFT's layout."""
     run.check(cfg.tokens > 0, "--tokens must be at least 1")
-    bench = llama2_full.start(cfg)
+    bench = llama2_full.start(cfg, llama2_prefix.sizes, before=cfg.tokens)
     start = llama2_prefix.beginning(bench, cfg)
     if cfg.backend == "peft":
         model = llama2_prefix.through_peft(bench.model, cfg, projection=False)

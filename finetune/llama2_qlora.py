@@ -23,12 +23,11 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import llama2_full, llama2_lora, sentiment
+from finetune import adapters, llama2_full, llama2_lora, sentiment
 from utils import figures, run
 
 
@@ -50,14 +49,15 @@ class Config(llama2_full.Training):
 
 
 def nf4():
-    """NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Eq. 4, App. E.
+    """NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Sec. 3, the values of App. E.
 
-    Eight quantiles above zero, seven below, and zero itself: zeros (padding) must stay zeros.
+    Eq. 4 has as many values above as below, and no zero, which padding needs. So the authors take two sets, 2^(k-1) + 1
+    values from zero up and 2^(k-1) from zero down, and of the two zeros one.
     """
-    end = 0.9677083  # (1 - 1/30 + 1 - 1/32) / 2: the quantile of the outermost value
-    quantile = lambda p: torch.distributions.Normal(0.0, 1.0).icdf(p)  # noqa: E731
-    above = quantile(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
-    below = -quantile(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
+    end = 0.9677083  # (1 - 1/30 + 1 - 1/32) / 2: the quantile of the outermost value, as bitsandbytes has it
+    normal = torch.distributions.Normal(0.0, 1.0)
+    above = normal.icdf(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -normal.icdf(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
     values = torch.cat([below, above.new_zeros(1), above]).sort().values
     return (values / values.max()).float()
 
@@ -83,7 +83,7 @@ def absmax(x, dim):
 
 
 def quantize(weight, values, block=64):
-    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1, with the values of Eq. 4."""
+    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1, with the values of a codebook."""
     x = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % block)).view(-1, block)
     top = x.abs().amax(1, keepdim=True)
     middle = (values[1:] + values[:-1]) / 2  # nearest value: between which two middles does the quotient lie?
@@ -176,7 +176,8 @@ class QuantLinear(nn.Module):
 
 def body(model):
     """The linear layers but the head: that shares its weights with the embedding, and answers are read from it."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 def cast(model, dtype):
@@ -188,6 +189,7 @@ def cast(model, dtype):
 
 def store(model, bits, codebook="nf4", block=64, double=True, make=QuantLinear):
     """Keep every linear layer but the head in `bits`, in place -> the model, frozen; 16 and 32 change the type."""
+    run.check(body(model), "this model has no linear layer besides its head: nothing to store in few bits")
     model.requires_grad_(False)
     if bits >= 16:
         return cast(model, torch.float32 if bits == 32 else torch.bfloat16)
@@ -243,6 +245,8 @@ def errors(weights, block=64):
 
 def draw(path, weight, block=64):
     """Real weights, each divided by the largest of its block, and the values that 4 bits leave of them."""
+    import matplotlib.pyplot as plt
+
     x = weight.detach().float().flatten()
     x = (x[: len(x) // block * block].view(-1, block)).cpu()
     x = (x / x.abs().amax(1, keepdim=True)).flatten()
@@ -313,7 +317,9 @@ def main(cfg: Config) -> dict:
         metrics["dequantize_seconds"] = dequantize_seconds(model)
     llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
     metrics |= llama2_full.experiment(cfg, bench, sentiment.network(model), model)
-    llama2_lora.save(model, bench.folder / "adapter", lora, cfg.model)
+    base = adapters.base_of(model)
+    llama2_lora.save(model, bench.folder / "adapter", lora, base)
+    print(adapters.usage(bench.folder / "adapter", base))
     metrics["checkpoint_MiB"] = llama2_full.size(bench.folder / "adapter")
     return run.report(bench.folder, metrics, then="python finetune/compare.py")
 

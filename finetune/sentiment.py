@@ -17,18 +17,22 @@ only where an answer stands.
 
 import csv
 import hashlib
+import io
 import json
+import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from utils import data, figures, run
+from utils.text import clean, plain, printable, read_text
 
 SETS = {"tweets": "tweets", "products": "amazonReviewSnippets", "films": "movieReviewSnippets"}
 IGNORE = -100  # the label of a token that is not to be learned
@@ -60,27 +64,79 @@ def rated(kind, threshold):
     return [(text, int(rating > 0)) for text, rating in data.tweets(SETS[kind]) if abs(rating) > threshold]
 
 
+def csv_rows(text):
+    """Rows of a table with commas, its columns named in the first line: (number of the line, {column: value})."""
+    reader = csv.DictReader(io.StringIO(text), strict=True)  # strict: a quote that is never closed is an error
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    once = columns.count("text") == columns.count("label") == 1
+    run.check(once, "it needs the columns text and label, separated by commas, in its first line")
+    reader.fieldnames = columns
+    for row in reader:
+        run.check(None not in row, f"line {reader.line_num} has more fields than columns; put texts in quotes")
+        yield reader.line_num, row
+
+
+def json_rows(text):
+    """One JSON object a line: (number of the line, object)."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise run.UserError(f"line {number} is no JSON") from None
+            run.check(isinstance(row, dict), f"line {number} is no object with text and label")
+            yield number, row
+
+
 def read(path, words):
-    """A .csv or .jsonl file with the columns text and label -> [(text, number of the label)]; labels are `words`."""
-    run.check(path.is_file(), f"no data at {path}; there are {', '.join(SETS)}, or a .csv or .jsonl file")
-    run.check(path.suffix in (".csv", ".jsonl"), f"{path} must be a .csv or .jsonl file")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(x) for x in file if x.strip()]
-        pairs = [(str(row["text"]), str(row["label"])) for row in rows]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise run.UserError(f"{path} cannot be read: {error!r}; it needs the columns text and label") from None
+    """A .csv or .jsonl file with the columns text and label -> [(text, number of the label)]; labels are `words`.
+
+    Raises UserError, one line that names the file and the line in it.
+    """
+    name = printable(path)
+    run.check(os.path.isfile(path), f"no data at {name}; there are {', '.join(SETS)}, or a .csv or .jsonl file")
+    run.check(path.suffix in (".csv", ".jsonl"), f"{name} must be a .csv or .jsonl file")
+    whole = read_text(path)
     names = [w.strip() for w in words]
-    unknown = sorted({label for _, label in pairs} - {*names})
-    run.check(not unknown, f"{path} has the label '{unknown[0] if unknown else ''}', --words has only {names}")
-    return [(text, names.index(label)) for text, label in pairs]
+    pairs = []
+    try:
+        for number, row in csv_rows(whole) if path.suffix == ".csv" else json_rows(whole):
+            text, label = row.get("text"), row.get("label")
+            run.check(isinstance(text, str) and text.strip(), f"line {number} has no text")
+            # JSON may have numbers as labels; true is a number to Python
+            named = isinstance(label, (str, int)) and not isinstance(label, bool) and str(label).strip()
+            run.check(named, f"line {number} has no label")
+            label = str(label).strip()
+            known = label in names
+            run.check(known, f"line {number} has the label '{printable(label)[:40]}', --words has only {names}")
+            pairs.append((clean(text), names.index(label)))
+    except (run.UserError, csv.Error) as error:
+        raise run.UserError(f"{name}: {error}") from None
+    return pairs
 
 
+def letters(text):
+    """What makes two texts copies of each other: their letters, accents and digits, whatever the alphabet.
+
+    Names (@anonymous), addresses, blanks, punctuation and capitals do not count. Accented letters of Western Europe
+    are left out as well: a wrong decoding turns them into others, and the copy should be recognised all the same.
+    """
+    composed = unicodedata.normalize("NFC", text)
+    western = re.sub("[\x80-\xff]", "", composed)
+    same = unicodedata.normalize("NFKC", western).casefold()  # wide letters are letters, ligatures are two
+    same = re.sub(r"@[a-z0-9_]+|https?://[!-~]+", "", same)
+    if same.isascii():
+        return re.sub("[^a-z0-9]", "", same)
+    kept = [c for c in same if unicodedata.category(c)[0] in "LMN"]  # marks: the vowels of Hindi and Thai are marks
+    if not kept:  # emoji
+        kept = [c for c in same if not c.isascii() and unicodedata.category(c) == "So"]
+    return "".join(kept)
+
+
+@lru_cache(2**17)
 def share(text):
-    """A number in [0, 1), from a hash of the letters and digits of a text: copies get the same."""
-    plain = re.sub(r"@\w+|https?://\S+", "", text.lower())
-    letters = re.sub(r"[^a-z0-9]", "", plain) or re.sub(r"[\W_]", "", plain)  # other alphabets
-    return int(hashlib.sha256(letters.encode()).hexdigest()[:8], 16) / 2**32
+    """A number in [0, 1), from a hash of the letters of a text: copies get the same."""
+    return int(hashlib.sha256(letters(text).encode()).hexdigest()[:8], 16) / 2**32
 
 
 def part(text):
@@ -90,6 +146,8 @@ def part(text):
 
 def load(task):
     """-> {"train", "valid", "test", "scored": [(text, label)]}, the same on every machine. Raises UserError."""
+    asked = "".join([task.pattern, *task.words])
+    run.check(clean(asked) == asked, "--pattern and --words must be UTF-8")
     run.check("{text}" in task.pattern, "--pattern must hold {text}, the place of the text")
     run.check(len(set(task.words)) == len(task.words) > 1, "--words must be two or more different answers")
     run.check(task.threshold >= 0 and task.texts >= 0, "--threshold and --texts must not be negative")
@@ -108,6 +166,7 @@ def load(task):
 
 def prompt(tokenizer, task, text):
     """The question about a text, as a string; the text is cut to MAX_TOKENS, the question never."""
+    text = plain(text, tokenizer)  # a control token that a stranger wrote is letters, no command
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > MAX_TOKENS:
         text = tokenizer.decode(ids[:MAX_TOKENS])
@@ -136,6 +195,13 @@ def ends(ids, last):
     return torch.arange(-(last or ids.shape[1]), 0, device=ids.device)
 
 
+def room(model, positions):
+    """Raises UserError if the model has been trained for fewer positions than are needed."""
+    most = getattr(model.config, "max_position_embeddings", None) or positions
+    run.check(positions <= most, f"a question can have {positions} positions, this model has {most}: shorten --pattern "
+              "or what stands before it (--shots, --tokens)")  # fmt: skip
+
+
 def network(model):
     """A causal language model of transformers as a network of this chapter.
 
@@ -144,6 +210,7 @@ def network(model):
     """
 
     def forward(ids, mask, last=0):
+        room(model, ids.shape[1])
         position = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return model(
             input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=False,
@@ -218,24 +285,32 @@ def named(texts, words):
 
 
 def accuracy(truth, said):
-    return float(np.mean(np.asarray(truth) == np.asarray(said)))
+    """Labels (N,), or (rounds, N) for many tests at once -> share of the right ones, () or (rounds,)."""
+    return (np.asarray(truth) == np.asarray(said)).mean(-1)
 
 
 def macro_f1(truth, said):
-    """The F1 of each class, 2 TP / (2 TP + FP + FN), averaged over the classes: the rare one counts as much."""
+    """The F1 of each class, 2 TP / (2 TP + FP + FN), averaged over the classes: the rare one counts as much.
+
+    Labels (N,), or (rounds, N) for many tests at once -> () or (rounds,).
+    """
     truth, said = np.asarray(truth), np.asarray(said)
-    scores = []
+    total, classes = 0.0, 0
     for k in np.unique(truth):
-        hit, wrong = ((truth == k) & (said == k)).sum(), ((truth == k) ^ (said == k)).sum()
-        scores.append(2 * hit / (2 * hit + wrong))
-    return float(np.mean(scores))
+        hit = ((truth == k) & (said == k)).sum(-1)
+        wrong = ((truth == k) ^ (said == k)).sum(-1)
+        there = (truth == k).any(-1)  # a class without a text in a test is no part of its mean
+        total = total + np.where(there, 2 * hit / np.maximum(2 * hit + wrong, 1), 0)
+        classes = classes + there
+    return total / classes
 
 
 def interval(truth, said, score=accuracy, rounds=1000, level=0.95):
     """Bootstrap (Efron 1979): the middle `level` of the scores of texts drawn again with replacement -> (low, high)."""
     truth, said, random = np.asarray(truth), np.asarray(said), np.random.default_rng(0)
     picks = random.integers(len(truth), size=(rounds, len(truth)))
-    low, high = np.quantile([score(truth[p], said[p]) for p in picks], [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.concatenate([score(truth[p], said[p]) for p in np.array_split(picks, 10)])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -244,7 +319,7 @@ def scores(truth, said):
     low, high = interval(truth, said)
     f1_low, f1_high = interval(truth, said, macro_f1)
     ends = {"low": low, "high": high, "f1_low": f1_low, "f1_high": f1_high}
-    return {"accuracy": accuracy(truth, said), "macro_f1": macro_f1(truth, said)} | ends
+    return {"accuracy": float(accuracy(truth, said)), "macro_f1": float(macro_f1(truth, said))} | ends
 
 
 def judge(network, tokenizer, task, pairs, device):
@@ -280,6 +355,8 @@ def main(cfg: Config) -> dict:
     if len(cfg.words) == 2:
         metrics["vader"] = scores(truth, vader(texts))
     if cfg.data in SETS:
+        import matplotlib.pyplot as plt
+
         ratings = np.array([rating for _, rating in data.tweets(SETS[cfg.data])])
         figure, axis = plt.subplots(figsize=(5.2, 2.8))
         for ask, colour, name in ((ratings < -cfg.threshold, "tab:red", "negative"),

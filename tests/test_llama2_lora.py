@@ -2,13 +2,16 @@
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune import llama2_lora, sentiment
+from finetune import adapters, llama2_full, llama2_lora, sentiment
+from tests import fuzz
 from tests.conftest import gradients
 from tests.llamas import batch, tiny
 from utils import run
@@ -21,9 +24,9 @@ def config(variant, **kw):
     return llama2_lora.Config(variant=variant, rank=3, alpha=7.0, targets=TARGETS, **kw)
 
 
-def ours(variant):
+def ours(variant, bias=False):
     """A tiny Llama with adapters that have moved away from where they start."""
-    model, cfg = tiny(), config(variant)
+    model, cfg = tiny(bias=bias), config(variant)
     llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant)
     with torch.no_grad():
         for p in model.parameters():
@@ -67,8 +70,43 @@ def test_step_0_is_the_base_model_and_peft_starts_there_too(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_equals_unmerged(variant):
-    model, _ = ours(variant)
+def test_layers_with_a_bias_equal_peft(variant, tmp_path):
+    """DoRA scales the product and not the bias, IA3 both."""
+    from peft import PeftModel
+
+    model, cfg = ours(variant, bias=True)
+    llama2_lora.save(model, tmp_path, cfg)
+    theirs = PeftModel.from_pretrained(tiny(bias=True), tmp_path).eval()
+    ids, mask = batch()
+    mine, other = (sentiment.network(m)(ids, mask)[mask] for m in (model, theirs))
+    torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_dropout_comes_before_a_as_in_peft(variant, tmp_path):
+    """In training, with the same random numbers: the same inputs are hidden, not entries of A x."""
+    from peft import PeftModel
+
+    model, cfg = tiny(), config(variant, dropout=0.5)
+    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    llama2_lora.save(model, tmp_path, cfg)
+    theirs = PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
+    ids, mask = batch()
+    out = []
+    for m in (model, theirs):
+        torch.manual_seed(3)
+        out.append(sentiment.network(m.train())(ids, mask)[mask])
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(sentiment.network(model.eval())(ids, mask)[mask], out[0], atol=0.1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_equals_unmerged(variant, bias):
+    model, _ = ours(variant, bias)
     ids, mask = batch()
     before = sentiment.network(model)(ids, mask)
     merged = llama2_lora.merge(model)
@@ -155,8 +193,8 @@ def test_files_say_what_they_are(tmp_path):
         llama2_lora.load(tiny(), tmp_path)
     with pytest.raises(run.UserError, match="no adapter in"):
         llama2_lora.load(tiny(), tmp_path / "nowhere")
-    for wrong, message in ((b"{}", "of kind None"), (b"[]", "of kind None"), (b"\xff", "no adapter in"),
-                           (b'{"peft_type": "LORA"}', "lacks")):  # fmt: skip
+    for wrong, message in ((b"{}", "of kind None"), (b"[]", "of kind None"), (b"\xff", "not UTF-8"),
+                           (b'{"peft_type": "LORA"}', "lacks r, lora_alpha, target_modules")):  # fmt: skip
         (tmp_path / "adapter_config.json").write_bytes(wrong)
         with pytest.raises(run.UserError, match=message):
             llama2_lora.load(tiny(), tmp_path)
@@ -189,3 +227,171 @@ def test_dropout_hides_inputs_of_the_correction_only():
     base = sentiment.network(tiny())(ids, mask)
     torch.testing.assert_close(sentiment.network(model.train())(ids, mask), base)
     assert not torch.allclose(sentiment.network(frozen)(ids, mask), base)
+
+
+REFUSED = {
+    "init_lora_weights": ("pissa", "olora", "pissa_niter_4", "loftq", "corda", 1),
+    "bias": ("all", "lora_only"),
+    "rank_pattern": ({"q_proj": 4},),
+    "alpha_pattern": ({"q_proj": 4},),
+    "layers_to_transform": ([0],),
+    "layers_pattern": (["layers"],),
+    "fan_in_fan_out": (True,),
+    "exclude_modules": (["v_proj"],),
+    "layer_replication": ([[0, 2]],),
+    "trainable_token_indices": ([3],),
+    "target_parameters": (["w"],),
+    "lora_bias": (True,),
+    "use_rslora": (True,),  # together with use_dora
+    "a_key_of_next_year": (1,),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_settings_that_are_not_known_are_refused_by_name(key, tmp_path):
+    model, cfg = ours("dora")
+    llama2_lora.save(model, tmp_path, cfg)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    for value in REFUSED[key]:
+        path.write_text(json.dumps(written | {key: value}))
+        with pytest.raises(run.UserError, match=f"{key}.*does not know") as error:
+            llama2_lora.load(tiny(), tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_all_settings_that_peft_writes_by_default_are_known(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    made = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", lora_dropout=0.1))
+    made.save_pretrained(tmp_path)
+    assert llama2_lora.load(tiny(), tmp_path) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+def test_a_list_holds_ends_and_a_string_never_takes_for_ever(tmp_path):
+    """PEFT takes entries of a list as names, a string as an expression, here one that backtracks for years."""
+    model, cfg = tiny(), config("lora")
+    cfg = replace(cfg, targets=("q_proj",))
+    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    llama2_lora.save(model, tmp_path, cfg)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")  # as PEFT would: no hash
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"target_modules": "(.*)*(.*)*(.*)*q_pro[^k]"}))
+    assert llama2_lora.load(tiny(), tmp_path) == llama2_lora.names(model)
+    for targets, message in (
+        (["q_proj", "v_proj"], "missing"),
+        ([".*q_proj"], "no linear layer"),
+        (7, "list of names"),
+    ):
+        path.write_text(json.dumps(written | {"target_modules": targets}))
+        with pytest.raises(run.UserError, match=message):
+            llama2_lora.load(tiny(), tmp_path)
+
+
+def test_another_shape_damage_and_what_is_no_number_are_refused(tmp_path):
+    model, cfg = ours("lora")
+    llama2_lora.save(model, tmp_path, cfg)
+    path, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    tensors, whole = load_file(path), path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:])
+    with pytest.raises(run.UserError, match="is damaged"):
+        llama2_lora.load(tiny(), tmp_path)
+    for wrong, message in ((tensors[key].T.contiguous(), "has the shape"), (tensors[key] / 0, "finite numbers")):
+        save_file(tensors | {key: wrong}, path)
+        with pytest.raises(run.UserError, match=message):
+            llama2_lora.load(tiny(), tmp_path)
+    path.write_bytes(whole)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"lora_alpha": 8.0}))
+    with pytest.raises(run.UserError, match="not as it was written: lora_alpha"):
+        llama2_lora.load(tiny(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": "elsewhere"}))
+    llama2_lora.load(tiny(), tmp_path)
+
+
+def test_500_damaged_adapters_are_refused_or_read_right(tmp_path):
+    """Bits of the weights, bytes and types of the settings: what is read is what was written, or an error is."""
+    model = tiny(layers=1)
+    cfg = replace(config("lora"), rank=1, targets=("q_proj",))
+    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora_B)
+    llama2_lora.save(model, tmp_path, cfg)
+    settings, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    good, bytes_of, stored = json.loads(settings.read_text()), weights.read_bytes(), settings.read_bytes()
+    text = batch()
+    expected, blank, read = sentiment.network(model)(*text), tiny(layers=1), 0
+    cases = [(weights, bad) for bad in fuzz.damaged(bytes_of, 200)]
+    cases += [(settings, bad) for bad in fuzz.damaged(stored, 150)]
+    cases += [(settings, json.dumps(bad).encode()) for bad in fuzz.retyped(good, 150)]
+    for path, bad in cases:
+        settings.write_bytes(stored)
+        weights.write_bytes(bytes_of)
+        path.write_bytes(bad)
+        if fuzz.reads_or_refuses(lambda: adapters.read(tmp_path, ("LORA", "IA3"))) is None:
+            continue
+        again = copy.deepcopy(blank)
+        if fuzz.reads_or_refuses(lambda: llama2_lora.load(again, tmp_path)):  # noqa: B023
+            read += 1
+            assert torch.equal(sentiment.network(again)(*text), expected)
+    assert 0 < read < 200
+
+
+class Recorded(Exception):
+    pass
+
+
+def recorded(monkeypatch, tmp_path, script, **flags):
+    """Run the main of a script up to its training -> (model, groups, network) as the training would get them."""
+    found = {}
+
+    def experiment(cfg, bench, network, model, groups=None):
+        found.update(model=model, groups=groups, network=network)
+        raise Recorded
+
+    bench = llama2_full.Bench(tmp_path, torch.device("cpu"), None, tiny(), {})
+    monkeypatch.setattr(llama2_full, "start", lambda cfg, *allow, **kw: bench)
+    monkeypatch.setattr(llama2_full, "experiment", experiment)
+    with pytest.raises(Recorded):
+        script.main(script.Config(**flags))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["ours", "peft"])
+def test_every_flag_reaches_the_adapters(backend, monkeypatch, tmp_path):
+    flags = {"rank": 3, "alpha": 7.0, "dropout": 0.25, "targets": ("k_proj",), "also": ("model.norm",), "plus": 5.0}
+    found = recorded(monkeypatch, tmp_path, llama2_lora, variant="rslora", backend=backend, **flags)
+    layers = [m for m in found["model"].modules() if hasattr(m, "lora_A")]
+    assert len(layers) == 2
+    if backend == "ours":
+        assert {(m.scale, m.dropout.p, len(m.lora_A)) for m in layers} == {(7 / 3**0.5, 0.25, 3)}
+    else:
+        assert {(m.scaling["default"], m.lora_dropout["default"].p, m.r["default"]) for m in layers} == {
+            (7 / 3**0.5, 0.25, 3)
+        }
+        base = found["model"].peft_config["default"].base_model_name_or_path
+        assert base == adapters.base_of(found["model"])
+    trained = {n for n, p in found["model"].named_parameters() if p.requires_grad}
+    assert len(trained) == 5 and sum("norm" in n for n in trained) == 1
+    slow, fast = found["groups"]
+    assert (slow["times"], fast["times"], len(slow["params"]), len(fast["params"])) == (1, 5, 3, 2)
+    with pytest.raises(run.UserError, match="outside of elsewhere"):
+        llama2_lora.allow(tiny(), llama2_lora.Config(within="elsewhere"))
+
+
+def test_dora_starts_at_the_length_of_rows_and_rslora_divides_by_the_root():
+    base = nn.Linear(6, 4)
+    layer = llama2_lora.LoRALinear(base, 4, 8.0, variant="dora")
+    torch.testing.assert_close(layer.magnitude, base.weight.detach().norm(dim=1))
+    assert (layer.scale, llama2_lora.LoRALinear(base, 4, 8.0, variant="rslora").scale) == (2, 4)
+
+
+def test_the_base_is_named_by_the_folder_it_came_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    model.save_pretrained("here")
+    model.config._name_or_path = "here"
+    assert adapters.base_of(model) == str(Path("here").resolve())
+    model.config._name_or_path = "meta-llama/Llama-2-7b-hf"
+    assert adapters.base_of(model) == "meta-llama/Llama-2-7b-hf"
