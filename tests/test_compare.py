@@ -1,10 +1,15 @@
 """finetune/compare.py: one budget for all, a table that says what was measured, and every method's name is a script."""
 
+import importlib
 import json
 import shlex
 import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tyro
 
 from finetune import compare
 from tests.conftest import ROOT
@@ -25,22 +30,42 @@ def test_table_has_a_line_for_each_method_and_blanks_for_what_does_not_train():
 
 def test_every_script_is_asked_for_the_same(tmp_path):
     cfg = compare.Config(steps=7, batch=3, texts=5, split="valid", words=(" no", " yes"))
+    cfg = replace(cfg, seed=3, threshold=0.25, model="there")
     for flags in compare.METHODS.values():
         words = compare.command(cfg, flags, tmp_path)
         assert (ROOT / "finetune" / flags.split()[0]).is_file()
-        for flag, value in (("--steps", "7"), ("--batch", "3"), ("--texts", "5"), ("--split", "valid")):
+        for flag, value in (("--steps", "7"), ("--batch", "3"), ("--texts", "5"), ("--split", "valid"),
+                            ("--seed", "3"), ("--threshold", "0.25"), ("--model", "there")):  # fmt: skip
             assert words[words.index(flag) + 1] == value
+        assert words[2 : 2 + len(flags.split()) - 1] == flags.split()[1:]  # the method's own
         assert words[words.index("--words") + 1 :][:2] == [" no", " yes"]
 
 
-def test_command(tmp_path):
+def in_this_process(words):
+    """What a script does with its command line, without a process of its own."""
+    script = importlib.import_module(f"finetune.{Path(words[1]).stem}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words[1:])
+        script.main(tyro.cli(script.Config, args=words[2:]))
+    return subprocess.CompletedProcess(words, 0)
+
+
+def test_command(tmp_path, monkeypatch):
+    """The table's rows are what the scripts measured."""
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     model = folder(tmp_path / "model")
     rows = [json.dumps({"text": f"river stone {i}", "label": ("negative", "positive")[i % 2]}) for i in range(100)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows))
     place = {"model": model, "data": str(tmp_path / "texts.jsonl"), "out": str(tmp_path / "o")}
     metrics = compare.main(compare.Config(only=("lora",), steps=2, batch=2, texts=6, **place))
     assert list(metrics) == ["majority", "VADER", "zero-shot", "4 examples", "lora"]
-    assert metrics["lora"]["trained"] > 0 and 0 <= metrics["zero-shot"]["generated"] <= 1
+    own = {n: json.loads((tmp_path / "o" / n / "metrics.json").read_text()) for n in ("lora", "in_words")}
+    for column, key in (("accuracy", "accuracy"), ("macro_f1", "macro_f1"), ("low", "low"), ("f1_high", "f1_high")):
+        assert metrics["lora"][column] == own["lora"]["likelihood"][key]
+        assert metrics["4 examples"][column] == own["in_words"]["yours, 4 examples"][key]
+    assert metrics["lora"]["generated"] == own["lora"]["generated"]["accuracy"]
+    assert metrics["zero-shot"]["generated"] == own["in_words"]["yours, 0 examples, generated"]["accuracy"]
+    assert all(metrics["lora"][c] == own["lora"][c] for c in compare.COLUMNS.values())
     assert {"table.md", "compare.png", "config.json", "metrics.json", "lora", "in_words"} <= {
         p.name for p in (tmp_path / "o").iterdir()
     }

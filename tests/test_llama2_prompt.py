@@ -1,14 +1,16 @@
 """Prompt tuning, p-tuning 1 and 2, prefix tuning: each equals PEFT, forward, gradient and files."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from finetune import llama2_prefix, llama2_prompt, llama2_ptune, llama2_ptune_v2, sentiment
+from finetune import llama2_full, llama2_prefix, llama2_prompt, llama2_ptune, llama2_ptune_v2, sentiment
+from tests import fuzz
 from tests.conftest import gradients
-from tests.llamas import batch, tiny
-from tests.test_sentiment import right
+from tests.llamas import batch, learned_positions, tiny
+from tests.test_sentiment import Letters, right
 from utils import run
 
 P = 5
@@ -153,3 +155,89 @@ def test_soft_words_start_as_words():
     soft = llama2_prompt.SoftPrompt(embedding, torch.tensor([7, 8]))
     assert torch.equal(soft(), embedding.weight[[7, 8]])
     assert llama2_prompt.nearest(soft(), embedding.weight).tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "opt-350m"])
+def test_soft_words_that_are_words_say_what_words_say_in_models_with_learned_positions(kind):
+    model, words, text = learned_positions(kind), [7, 8, 9, 10], [[5, 6, 7], [11, 12]]
+    soft = llama2_prompt.SoftPrompt(model.get_input_embeddings(), torch.tensor(words))
+    ids, mask = sentiment.pad(text, 1), sentiment.pad([[True] * 3, [True] * 2], False)
+    got = llama2_prompt.network(model, soft)(ids, mask, 3)[mask]
+    plain = sentiment.network(model)
+    rows = [plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:] for t in text]
+    torch.testing.assert_close(got, torch.cat(rows), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain(ids, mask)[mask], torch.cat(rows), atol=1e-2)
+    many = torch.zeros(1, 61, dtype=torch.long)
+    with pytest.raises(run.UserError, match="65 positions, this model has 64"):
+        llama2_prompt.network(model, soft)(many, many == 0)
+
+
+SCRIPTS = {"prompt": llama2_prompt, "ptune": llama2_ptune, "prefix": llama2_prefix, "deep": llama2_ptune_v2}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_saved_is_what_was_trained_in_the_end_and_names_its_base(name, monkeypatch, tmp_path, capsys):
+    """Training is replaced by noise on what moves: the file holds the prompt after it, the encoder is gone."""
+    script, found = SCRIPTS[name], {}
+    model = learned_positions("opt-350m") if name == "ptune" else tiny()  # words half as wide as layers
+    model.config._name_or_path = str(tmp_path)
+
+    def experiment(cfg, bench, network, whole, groups=None):
+        moving = {n for n, p in whole.named_parameters() if p.requires_grad}
+        assert moving and all(n.startswith("soft.") for n in moving)
+        with torch.no_grad():
+            for p in llama2_full.moving(whole):
+                p.add_(0.1 * torch.randn_like(p))
+            found["logits"] = network(*text)
+        return {}
+
+    text = batch()
+    bench = llama2_full.Bench(tmp_path, torch.device("cpu"), Letters(), model, {})
+    monkeypatch.setattr(llama2_full, "start", lambda cfg, *allow, before=0: found.update(before=before) or bench)
+    monkeypatch.setattr(llama2_full, "experiment", experiment)
+    script.main(script.Config(tokens=P, **({"hidden": 12} if name in ("ptune", "prefix") else {})))
+    kind = {"prompt": "PROMPT_TUNING", "ptune": "P_TUNING"}.get(name, "PREFIX_TUNING")
+    prompt = llama2_prompt.load(tmp_path / "adapter", kind)
+    assert len(prompt) == P == found["before"]
+    network = (llama2_prefix if kind == "PREFIX_TUNING" else llama2_prompt).network(model, lambda: prompt)
+    torch.testing.assert_close(network(*text), found["logits"], atol=1e-5, rtol=1e-4)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path.resolve())
+    assert str(tmp_path / "adapter") in capsys.readouterr().out
+
+
+def test_settings_of_a_prompt_that_are_not_known_are_refused_by_name(tmp_path):
+    model, soft, _ = prompt()
+    llama2_prompt.save(tmp_path, "PROMPT_TUNING", soft(), model)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    for change in ({"num_transformer_submodules": 2}, {"modules_to_save": ["lm_head"]}, {"new_key": 1}):
+        path.write_text(json.dumps(written | change))
+        with pytest.raises(run.UserError, match=f"{next(iter(change))}.*does not know"):
+            llama2_prompt.load(tmp_path, "PROMPT_TUNING")
+    weights = tmp_path / "adapter_model.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"prompt_embeddings": soft().detach()[:3].clone()}, weights)  # no hash, as PEFT writes it
+    path.write_text(json.dumps(written))
+    with pytest.raises(run.UserError, match=r"shape \(3, 32\) for 5 num_virtual_tokens"):
+        llama2_prompt.load(tmp_path, "PROMPT_TUNING")
+
+
+def test_500_damaged_prompts_are_refused_or_read_right(tmp_path):
+    model, soft, _ = prompt()
+    llama2_prompt.save(tmp_path, "PROMPT_TUNING", soft(), model)
+    settings, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    good, whole, stored, read = json.loads(settings.read_text()), weights.read_bytes(), settings.read_bytes(), 0
+    cases = [(weights, bad) for bad in fuzz.damaged(whole, 200)]
+    cases += [(settings, bad) for bad in fuzz.damaged(stored, 150)]
+    cases += [(settings, json.dumps(bad).encode()) for bad in fuzz.retyped(good, 150)]
+    for path, bad in cases:
+        settings.write_bytes(stored)
+        weights.write_bytes(whole)
+        path.write_bytes(bad)
+        got = fuzz.reads_or_refuses(lambda: llama2_prompt.load(tmp_path, "PROMPT_TUNING"))
+        if got is not None:
+            read += 1
+            assert torch.equal(got, soft())
+    assert 0 < read < 200

@@ -1,11 +1,14 @@
 """finetune/llama2_qlora.py: codes equal bitsandbytes', bits are counted, gradients pass, integers multiply."""
 
+from statistics import NormalDist
+
 import pytest
 import torch
 from torch import nn
 
-from finetune import llama2_lora, llama2_qlora, sentiment
-from tests.llamas import batch, tiny
+from finetune import llama2_full, llama2_lora, llama2_qlora, sentiment
+from tests.llamas import batch, learned_positions, tiny
+from utils import run
 
 
 def weight(out=48, size=128):
@@ -142,3 +145,85 @@ def test_types_change_and_rotations_do_not():
     llama2_qlora.store(model, 16)
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert torch.equal(model.model.rotary_emb.inv_freq, angles)
+
+
+def test_nf4_is_the_asymmetric_construction_and_not_eq_4_alone():
+    """2^(k-1) + 1 quantiles from zero up, 2^(k-1) from zero down, one of the two zeros left out; Sec. 3."""
+    quantile, offset = NormalDist().inv_cdf, (1 - 1 / 30 + 1 - 1 / 32) / 2
+    up = [quantile(0.5 + (offset - 0.5) * i / 8) for i in range(9)]
+    down = [-quantile(0.5 + (offset - 0.5) * i / 7) for i in range(8)]
+    table = sorted({round(x / up[-1], 12) + 0.0 for x in up + down})
+    assert len(table) == 16
+    torch.testing.assert_close(llama2_qlora.nf4(), torch.tensor(table), atol=1e-6, rtol=0)
+    assert table[8] == pytest.approx(0.0796, abs=1e-4) and table[6] == pytest.approx(-0.0911, abs=1e-4)
+    eq_4 = [(quantile(i / 17) + quantile((i + 1) / 17)) / 2 for i in range(1, 16)]
+    assert len(eq_4) == 15 and 0.1 < min(abs(x / max(eq_4)) for x in eq_4 if abs(x) > 1e-9) < 0.12
+
+
+def test_int8_takes_out_exactly_the_columns_beyond_the_threshold(monkeypatch):
+    """Those are exact, the others are integers: both halves against the formula by hand."""
+    w, x = weight(16, 64), torch.randn(8, 64)
+    x[2, 3], x[5, 40], x[1, 7] = 60.0, -8.0, 6.0  # 6 is not beyond 6
+    codes, scale = llama2_qlora.absmax(w, 1)
+    real, widths = torch._int_mm, []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: widths.append((a.shape, b.shape)) or real(a, b))
+    got = llama2_qlora.int8_matmul(x, codes, scale)
+    assert widths == [((8, 62), (62, 16))]
+    large = torch.zeros(64, dtype=torch.bool)
+    large[[3, 40]] = True
+    rest = x[:, ~large]
+    step = rest.abs().amax(1, keepdim=True) / 127
+    rounded = torch.zeros_like(x)
+    rounded[:, large], rounded[:, ~large] = x[:, large], (rest / step).round() * step
+    torch.testing.assert_close(got, rounded @ (codes * scale).T, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got, x @ (codes * scale).T, atol=1e-4, rtol=1e-4)
+
+
+def test_double_quantisation_is_of_the_scales_of_this_layer():
+    base = nn.Linear(64, 48)
+    with torch.no_grad():
+        base.weight.mul_(torch.logspace(-1, 1, 48)[:, None])  # rows of very different size
+    once, twice = (llama2_qlora.QuantLinear(base, 4, double=double) for double in (False, True))
+    assert torch.equal(once.codes, twice.codes)
+    back = llama2_qlora.double_dequantize(twice.top_codes, twice.top_scale, twice.top_mean)
+    assert (back - once.top).abs().max() <= 0.51 * twice.top_scale.max() and twice.top_mean == once.top.mean()
+    torch.testing.assert_close(once.top, base.weight.abs().amax(1))  # blocks of 64 are rows here
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_every_flag_reaches_the_layers(bits, monkeypatch, tmp_path):
+    class Recorded(Exception):
+        pass
+
+    def experiment(cfg, bench, network, model, groups=None):
+        found["model"] = model
+        raise Recorded
+
+    found, bench = {}, llama2_full.Bench(tmp_path, torch.device("cpu"), None, tiny(), {})
+    monkeypatch.setattr(llama2_full, "start", lambda cfg, *allow, **kw: bench)
+    monkeypatch.setattr(llama2_full, "experiment", experiment)
+    monkeypatch.setattr(llama2_qlora, "gradients", lambda bench, cfg, layers: [torch.ones(1)])
+    monkeypatch.setattr(llama2_qlora, "draw", lambda *args: None)
+    flags = {"bits": bits, "codebook": "fp4", "block": 16, "double": False, "rank": 2, "alpha": 6.0}
+    with pytest.raises(Recorded):
+        llama2_qlora.main(llama2_qlora.Config(targets=("q_proj", "down_proj"), **flags))
+    adapters = [m for m in found["model"].modules() if isinstance(m, llama2_lora.LoRALinear)]
+    assert len(adapters) == 4 and {(m.scale, len(m.lora_A)) for m in adapters} == {(3.0, 2)}
+    bases = {type(m.base) for m in adapters}
+    assert all(("lora_" in n) == p.requires_grad for n, p in found["model"].named_parameters())
+    if bits >= 16:
+        dtype = torch.float32 if bits == 32 else torch.bfloat16
+        assert bases == {nn.Linear} and {m.base.weight.dtype for m in adapters} == {dtype}
+        return
+    layer = adapters[0].base
+    assert bases == {llama2_qlora.QuantLinear} and layer.bits == bits
+    if bits == 4:
+        assert len(layer.top) == 32 * 32 / 16 and torch.equal(layer.values, llama2_qlora.fp4())
+
+
+def test_the_body_is_all_but_the_head_whatever_its_name():
+    model = tiny()
+    model.gate, model.lm_head = nn.Linear(4, 4), model.lm_head
+    assert len(llama2_qlora.body(model)) == 15 and "lm_head" not in llama2_qlora.body(model)
+    with pytest.raises(run.UserError, match="nothing to store"):
+        llama2_qlora.store(learned_positions("gpt2"), 4)

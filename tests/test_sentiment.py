@@ -170,6 +170,7 @@ def test_scores_against_a_case_by_hand():
     assert sentiment.accuracy(truth, said) == 0.75
     assert sentiment.macro_f1(truth, said) == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert sentiment.macro_f1([0, 1], [-1, 1]) == pytest.approx(0.5)  # no answer is a wrong answer
+    assert sentiment.macro_f1([[0, 0], [0, 1]], [[0, 0], [1, 1]]).tolist() == pytest.approx([1, 1 / 3])  # two tests
     rng = np.random.default_rng(0)
     truth = rng.integers(2, size=400)
     said = np.where(rng.random(400) < 0.8, truth, 1 - truth)
