@@ -1,5 +1,6 @@
 """FSDP2: slices on two ranks are one process; checkpoints for any number of ranks; what breaks tied weights."""
 
+import functools
 import math
 from dataclasses import replace
 from datetime import timedelta
@@ -61,6 +62,7 @@ def attempt(whole):
 
 
 def worker(folder):
+    tiny.corpus = functools.cache(tiny.corpus)
     found, (losses, weights) = {}, alone()
     for wrap in ("layers", "root"):
         ls, ws = together(replace(CFG, wrap=wrap))

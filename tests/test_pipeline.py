@@ -3,14 +3,16 @@
 import copy
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
 
 from tests.llamas import tiny
 from training import pipeline, ranks
-from utils import run
+from utils import pretrained, run
 
 SOON = timedelta(seconds=60)  # a rank that waits longer has been forgotten
 P, M, B, L = 3, 4, 8, 9
@@ -192,6 +194,17 @@ def test_it_learns_what_one_process_learns(found):
         optimizer.step()
     assert losses[-1] < losses[0] - 0.2
     torch.testing.assert_close(torch.tensor(found[-1]["learned"]), torch.tensor(losses), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "mistral"])
+def test_other_models_are_refused_in_one_line(kind, monkeypatch):
+    """GPT-2 and OPT have layers of another form; a Mistral's look back only so far."""
+    other = SimpleNamespace(config=AutoConfig.for_model(kind))
+    monkeypatch.setattr(pretrained, "language_model", lambda _: (None, other))
+    with pytest.raises(run.UserError, match=f"--model (is a {kind}|looks 4096 tokens back)"):
+        pipeline.read(pipeline.Config(model="other"))
+    for known in ("llama", "qwen2"):
+        pipeline.check(AutoConfig.for_model(known))
 
 
 def test_bad_flags_are_refused_before_anything_is_written(found, tmp_path):

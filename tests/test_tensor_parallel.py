@@ -1,6 +1,7 @@
 """Pieces of a Llama and of a product, on four ranks, are the whole: values, gradients, bytes and calls."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from tests import llamas
 from training import ranks, tensor_parallel
-from utils import run
+from utils import pretrained, run
 
 SOON = timedelta(seconds=60)  # a rank that waits longer has been forgotten
 B, L, D, N = 3, 9, 32, 4
@@ -195,6 +196,15 @@ def test_what_cannot_be_dealt_is_refused(found):
         for key in ("num_key_value_heads", "model"):
             assert one[key].startswith("2 heads of keys and values cannot be dealt to 4 ranks")
         assert one["vocab_size"].startswith("121 words cannot be dealt") and "biases" in one["attention_bias"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen2"])
+def test_other_models_are_refused_in_one_line(kind, monkeypatch):
+    other = SimpleNamespace(config=AutoConfig.for_model(kind))
+    monkeypatch.setattr(pretrained, "language_model", lambda _: (None, other))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(run.UserError, match=f"--model is a {kind}; only a Llama can be cut here"):
+        tensor_parallel.read(tensor_parallel.Config(model="other"))
 
 
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path):

@@ -1,5 +1,6 @@
 """ZeRO: slices of the states, the same training. Two ranks against one process, DeepSpeed and FSDP2."""
 
+import functools
 from dataclasses import replace
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ from training import ranks, tiny, zero
 from utils import run
 from utils.run import UserError
 
-CFG = zero.Config(width=64, layers=3, steps=5, batch=8, length=32, accumulate=2, bf16=False)
+CFG = zero.Config(width=64, layers=2, steps=5, batch=8, length=32, accumulate=2, bf16=False)
 WAIT = timedelta(seconds=90)
 
 
@@ -88,6 +89,7 @@ def by_deepspeed(dtype, stage):
 
 def worker(folder):
     """All of ours that needs two ranks, in one start of them."""
+    tiny.corpus = functools.cache(tiny.corpus)
     found: dict = {"float64": stages(torch.float64), "float32": stages(torch.float32)}
     cfg = replace(CFG, bf16=True, out=folder, stages=(0, 1, 2, 3), accumulate=2, save_every=3)
     found["bf16"] = zero.worker(cfg)
