@@ -275,6 +275,9 @@ def test_deepspeed_torchrun_and_python_learn_the_same(cfg, two):
             "\n".join(out.split("use it:\n")[1].splitlines()[:3]), names
         )  # the printed lines load adapter, base and tokenizer
         logits = load_file(f"{cfg.out}/stage 2/logits.safetensors")["logits"]
+        for weight, p in names["model"].named_parameters():
+            if "lora" not in weight:
+                p.data = p.data.bfloat16().float()  # as the run has read them
         torch.testing.assert_close(names["model"].float()(input_ids=IDS).logits, logits, atol=1e-4, rtol=1e-4)
         assert names["tokenizer"].chat_template
         files = {p.name for p in Path(cfg.out, name).iterdir()}
