@@ -107,6 +107,7 @@ def adapter(cfg, name):
     return load_file(f"{cfg.out}/{name}/adapter/adapter_model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n, name, parts", [(1, "whole", 1), (2, "whole", 2), (1, "parts", 2)])
 def test_it_learns_what_the_plain_loop_learns(n, name, parts, cfg, found, plain, parity):
     """Two ranks, or one rank with two parts, are the plain loop with two parts."""
@@ -126,6 +127,7 @@ def test_it_learns_what_the_plain_loop_learns(n, name, parts, cfg, found, plain,
     assert all(r[name]["losses"] == found[n][0][name]["losses"] for r in found[n])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", (1, 2))
 def test_resume_is_bit_exact(n, cfg, found):
     for r in found[n]:
@@ -138,6 +140,7 @@ def test_resume_is_bit_exact(n, cfg, found):
     assert x.keys() == y.keys() and all(torch.equal(x[i][k], y[i][k]) for i in x for k in x[i])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", (1, 2))
 def test_what_cannot_be_resumed_says_why(n, found):
     for r in found[n]:
@@ -145,6 +148,7 @@ def test_what_cannot_be_resumed_says_why(n, found):
         assert "--lr 0.01" in r["killed, 1"] and "no checkpoint in" in r["nothing, 0"]
 
 
+@pytest.mark.long
 def test_the_adapter_loads_in_plain_peft(cfg, found):
     from peft import PeftModel
 
@@ -218,6 +222,7 @@ def test_a_step_is_the_mean_over_all_tokens_and_clipped_once(parts, monkeypatch)
         assert side.clipped == [(parts, "parameters", 1.0)] and side.rates[0] == sft.learning_rate(cfg, 0)
 
 
+@pytest.mark.long
 def test_other_ranks_are_refused(cfg, found, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     with pytest.raises(run.UserError, match="was written by 2 ranks, here are 1"):

@@ -142,6 +142,7 @@ def adapter(cfg, name):
     return load_file(f"{cfg.out}/{name}/adapter/adapter_model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "full" and "bf16" not in name])
 def test_every_stage_learns_what_plain_torch_learns(name, cfg, two, plain, parity):
     losses, weights, before = plain
@@ -157,11 +158,13 @@ def test_every_stage_learns_what_plain_torch_learns(name, cfg, two, plain, parit
     assert two[0][name]["before"] == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.long
 def test_stage_0_in_bf16_counts_its_steps_as_the_others_do(two):
     """DeepSpeed begins it with a step of zeros; left in AdamW's count, it makes the first steps a quarter shorter."""
     assert two[0]["stage 0, bf16"]["losses"] == pytest.approx(two[0]["stage 2, bf16"]["losses"], abs=2e-4)
 
 
+@pytest.mark.long
 def test_adapter_and_model_load_without_deepspeed(cfg, two):
     from peft import PeftModel
 
@@ -179,6 +182,7 @@ def test_adapter_and_model_load_without_deepspeed(cfg, two):
         assert (before - logits).abs().max() > 0.05
 
 
+@pytest.mark.long
 def test_resume_is_bit_exact(cfg, two):
     """Weights, optimizer, random state, next texts, losses and scores are the same to the last bit."""
     for r in two:
@@ -192,6 +196,7 @@ def test_resume_is_bit_exact(cfg, two):
     assert all(torch.equal(x[k], y[k]) for k in x)
 
 
+@pytest.mark.long
 def test_what_cannot_be_resumed_says_why(two):
     for r in two:
         assert "optim_states.pt is damaged" in r["damaged {}"]
@@ -200,6 +205,7 @@ def test_what_cannot_be_resumed_says_why(two):
         assert "no checkpoint in" in r["nothing {}"]
 
 
+@pytest.mark.long
 def test_who_holds_what(cfg, two):
     """LoRA: stage 3 halves what lies still, and at its fullest moment holds more than stage 2 ever does."""
     held = {name: two[0][name]["held"] for name in ("stage 2", "stage 3")}
@@ -215,6 +221,7 @@ def test_who_holds_what(cfg, two):
     assert full["optimizer"] == pytest.approx(3 * base / 2, rel=0.05)
 
 
+@pytest.mark.long
 def test_the_board_shows_the_losses(cfg, two):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -325,6 +332,7 @@ def test_our_own_configurations_are_read_and_filled():
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_adapter_on_the_disk_names_its_base(cfg, two):
     base = json.loads(Path(cfg.out, "stage 2", "adapter", "adapter_config.json").read_text("utf-8"))
     assert base["base_model_name_or_path"] == str(Path(cfg.model).resolve())
