@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fuzz
 from utils import assets
 from utils.run import UserError
 
@@ -188,3 +189,15 @@ def test_an_sdist_is_downloaded_without_running_it(tmp_path, monkeypatch, backen
     (tmp_path / "t").mkdir()
     assert assets.download(toy, tmp_path / "t").name == "toy-1.0.tar.gz"
     assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("make, suffix", [(wheel, "toy-1.0.whl"), (sdist, "toy-1.0.tar.gz")])
+def test_fuzz_archives(tmp_path, make, suffix):
+    """A damaged archive is refused, or what comes out of it is what went in."""
+    whole = make(tmp_path / suffix).read_bytes()
+    for number, bad in enumerate(fuzz.damaged(whole, 250)):
+        (tmp_path / suffix).write_bytes(bad)
+        folder = tmp_path / str(number)
+        done = fuzz.reads_or_refuses(lambda folder=folder: assets.unpack(tmp_path / suffix, folder, "*") or True)
+        for path in folder.rglob("*") if done else ():
+            assert path.is_dir() or path.read_bytes() == NAMES[path.relative_to(folder).as_posix()]

