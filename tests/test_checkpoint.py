@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -415,3 +417,11 @@ def test_report_says_the_threads(tmp_path, capsys):
     run.report(tmp_path, {"loss": 0.5})
     assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["threads"] == torch.get_num_threads()
     assert f"threads  {torch.get_num_threads()}: the same seed" in capsys.readouterr().out
+
+
+def test_a_seed_reaches_every_source_of_chance():
+    drawn = []
+    for value in (5, 5, 6):
+        run.seed(value)
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
+    assert drawn[0] == drawn[1] and not set(drawn[0]) & set(drawn[2])

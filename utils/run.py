@@ -41,9 +41,8 @@ def cli(main: Callable[[Any], Any], config: type) -> Any:
     args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
     try:
         for argument in args:
-            check(
-                argument == clean(argument), f"'{clean(argument)}' is not UTF-8; write it, or rename the file, in UTF-8"
-            )
+            whole = argument == clean(argument)
+            check(whole, f"'{clean(argument)}' is not UTF-8; write it in UTF-8, or rename the file")
         return main(tyro.cli(config, args=args))
     except UserError as error:
         line = f"error: {clean(str(error))}"
@@ -165,11 +164,9 @@ class Clock:
 def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, Any]:
     """Write metrics.json, with the command, machine and threads; say what was written and what to run next."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    made: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": f"{os.cpu_count()} CPU cores {gpu}".strip(),
-    }
-    made |= {"threads": torch.get_num_threads()}  # another number of them adds up in another order
+    made: dict[str, Any] = {"command": shlex.join(["python", *sys.argv])}
+    made["machine"] = f"{os.cpu_count()} CPU cores {gpu}".strip()
+    made["threads"] = torch.get_num_threads()  # another number of them adds up in another order
     write_json(folder / "metrics.json", metrics | made | {"cpu_seconds": time.process_time()})  # of all cores together
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
