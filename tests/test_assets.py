@@ -17,7 +17,7 @@ import pytest
 
 from tests import fuzz
 from utils import assets
-from utils.run import UserError
+from utils.run import UserError, cli
 
 NAMES = {"toy/data/a.csv": b"1,2\n", "toy/code.py": b"raise SystemExit\n", "toy.dist-info/LICENSE": b"free\n"}
 
@@ -163,13 +163,19 @@ def test_no_network_is_one_line_and_leaves_nothing(tmp_path):
     assert left(tmp_path) == []
 
 
-def test_unknown_name_is_one_line(tmp_path):
-    done = run(tmp_path, "mnits")
-    assert done.returncode == 2 and done.stderr.startswith("error: no asset 'mnits'; there are: mnist, emoji")
+def test_unknown_name_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLM_ACTION_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["assets", "mnits"])
+    with pytest.raises(SystemExit) as stopped:
+        cli(assets.main, assets.Config)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no asset 'mnits'; there are: mnist, emoji")
 
 
-def test_list_says_licence_and_what_is_there(tmp_path):
-    lines = run(tmp_path).stdout.splitlines()
+def test_list_says_licence_and_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLM_ACTION_CACHE", str(tmp_path))
+    assets.main(assets.Config())
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(assets.ASSETS) == 10
     assert all(asset.licence in line and " - " in line for asset, line in zip(assets.ASSETS.values(), lines))
 
