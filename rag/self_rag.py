@@ -178,7 +178,9 @@ def compare(cfg, folder, llm):
         right = (np.mean(there[1::2] >= cut) + np.mean(hidden[1::2] < cut)) / 2
         rows[f"IsRel by {kind}"] = {"AUC": auc(there, hidden), "right": float(right), "questions": float(len(there))}
         sides[kind] = there, hidden
-    figure, axes = figures.plt.subplots(1, len(sides), figsize=(3 * len(sides), 2.6))
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(sides), figsize=(3 * len(sides), 2.6))
     for axis, (kind, (there, hidden)) in zip(axes, sides.items()):
         bins = np.linspace(min(*there, *hidden), max(*there, *hidden), 13)
         axis.hist([there, hidden], bins, label=["answer is there", "answer is hidden"])
