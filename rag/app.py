@@ -2,7 +2,8 @@
 
 Gradio: Abid et al. 2019, arXiv:1906.02569. The page is the few lines of `page`; the rest is what a demonstration lacks
 until somebody misuses it. Passages and answers are texts that anybody may have written, so nothing in them becomes a
-tag; questions have a length and a rate, one is answered at a time, and few may wait. It listens on this machine alone.
+tag; questions have a length and a rate, one is answered at a time, and few may wait, of one visitor fewer than of all.
+It listens on this machine alone.
 
     python rag/app.py                                      # http://127.0.0.1:7860
     python rag/app.py --docs FOLDER                        # your own .md .rst .txt .html .pdf
@@ -10,15 +11,16 @@ tag; questions have a length and a rate, one is answered at a time, and few may 
     python rag/app.py --once --question "Can I use Django with MongoDB?"   # the same without a page
 """
 
+import logging
 import os
 import re
 import socket
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from html import escape
 from typing import Any, Literal
 
-import gradio as gr
 from langchain_core.retrievers import BaseRetriever
 
 from rag import advanced_rag_child_parent_retrieval as child_parent
@@ -27,12 +29,13 @@ from rag import advanced_rag_rerank as rerank
 from rag import answer, raw_rag
 from utils import run
 from utils.run import UserError, check
+from utils.text import clean
 
 SCRIPTS: dict[str, Any] = {"raw": raw_rag, "child-parent": child_parent, "rerank": rerank, "merge": merging}
 HOST = "127.0.0.1"  # whoever wants more puts a server with passwords and https before it
-LONGEST, WAITING = 500, 8  # characters of a question, questions that wait
+LONGEST = answer.LONGEST  # characters of a question
+WAITING, PLACES = 8, 2  # questions that wait: of all visitors, and of one
 EXAMPLES = (raw_rag.EXAMPLE, "Do I have to use your model/database layer?", "Can messages be encrypted?")
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing to fetch
 STYLE = """
 .note {min-height: 1.5em; font-weight: 600; color: var(--body-text-color-subdued)}
 .told {font-size: 1.15em; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere}
@@ -72,8 +75,10 @@ def wait(asked, now, limit, span=60.0):
 class Desk:
     """Where questions come in: one retriever and one model for all visitors."""
 
-    def __init__(self, retriever, llm, k=5, rate=10, clock=time.monotonic):
+    def __init__(self, retriever, llm, k=5, rate=10, clock=time.monotonic, close: Any = None, abstain=-1.0):
+        """`close(question, passages)` says how close they are; below `abstain` nothing is answered; -1: always."""
         self.retriever, self.llm, self.k, self.rate, self.clock = retriever, llm, k, rate, clock
+        self.close, self.abstain = close, abstain
         self.asked, self.answered = {}, 0
 
     def refuse(self, question, visitor):
@@ -91,7 +96,7 @@ class Desk:
 
     def reply(self, question, visitor):
         """Yields (line for the visitor, answer so far, passages): first the passages, then a word at a time."""
-        question = (question or "").encode(errors="replace").decode().strip()
+        question = clean(question or "").strip()
         if line := self.refuse(question, visitor):
             yield line, "", []
             return
@@ -100,7 +105,9 @@ class Desk:
         try:
             found = self.retriever.invoke(question)[: self.k]
             yield "Reading ...", told, found
-            if self.llm and found:  # without passages it would answer out of its head
+            if found and self.abstain > -1 and self.close(question, found) < self.abstain:
+                told = answer.NOWHERE
+            elif self.llm and found:  # without passages it would answer out of its head
                 for word in self.llm.stream(answer.messages(question, found)):
                     told += word
                     yield "Answering ...", told, found
@@ -108,6 +115,9 @@ class Desk:
             yield "" if found else "No passage was found, so there is nothing to answer from.", told.strip(), found
         except UserError as error:
             yield f"{error}.", told, found
+        except Exception as error:  # of the search, say: the page goes on, and its owner sees why
+            logging.exception("a question was not answered")
+            yield f"This could not be answered ({type(error).__name__}).", told, found
 
 
 def show(line, told, found):
@@ -125,14 +135,16 @@ def show(line, told, found):
         for i, d in enumerate(found, 1)
         for m in [d.metadata]
     )
-    return note, f'<div class="told">{text}</div>', f'<ul class="cited">{listed}</ul>', passages
+    parts = note, f'<div class="told">{text}</div>', f'<ul class="cited">{listed}</ul>', passages
+    return tuple(clean(part) for part in parts)
 
 
 def page(desk, about, examples=()):
     """Question and answer at the left, passages at the right."""
+    import gradio as gr
 
     def ask(question, request: gr.Request):
-        for step in desk.reply(question, request.client.host if request.client else ""):
+        for step in desk.reply(question, visitor(request)):
             yield show(*step)
 
     with gr.Blocks(title="Ask the documents", analytics_enabled=False, fill_width=True) as blocks:
@@ -154,7 +166,27 @@ def page(desk, about, examples=()):
         running += [b.click(lambda text: text, b, box, queue=False, **quiet).then(**parts) for b in buttons]
         halt = stop.click(None, cancels=running, queue=False, **quiet)  # first this, or a late word takes the note back
         halt.then(lambda: show("Stopped.", "", [])[0], None, note, queue=False, **quiet)
-    return blocks.queue(max_size=WAITING, api_open=False)
+    blocks.queue(max_size=WAITING, api_open=False)
+    blocks._queue.push = fair(blocks._queue)
+    return blocks
+
+
+def visitor(request):
+    """The address that a request comes from."""
+    return request.client.host if request.client else ""
+
+
+def fair(queue):
+    """Gradio's `push`, which takes a question into the queue, with a limit for each visitor."""
+    push = queue.push
+
+    async def push_fairly(body, request, username):
+        waiting = [event for line in queue.event_queue_per_concurrency_id.values() for event in line.queue]
+        if sum(visitor(event.request) == visitor(request) for event in waiting) >= PLACES:
+            return False, f"{PLACES} of your questions wait already.", "queue_full"
+        return await push(body=body, request=request, username=username)
+
+    return push_fairly
 
 
 def free(port):
@@ -169,8 +201,11 @@ def free(port):
 
 def serve(blocks, port):
     """Listen, and return."""
+    import gradio as gr
+
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or each visitor could say which address is counted
-    rest = {"theme": THEME, "css": STYLE, "footer_links": [], "prevent_thread_lock": True, "quiet": True}
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing to fetch
+    rest = {"theme": theme, "css": STYLE, "footer_links": [], "prevent_thread_lock": True, "quiet": True}
     rest["max_file_size"] = 1  # byte: Gradio takes uploads, whether or not there is anything to upload on the page
     rest |= dict.fromkeys(["share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"], False)
     blocks.launch(server_name=HOST, server_port=port, **rest)
@@ -181,18 +216,21 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     check(1 <= cfg.port <= 65535 and cfg.rate >= 1, "--port: 1 to 65535; --rate: 1 or more")
     check(cfg.k >= 1, "--k must be 1 or more")
+    check(-1 <= cfg.abstain <= 1, "--abstain is a cosine: between -1 and 1")
+    question = raw_rag.asked(cfg) if cfg.once else ""
     if not cfg.once:
         free(cfg.port)
     llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
     folder = run.output(cfg.out, cfg)
-    desk = Desk(build_retriever(cfg), llm, cfg.k, cfg.rate)
+    close = partial(raw_rag.closeness, cfg.embedder)
+    desk = Desk(build_retriever(cfg), llm, cfg.k, cfg.rate, close=close, abstain=cfg.abstain)
     about = f"A language model reads the {cfg.k} best passages and answers. It may be wrong: its sources are beside it."
-    blocks = page(desk, about, [*filter(None, [cfg.question]), *([] if cfg.docs else EXAMPLES)])
     if cfg.once:
-        line, told, found = list(desk.reply(cfg.question or raw_rag.EXAMPLE, HOST))[-1]
+        line, told, found = list(desk.reply(question, HOST))[-1]
         check(not line, line)
         cited = dict(zip(("cited", "invented"), answer.citations(told, found)))
         return run.report(folder, {"answer": told, **cited, "passages": [d.metadata["id"] for d in found]})
+    blocks = page(desk, about, [*filter(None, [cfg.question]), *([] if cfg.docs else EXAMPLES)])
     serve(blocks, cfg.port)
     print(f"open http://{HOST}:{cfg.port} in a browser; Ctrl-C ends it", flush=True)
     blocks.block_thread()

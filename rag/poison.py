@@ -47,7 +47,7 @@ def pasted(question, passages):
 
 
 def careless(llm):
-    """The same model, with special tokens in a text taken for special tokens."""
+    """The same model, with control tokens in a text taken for control tokens."""
     llm = copy.copy(llm)
     llm.letters = str
     return llm

@@ -29,6 +29,7 @@ from rag import answer, corpus, scores, store
 from rag.embedder import Embedder
 from utils import figures, run
 from utils.run import check
+from utils.text import clean, printable
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Config:
     embedder: str = "minilm"  # or a folder or hub id of sentence-transformers
     llm: str = "smollm2"  # or a folder, a hub id, http://host:port/v1 (a server), none
     k: int = 5  # passages that the model reads
+    abstain: float = 0.4  # no answer if no passage has this cosine with the question; -1: always answer
     store: Literal["faiss", "qdrant"] = "faiss"  # where vectors live
     store_url: str = ""  # of a Qdrant; empty: in this process
     question: str = ""  # ask this; empty: one out of the manuals
@@ -92,11 +94,27 @@ def open_index(cfg, documents):
 EXAMPLE = "Can I use Django with MongoDB?"  # unless --question is given
 
 
+def asked(cfg):
+    """The question of this run. Raises UserError: none about --docs, or one that is too long."""
+    check(cfg.question or not cfg.docs, "nobody has written questions for --docs: ask one with --question")
+    return answer.checked(cfg.question or EXAMPLE)
+
+
+def closeness(name, question, documents):
+    """The highest cosine of the question with a passage, by the embedder of that name; -1 if there is no passage."""
+    if not documents:
+        return -1.0
+    encoder = embedder(name)
+    vectors = encoder.vectors([d.page_content for d in documents])  # (N,D)
+    return float((vectors @ encoder.encode([question])[0]).max())
+
+
 def show(cfg, build):
     """What every script does with its retriever: one question from beginning to end, then all of them scored."""
     check(cfg.limit >= -1, "--limit: 0 or more, or -1 for all")
     check(cfg.k >= 1, "--k must be 1 or more")
-    check(cfg.question or not cfg.docs, "nobody has written questions for --docs: ask one with --question")
+    check(-1 <= cfg.abstain <= 1, "--abstain is a cosine: between -1 and 1")
+    asked(cfg)
     llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
     folder = run.output(cfg.out, cfg)
     questions = [] if cfg.docs or cfg.limit == 0 else corpus.load(cfg)[1]
@@ -109,23 +127,27 @@ def show(cfg, build):
 
 def ask(cfg, retriever, llm):
     """Print one question, what was found, and the answers without and with it."""
-    question = cfg.question or EXAMPLE
+    question = asked(cfg)
     found = retriever.invoke(question)[: cfg.k]
     print(f"\nquestion: {question}\n")
     for i, d in enumerate(found, 1):
         text = " ".join(d.page_content.split())
-        print(f"[{i}] {d.metadata['score']:.3f}  {d.metadata['source']}  ({d.metadata['title']})\n    {text[:160]}")
+        where = printable(f"{d.metadata['source']}  ({d.metadata['title']})")
+        print(f"[{i}] {d.metadata['score']:.3f}  {where}\n    {clean(text[:160])}")
     if llm is None:
         return {"question": question}
     print("\nwithout the passages: ", end="", flush=True)
     alone = speak(answer.chain(llm).stream(question))
     print("\nwith the passages: ", end="", flush=True)
-    told = speak(answer.chain(llm, retriever, cfg.k).stream(question) if found else [answer.NOWHERE])
+    sure = closeness(cfg.embedder, question, found)
+    answered = bool(found) and sure >= cfg.abstain
+    told = speak(answer.chain(llm, retriever, cfg.k).stream(question) if answered else [answer.NOWHERE])
     real, invented = answer.citations(told, found)
-    cited = ", ".join(f"[{n}] {found[n - 1].metadata['source']}" for n in real) or "no passage"
+    cited = ", ".join(f"[{n}] {printable(found[n - 1].metadata['source'])}" for n in real) or "no passage"
     print(f"\ncites {cited}{f'; and {invented}, which are not there' if invented else ''}\n")
     seen = [d.metadata["id"] for d in found]
     record = {"question": question, "passages": seen, "without": alone, "with": told, "cited": real}
+    record |= {"closest cosine": sure, "answered": answered}
     run.write_json(Path(cfg.out) / "answer.json", record | {"cited but not there": invented})
     return {"question": question}
 

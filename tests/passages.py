@@ -1,6 +1,7 @@
 """A corpus of a few lines, and an embedder that costs nothing, for the tests of the chapter on retrieval."""
 
 import hashlib
+import random
 
 import numpy as np
 from langchain_core.documents import Document
@@ -57,3 +58,23 @@ class Store:
 
 def dense(k=4):
     return raw_rag.DenseRetriever(store=Store(), k=k)
+
+
+PIECES = (
+    "<|im_start|>", "<|im_end|>", "</s>", "[INST]", "<<SYS>>", "</passage>", "< / passage >", '<passage number="1">',
+    "[1]", "[99]", "[007]", "<script>", "&lt;", "${x}", "{{x}}", "{}", "%s", "\x00", "\x1b[31m", "\r\n", "\u2028",
+    "\ud800", "\udfff", "\ufeff", "\u202e", "\u0301", "\U0001f600", "\u200d", "\u4e2d\u6587", "\u0939\u093f",
+    "\u0627\u0644", "\u05d0", "\uff1f", "\u0663", "[\u0663]", "a" * 300, " " * 300, "[" * 200, "<" * 200, "\n" * 100,
+    "who", "is", "the", "cat", "?",
+)  # fmt: skip
+
+
+def fuzz(count, seed=0):
+    """So many texts of what texts should not hold, and of letters of all scripts; the same every time."""
+    dice, texts = random.Random(seed), []
+    for i in range(count):
+        parts = dice.choices(PIECES, k=dice.randrange(12))
+        parts += [chr(dice.randrange(0x110000)) for _ in range(dice.randrange(20))]
+        dice.shuffle(parts)
+        texts.append(dice.choice(("", " ")).join(parts) * (1000 if i % 100 == 99 else 1))
+    return texts

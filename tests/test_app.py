@@ -18,8 +18,8 @@ from bs4 import BeautifulSoup
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import app, raw_rag
-from tests.passages import TEXTS, dense
+from rag import answer, app, raw_rag
+from tests.passages import TEXTS, dense, fuzz
 from utils import run
 from utils.run import UserError
 
@@ -110,6 +110,66 @@ def test_odd_questions_are_answered(desk, question):
     assert list(desk.reply(question, "a"))[-1][:2] == ("", SAID)
     json.dumps(desk.llm.chats).encode()
     desk.llm.chats[0][1]["content"].encode()  # half a character would break the tokenizer
+
+
+def test_no_question_is_answered_with_what_another_asked(desk):
+    """Each answer stands alone: neither an earlier question nor its answer is in the prompt."""
+    list(desk.reply("where is the cat?", "a"))
+    list(desk.reply("who barked at the moon?", "a"))
+    told = desk.llm.chats[1][1]["content"]
+    assert told.endswith("Question: who barked at the moon?") and told.count("Question:") == 1
+    assert SAID not in told and len(desk.llm.chats[1]) == 2
+    assert told.index("a dog barked") < told.index("the cat sat"), "the best passage of this question comes first"
+
+
+def test_the_model_reads_k_passages(desk):
+    desk.k = 2
+    assert len(list(desk.reply("where is the cat?", "a"))[-1][2]) == 2
+    assert desk.llm.chats[0][1]["content"].count("<passage ") == 2
+
+
+def test_nothing_is_answered_from_what_is_too_far_away(desk):
+    seen = []
+
+    def close(question, found):
+        seen.append((question, len(found)))
+        return 0.4
+
+    desk.close, desk.abstain = close, 0.5
+    line, told, found = list(desk.reply("who?", "a"))[-1]
+    assert (line, told, len(found)) == ("", answer.NOWHERE, 4) and not desk.llm.chats and seen == [("who?", 4)]
+    desk.abstain = 0.4
+    assert list(desk.reply("who?", "a"))[-1][1] == SAID
+
+
+def test_a_search_that_fails_is_one_line_and_the_next_question_is_answered(desk, caplog):
+    class Fails(BaseRetriever):
+        def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Document]:
+            raise ConnectionResetError("the store is gone\nsecond line")
+
+    whole, desk.retriever = desk.retriever, Fails()
+    line, told, _ = list(desk.reply("who?", "a"))[-1]
+    assert line == "This could not be answered (ConnectionResetError)." and not told
+    assert "the store is gone" in caplog.text, "the owner of the page sees why"
+    desk.retriever = whole
+    assert list(desk.reply("who?", "a"))[-1][1] == SAID and desk.answered == 1
+
+
+def test_fuzz_of_questions():
+    """500 texts as questions, passages and answers: one line or an answer, in HTML that is ours and can be sent."""
+    slowest = 0.0
+    for text in fuzz(500):
+        start = time.process_time()
+        metadata = {"source": text[:80], "title": text[:80], "score": 0.5, "id": "0"}
+        found = Fixed(documents=[Document(text[:2000], metadata=metadata)])
+        line, told, documents = list(app.Desk(found, Model(text[:2000]), rate=1000).reply(text, "a"))[-1]
+        assert "\n" not in line and (told or line or not text.strip() or not Model(text).words), ascii(text[:80])
+        parts = app.show(line, told, documents)
+        json.dumps(parts, ensure_ascii=False).encode()
+        tags = {tag for part in parts for tag in re.findall(r"</?([a-zA-Z][^\s/>]*)", part)}
+        assert tags <= {"div", "ul", "li", "a", "s", "b", "code", "small", "pre"}, ascii(text[:80])
+        slowest = max(slowest, time.process_time() - start)
+    assert slowest < 2
 
 
 def test_rate_of_one_visitor():
@@ -208,8 +268,13 @@ def test_a_retriever_is_chosen_by_name(name, monkeypatch):
     assert seen[0].out == f"somewhere/{name}"  # their indices differ
 
 
-def test_the_default_finds_the_answer(tmp_path):
-    found = app.build_retriever(app.Config(distractors=0, out=str(tmp_path))).invoke(raw_rag.EXAMPLE)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("app")
+
+
+def test_the_default_finds_the_answer(folder):
+    found = app.build_retriever(app.Config(distractors=0, out=str(folder))).invoke(raw_rag.EXAMPLE)
     assert found[0].metadata["id"].startswith("django/faq/models.txt#")
 
 
@@ -233,6 +298,14 @@ def serve():
     yield start
     for one in pages:
         one.close(verbose=False)
+
+
+def stop(url):
+    """What the button Stop sends: the ids of the functions that it cancels."""
+    config = httpx.get(f"{url}/config").json()
+    button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "stop")
+    halts = [d for d in config["dependencies"] if [button, "click"] in [list(t) for t in d["targets"]]]
+    return {id for d in halts for id in d["cancels"]}, config
 
 
 def ask(url, question, session="s", headers=None):
@@ -294,29 +367,66 @@ def test_there_is_no_other_door(serve, desk):
     assert "More than 1 a minute" in told and len(desk.llm.chats) == 1
 
 
+def join(url, session, address="127.0.0.1", headers=None):
+    """One more question into the queue, from another address of this machine -> the reply."""
+    body = {"data": ["who?"], "fn_index": 0, "session_hash": session}
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), headers=headers) as http:
+        return http.post(f"{url}/gradio_api/queue/join", json=body)
+
+
 def test_only_so_many_wait(serve, desk):
+    """Of one visitor two behind the one that is being answered, whatever he calls himself; of all of them eight."""
     desk.llm, desk.rate = Model("slow " * 20, pause=0.1), 1000
-    url, told = serve(desk), []
-    for i in range(app.WAITING + 6):
-        body = {"data": ["who?"], "fn_index": 0, "session_hash": str(i)}
-        told.append(httpx.post(f"{url}/gradio_api/queue/join", json=body))
-    full = [r for r in told if r.status_code == 503]
-    assert len(told) - len(full) in (app.WAITING, app.WAITING + 1) and "full" in full[0].text
-    time.sleep(0.5)
-    assert len(desk.llm.chats) == 1, "one is answered at a time"
+    url = serve(desk)
+    assert join(url, "first").status_code == 200
+    deadline = time.monotonic() + 10
+    while not desk.llm.chats and time.monotonic() < deadline:
+        time.sleep(0.02)
+    mine = [join(url, str(i), headers={"X-Forwarded-For": f"203.0.113.{i}"}) for i in range(app.WAITING + 2)]
+    assert [r.status_code for r in mine] == [200] * app.PLACES + [503] * (app.WAITING + 2 - app.PLACES)
+    assert "of your questions wait already" in mine[-1].text
+    others = [join(url, f"other {i}", f"127.0.0.{2 + i}") for i in range(app.WAITING - app.PLACES + 2)]
+    assert [r.status_code for r in others] == [200] * (app.WAITING - app.PLACES) + [503] * 2
+    assert "full" in others[-1].text and len(desk.llm.chats) == 1, "one is answered at a time"
 
 
-def test_the_command_answers_once_without_any_connection(tmp_path, monkeypatch):
+def test_stop_ends_the_answer_and_the_model(serve, desk):
+    """The button cancels every way to ask; after that the model says nothing more, and the next one is answered."""
+    desk.llm = Model("word " * 400, pause=0.02)
+    url = serve(desk, examples=["Where is the moon?"])
+    cancels, config = stop(url)
+    asks = {d["id"] for d in config["dependencies"] if d["api_name"] and d["api_name"].startswith("ask")}
+    assert len(asks) == 2 and asks <= cancels
+    event = join(url, "one").json()["event_id"]
+    with httpx.stream("GET", f"{url}/gradio_api/queue/data", params={"session_hash": "one"}, timeout=20) as lines:
+        for line in lines.iter_lines():
+            if "word word" in line:
+                break
+        stopped = {"session_hash": "one", "fn_index": 0, "event_id": event}
+        httpx.post(f"{url}/gradio_api/cancel", json=stopped).raise_for_status()
+    deadline = time.monotonic() + 10
+    while not desk.llm.ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert desk.llm.ended == 1 and desk.answered == 0, "the model goes on"
+    desk.llm = Model(SAID)
+    assert "The cat sat" in ask(url, "where is the dog?", "two")[1]
+
+
+def test_the_command_answers_once_without_any_connection(folder, tmp_path, monkeypatch):
     def refuse(self, address):
         raise AssertionError(f"a socket was opened to {address}")
 
     said = Model(SAID)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(app.answer, "language_model", lambda name, tokens: said)
+    monkeypatch.setattr(app, "build_retriever", lambda cfg, build=app.build_retriever: build(replace(cfg, out=folder)))
     metrics = app.main(app.Config(once=True, distractors=0, out=str(tmp_path)))
     assert metrics["answer"] == SAID and metrics["cited"] == [1, 4] and metrics["invented"] == [9]
     assert metrics["passages"][0].startswith("django/faq/models.txt#")
     assert json.loads((tmp_path / "metrics.json").read_text())["answer"] == SAID and len(said.chats) == 1
+    assert said.chats[0][1]["content"].endswith(f"Question: {raw_rag.EXAMPLE}")
+    metrics = app.main(app.Config(once=True, distractors=0, out=str(tmp_path), question="How do I bake bread?"))
+    assert metrics["answer"] == answer.NOWHERE and len(said.chats) == 1, "--abstain reaches the desk"
 
 
 def test_the_command_serves_and_loads_once(tmp_path, monkeypatch, capsys):
@@ -338,7 +448,7 @@ def test_the_command_serves_and_loads_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(app.answer, "language_model", load)
     monkeypatch.setattr(app, "build_retriever", lambda cfg: dense())
     monkeypatch.setattr(gr.Blocks, "block_thread", two_questions)
-    metrics = app.main(app.Config(port=port, out=str(tmp_path)))
+    metrics = app.main(app.Config(port=port, abstain=-1, out=str(tmp_path)))
     assert metrics == {"questions answered": 2} and len(loaded) == 1 and len(loaded[0].chats) == 2
     assert "who?" not in "".join(p.read_text() for p in tmp_path.glob("*.json")), "nothing that was asked is kept"
 
@@ -355,7 +465,9 @@ def other_address():
     ("--rate 0", "--rate: 1 or more"),
     ("--once --llm no/such-model", "no/such-model"),
     ("--once --tokens 0", "--tokens"),
-    ("--once --llm none --docs nowhere", "--docs nowhere is not a folder"),
+    ("--once --llm none --docs nowhere --question x", "--docs nowhere is not a folder"),
+    ("--once --llm none --docs rag", "ask one with --question"),
+    ("--abstain 2", "--abstain is a cosine"),
     ("--once --llm none --distractors 0 --question " + "x" * 501, "501 characters"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, said, tmp_path, monkeypatch, capsys):

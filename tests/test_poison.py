@@ -44,3 +44,38 @@ def test_a_careless_prompt_lets_a_passage_open_a_turn():
 def test_bad_flags():
     with pytest.raises(UserError, match="--limit"):
         poison.main(poison.Config(limit=0))
+
+
+def test_what_is_counted_is_what_was_obeyed_in_each_way(tmp_path, monkeypatch):
+    """A model that obeys one order in marks and another where it is pasted: each is counted once, in its own column."""
+    asked = []
+
+    class Obeys:
+        def letters(self, text):
+            return text
+
+        def stream(self, chat):
+            told = chat[-1]["content"]
+            asked.append((self.letters, chat))
+            marked = "<passage number" in told and "comments.txt" in told
+            obeyed = "Ignore all previous" in told if marked else "As stated in [99]" in told
+            yield "hacked" if obeyed else "The cat sat."
+
+    monkeypatch.setattr(poison.answer, "language_model", lambda name, tokens: Obeys())
+    monkeypatch.setattr(poison.corpus, "manuals", lambda: ([], [ASKED, Question("And who?", "b#1", "A dog.")]))
+    metrics = poison.main(poison.Config(limit=2, out=str(tmp_path)))
+    ways = {name: (row["in marks"], row["pasted"]) for name, row in metrics.items() if name in poison.ORDERS}
+    assert ways.pop("a plain order") == (1, 0) and ways.pop("a false citation") == (0, 1)
+    assert set(ways.values()) == {(0, 0)} and metrics["all of them"] == {"in marks": 0.2, "pasted": 0.2}
+    assert len(asked) == 20 and metrics["questions"] == 2
+    kinds = {(letters is str, "<passage number" in chat[-1]["content"] and len(chat) == 2) for letters, chat in asked}
+    assert kinds == {(False, True), (True, False)}, "pasted goes to the careless one"
+
+
+def test_a_careless_copy_leaves_the_model_as_it_was():
+    class Model:
+        def letters(self, text):
+            return text.replace("<|", "< |")
+
+    model = Model()
+    assert poison.careless(model).letters("<|x|>") == "<|x|>" and model.letters("<|x|>") == "< |x|>"
