@@ -88,7 +88,8 @@ def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval, asked with what the language model writes."""
     check(cfg.llm != "none" and cfg.words > 0, "the language model rewrites: give --llm, and --words of 1 or more")
     quick = raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
-    llm, encoder = answer.language_model(cfg.llm, cfg.words), raw_rag.embedder(cfg.embedder)
+    encoder = raw_rag.embedder(cfg.embedder)
+    llm = answer.language_model(cfg.llm, cfg.words, repetition_penalty=1.1)  # it writes freely, and copies nothing
     return TransformRetriever(quick=quick, encoder=encoder, llm=llm, kind=cfg.transform, k=cfg.k, known={})
 
 
@@ -96,8 +97,8 @@ def main(cfg: Config) -> dict:
     """Rewrite, find, answer, score."""
     run.seed(cfg.seed)
     check(cfg.llm != "none", "the language model rewrites: give --llm")
+    question = raw_rag.asked(cfg)
     retriever: Any = build_retriever(replace(cfg, k=1))
-    question = cfg.question or raw_rag.EXAMPLE
     print("searched with:", *transform(retriever.llm, cfg.transform, question), sep="\n  ")
     return raw_rag.show(cfg, build_retriever)
 
