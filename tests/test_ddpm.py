@@ -143,6 +143,7 @@ def test_batches_go_on_where_they_broke_off():
     rest = [b for b, _ in zip(ddpm.batches(x, 3, seed=1, start=5), range(3))]
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest))
     assert not torch.equal(whole[0], whole[3])  # the second epoch has another order
+    assert len(torch.cat(whole[:3])[:, 0, 0, 0].unique()) == 9  # and no image comes twice in one
 
 
 def test_loss_falls():
@@ -304,13 +305,13 @@ def part_of(state, name):
 def test_main_samples_writes_and_loads_the_ema(monkeypatch, tmp_path):
     """And hands the network's question, the schedule and the last images of the chain on."""
     spy = Spy(monkeypatch, ddpm)
-    cfg = ddpm.Config(steps=3, predict="eps", schedule="linear", ema=0.5, out=str(tmp_path), **SMALL)
+    cfg = ddpm.Config(steps=3, predict="x0", schedule="linear", ema=0.5, out=str(tmp_path), **SMALL)
     metrics = ddpm.main(cfg)
     state, meta = checkpoint.read(tmp_path / "state.safetensors")
     written = checkpoint.read(tmp_path / "model.safetensors")[0]
     assert same(written, part_of(state, "ema")) and same(written, spy.model.state_dict())
     assert not same(written, part_of(state, "model"))
-    assert spy.predict == "eps" and torch.equal(spy.schedule.alpha_bar, ddpm.Schedule(kind="linear").alpha_bar)
+    assert spy.predict == "x0" and torch.equal(spy.schedule.alpha_bar, ddpm.Schedule(kind="linear").alpha_bar)
     assert (spy.judged == 1).all() and spy.judged.shape == (6, 1, 28, 28)
     for strip in spy.strips["film.png"].values():  # x_1000 is the first of the chain, x_0 the last
         expected = 1 - torch.tensor([1000, 800, 600, 500, 400, 300, 200, 100, 50, 0]) / 1000
@@ -319,7 +320,7 @@ def test_main_samples_writes_and_loads_the_ema(monkeypatch, tmp_path):
     assert metrics["final_loss"] == pytest.approx(sum(losses) / 3)
     monkeypatch.setattr(ddpm, "WEIGHTS", tmp_path / "model.safetensors")  # what the file says, not the flags
     ddpm.main(ddpm.Config(pretrained=True, samples=6, out=str(tmp_path / "again")))
-    assert spy.predict == "eps" and same(spy.model.state_dict(), written)
+    assert spy.predict == "x0" and same(spy.model.state_dict(), written)
     assert torch.equal(spy.schedule.alpha_bar, ddpm.Schedule(kind="linear").alpha_bar)
 
 
