@@ -316,6 +316,31 @@ def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(tiny,
     assert found == {"prompt": "Which?", "tokens_of_a_photo": 16, "p of the answer": 0.25}
 
 
+def test_damaged_photos_are_one_line_or_a_photo_of_the_right_shape(tiny, monkeypatch, tmp_path, capsys):
+    """500 damaged files through the script, of a fixed seed: what reaches the model is a picture, or nothing does."""
+    shown = []
+    monkeypatch.setattr(llava_io, "load", lambda *about: tiny)
+    monkeypatch.setattr(llava, "draw", lambda *about: None)
+    monkeypatch.setattr(llava, "streamer", lambda tokenizer: None)
+    monkeypatch.setattr(llava, "see", lambda *about: torch.zeros(1, 16, 32))
+    monkeypatch.setattr(llava, "answer_and_probability", lambda t, m, photo, *more: shown.append(photo) or ("x", 1.0))
+    whole = tmp_path / "photo"
+    about = {"image": str(whole), "tiles": 4, "out": str(tmp_path / "out")}  # tiles: the photo as it is
+    seen = 0
+    for kind in ("JPEG", "PNG"):
+        Image.fromarray(torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8).numpy()).save(whole, kind)
+        for bad in fuzz.damaged(whole.read_bytes(), 250):
+            whole.write_bytes(bad)
+            shown.clear()
+            read = fuzz.reads_or_refuses(lambda: llava.main(llava.Config(**about)))
+            assert len(shown) == (read is not None)
+            for photo in shown:
+                assert photo.dtype == torch.uint8 and photo.dim() == 3 and photo.shape[0] == 3
+            seen += len(shown)
+        whole.unlink()
+    assert 0 < seen < 500
+
+
 ASKED = {
     "projector_hidden_act": "relu", "vision_feature_layer": [-2, -1], "mm_projector_type": "linear",
     "use_image_newline_parameter": False,
