@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests import fuzz
 from utils import checkpoint, run
@@ -410,7 +410,7 @@ def test_torchrun_learns_the_line_of_a_rank(monkeypatch, tmp_path, capsys):
         run.cli(main, Settings)
     assert capsys.readouterr().err == "error: --size must be at least 1\n"
     failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
-    assert failure.message == "error: --size must be at least 1"
+    assert str(ChildFailedError("toy.py", {0: failure})).strip("= \n").endswith(": error: --size must be at least 1")
 
 
 def test_report_says_the_threads(tmp_path, capsys):

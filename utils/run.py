@@ -58,7 +58,8 @@ def tell_torchrun(line: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": line}), "utf-8")
+            more = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}), "utf-8")
 
 
 def device(name: str = "auto") -> torch.device:
