@@ -20,6 +20,8 @@ from rag import corpus, query_transform, raw_rag, scores, self_rag
 from utils import figures, run
 from utils.run import check
 
+NOTES = "releases/|history/|news|changelog"  # files that say what changed, which is seldom what is asked
+
 
 @dataclass(frozen=True)
 class Config:
@@ -40,7 +42,7 @@ def variants(cfg):
     same: dict[str, Any] = {"distractors": cfg.distractors, "embedder": cfg.embedder, "llm": cfg.llm, "seed": cfg.seed}
     raw, small = raw_rag.Config(**same), child_parent.Config(**same)
     merged, again, short = merging.Config(**same), rerank.Config(**same), compression.Config(**same)
-    notes = {"titles": True, "skip": "releases/|history/|news|changelog"}  # what changed is seldom what is asked
+    notes = {"titles": True, "skip": NOTES}
     return {
         "raw": (raw_rag, raw),
         "raw, with titles": (raw_rag, replace(raw, titles=True)),
@@ -48,6 +50,7 @@ def variants(cfg):
         "raw, with titles, without release notes": (raw_rag, replace(raw, **notes)),
         "child to parent": (child_parent, small),
         "child to section": (child_parent, replace(small, parent=0)),
+        "child to parent, with titles": (child_parent, replace(small, titles=True)),
         "words alone (BM25)": (merging, replace(merged, merge="bm25")),
         "merged by rank fusion": (merging, merged),
         "merged by rank fusion, with titles": (merging, replace(merged, titles=True)),
@@ -83,7 +86,7 @@ def main(cfg: Config) -> dict:
             rows[name]["fewer failures at 5"] = scores.fewer_failures(ranks[name], base)
         print(f"{name}: {scores.table({'': rows[name]}).splitlines()[1].strip()}", flush=True)
     print("\n" + scores.table(rows), end="\n\n")
-    (folder / "table.md").write_text(markdown(rows))
+    (folder / "table.md").write_text(markdown(rows), "utf-8")
     figures.bars(folder / "compare.png", {name: row["hit@5"] for name, row in rows.items()}, x="hit@5")
     metrics = {name: {k: v[0] if isinstance(v, tuple) else v for k, v in row.items()} for name, row in rows.items()}
     best = max((name for name in rows if len(ranks[name]) == len(all_questions)), key=lambda n: rows[n]["hit@5"][0])

@@ -9,7 +9,7 @@ model are taken as they are. Everything else of this chapter changes one step of
     python rag/raw_rag.py --docs FOLDER --question "..."   # your own .md .rst .txt .html .pdf
     python rag/raw_rag.py --distractors 1000               # the quick run: a sample of what is not the answer
     python rag/raw_rag.py --titles                         # passages that say where they stand
-    python rag/raw_rag.py --skip "releases/|history/|news" # leave the release notes out
+    python rag/raw_rag.py --skip "releases/|history/|news|changelog" # leave the release notes out
     python rag/raw_rag.py --store qdrant                   # another store, the same answers
 
 The first run embeds 14 thousand passages; they are kept in the cache of the project, so that later runs take seconds.
@@ -38,7 +38,7 @@ class Config:
 
     docs: str = ""  # a folder of .md .rst .txt .html .pdf to search; empty: the manuals
     distractors: int = -1  # sections of the manuals that answer no question, by lot; -1: all
-    skip: str = ""  # a regular expression: files that are not searched, say "releases/|history/|news"
+    skip: str = ""  # a regular expression: files that are not searched, say "releases/|history/|news|changelog"
     chunk: int = 1000  # characters of a passage
     overlap: int = 0  # characters that neighbours share
     titles: bool = False  # search a passage together with the titles it stands below

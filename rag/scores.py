@@ -49,8 +49,14 @@ def fewer_failures(ranks, baseline, k=5, seed=0):
     """By what part the failure rate at k is below that of the baseline on the same questions: value, low, high."""
     fails, before = 1 - hit(ranks, k), 1 - hit(baseline, k)
     draws = np.random.default_rng(seed).integers(0, len(fails), (DRAWS, len(fails)))
-    cut = 1 - fails[draws].mean(1) / np.maximum(before[draws].mean(1), 1e-9)
-    return float(1 - fails.mean() / max(before.mean(), 1e-9)), *(float(x) for x in np.quantile(cut, [0.025, 0.975]))
+    cut = reduction(fails[draws].mean(1), before[draws].mean(1))
+    low, high = np.quantile(cut, [0.025, 0.975])
+    return float(reduction(fails.mean(), before.mean())), float(low), float(high)
+
+
+def reduction(fails, before):
+    """By what part a failure rate is below another; 0 if neither fails at all."""
+    return np.where(np.maximum(fails, before) > 0, 1 - fails / np.maximum(before, 1e-9), 0.0)
 
 
 def rank(documents, gold):

@@ -18,7 +18,8 @@ class Bag(Embeddings):
     id, size = "bag", 32
 
     def encode(self, texts, task="query"):
-        found = np.stack([sum(self.word(w) for w in text.lower().split()) + np.zeros(self.size) for text in texts])
+        sums = [sum(self.word(w) for w in text.lower().split()) + np.zeros(self.size) for text in texts]
+        found = np.array(sums).reshape(-1, self.size)
         return (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
     def word(self, letters):
@@ -29,7 +30,7 @@ class Bag(Embeddings):
         return self.encode(texts, "document")
 
     def embed_documents(self, texts):
-        return self.encode(texts).tolist()
+        return self.vectors(texts).tolist()
 
     def embed_query(self, text):
         return self.encode([text])[0].tolist()
@@ -78,3 +79,18 @@ def fuzz(count, seed=0):
         dice.shuffle(parts)
         texts.append(dice.choice(("", " ")).join(parts) * (1000 if i % 100 == 99 else 1))
     return texts
+
+
+def tiny_encoder(folder, weights=None, prompts=None):
+    """A sentence encoder in `folder` that adds up vectors of three words, and knows no others; -> the folder's name."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1, "dog": 2, "moon": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if weights is None:
+        weights = np.eye(4, 8, k=-1, dtype=np.float32)  # row 0, the unknown word, is zero
+    model = SentenceTransformer(modules=[StaticEmbedding(words, weights)], prompts=prompts, device="cpu")
+    model.save(str(folder))
+    return str(folder)

@@ -1,5 +1,6 @@
 """rag/advanced_rag_compression.py: what is kept is verbatim, what is lost is what the thresholds say."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from langchain_community.utils.math import cosine_similarity
 
 from rag import advanced_rag_compression as compression
 from rag import corpus
-from tests.passages import QUICK
+from tests.passages import QUICK, Bag, dense, document
 from utils.run import UserError
 
 TEXT = "Set DEBUG to True. Then look:\n\n    connection.queries\n\n* one thing\n* another. It's a list of e.g. dicts."
@@ -81,3 +82,47 @@ def test_it_shortens_and_keeps_the_source(tmp_path):
 def test_flags_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="--keep is a cosine"):
         compression.build_retriever(replace(compression.Config(**QUICK, out=str(tmp_path)), keep=2.0))
+
+
+def test_sentences_of_other_scripts_and_in_proportion_to_the_size():
+    assert compression.sentences("你好。今天天气很好！Yes. 走吧") == ["你好。", "今天天气很好！", "Yes. ", "走吧"]
+    assert compression.sentences("यह है। वह था।") == ["यह है। ", "वह था।"]
+    assert compression.sentences("Schön. Über alles, z. b. dies. Это так.") == [
+        "Schön. ", "Über alles, z. b. dies. ", "Это так."]  # fmt: skip
+    for unit in ("\n ", ". ", "\n", " "):
+        times = []
+        for count in (20_000, 80_000):
+            start = time.process_time()
+            compression.sentences("A" + unit * count + "a")
+            times.append(time.process_time() - start)
+        assert times[1] < 8 * times[0] + 0.02, (unit, times)
+
+
+def test_passages_and_sentences_are_judged_by_the_question_and_keep_their_metadata():
+    """The filters one by one: far passages, repeated ones, far sentences; `keep` is not `relevant`."""
+    texts = ["the moon rose. A dog barked.", "the moon rose. A dog barked.", "Cats eat fish.", "the moon is far."]
+    found = [document(text, f"{i}") for i, text in enumerate(texts)]
+    asked = []
+
+    class Two(Bag):
+        def encode(self, texts, task="query"):
+            asked.append((task, *texts))
+            return super().encode(texts)
+
+    cfg = compression.Config(relevant=0.3, same=0.95, keep=0.7)
+    one = compression.CompressionRetriever(quick=dense(), encoder=Two(), llm=None, cfg=cfg)
+    short = one.compress("the moon rose.", found)
+    assert [(d.page_content, d.metadata["id"]) for d in short][0] == ("the moon rose.", "0")
+    assert [d.metadata["id"] for d in short] == ["0", "3"]
+    assert all(s.metadata == found[int(s.metadata["id"])].metadata for s in short)
+    assert asked[0] == ("query", "the moon rose.") and asked[1] == ("document", *texts)
+    assert {task for task, *_ in asked[2:]} == {"document"}
+    every = replace(cfg, relevant=-1.0, same=1.0, keep=-1.0)
+    assert [d.page_content for d in one.model_copy(update={"cfg": every}).compress("the moon rose.", found)] == texts
+    assert one.compress("the moon rose.", []) == []
+
+
+def test_a_threshold_is_reached_by_what_equals_it():
+    similarity = np.array([0.2, 0.5])
+    assert compression.relevant(similarity, 0.5).tolist() == [False, True]
+    assert compression.extract(["A. ", "B."], similarity, 0.2) == "A. B."

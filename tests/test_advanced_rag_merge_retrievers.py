@@ -124,3 +124,56 @@ def test_the_curve_of_positions(tmp_path):
     for i in range(3):
         place = [p.split("</passage>")[0] for p in llm.asked[i].split("<passage ")[1:]]
         assert [questions[0].answer[:40] in p for p in place] == [j == i for j in range(3)]
+
+
+def test_words_are_those_of_any_script():
+    """Decomposed letters, wide letters, marks of Hindi; Chinese and Japanese by characters and pairs of them."""
+    assert merging.words("Cafe\u0301") == merging.words("CAF\u00c9") == ["caf\u00e9"]
+    assert merging.words("\uff21\uff22\uff11") == ["ab1"] and merging.words("STRASSE") == merging.words("Stra\u00dfe")
+    assert merging.words("हिन्दी में") == ["हिन्दी", "में"]
+    assert merging.words("黑猫在睡") == ["黑", "猫", "黑猫", "在", "猫在", "睡", "在睡"]
+    assert merging.words("用Python写") == ["用", "python", "写"]
+    assert merging.words("ไทย")[:3] == ["ไ", "ท", "ไท"]
+    index = BM25(["黑猫在睡觉", "天气很好", "狗在跑", "cafe\u0301 हिन्दी"])
+    assert index.scores("猫").argmax() == 0 and index.scores("天气").argmax() == 1
+    assert index.scores("caf\u00e9").argmax() == 3 and index.scores("हिन्दी").argmax() == 3
+    assert index.scores("हन").max() == 0  # letters without their marks are another word
+
+
+def test_the_constant_of_rank_fusion():
+    assert merging.rrf([["a", "b"]]) == [("a", 1 / 61), ("b", 1 / 62)]
+    assert merging.Config().constant == 60
+    sparse = merging.BM25Retriever(documents=documents(), index=BM25(TEXTS), k=4)
+    rules = {"retrievers": [dense(), sparse], "k": 3}
+    asked = "the moon is far away"
+    found = merging.MergedRetriever(merge="rrf", constant=1.0, **rules).invoke(asked)
+    assert found[0].metadata["score"] == pytest.approx(2 / 2)  # first of both
+    turns = merging.MergedRetriever(merge="round-robin", constant=1.0, **rules).invoke(asked)
+    assert [d.metadata["score"] for d in turns] == [1, 1 / 2, 1 / 3]
+    assert len({d.metadata["id"] for d in turns}) == 3
+    assert all({"source", "title", "section"} <= d.metadata.keys() for d in found + turns)
+
+
+def test_the_parts_of_the_merger_are_those_of_the_flags(tmp_path, monkeypatch):
+    """Words and vectors over the same passages, `depth` of each; BM25 alone brings k."""
+    monkeypatch.setattr(merging.raw_rag, "passages", lambda cfg: documents())
+    monkeypatch.setattr(merging.raw_rag, "open_index", lambda cfg, passages: dense().store)
+    cfg = merging.Config(**QUICK, k=2, depth=3, constant=7.0, reorder=True, out=str(tmp_path))
+    merged = merging.build_retriever(cfg)
+    vectors, words = merged.retrievers
+    assert (vectors.k, words.k, merged.k) == (3, 3, 2) and merged.constant == 7 and merged.reorder
+    assert isinstance(words, merging.BM25Retriever) and type(vectors).__name__ == "DenseRetriever"
+    assert merging.build_retriever(replace(cfg, k=5)).retrievers[0].k == 5
+    assert merging.build_retriever(replace(cfg, merge="bm25")).k == 2
+    assert [d.page_content for d in words.documents] == TEXTS and words.index.size == 4
+
+
+def test_long_passages_and_common_words_weigh_less():
+    index = BM25(["moon", "moon " + "x " * 50, "x", "x", "x"])
+    short, long = index.scores("moon")[:2]
+    assert short > 1.5 * long > 0
+    flat = BM25(["moon", "moon " + "x " * 50, "x", "x", "x"], b=0)
+    assert flat.scores("moon")[0] == flat.scores("moon")[1]
+    assert index.scores("moon").max() > index.scores("x").max() > 0  # two of five hold it, four of five
+    best = merging.BM25Retriever(documents=documents()[:1] * 5, index=index, k=5).invoke("moon")
+    assert [round(d.metadata["score"], 6) for d in best] == [round(float(s), 6) for s in (short, long)]

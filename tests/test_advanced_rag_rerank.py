@@ -1,6 +1,7 @@
 """rag/advanced_rag_rerank.py: late interaction and the cross-encoder against sentence-transformers; it learns."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,3 +123,68 @@ def test_flags_that_cannot_be(tmp_path):
     for wrong, said in [*wrongs, ({"reranker": "no/where"}, "no model no/where")]:
         with pytest.raises(UserError, match=said):
             rerank.build_retriever(replace(cfg, **wrong))
+
+
+class States:
+    """An encoder whose token states are given, not of unit length; notes what it is asked as."""
+
+    def __init__(self, states):
+        self.known, self.asked = states, []
+
+    def encode(self, texts, task="query", states=False):
+        assert states
+        self.asked.append((task, list(texts)))
+        return [self.known[text] for text in texts]
+
+
+def test_maxsim_adds_the_cosine_and_the_mean_over_the_words_of_the_question():
+    east, north = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0])
+    encoder = States({"q": torch.stack([east, north]), "one": east[None], "both": torch.stack([north, east, east])})
+    found = [Document(name, metadata={"score": score}) for name, score in (("one", 0.25), ("both", 0.125))]
+    marks = rerank.MaxSim(encoder)("q", found)
+    assert marks == pytest.approx([0.25 + 1 / 2, 0.125 + 2 / 2])
+    assert encoder.asked == [("query", ["q"]), ("document", ["one", "both"])]
+
+
+def test_the_reranker_sees_as_many_candidates_as_asked_and_keeps_k(tmp_path, monkeypatch):
+    asked = []
+
+    def quick(cfg):
+        asked.append(cfg.k)
+        return dense(cfg.k)
+
+    monkeypatch.setattr(rerank.raw_rag, "build_retriever", quick)
+    monkeypatch.setattr(rerank, "reranker", lambda cfg: lambda q, found: asked.append(len(found)) or range(len(found)))
+    cfg = rerank.Config(**QUICK, candidates=4, k=2, out=str(tmp_path))
+    found = rerank.build_retriever(cfg).invoke("moon")
+    assert asked == [4, 4] and [d.metadata["score"] for d in found] == [3, 2]  # the highest first
+    assert all({"source", "title", "section"} <= d.metadata.keys() for d in found)
+    assert rerank.build_retriever(replace(cfg, k=9)).quick.k == 9
+    nothing = rerank.RerankRetriever(quick=dense().model_copy(update={"k": 1}), reranker=None, k=2)
+    monkeypatch.setattr(type(nothing.quick), "_get_relevant_documents", lambda *_, **__: [])
+    assert nothing.invoke("moon") == []
+
+
+def test_the_loss_asks_for_the_first_passage_and_adds_the_cosine(monkeypatch):
+    said = torch.tensor([0.0, 1.0, 2.0])
+    monkeypatch.setattr(rerank, "logits", lambda *_, **__: said)
+    cosines = torch.tensor([0.4, 0.2, 0.1])
+    expected = -torch.log_softmax(rerank.SCALE * cosines + said, 0)[0]
+    assert float(rerank.loss(None, None, "q", [], cosines)) == pytest.approx(float(expected))
+    cross = object.__new__(rerank.Cross)
+    cross.model = cross.tokenizer = None
+    found = [Document("x", metadata={"score": float(c)}) for c in cosines]
+    assert cross("q", found) == pytest.approx((rerank.SCALE * cosines + said).tolist())
+
+
+def test_four_titles_make_an_update(monkeypatch):
+    """The gradient of an update is the mean over four titles, clipped, and begins anew."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    model = SimpleNamespace(parameters=lambda: [weight], train=lambda: None, device=torch.device("cpu"))
+    monkeypatch.setattr(rerank, "loss", lambda model, tokenizer, question, texts, cosines: question * weight.sum())
+    seen = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: seen.append(float(weight.grad)))
+    scale = [0.1, 0.2, 0.3, 0.4, 8.0, 8.0, 8.0, 8.0, 1.0]
+    lessons = [(x, [], torch.zeros(1)) for x in scale]
+    list(rerank.train(model, None, lessons, rerank.Config(train=9)))
+    assert seen == pytest.approx([0.25, 1.0])  # the second one is clipped to length one

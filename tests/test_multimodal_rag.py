@@ -229,3 +229,24 @@ def test_bad_flags_are_one_line(flags, said, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=said):
         mm.main(mm.Config(**{**TINY, "out": str(tmp_path), **flags}))
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_the_cache_knows_features_of_other_weights_and_pictures(tmp_path, monkeypatch):
+    """A network trained on, or other pictures of the same shape: their features are made, not found."""
+    weights = {"w": torch.ones(1)}
+    made = []
+    monkeypatch.setattr(mm.assets, "cache", lambda: tmp_path)
+    monkeypatch.setattr(mm.pretrained, "efficientnet", lambda device: SimpleNamespace(state_dict=lambda: weights))
+
+    def look(network, part, batch):
+        made.append(len(part))
+        return part.float().mean((1, 2, 3))[:, None] * weights["w"]
+
+    monkeypatch.setattr(mm.pretrained, "efficientnet_features", look)
+    images = torch.full((3, 3, 8, 8), 5, dtype=torch.uint8)
+    for _ in range(2):
+        assert mm.features(images, "cpu").tolist() == [[5.0]] * 3
+    assert made == [3]
+    weights["w"] = torch.full((1,), 2.0)
+    assert mm.features(images, "cpu").tolist() == [[10.0]] * 3
+    assert mm.features(images + 1, "cpu").tolist() == [[12.0]] * 3 and made == [3, 3, 3]

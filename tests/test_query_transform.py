@@ -89,3 +89,42 @@ def test_it_needs_a_model(tmp_path):
         transforming.main(cfg)
     with pytest.raises(UserError, match="--words"):
         transforming.build_retriever(replace(cfg, llm="smollm2", words=0))
+
+
+def test_the_question_is_read_as_a_question_and_the_invention_as_a_document():
+    asked = []
+
+    class Two(Bag):
+        def encode(self, texts, task="query"):
+            asked.append((task, *texts))
+            return super().encode(texts)
+
+    one = retriever("hyde", "the moon is very far away").model_copy(update={"encoder": Two()})
+    found = one.invoke("lunar distance?")
+    assert asked == [("query", "lunar distance?"), ("document", "the moon is very far away")]
+    between = transforming.mean(Bag().encode(["lunar distance?", "the moon is very far away"]))
+    assert len(found) == 2
+    assert found[0].metadata["score"] == pytest.approx(float(Bag().encode([TEXTS[3]])[0] @ between[0]), abs=1e-5)
+
+
+def test_opposite_vectors_have_no_mean():
+    vectors = Bag().encode(TEXTS[:1])
+    assert (transforming.mean(np.concatenate([vectors, -vectors])) == 0).all()
+
+
+def test_what_each_kind_asks_the_model_and_searches(tmp_path, monkeypatch):
+    for kind, words in (("hyde", "passage"), ("multi-query", "three other ways"), ("step-back", "more general")):
+        fake = Fake("a dog barked loudly\nthe moon is far")
+        found = transforming.transform(fake, kind, "moon?")
+        assert words in fake.asked[0] and fake.asked[0].endswith("Question: moon?") and found[0] == "moon?"
+        assert len(found) == {"hyde": 2, "multi-query": 3, "step-back": 2}[kind]
+    merged = retriever("multi-query", "the moon is far away\nthe moon is far away now", k=1).invoke("moon far away")
+    assert len(merged) == 1 and merged[0].metadata["score"] == pytest.approx(3 / 61)  # first in all three rankings
+    quick = []
+    monkeypatch.setattr(raw_rag, "build_retriever", lambda cfg: quick.append(cfg.k))
+    monkeypatch.setattr(raw_rag, "embedder", lambda name: Bag())
+    monkeypatch.setattr(transforming.answer, "language_model", lambda name, tokens: (name, tokens))
+    cfg = transforming.Config(transform="step-back", k=3, words=7, out=str(tmp_path))
+    one = transforming.build_retriever(cfg)
+    assert (one.llm, one.kind, one.k) == (("smollm2", 7), "step-back", 3)
+    assert transforming.build_retriever(replace(cfg, k=30)).k == 30 and quick == [20, 30]

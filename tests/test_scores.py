@@ -68,3 +68,28 @@ def test_every_question_is_asked():
 def test_the_table_has_a_line_each():
     lines = scores.table({"raw": {"hit@5": (0.5, 0.4, 0.6), "ms": 3.0}, "other": {"ms": 12.0}}).splitlines()
     assert lines[1] == "raw    0.500 [0.400, 0.600]  3" and lines[2].split() == ["other", "12"]
+
+
+def test_a_rank_counts_up_to_its_k():
+    """Second place is a hit at two and none at one; behind k every score is zero."""
+    ranks = np.array([0, 1, 2, 10, 11])
+    assert scores.hit(ranks, 1).tolist() == [0, 1, 0, 0, 0] and scores.hit(ranks, 2).tolist() == [0, 1, 1, 0, 0]
+    assert scores.all_of(ranks)["MRR@10"].tolist() == [0, 1, 0.5, 0.1, 0]
+    assert scores.all_of(ranks)["hit@10"].tolist() == [0, 1, 1, 1, 0]
+    assert scores.all_of(ranks).keys() == {"hit@1", "hit@5", "hit@10", "MRR@10", "nDCG@10"}
+
+
+def test_each_question_is_judged_by_its_own_answer_and_the_baseline_by_the_same_questions():
+    class Same(BaseRetriever):
+        def _get_relevant_documents(self, query, *, run_manager):
+            return [Document("x", metadata={"id": i}) for i in ("a", "b", "c")]
+
+    questions = [corpus.Question(f"q{g}", g, "") for g in ("c", "a", "b", "z")]
+    assert scores.measure(Same(), questions)[0].tolist() == [3, 1, 2, 0]
+    after, before = np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1])
+    value, low, high = scores.fewer_failures(after, before)
+    assert value == 0 and low < -0.5 and high > 0.5  # the same questions are drawn for both
+    better = scores.fewer_failures(np.array([1] * 40 + [0] * 40), np.array([0] * 80))
+    assert better[0] == 0.5 and 0.35 < better[1] < 0.45 and 0.55 < better[2] < 0.65
+    assert scores.fewer_failures(np.array([6, 0]), np.array([0, 0]), k=10)[0] == 0.5
+    assert scores.fewer_failures(np.array([1, 1]), np.array([1, 2])) == (0, 0, 0)  # nothing failed: none is saved

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -17,7 +15,6 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from rag import store
 from rag.raw_rag import Config
-from tests.conftest import ROOT
 from tests.passages import TEXTS, Bag, document, documents
 from utils.run import UserError
 
@@ -130,33 +127,172 @@ def test_a_damaged_index_is_refused(tmp_path):
     assert search(store.FaissStore.open(tmp_path, Bag(), SETTINGS))
 
 
-SAVER = """
-import sys
-from rag import store
-from tests.passages import Bag, document
-one = store.FaissStore(Bag(), {})
-one.sync([document(f"text {i}", str(i)) for i in range(2000)])
-print("ready", flush=True)
-while True:
-    for n in (1999, 2000):
-        one.sync([document(f"text {i}", str(i)) for i in range(n)])
-        one.save(sys.argv[1])
-"""
+def save_again_and_again(folder):
+    """What the process does that is killed."""
+    one = store.FaissStore(Bag(), {})
+    one.sync([document(f"text {i}", str(i)) for i in range(300)])
+    while True:
+        for n in (299, 300):
+            one.sync([document(f"text {i}", str(i)) for i in range(n)])
+            one.save(folder)
 
 
 def test_a_kill_while_saving_leaves_an_index(tmp_path):
     """Killed at a random moment of saving again and again: what is there opens, and is one of the two."""
     one = store.FaissStore(Bag(), {})
-    one.sync([document(f"text {i}", str(i)) for i in range(2000)])
+    one.sync([document(f"text {i}", str(i)) for i in range(300)])
     one.save(tmp_path)
     wait = np.random.default_rng(0)
     for _ in range(5):
-        work = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-        assert work.stdout and work.stdout.readline() == b"ready\n"
-        time.sleep(float(wait.uniform(0.05, 1.5)))
-        os.kill(work.pid, signal.SIGKILL)
-        work.wait()
-        assert len(store.FaissStore.open(tmp_path, Bag(), {}).documents) in (1999, 2000)
+        child = os.fork()
+        if child == 0:
+            try:
+                save_again_and_again(tmp_path)
+            finally:
+                os._exit(1)
+        time.sleep(float(wait.uniform(0.2, 0.6)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert len(store.FaissStore.open(tmp_path, Bag(), {}).documents) in (299, 300)
+
+
+class Kill(BaseException):
+    """The process ends here: nothing after it is run."""
+
+
+def kill_at(monkeypatch, moment):
+    """Let the operation on the disk with this number be half done, and the last one. -> a list of the operations."""
+    done = []
+
+    def step(name):
+        done.append(name)
+        return len(done) == moment
+
+    class Cut:
+        """A file of which the kill leaves the first half."""
+
+        def __init__(self, path, mode):
+            self.file = open(path, mode)  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            half = step("write")
+            self.file.write(data[: len(data) // 2] if half else data)
+            self.file.flush()
+            if half:
+                raise Kill
+
+        def flush(self):
+            self.file.flush()
+
+        def fileno(self):
+            return self.file.fileno()
+
+    def wrapped(name, action):
+        def run(*arguments):
+            if step(name):
+                raise Kill
+            return action(*arguments)
+
+        return run
+
+    monkeypatch.setattr(store, "open", Cut, raising=False)
+    for name in ("replace", "fsync", "unlink"):
+        monkeypatch.setattr(os, name, wrapped(name, getattr(os, name)))
+    return done
+
+
+def test_a_kill_at_every_step_of_saving_leaves_the_old_index_or_the_new_one(tmp_path, monkeypatch):
+    """Not at random: killed in each write, and before each fsync, rename and removal, one after the other."""
+    moment, seen = 0, set()
+    while True:
+        moment += 1
+        folder = tmp_path / str(moment)
+        one = store.open_store(CFG, Bag(), documents(), folder)
+        one.sync(documents()[:2])
+        with monkeypatch.context() as patch:
+            done = kill_at(patch, moment)
+            try:
+                one.save(folder)
+                killed = False
+            except Kill:
+                killed = True
+        found = len(store.FaissStore.open(folder, Bag(), SETTINGS).documents)
+        assert found in (2, 4), done
+        seen.add(found)
+        if not killed:
+            break
+    assert found == 2 and seen == {2, 4}
+    assert done == ["write", "fsync", "replace"] * 3 + ["unlink"] * 2  # on the disk before it has its name
+
+
+def test_a_filter_is_kept_and_what_is_not_known_is_refused():
+    one = store.FaissStore(Bag(), SETTINGS)
+    one.sync([*documents(), Document("the moon", metadata={"source": "other.md", "id": "o", "title": ""})])
+    ids = lambda found: [d.metadata["id"] for d in found]  # noqa: E731
+    asked, other = "the moon is far away", {"source": "other.md"}
+    assert ids(one.similarity_search(asked, 1)) == ["file.md#3/0"]
+    assert ids(one.similarity_search(asked, 1, filter=other)) == ["o"]
+    assert ids(one.similarity_search(asked, 9, filter=lambda m: m["id"].endswith("#0/0"))) == ["file.md#0/0"]
+    assert one.similarity_search(asked, 9, filter={"no such": None}) == []
+    assert ids(one.as_retriever(search_kwargs={"k": 1, "filter": other}).invoke(asked)) == ["o"]
+    vector = Bag().encode([asked])[0].tolist()
+    assert ids(d for d, _ in one.similarity_search_with_score_by_vector(vector, 1, other)) == ["o"]
+    for ask in (one.similarity_search, one.similarity_search_with_score):
+        with pytest.raises(TypeError, match="does not know score_threshold"):
+            ask("the moon", score_threshold=0.5)
+    with pytest.raises(TypeError, match="does not know ids"):
+        store.FaissStore.from_texts(["a"], Bag(), ids=["1"])
+
+
+@pytest.mark.parametrize("kind", [store.FaissStore, store.QdrantStore])
+def test_an_empty_store_and_a_question_of_no_known_word_find_nothing(kind):
+    """A vector of length zero has no direction: no KeyError, no NaN, and not the first passages by chance."""
+
+    class Known(Bag):
+        def word(self, letters):
+            return super().word(letters) * (letters != "zebra")
+
+    one = kind.from_texts([], Known())
+    assert one.similarity_search_with_score("moon", 3) == []
+    one.sync([document("the moon", "a"), document("zebra", "b")])  # one passage of no known word
+    assert one.similarity_search_with_score("zebra", 3) == []
+    found = one.similarity_search_with_score("moon", 3)
+    assert found[0][0].metadata["id"] == "a" and all(np.isfinite(score) for _, score in found)
+    with pytest.raises(ValueError, match="k is 0"):
+        one.similarity_search_with_score("moon", 0)
+
+
+def test_questions_are_encoded_as_questions_and_passages_as_documents():
+    class Two(Bag):
+        def encode(self, texts, task="query"):
+            asked.append((task, *texts))
+            return super().encode(texts)
+
+    for kind in (store.FaissStore, store.QdrantStore):
+        asked: list = []
+        one = kind.from_texts(["the moon"], Two())
+        one.similarity_search("a dog")
+        assert [a for a in asked if a[1] != "dummy_text"] == [("document", "the moon"), ("query", "a dog")]
+
+
+def test_an_empty_store_is_saved_and_opened(tmp_path):
+    store.FaissStore(Bag(), SETTINGS).save(tmp_path)
+    again = store.FaissStore.open(tmp_path, Bag(), SETTINGS)
+    assert again.similarity_search("moon") == [] and again.sync(documents()) == (4, 0)
+    assert len(search(again, "moon", 9)) == 4
+
+
+def test_text_and_metadata_both_name_a_passage():
+    a, b = document("the moon", "a"), document("the moon", "b")
+    one = store.FaissStore(Bag(), SETTINGS)
+    assert one.sync([a, b]) == (2, 0)
+    assert {d.metadata["id"] for d in one.similarity_search("moon", 9)} == {"a", "b"}
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
