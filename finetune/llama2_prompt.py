@@ -146,7 +146,8 @@ def main(cfg: Config) -> dict:
     embedding = bench.model.get_input_embeddings()
     soft = SoftPrompt(embedding, first_words(bench.tokenizer, cfg.start, cfg.tokens, len(embedding.weight)))
     metrics = experiment(cfg, bench, soft, network(bench.model, soft), "PROMPT_TUNING")
-    print("nearest words:", *(repr(bench.tokenizer.decode(i)) for i in nearest(soft(), embedding.weight)))
+    nearest_words = nearest(soft(), embedding.weight).tolist()
+    print("nearest words:", *(repr(bench.tokenizer.decode([i])) for i in nearest_words))
     return run.report(bench.folder, metrics, then="python finetune/llama2_ptune.py")
 
 
