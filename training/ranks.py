@@ -42,9 +42,8 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
     check(not gpus or ranks <= gpus, f"--ranks {ranks}: there are {gpus} GPUs; CUDA_VISIBLE_DEVICES= takes the CPU")
     method = start_method()
     queue, found = mp.get_context(method).SimpleQueue(), {}
-    here = os.getcwd(), dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        about = here, worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
+        about = dict(os.environ), worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
         started: Any = mp.start_processes(_enter, about, ranks, join=False, start_method=method)
         try:
             done = False
@@ -87,13 +86,11 @@ def count(ranks):
     return int(os.environ.get("WORLD_SIZE", ranks))
 
 
-def _enter(rank, here, worker, cfg, ranks, meet, timeout, queue):
+def _enter(rank, environment, worker, cfg, ranks, meet, timeout, queue):
     """What a started process does. A UserError goes to the parent, which says it once and stops the others.
 
-    here: folder and environment of the parent; the fork server has those of the moment in which it was started.
+    environment: the parent's; the fork server has that of the moment in which it was started.
     """
-    folder, environment = here
-    os.chdir(folder)
     os.environ.clear()
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     if sys.platform == "linux":
