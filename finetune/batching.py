@@ -15,24 +15,27 @@ Difference from the paper: best fit decreasing over samples, not over a histogra
     python finetune/batching.py --attention sdpa --length 1024
 """
 
+import struct
 import time
 import zlib
 from bisect import bisect, insort
 from dataclasses import dataclass
 from typing import Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from finetune import llama2_lora
 from utils import data, figures, pretrained, run
 from utils.run import UserError, check
+from utils.text import plain, printable
 
 IGNORE = -100  # the label of a token that is not learned
 MEGA = 50  # batches that are sorted by length together
-BROKEN = (OSError, EOFError, ValueError, SyntaxError, UserError)  # what reading a bad file raises; a bug stays loud
+# What reading a bad file raises; a bug stays loud
+BROKEN = (OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError, UserError)
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,23 @@ def block_mask(segments, dtype=None):
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def positions_of(model):
+    """How many positions the model was made for: the longest sample that it can read; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model, batch):
+    """Raises UserError for a position beyond the model's last: a table ends in a crash, rotary ones in noise."""
+    room, last = positions_of(model), int(batch["positions"].max())
+    check(room is None or last < room, f"a sample of {last + 1} tokens, but the model has {room} positions: cut it")
+
+
 def attention_mask(model, batch):
-    """What a model of transformers needs as attention_mask for a batch of `pad` or `packed`, whatever its attention."""
+    """What a model of transformers needs as attention_mask for a batch of `pad` or `packed`, whatever its attention.
+
+    Raises UserError for samples longer than the model's positions.
+    """
+    check_positions(model, batch)
     if "mask" in batch:
         return batch["mask"]
     check(model.config._attn_implementation in ("eager", "sdpa"), "packed rows need eager or sdpa attention")
@@ -244,7 +262,7 @@ class Collator:
                 return one, [self.load(path) for path in one["images"]]
             except BROKEN as error:
                 self.counts[worker.id % 255 + 1 if worker else 0] += 1
-                why = f"{one['images']}: {error}"
+                why = printable(f"{one['images']}: {error}")
         raise UserError(f"no picture that can be read in {self.tries} tries or less; the last one was {why}")
 
     def __call__(self, samples):
@@ -263,7 +281,8 @@ class Collator:
 def conversation(tokenizer, question, answer, image, tokens=49):
     """A photo, a question and an answer, of which the answer and the word that ends it are learned."""
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    place = tokenizer.convert_tokens_to_ids("<file_sep>")  # a word no text has
+    question, answer = plain(question, tokenizer), plain(answer, tokenizer)  # commands written in them are no commands
+    place = tokenizer.convert_tokens_to_ids("<file_sep>")  # so this word stands for pictures only
     asked = encode("<|im_start|>user\n") + [place] * tokens + encode(f"\n{question}<|im_end|>\n<|im_start|>assistant\n")
     said = encode(f"{answer}<|im_end|>")
     return {"ids": asked + said, "labels": [IGNORE] * len(asked) + said, "images": [image]}
@@ -285,7 +304,7 @@ def collect(tokenizer, count, length, seed=0):
         if isinstance(item, tuple):
             samples.append(conversation(tokenizer, "What does the picture show?", item[1], item[0]))
         else:
-            ids = tokenizer(item, truncation=True, max_length=length)["input_ids"]
+            ids = tokenizer(plain(item, tokenizer), truncation=True, max_length=length)["input_ids"]
             samples.append({"ids": ids, "labels": list(ids), "images": []})
     return samples
 
@@ -335,6 +354,8 @@ def measure(model, ways, pad_id):
 
 def draw(path, ways, titles, length):
     """The batches as pictures on one scale: rows are sequences, colours samples, grey is padding; the area is work."""
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(ways), figsize=(3.7 * len(ways), 4.6), sharex=True, sharey=True)
     shades = {True: plt.get_cmap("Oranges")(np.linspace(0.45, 0.75, 4)), False: plt.get_cmap("Blues")([0.4, 0.6, 0.8])}
     for axis, (name, batches) in zip(axes, ways.items()):
@@ -367,8 +388,10 @@ def main(cfg: Config) -> dict:
     check(cfg.samples > 1 and cfg.batch > 0 and cfg.rank > 0, "--samples must be at least 2, --batch and --rank 1")
     check(cfg.length >= 96, "--length must be at least 96: a picture has 49 tokens, and a question stands beside it")
     run.seed(cfg.seed)
-    folder = run.output(cfg.out, cfg)
     tokenizer, model = pretrained.smollm2()
+    room = positions_of(model)
+    check(room is None or cfg.length <= room, f"--length {cfg.length}: the model has {room} positions, take no more")
+    folder = run.output(cfg.out, cfg)
     llama2_lora.inject(model, ("q_proj", "v_proj"), cfg.rank, 2 * cfg.rank)
     model.set_attn_implementation(cfg.attention)
     samples = collect(tokenizer, cfg.samples, cfg.length, cfg.seed)

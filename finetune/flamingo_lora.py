@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import matplotlib.pyplot as plt
-
 from finetune import llama2_lora
 from models import evaluate_vlm, flamingo, llava, tower
 from utils import data, figures, pretrained, run
@@ -73,6 +71,8 @@ def unplug(model):
 
 def draw(path, rows, losses):
     """The loss of each way while it learns, and what is known of both languages before and afterwards."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(rows)}
     for name, line in losses.items():

@@ -20,7 +20,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,9 @@ from models import evaluate_vlm, llava, llava_io, tower
 from training import ranks
 from utils import checkpoint, figures, run
 from utils.run import check
+from utils.text import plain
+
+JUDGED_PAGES = 40  # pages of manuals by which it is judged what the language model has forgotten: none is learned
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Config:
     lora_rank: int = 8
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     text_share: float = 0.05  # of samples: paragraphs of manuals, so that it does not forget how to read
+    model_max_length: int = 0  # tokens of the longest conversation; 0: as many as the language model has positions
     packing: bool = True  # several conversations in one row, none sees another
     group_by_modality_length: bool = False  # all of a step with pictures or all without, about equally long
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products and of what is frozen
@@ -94,7 +98,7 @@ class Learner(nn.Module):
     def forward(self, batch, features):
         """Sum of -log p(token | photo, all before it) over the tokens to learn. Eq. 2 of LLaVA's Sec. 4.2.
 
-        features: what the tower said (photos,N,D), or pixels (photos,3,S,S) if it learns.
+        features: what the tower said (photos,N,D), or pixels (photos,3,S,S) if it learns; None: words alone.
         """
         model, seen = self.model, None
         if features is not None:
@@ -107,7 +111,10 @@ class Learner(nn.Module):
         labels = batch["labels"][:, 1:]
         learned = labels != IGNORE  # the head is asked there only: it has 49 152 words
         logits = model.language.get_output_embeddings()(states[:, :-1][learned])
-        return F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+        value = F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+        if features is None:  # the connector has gradients of zero, not none: it may be all that learns
+            value = value + 0 * sum(p.sum() for p in model.connector.parameters())
+        return value
 
 
 def freeze(model, cfg):
@@ -120,7 +127,7 @@ def freeze(model, cfg):
     if model.newline is not None:
         model.newline.requires_grad_(True)
     if cfg.train_type == "use_lora":
-        llama2_lora.inject(model.language, cfg.lora_targets, cfg.lora_rank, 2 * cfg.lora_rank)
+        llama2_lora.inject(model.language, cfg.lora_targets, cfg.lora_rank, llava_state.LORA_SCALE * cfg.lora_rank)
     if cfg.train_type in ("freeze_vision", "none"):
         model.language.float().requires_grad_(True)
     if cfg.train_type == "none":
@@ -213,6 +220,7 @@ def collate(part, cfg, model, pad, photos, random):
         part = [sample for row in rows for sample in row]
     else:
         batch = batching.pad(part, pad)
+        batching.check_positions(model.language, batch)
     numbers = [i for sample in part for i in sample["images"]]
     return batch, photos(numbers, random) if numbers else None
 
@@ -259,9 +267,10 @@ def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=
             else:
                 (value / tokens).backward()
         if not engine:
-            for p in moving if n > 1 else ():
+            for p in moving:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without pictures, one with
-                dist.all_reduce(p.grad)
+                if n > 1:
+                    dist.all_reduce(p.grad)
             torch.nn.utils.clip_grad_norm_(moving, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -269,8 +278,12 @@ def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=
 
 
 def prepare(cfg, on):
-    """-> tokenizer, model of which the right parts learn, samples, their pictures, and how many were broken."""
+    """-> tokenizer, model of which the right parts learn, samples, their pictures, how many rows were mended."""
     tokenizer, language = llava_io.speaker(cfg.language, on)
+    room = batching.positions_of(language)
+    longest = cfg.model_max_length or room
+    fits = room is None or longest <= room
+    check(fits, f"--model_max_length {longest}: the language model has {room} positions, take no more")
     if on.type == "cpu":
         language.set_attn_implementation("eager")  # on rows as short as these faster than the fused kernel
     eye = tower.load(cfg.vision, cfg.layer, cfg.select, on=on)
@@ -281,22 +294,24 @@ def prepare(cfg, on):
         language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows, folder = rows_of(cfg)
     rows, broken = llava_data.mend(rows, folder) if cfg.data else (rows, 0)
-    names = sorted({row["image"] for row in rows if "image" in row})
+    names = sorted({row["image"] for row in rows if row.get("image")})
     paths = [folder / name for name in names]
     photos = Photos(paths, eye=eye)
     if cfg.train_type != "none":
         photos.said = llava_data.features(eye, paths, cfg.views, cfg.seed) if paths else None
     number = {name: i for i, name in enumerate(names)}
-    samples = [llava_data.sample(tokenizer, row, model.count, number.get(row.get("image"))) for row in rows]
+    samples, shortened, left_out = llava_data.samples(tokenizer, rows, model.count, number, longest)
     if cfg.text_share:
         count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))
-        samples += [words_alone(tokenizer, text) for text in evaluate_vlm.paragraphs(40 + count)[40:]]
-    return tokenizer, model, samples, photos, broken
+        pages = evaluate_vlm.paragraphs(JUDGED_PAGES + count)[JUDGED_PAGES:]  # others than those it is judged by
+        samples += [words_alone(tokenizer, text, longest) for text in pages]
+    counts = {"broken pictures": broken, "conversations shortened": shortened, "conversations left out": left_out}
+    return tokenizer, model, samples, photos, counts
 
 
-def words_alone(tokenizer, text):
+def words_alone(tokenizer, text, longest=None):
     """A paragraph as a sample: all of it is learned, so that the language model stays what it was."""
-    ids = tokenizer(text, truncation=True, max_length=128).input_ids
+    ids = tokenizer(plain(text, tokenizer), truncation=True, max_length=min(128, longest or 128)).input_ids
     return {"ids": ids, "labels": list(ids), "images": []}
 
 
@@ -305,7 +320,7 @@ def worker(cfg):
     rank, n = world()
     on = ranks.device() if n > 1 else run.device(cfg.device)
     folder, first = Path(cfg.out), rank == 0
-    tokenizer, model, samples, photos, broken = prepare(cfg, on)
+    tokenizer, model, samples, photos, counts = prepare(cfg, on)
     learner = Learner(model).train()
     model.vision.train(cfg.train_type == "none")
     every = groups(model, cfg)
@@ -315,6 +330,7 @@ def worker(cfg):
     if first and not cfg.resume:
         run.output(folder, cfg)
     if first:
+        report_length(counts, cfg)
         print(llama2_lora.tree(model) or f"no adapters; what learns: {cfg.train_type}", flush=True)
     save = partial(llava_state.save, cfg, model, optimizer, losses, engine)
     start, clock, cpu = len(losses), time.perf_counter(), time.process_time()
@@ -328,7 +344,7 @@ def worker(cfg):
     if cfg.save_every:
         save()
     numbers = {"losses": losses, "train_seconds": seconds, "train_cpu_seconds": cpu}
-    numbers |= {"process_MiB": llama2_full.process_peak() / 2**20, "broken pictures": broken}
+    numbers |= {"process_MiB": llama2_full.process_peak() / 2**20} | counts
     if first:
         made = llava_state.tensors(model)
         checkpoint.write(folder / "model.safetensors", made, llava_state.about(cfg))
@@ -336,6 +352,14 @@ def worker(cfg):
         if not cfg.data:
             numbers |= scored(cfg, tokenizer, model.eval(), folder)
     return numbers
+
+
+def report_length(counts, cfg):
+    """One line, if there were conversations longer than the model can read."""
+    shortened, left_out = counts["conversations shortened"], counts["conversations left out"]
+    if shortened or left_out:
+        most = f"--model_max_length {cfg.model_max_length}" if cfg.model_max_length else "the model's positions"
+        print(f"longer than {most}: {shortened} conversations lost turns at their end, {left_out} are left out")
 
 
 def scored(cfg, tokenizer, model, folder):
@@ -356,7 +380,7 @@ def scored(cfg, tokenizer, model, folder):
     metrics = {"photos": len(chosen), "LLaVA": found}
     if cfg.train_type != "none":
         metrics |= evaluate_vlm.yardsticks(model.vision, fruit, learn, chosen)
-    pages = evaluate_vlm.paragraphs(min(40, cfg.judged or 40))  # a small trial needs few of them, too
+    pages = evaluate_vlm.paragraphs(min(JUDGED_PAGES, cfg.judged or JUDGED_PAGES))  # a small trial needs few of them
     metrics["text loss"] = {"after": evaluate_vlm.text_loss(tokenizer, model.language, pages)}
     before, language = llava_io.speaker(cfg.language, on)
     metrics["text loss"]["before"] = evaluate_vlm.text_loss(before, language, pages)
@@ -367,9 +391,11 @@ def sane(cfg):
     """Raises UserError for flags that make no sense, before anything is loaded."""
     above = (cfg.max_steps, cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, cfg.views, cfg.lora_rank)
     check(min(above) > 0, "--max_steps, --per_device_train_batch_size, ..accumulation.., --views, --lora_rank: above 0")
-    check(min(cfg.learning_rate, cfg.learning_rate_pretraining_components) > 0, "the learning rates must be above 0")
+    check(cfg.learning_rate > 0, "--learning_rate must be above 0")
+    check(cfg.learning_rate_pretraining_components >= 0, "--learning_rate_pretraining_components must be 0 or more")
     check(0 <= cfg.align_steps < cfg.max_steps, "--align_steps must be 0 or more and below --max_steps")
     check(min(cfg.judged, cfg.save_every, cfg.num_warmup_steps, cfg.emoji, cfg.weight_decay) >= 0, "a flag is below 0")
+    check(cfg.model_max_length >= 0, "--model_max_length must be 0 or more")
     check(0 <= cfg.text_share < 1, "--text_share must be at least 0 and below 1")
     check(not cfg.image_folder or cfg.data, "--image_folder goes with --data")
     for flag, module in (("tensorboard", cfg.enable_tensorboard), ("wandb", cfg.enable_wandb)):
@@ -379,6 +405,8 @@ def sane(cfg):
 def main(cfg: Config) -> dict:
     """Train, write what was learned, score it on photos that no training saw."""
     sane(cfg)
+    if cfg.learning_rate_pretraining_components == 0:
+        cfg = replace(cfg, train_type="projector")  # what may not move needs no gradient, no fp32, no optimizer
     alone = cfg.ranks == 1 and cfg.zero_stage < 0 and "RANK" not in os.environ
     found = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.ranks)
     if found is None:

@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from utils import figures, run
 from utils.run import check
 
@@ -69,6 +67,8 @@ def row(metrics, steps):
 
 def draw(path, rows):
     """Accuracy against the time of a step; the area of a point is the memory of its process."""
+    import matplotlib.pyplot as plt
+
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     for name, r in rows.items():
         ax.scatter(r["CPU s a step"], r["14 kinds"], s=r["MiB"] / 15, alpha=0.6)
@@ -91,7 +91,7 @@ def main(cfg: Config) -> dict:
         print(f"{name}: {STRATEGIES[name][0]}", flush=True)
         done = subprocess.run(command(name, cfg, folder), stdout=subprocess.DEVNULL)
         check(done.returncode == 0, f"the run of {name} failed")
-        rows[name] = row(json.loads((folder / name / "metrics.json").read_text()), cfg.steps)
+        rows[name] = row(json.loads((folder / name / "metrics.json").read_text("utf-8")), cfg.steps)
     draw(folder / "compare.png", rows)
     return run.report(folder, rows)
 

@@ -2,15 +2,16 @@
 
 A file chat.json is a list of {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt",
 "value": ...}, ...]}; the first question says <image> where the picture stands, and a row without "image" is words
-alone. Liu et al. 2023, arXiv:2304.08485, Sec. 3. Here it is made of photos of fruit whose kind is known, and of emoji
-with their names; questions are of four sorts (what is it, which kind, is it a ..., describe it), and some rows have
-several turns.
+alone ("image": null says the same). Liu et al. 2023, arXiv:2304.08485, Sec. 3. Here it is made of photos of fruit whose
+kind is known, and of emoji with their names; questions are of four sorts (what is it, which kind, is it a ..., describe
+it), and some rows have several turns.
 
     python finetune/llava_data.py                      # write chat.json and the photos it speaks of, show some rows
 """
 
 import hashlib
 import json
+from bisect import bisect
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,11 @@ from PIL import Image
 from models import anyres, llava, tower
 from utils import assets, data, run
 from utils.run import UserError, check
+from utils.text import clean, printable, read_text
 
 IGNORE = -100
+VERSION = 1  # of how pictures become pixels here: raise it with any change, or features of the old ones are read
+MEGABYTES = 2048  # of a chat.json; LLaVA's own mixture of 665 000 conversations has 1030
 KIND = ("What fruit is this?", "What kind of fruit is this?", "Which fruit do you see?", "Name the fruit in the photo.")
 GROUP = ("Is this an apple, a melon, an orange, a pear or a satsuma?", "What is it? Answer with one word.")
 DESCRIBE = ("Describe the photo.", "What does the photo show?")
@@ -118,7 +122,8 @@ def validate(rows, folder):
         fine = all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in said)
         check(said and fine, f"{at}: every turn is {{'from': ..., 'value': text}}")
         who = [turn.get("from") for turn in said]
-        check(who == ["human", "gpt"] * (len(said) // 2), f"{at}: turns are human, gpt, human, gpt ..., not {who}")
+        order = f"{at}: turns are human, gpt, human, gpt ..., not {printable(who)}"
+        check(who == ["human", "gpt"] * (len(said) // 2), order)
         check(all(turn["value"].strip() for turn in said), f"{at} has an empty turn")
         there = sum(turn["value"].count(llava.IMAGE) for turn in said)
         check(there == sum(turn["value"].count(llava.IMAGE) for turn in said[::2]), f"{at}: {llava.IMAGE} in an answer")
@@ -126,21 +131,53 @@ def validate(rows, folder):
         check(image is None or isinstance(image, str), f"{at}: 'image' is the name of one file")
         check(there == (image is not None), f"{at}: {there} words {llava.IMAGE} for {int(image is not None)} pictures")
         if image is not None:
-            inside = (Path(folder) / image).resolve().is_relative_to(Path(folder).resolve())
-            check(inside and (Path(folder) / image).is_file(), f"{at}: there is no {image} in {folder}")
+            nowhere = f"{at}: there is no {printable(image)} in {printable(folder)}"
+            check(is_inside(Path(folder), image), nowhere)
     return rows
 
 
+def is_inside(folder, name):
+    """Is there a file of this name in the folder, or below it?"""
+    try:
+        path = folder / name
+        return path.resolve().is_relative_to(folder.resolve()) and path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, with a NUL or half a character in it
+        return False
+
+
 def read(path, folder):
-    """-> the rows of a chat.json, checked. Raises UserError."""
+    """-> the rows of a chat.json, checked: {"id", "conversations"}, and "image" where there is a picture.
+
+    Half characters in a text become U+FFFD. Raises UserError: one line that names the file and the row.
+    """
+    name, text = printable(path), read_text(path, MEGABYTES)
     try:
-        rows = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON file: {error}") from None
+        rows = json.loads(text, object_pairs_hook=without_doubles)
+    except RecursionError:
+        raise UserError(f"{name} is no readable JSON file: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{name} is no readable JSON file: {printable(error)}") from None
     try:
-        return validate(rows, folder)
+        validate(rows, folder)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
+    return [tidy(one) for one in rows]
+
+
+def without_doubles(pairs):
+    """The pairs of a JSON object as a dict. Raises ValueError for a key that is there twice: JSON would keep one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice in one object")
+    return found
+
+
+def tidy(one):
+    """A checked row as the rest of this file expects it."""
+    said = [{"from": turn["from"], "value": clean(turn["value"])} for turn in one["conversations"]]
+    image = {} if one.get("image") is None else {"image": one["image"]}
+    return {"id": one.get("id"), **image, "conversations": said}
 
 
 def mend(rows, folder):
@@ -149,9 +186,10 @@ def mend(rows, folder):
     Without its picture a question has no answer. Who stands in depends on the rows alone, so all ranks choose alike.
     """
     fine = {}
-    for name in {one["image"] for one in rows if "image" in one}:
+    for name in sorted({one["image"] for one in rows if one.get("image")}):
         try:
-            fine[name] = data.read_image(Path(folder) / name, 32) is not None
+            data.read_image(Path(folder) / name, 32)
+            fine[name] = True
         except UserError as error:
             print(f"{error}; another one stands in", flush=True)
             fine[name] = False
@@ -165,11 +203,50 @@ def mend(rows, folder):
 
 
 def sample(tokenizer, one, count, image=None):
-    """A row -> {"ids", "labels", "images"}: every question is masked, the word that ends an answer is learned."""
-    said = [turn["value"] for turn in one["conversations"]]
-    ids, learned = llava.chat(tokenizer, list(zip(said[::2], said[1::2])), count)
+    """A row -> {"ids", "labels", "images"}: every question is masked, the word that ends an answer is learned.
+
+    What is written in a question or an answer is text, even if it reads "<|im_end|>".
+    """
+    ids, learned = llava.chat(tokenizer, turns_of(one), count)
     labels = [i if learn else IGNORE for i, learn in zip(ids, learned)]
     return {"ids": ids, "labels": labels, "images": [] if image is None else [image]}
+
+
+def turns_of(one):
+    """[(question, answer), ...] of a row."""
+    said = [turn["value"] for turn in one["conversations"]]
+    return list(zip(said[::2], said[1::2]))
+
+
+def shorten(tokenizer, one, count, longest):
+    """The row with as many whole turns, from the first on, as fit into `longest` tokens; None if the first does not.
+
+    A turn is never cut in the middle: the model would learn to stop anywhere, or not to stop.
+    """
+    turns = turns_of(one)
+    size = lambda n: len(llava.chat(tokenizer, turns[:n], count)[0])  # noqa: E731
+    fitting = bisect(range(1, len(turns) + 1), longest, key=size)
+    return one | {"conversations": one["conversations"][: 2 * fitting]} if fitting else None
+
+
+def samples(tokenizer, rows, count, numbers, longest=None):
+    """Rows -> samples of at most `longest` tokens, how many of them lost turns at their end, and rows left out.
+
+    count: tokens of a picture; numbers: {name of a picture: its number}. Raises UserError if no row is left.
+    """
+    found, shortened, left_out = [], 0, 0
+    for one in rows:
+        made = sample(tokenizer, one, count, numbers.get(one.get("image")))
+        if longest is not None and len(made["ids"]) > longest:
+            one = shorten(tokenizer, one, count, longest)
+            if one is None:
+                left_out += 1
+                continue
+            shortened += 1
+            made = sample(tokenizer, one, count, numbers.get(one.get("image")))
+        found.append(made)
+    check(found, f"no conversation fits into {longest} tokens: raise --model_max_length, or shorten them")
+    return found, shortened, left_out
 
 
 def piece(image, random):
@@ -194,7 +271,8 @@ def features(eye, paths, views=1, seed=0):
         pieces = [piece(data.read_image(Path(p), large), random) for p in paths]
         return torch.stack([anyres.resize(x, (eye.size, eye.size)) for x in pieces])
 
-    return torch.stack([tower.said(eye, partial(look, v), (content, v, v and seed)) for v in range(views)])
+    keys = [(VERSION, content, view, view and seed) for view in range(views)]
+    return torch.stack([tower.said(eye, partial(look, view), key) for view, key in enumerate(keys)])
 
 
 def main(cfg: Config) -> dict:

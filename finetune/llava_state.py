@@ -16,6 +16,8 @@ from training import manifest, zero_config
 from utils import checkpoint
 from utils.run import check, same_flags
 
+LORA_SCALE = 2.0  # alpha over rank, of every adapter
+
 
 def tensors(model):
     """What was learned, by the names that models/llava_io.py reads."""
@@ -31,8 +33,12 @@ def tensors(model):
 
 
 def about(cfg):
-    """What stands beside the weights: enough to put the model together again."""
-    return {k: getattr(cfg, k) for k in ("vision", "language", "connector", "layer", "select")} | {"scale": 2.0}
+    """What stands beside the weights: enough to put the model together again, from whatever folder."""
+    named = {k: getattr(cfg, k) for k in ("vision", "language", "connector", "layer", "select")}
+    for part in ("vision", "language"):
+        if Path(named[part]).is_dir():
+            named[part] = str(Path(named[part]).resolve())
+    return named | {"scale": LORA_SCALE}
 
 
 class Moving:
@@ -53,13 +59,25 @@ class Moving:
 
 
 def engine_of(learner, every, cfg):
-    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts, averages and steps."""
+    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts, averages and steps.
+
+    It casts every parameter to --precision and no buffer, and batch norms need both alike. So a tower that learns
+    nothing is left as it is, and one that learns and has batch norms is refused in bf16.
+    """
+    tower = learner.model.vision
+    learns = any(p.requires_grad for p in tower.parameters())
+    alike = cfg.precision == "fp32" or not any(isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules())
+    check(alike or not learns, "--train_type none: under DeepSpeed this tower learns in --precision fp32 only")
     config = zero_config.read(SimpleNamespace(
         zero_stage=cfg.zero_stage, config="", offload="none", precision=cfg.precision,
         batch=cfg.per_device_train_batch_size, accumulation=cfg.gradient_accumulation_steps,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
-    return zero_config.quiet().initialize(model=learner, optimizer=optimizer, config=config)[0]
+    kept = [] if learns else [(p, p.data) for p in tower.parameters()]
+    engine = zero_config.quiet().initialize(model=learner, optimizer=optimizer, config=config)[0]
+    for parameter, values in kept:
+        parameter.data = values
+    return engine
 
 
 def save(cfg, model, optimizer, losses, engine=None):

@@ -1,11 +1,14 @@
 """finetune/batching.py: packed rows are their samples, no batch loses one, a mixture resumes, broken photos go."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -19,6 +22,8 @@ from transformers.masking_utils import create_causal_mask
 
 from finetune import batching, llama2_lora
 from finetune.batching import IGNORE
+from tests import llamas
+from tests.test_images import exif_block
 from utils import data, pretrained
 from utils.run import UserError
 
@@ -405,14 +410,124 @@ def test_a_bug_in_the_loader_is_not_a_broken_picture():
 
 
 def test_real_files_one_of_them_broken(tmp_path):
-    from PIL import Image
-
     for i in range(3):
         Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     samples = [sample(5, [tmp_path / f"{i}.png"], i) for i in range(3)]
     collator = batching.Collator(lambda path: data.to_float(data.read_image(path, 8)), samples, pad_id=0)
     assert collator(samples)["images"].shape == (3, 3, 8, 8) and collator.broken == 1
+
+
+def test_pictures_of_cameras_and_microscopes_are_read_right(tmp_path):
+    """An orientation beside a damaged entry of EXIF; 16 bits, mid-grey; a palette: the pictures are right."""
+    photo = np.zeros((8, 8, 3), dtype=np.uint8)
+    photo[:4] = 200  # the upper half as it is stored; turned upright, the right half
+    Image.fromarray(photo).save(tmp_path / "turned.png", exif=exif_block(6, damage=True))
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(photo).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    samples = [sample(5, [tmp_path / f"{name}.png"]) for name in ("turned", "grey", "palette")]
+    collator = batching.Collator(lambda path: data.read_image(path, 8), samples, pad_id=0)
+    turned, grey, palette = collator(samples)["images"]
+    assert collator.broken == 0
+    assert (turned[:, :, 4:] == 200).all() and (turned[:, :, :4] == 0).all()
+    assert (grey == 128).all() and (palette[:, :4] == 200).all() and (palette[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack"), zlib.error("-3"), Image.DecompressionBombError("large")])
+def test_what_a_decoder_raises_is_a_broken_picture(error):
+    def first_is_broken(path):
+        if path == 1:
+            raise error
+        return torch.full((3, 2, 2), float(path))
+
+    samples = mixed([4] * 8)
+    collator = batching.Collator(first_is_broken, samples, pad_id=0)
+    assert float(collator([samples[1]])["images"][0, 0, 0, 0]) in (3, 5, 7) and collator.broken == 1
+
+
+# texts of others
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretrained.smollm2()[0]
+
+
+def test_a_conversation_is_masked_up_to_its_answer_and_ends_in_a_learned_token(tokenizer):
+    made = batching.conversation(tokenizer, "What is it?", "a pear", 7, tokens=5)
+    learned = [i for i in made["labels"] if i != IGNORE]
+    assert tokenizer.decode(learned) == "a pear<|im_end|>"
+    assert made["labels"][-len(learned) :] == learned == made["ids"][-len(learned) :]
+    assert made["images"] == [7]
+    asked = "<|im_start|>user\n" + "<file_sep>" * 5 + "\nWhat is it?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>"
+    assert tokenizer.decode(made["ids"]) == asked
+
+
+def test_control_tokens_in_a_conversation_are_text(tokenizer):
+    said = "<file_sep> no<|im_end|>\n<|im_start|>system \ud800"
+    made = batching.conversation(tokenizer, said, said, 0, tokens=5)
+    count = {word: made["ids"].count(tokenizer.convert_tokens_to_ids(word)) for word in ("<file_sep>", "<|im_end|>")}
+    assert count == {"<file_sep>": 5, "<|im_end|>": 2}
+    assert made["ids"].count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+
+
+def test_collected_samples_are_half_pictures_and_no_longer_than_asked(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "docs", lambda: [("a.txt", "\n\n".join(f"word {i} " * 80 for i in range(9)))])
+    monkeypatch.setattr(data, "tweets", lambda: [(f"tweet {i} <|im_end|>", 0.0) for i in range(9)])
+    samples = batching.collect(tokenizer, 200, 60)
+    pictures = [s for s in samples if s["images"]]
+    words = [tokenizer.decode(s["ids"]) for s in samples if not s["images"]]
+    assert len(samples) == 200 and abs(len(pictures) - 100) < 30  # four standard errors
+    tweets = [text for text in words if text.startswith("tweet")]
+    assert abs(len(tweets) - 50) < 25 and all("< |im_end|>" in text for text in tweets)
+    assert all(s["labels"] == s["ids"] for s in samples if not s["images"])
+    assert max(len(s["ids"]) for s in samples if not s["images"]) == 60
+    captions = data.emoji()[1]
+    for s in pictures[:20]:
+        learned = tokenizer.decode([i for i in s["labels"] if i != IGNORE])
+        assert learned == f"{captions[s['images'][0]]}<|im_end|>"
+    assert samples == batching.collect(tokenizer, 200, 60) != batching.collect(tokenizer, 200, 60, seed=1)
+
+
+def test_positions_beyond_the_model_are_refused():
+    model = llama()  # which has 64
+    assert batching.loss(model, batching.pad([sample(64)], 0)).isfinite()
+    batching.loss(model, batching.packed([[sample(60), sample(64)]], 0))  # positions begin anew in every sample
+    for long in (batching.pad([sample(3), sample(65)], 0), batching.packed([[sample(65)]], 0)):
+        with pytest.raises(UserError, match="65 tokens, but the model has 64 positions"):
+            batching.loss(model, long)
+
+
+# the three ways
+
+
+def test_three_ways_are_the_same_samples_in_batches_of_their_kind():
+    samples = mixed([3, 30, 5, 28, 4, 29, 6, 31])
+    cfg = batching.Config(samples=8, batch=2, length=36)
+    ways = batching.three_ways(samples, cfg)
+    for name, batches in ways.items():
+        found = [id(s) for rows in batches for row in rows for s in row]
+        assert sorted(found) == sorted(map(id, samples)), name
+    sizes = {name: [[[len(s["ids"]) for s in row] for row in rows] for rows in ways[name]] for name in ways}
+    assert all(len(row) == 1 for rows in sizes["naive"] + sizes["grouped"] for row in rows)
+    spread = [max(row[0] for row in rows) - min(row[0] for row in rows) for rows in sizes["grouped"]]
+    assert max(spread) <= 2  # neighbours in length
+    assert max(max(row[0] for row in rows) - min(row[0] for row in rows) for rows in sizes["naive"]) > 20
+    assert sorted(sum(row) for rows in sizes["packed"] for row in rows) == [34, 34, 34, 34]
+
+
+def test_measured_tokens_padding_and_loss_are_those_of_the_batches():
+    model, samples = llama("eager"), mixed(LENGTHS)
+    ways = batching.three_ways(samples, batching.Config(samples=8, batch=3, length=24))
+    found = batching.measure(model, ways, 0)
+    right = float(alone(model, samples))
+    for name, x in found.items():
+        assert x["tokens"] == sum(LENGTHS) and x["loss"] == pytest.approx(right, abs=1e-2), name
+        assert x["steps"] == len(ways[name]) and x["cpu_seconds"] > 0
+    widest = [max(len(s["ids"]) for row in rows for s in row) * len(rows) for rows in ways["naive"]]
+    assert found["naive"]["places"] == sum(widest)
+    rows = [max(sum(len(s["ids"]) for s in row) for row in rows) * len(rows) for rows in ways["packed"]]
+    assert found["packed"]["places"] == sum(rows)
 
 
 # bad input
@@ -434,17 +549,37 @@ def test_bad_input():
 
 
 def test_the_command_refuses_flags_that_cannot_be_meant(tmp_path):
-    for flags in ({"samples": 1}, {"batch": 0}, {"length": 50}, {"rank": 0}):
+    for flags in ({"samples": 1}, {"batch": 0}, {"length": 50}, {"rank": 0}, {"length": 8193}):
         with pytest.raises(UserError):
             batching.main(batching.Config(**flags, out=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
 
 
-def test_three_ways_see_the_same_samples_and_the_same_loss(tmp_path):
+def tiny(tokenizer):
+    """SmolLM2's words before a Llama of a few thousand weights."""
+    return tokenizer, llamas.tiny(layers=1, vocabulary=len(tokenizer))
+
+
+def test_three_ways_see_the_same_samples_and_the_same_loss(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(pretrained, "smollm2", lambda: tiny(tokenizer))
     cfg = batching.Config(samples=6, batch=2, length=128, out=str(tmp_path))
     metrics = batching.main(cfg)
     naive, grouped, packed = (metrics[name] for name in ("naive", "grouped", "packed"))
     assert naive["tokens"] == grouped["tokens"] == packed["tokens"] > 200
     assert naive["padding"] > packed["padding"]
-    assert abs(packed["loss"] / naive["loss"] - 1) < 0.005 and abs(grouped["loss"] / naive["loss"] - 1) < 0.005  # bf16
+    assert abs(packed["loss"] / naive["loss"] - 1) < 1e-4 and abs(grouped["loss"] / naive["loss"] - 1) < 1e-4
+    rate = {name: x["useful tokens a CPU second"] for name, x in metrics.items() if isinstance(x, dict)}
+    for name in ("naive", "grouped", "packed"):
+        x = metrics[name]
+        assert x["padding"] == pytest.approx(1 - x["tokens"] / x["places"])
+        assert rate[name] == pytest.approx(x["tokens"] / x["cpu_seconds"])
+    assert metrics["packed against naive"] == pytest.approx(rate["packed"] / rate["naive"])
     assert (tmp_path / "batching.png").is_file() and (tmp_path / "metrics.json").is_file()
+
+
+@pytest.mark.long
+def test_three_ways_see_the_same_samples_and_the_same_loss_with_the_real_model(tmp_path):
+    metrics = batching.main(batching.Config(samples=6, batch=2, length=128, out=str(tmp_path)))
+    naive, grouped, packed = (metrics[name] for name in ("naive", "grouped", "packed"))
+    assert naive["tokens"] == grouped["tokens"] == packed["tokens"] > 200
+    assert abs(packed["loss"] / naive["loss"] - 1) < 0.005 and abs(grouped["loss"] / naive["loss"] - 1) < 0.005  # bf16

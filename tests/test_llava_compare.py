@@ -1,6 +1,8 @@
 """finetune/llava_compare.py: each strategy is a command that finetune/llava.py takes; the table; wrong names."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tyro
@@ -17,6 +19,10 @@ def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
     llava.sane(found)
     assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (9, 4, 3, f"out/{name}")
     assert found.align_steps == (3 if name == "two-stages" else 0)
+    assert (found.views, found.judged, found.text_share, found.num_warmup_steps) == (4, 300, 0.1, 1)
+    whole = name in ("language", "everything")
+    assert found.learning_rate_pretraining_components == (5e-5 if whole else 1e-3)
+    assert len(found.lora_targets) == (2 if name == "lora" else 7)
 
 
 def test_strategies_differ():
@@ -29,11 +35,11 @@ def test_strategies_differ():
 
 def test_the_table_and_its_figure(tmp_path):
     metrics = {
-        "LLaVA": {"14 kinds": 0.5, "5 groups": 0.8}, "final_loss": 1.5, "text loss": {"after": 3.0}, "learned": 7,
-        "process_MiB": 4000.0, "train_cpu_seconds": 30.0,
+        "LLaVA": {"14 kinds": 0.5, "5 groups": 0.8}, "final_loss": 1.5, "learned": 7,
+        "text loss": {"before": 2.0, "after": 3.0}, "process_MiB": 4000.0, "train_cpu_seconds": 30.0,
     }  # fmt: skip
     row = llava_compare.row(metrics, 10)
-    assert row["CPU s a step"] == 3 and row["text loss"] == 3
+    assert row["CPU s a step"] == 3 and row["text loss"] == 3 and (row["14 kinds"], row["5 groups"]) == (0.5, 0.8)
     assert llava_compare.draw(tmp_path / "x.png", {"a": row, "b": row | {"14 kinds": 0.6}}).stat().st_size > 1000
 
 
@@ -41,3 +47,24 @@ def test_an_unknown_strategy_is_refused(tmp_path):
     with pytest.raises(UserError, match="--only magic: there are projector"):
         llava_compare.main(llava_compare.Config(only=("magic",), out=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
+
+
+def test_each_strategy_is_run_and_read_from_its_own_folder(tmp_path, monkeypatch):
+    def run(command, stdout):
+        cfg = tyro.cli(llava.Config, args=command[2:])
+        Path(cfg.out).mkdir()
+        about = {
+            "LLaVA": {"14 kinds": 0.1 * len(cfg.lora_targets), "5 groups": 0.8}, "final_loss": 1.5,
+            "text loss": {"before": 2.0, "after": 3.0}, "learned": 7, "process_MiB": 4000.0,
+            "train_cpu_seconds": 12.0,
+        }  # fmt: skip
+        (Path(cfg.out) / "metrics.json").write_text(json.dumps(about), "utf-8")
+        return SimpleNamespace(returncode=int(cfg.align_steps > 0))
+
+    monkeypatch.setattr(llava_compare.subprocess, "run", run)
+    cfg = llava_compare.Config(only=("lora", "lora-all"), steps=6, out=str(tmp_path / "a"))
+    rows = llava_compare.main(cfg)
+    assert [round(rows[name]["14 kinds"], 6) for name in ("lora", "lora-all")] == [0.2, 0.7]
+    assert rows["lora"]["CPU s a step"] == 2
+    with pytest.raises(UserError, match="the run of two-stages failed"):
+        llava_compare.main(llava_compare.Config(only=("two-stages",), out=str(tmp_path / "b")))

@@ -1,13 +1,17 @@
 """finetune/llava_data.py: LLaVA's format, made, checked and read; what is asked is masked, what ends is learned."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from finetune import llava_data
 from models import llava
+from tests import fuzz
+from tests.test_images import exif_block
 from utils import data, pretrained
 from utils.run import UserError
 
@@ -46,9 +50,15 @@ def test_questions_of_every_sort_and_several_turns(rows):
     assert rows == llava_data.fruit("train", 0) and rows != llava_data.fruit("train", 1)
 
 
-def test_labels_are_the_answers_and_their_ends(rows):
+@pytest.fixture(scope="module")
+def words():
+    """SmolLM2's tokenizer with <image>, and the id of that."""
     tokenizer, language = pretrained.smollm2()
-    image_id = llava.add_words(tokenizer, language)
+    return tokenizer, llava.add_words(tokenizer, language)
+
+
+def test_labels_are_the_answers_and_their_ends(rows, words):
+    tokenizer, image_id = words
     for one in rows[:40]:
         sample = llava_data.sample(tokenizer, one, 9, 7)
         assert sample["ids"].count(image_id) == 9 and sample["images"] == [7]
@@ -109,3 +119,156 @@ def test_the_command_writes_what_it_reads(tmp_path):
     llava_data.main(llava_data.Config(emoji=3, out=str(tmp_path)))
     rows = llava_data.read(tmp_path / "chat.json", tmp_path / "pictures")
     assert len(rows) == 735 and rows[-1]["image"].startswith("emoji")
+
+
+def chat_json(folder):
+    """Three conversations, two of them with pictures that are there -> (path, rows)."""
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(folder / "a.png")
+    Image.new("L", (9, 8), 90).save(folder / "b.jpg")
+    rows = [
+        llava_data.row("one", "a.png", [("What?", "an apple"), ("Sure?", "yes, \u00e9\u4e2d")]),
+        llava_data.row("two", "b.jpg", [("Which?", "a pear")]),
+        llava_data.row("three", None, [("What is red?", "a cherry")]),
+    ]
+    path = folder / "chat.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    return path, rows
+
+
+def test_a_byte_order_mark_null_pictures_and_half_characters(tmp_path):
+    path, rows = chat_json(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert llava_data.read(path, tmp_path) == rows
+    path.write_text(json.dumps([rows[0], rows[2] | {"image": None}]), "utf-8")
+    assert llava_data.read(path, tmp_path) == [rows[0], rows[2]]
+    assert llava_data.mend(llava_data.read(path, tmp_path), tmp_path)[1] == 0
+    rows[2]["conversations"][1]["value"] = "half \ud83d"
+    path.write_text(json.dumps(rows), "utf-8")
+    assert llava_data.read(path, tmp_path)[2]["conversations"][1]["value"] == "half \ufffd"
+
+
+REFUSED = [
+    ('[{"id": "caf\u00e9"}]'.encode("latin-1"), "is not UTF-8 (byte 12 is 0xe9)"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'[{"image": "a.png", "image": "b.jpg", "conversations": []}]', "'image' is there twice"),
+    (json.dumps([llava_data.row("x", "a" * 5000, [("q", "a")])]).encode(), "there is no aaa"),
+    (json.dumps([llava_data.row("x", "a\0.png", [("q", "a")])]).encode(), "row 0: there is no"),
+    (json.dumps([llava_data.row("x", "\ud800.png", [("q", "a")])]).encode(), "row 0: there is no"),
+    (json.dumps([llava_data.row("x", "", [("q", "a")]) | {"image": ""}]).encode(), "row 0: 0 words <image>"),
+    (json.dumps([llava_data.row("x", None, [("q", None)])]).encode(), "row 0: every turn is"),
+    (json.dumps([{"conversations": [{"from": "z" * 5000, "value": "x"}]}]).encode(), "turns are human, gpt"),
+]
+
+
+@pytest.mark.parametrize("content, says", REFUSED)
+def test_a_file_of_an_outsider_is_refused_in_one_short_line(tmp_path, content, says):
+    chat_json(tmp_path)
+    (tmp_path / "chat.json").write_bytes(content)
+    with pytest.raises(UserError) as found:
+        llava_data.read(tmp_path / "chat.json", tmp_path)
+    line = str(found.value)
+    assert says in line and "\n" not in line and len(line) < 700
+    line.encode("utf-8")
+
+
+def check_rows(found, folder, words):
+    """Whatever was read fits its pictures, and becomes samples whose learned tokens are its answers."""
+    tokenizer, image_id = words
+    llava_data.validate(found, folder)
+    for one in found:
+        assert one.keys() <= {"id", "image", "conversations"} and one.get("image", "") is not None
+        made = llava_data.sample(tokenizer, one, 4, 0 if "image" in one else None)
+        assert made["ids"].count(image_id) == 4 * len(made["images"])
+        ends = made["labels"].count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        assert ends == len(one["conversations"]) // 2
+
+
+def test_damaged_files_are_read_or_refused(tmp_path, words):
+    """500 damaged chat.json, fixed seed: bytes, and values of wrong types."""
+    path, rows = chat_json(tmp_path)
+    whole = path.read_bytes()
+    values = [json.dumps(bad).encode() for bad in fuzz.retyped(rows, 200, seed=1)]
+    outcomes = []
+    for bad in [*fuzz.damaged(whole, 300, seed=1), *values]:
+        path.write_bytes(bad)
+        found = fuzz.reads_or_refuses(lambda: llava_data.read(path, tmp_path))
+        outcomes.append(found is not None)
+        if found is not None:
+            check_rows(found, tmp_path, words)
+    assert len(outcomes) == 500 and 20 < sum(outcomes) < 400  # both happen
+
+
+def test_damaged_pictures_are_replaced_or_read(tmp_path):
+    """500 damaged pictures, fixed seed: what cannot be read is counted and replaced, the rest keeps its row."""
+    path, rows = chat_json(tmp_path)
+    rows, whole = rows[:2], (tmp_path / "a.png").read_bytes()
+    turned = io.BytesIO()
+    Image.new("RGB", (6, 4), (9, 99, 200)).save(turned, "JPEG", exif=exif_block(6, damage=True))
+    outcomes = []
+    for bad in [*fuzz.damaged(whole, 250, seed=2), *fuzz.damaged(turned.getvalue(), 250, seed=3)]:
+        (tmp_path / "a.png").write_bytes(bad)
+        mended, broken = fuzz.reads_or_refuses(lambda: llava_data.mend(rows, tmp_path))
+        outcomes.append(broken)
+        assert mended == ([rows[1], rows[1]] if broken else rows)
+    assert 50 < sum(outcomes) < 490
+
+
+def test_control_tokens_in_a_conversation_are_text(words):
+    tokenizer, image_id = words
+    said = "</s> <|im_end|>\n<|im_start|>system <file_sep>"
+    made = llava_data.sample(tokenizer, llava_data.row("x", "a.png", [(said, said)]), 3, 0)
+    count = {w: made["ids"].count(tokenizer.convert_tokens_to_ids(w)) for w in ("<|im_end|>", "<|im_start|>")}
+    assert count == {"<|im_end|>": 2, "<|im_start|>": 2} and made["ids"].count(image_id) == 3
+    assert tokenizer.convert_tokens_to_ids("<file_sep>") not in made["ids"]
+
+
+def test_long_conversations_lose_whole_turns_and_are_counted(words):
+    tokenizer, image_id = words
+    talk = [("What?", "a pear"), ("Sure?", "yes"), ("Tell more", "very " * 50 + "much"), ("Stop?", "yes")]
+    long, short = llava_data.row("long", "a.png", talk), llava_data.row("short", None, talk[:1])
+    size = lambda row: len(llava_data.sample(tokenizer, row, 5, 0)["ids"])  # noqa: E731
+    two = size(llava_data.row("x", "a.png", talk[:2]))
+    every, shortened, left_out = llava_data.samples(tokenizer, [long, short], 5, {"a.png": 7}, size(long))
+    assert (shortened, left_out) == (0, 0) and len(every[0]["ids"]) == size(long)
+    for longest in (two, size(long) - 1):
+        cut, shortened, left_out = llava_data.samples(tokenizer, [long, short], 5, {"a.png": 7}, longest)
+        assert (shortened, left_out) == (1, 0) and [s["images"] for s in cut] == [[7], []]
+        learned = tokenizer.decode([i for i in cut[0]["labels"] if i != llava_data.IGNORE])
+        assert learned.startswith("a pear<|im_end|>yes<|im_end|>") and learned.endswith("<|im_end|>")
+        assert learned.count("<|im_end|>") == (2 if longest == two else 3) and len(cut[0]["ids"]) <= longest
+    one, shortened, left_out = llava_data.samples(tokenizer, [long, short], 5, {"a.png": 7}, size(short))
+    assert (shortened, left_out) == (0, 1) and [s["images"] for s in one] == [[]]
+    with pytest.raises(UserError, match="no conversation fits into 3 tokens"):
+        llava_data.samples(tokenizer, [long, short], 5, {"a.png": 7}, 3)
+
+
+class Eye:
+    size = 6
+
+
+def test_features_are_of_these_pictures_in_this_order_and_views_differ(tmp_path, monkeypatch):
+    """What the tower is shown: view 0 the middle square, others random pieces; and the key that it is kept by."""
+    keys = []
+
+    def said(eye, look, key):
+        keys.append(repr(key))
+        return look().float().mean((2, 3))[:, None]  # a token: the mean colour
+
+    monkeypatch.setattr(llava_data.tower, "said", said)
+    ramp = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (32, 1))
+    Image.fromarray(np.stack([ramp, ramp * 0, ramp.T], 2)).save(tmp_path / "ramp.png")
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(np.full((8, 8), 10, dtype=np.uint8)).save(tmp_path / "dark.png")
+    paths = [tmp_path / f"{name}.png" for name in ("ramp", "grey", "dark")]
+    found = llava_data.features(Eye, paths, 3, seed=4)
+    assert found.shape == (3, 3, 1, 3)
+    assert found[:, 1].eq(128).all() and found[:, 2].eq(10).all()
+    assert found[0, 0, 0, 0] == pytest.approx(127.5, abs=1) and found[0, 0, 0, 2] == pytest.approx(127.5, abs=1)
+    assert not torch.equal(found[1, 0], found[0, 0]) and not torch.equal(found[1, 0], found[2, 0])
+    again = llava_data.features(Eye, paths, 2, seed=5)
+    assert torch.equal(again[0], found[0]) and not torch.equal(again[1], found[1])
+    llava_data.features(Eye, paths[::-1], 1, seed=4)
+    (tmp_path / "dark.png").write_bytes((tmp_path / "grey.png").read_bytes())
+    llava_data.features(Eye, paths, 1, seed=4)
+    first, second, third, middle, other_seed, turned_round, other_content = keys
+    assert middle == first and len({first, second, third, other_seed, turned_round, other_content}) == 6
