@@ -96,7 +96,7 @@ class Learner(nn.Module):
         self.model = model
 
     def forward(self, batch, features):
-        """Sum of -log p(token | photo, all before it) over the tokens to learn. Eq. 2 of LLaVA's Sec. 4.2.
+        """Sum of -log p(token | photo, all before it) over the tokens to learn. Eq. 3 of LLaVA, Sec. 4.2.
 
         features: what the tower said (photos,N,D), or pixels (photos,3,S,S) if it learns; None: words alone.
         """
