@@ -1,6 +1,7 @@
 """A Llama of a few thousand random weights, for the tests of fine-tuning."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
 from utils import assets, pretrained
 
 
-def tiny(layers=2, vocabulary=120, seed=0, bias=False):
+def tiny(layers=2, vocabulary=120, seed=0, bias=False) -> Any:
     """bias: biases in attention, as Qwen2 has them, and not zero."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -31,7 +32,7 @@ def tiny(layers=2, vocabulary=120, seed=0, bias=False):
     return model
 
 
-def learned_positions(kind):
+def learned_positions(kind) -> Any:
     """A tiny model with a table of 64 positions: gpt2, opt, or opt-350m, whose words are half as wide as its layers."""
     torch.manual_seed(0)
     if kind == "gpt2":
@@ -51,7 +52,7 @@ def learned_positions(kind):
 
 
 @cache
-def tokenizer():
+def tokenizer() -> Any:
     """SmolLM2's, without its weights."""
     place = assets.fetch("smollm2") / "bf16"
     return AutoTokenizer.from_pretrained(place) if place.exists() else pretrained.smollm2()[0]
@@ -66,6 +67,6 @@ def batch(vocabulary=120):
 
 def folder(path):
     """Write a tiny Llama with the real tokenizer, as an ordinary model folder -> its name."""
-    tiny(vocabulary=len(tokenizer())).save_pretrained(path)
+    tiny(vocabulary=len(tokenizer())).to(torch.bfloat16).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)

@@ -150,7 +150,10 @@ def test_only_adapters_move_and_lora_plus_moves_b_faster():
     model, cfg = ours("lora")
     assert all(("lora_" in n) == p.requires_grad for n, p in model.named_parameters())
     slow, fast = llama2_lora.groups(model, plus=16)
-    assert fast["times"] == 16 * slow["times"] == 16 and len(fast["params"]) == len(slow["params"]) == 6
+    assert fast["times"] == 16 * slow["times"] == 16
+    named = dict(model.named_parameters())
+    for group, end in ((slow, "lora_A"), (fast, "lora_B")):
+        assert [id(p) for p in group["params"]] == [id(p) for n, p in named.items() if n.endswith(end)]
 
 
 def test_targets_by_ending_or_expression_and_nothing_outside():
@@ -373,7 +376,7 @@ def test_every_flag_reaches_the_adapters(backend, monkeypatch, tmp_path):
         base = found["model"].peft_config["default"].base_model_name_or_path
         assert base == adapters.base_of(found["model"])
     trained = {n for n, p in found["model"].named_parameters() if p.requires_grad}
-    assert len(trained) == 5 and sum("norm" in n for n in trained) == 1
+    assert len(trained) == 5 and sum("norm" in n for n in trained) == 1 and sum("k_proj" in n for n in trained) == 4
     slow, fast = found["groups"]
     assert (slow["times"], fast["times"], len(slow["params"]), len(fast["params"])) == (1, 5, 3, 2)
     with pytest.raises(run.UserError, match="outside of elsewhere"):
