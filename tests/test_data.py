@@ -84,6 +84,14 @@ def test_image_folder(folder):
     assert (images[2] == 255).all()  # transparent becomes white, not black
 
 
+def test_image_folder_takes_the_middle_square(tmp_path):
+    colours = np.zeros((10, 30, 3), np.uint8)
+    for third in range(3):
+        colours[:, 10 * third : 10 * third + 10, third] = 255
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    assert data.image_folder(tmp_path, 10)[0].float().mean((1, 2)).tolist() == [0, 255, 0]
+
+
 def test_image_folder_turns_photos_upright(tmp_path):
     image = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None] * 4, 64, 1))  # dark above, bright below
     exif = Image.Exif()
