@@ -143,8 +143,8 @@ def test_choices_are_chosen_and_answers_said_of_the_right_picture(monkeypatch):
 
 def test_the_same_choice_twice_is_right_both_times():
     row = {"choices": ["cat", "dog", "dog", "owl"], "right": 2, "answers": None, "said": "dog"}
-    found = questions.score([row | {"chosen": 1, "matched": 2}, row | {"chosen": 0, "matched": None}])
-    assert found["chosen by likelihood"] == 0.5 and found["named in what was said"] == 0.5
+    found = questions.score([row | {"chosen": 1, "matched": 2}, row | {"chosen": 2, "matched": None}])
+    assert found["chosen by likelihood"] == 1.0 and found["named in what was said"] == 0.5
 
 
 def test_the_photos_of_the_made_file_were_never_learned_from(monkeypatch, tmp_path):
