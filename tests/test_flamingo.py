@@ -273,7 +273,8 @@ def test_gates_learn_ten_times_as_fast_and_all_rates_rise_and_fall(monkeypatch):
     wanted = [1e-3 * (step + 1) / 20 * (1 + np.cos(np.pi * step / 4)) / 2 for step in range(4)]
     assert rest == pytest.approx(wanted)
     monkeypatch.undo()
-    made = steps_of(pytest.MonkeyPatch(), steps=1)[0]  # the first step of Adam moves every gate by its rate
+    with pytest.MonkeyPatch.context() as patch:
+        made = steps_of(patch, steps=1)[0]  # the first step of Adam moves every gate by its rate
     torch.testing.assert_close(made.gates().abs(), torch.full((2, 2), 10 * 1e-3 / 20), rtol=1e-3, atol=0)
 
 
