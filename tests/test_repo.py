@@ -15,7 +15,7 @@ from tests.test_readme import tiny_flags
 
 CHAPTERS = ["models", "finetune", "training", "rag", "papers"]
 SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
-MEASURE = ("bench", "compare", "app", "poison", "mae_claims", "evaluate_vlm", "llava_data")  # or show
+MEASURE = ("bench", "compare", "app", "poison", "mae_claims", "evaluate_vlm", "llava_data", "answer_study")  # or show
 MEASURE += ("llava_compare", "flamingo_lora", "questions")
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
