@@ -55,6 +55,11 @@ def messages(question, passages=()):
     return [{"role": "system", "content": WITH if passages else ALONE}, {"role": "user", "content": clean(content)}]
 
 
+def read(llm, passages):
+    """Those of the passages that this model reads: a small one answers better from the first than from five."""
+    return passages[: getattr(llm, "reads", len(passages))]
+
+
 def citations(answer, passages):
     """-> numbers in brackets that are passages, in the order of their first use, and those that are not."""
     named = list(dict.fromkeys(int(n) for n in re.findall(r"\[(\d{1,3})\]", answer)))
@@ -88,6 +93,8 @@ class Local:
             pretrained.smollm2(device) if name == "smollm2" else pretrained.language_model(name, device)
         )
         check(self.tokenizer.chat_template, f"--llm {name} has no chat template: name a model made for chat")
+        if name == "smollm2":
+            self.reads = 1
         self.tokens, self.room = tokens, positions(self.model, self.tokenizer) - tokens
         most = tokens + self.room - 64
         check(self.room >= 64, f"--tokens {tokens} leaves --llm {name} no room to read in: at most {most}")
@@ -229,7 +236,7 @@ def chain(llm, retriever=None, k=5):
         return {"question": question, "passages": retriever.invoke(question)[:k] if retriever else ()}
 
     def write(found: dict) -> list:
-        return messages(**found)
+        return messages(found["question"], read(llm, found["passages"]))
 
     def generate(chats: Iterator[list]) -> Iterator[str]:
         for chat in chats:

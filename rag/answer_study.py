@@ -29,8 +29,7 @@ from utils.run import check
 HERE = Path(__file__).parent / "study"
 BATCH = 10  # questions that a model in this process answers at a time
 EXTRACT = "Copy the one sentence out of the passages that answers the question, word for word."
-SHORT = "Answer with a few words out of the passages."
-CHOSEN = "3 passages"  # the default of the chapter
+CHOSEN = "1 passage"  # the default of the chapter
 OLD = "3 passages, penalty 1.1"  # as it was before anybody had counted
 
 
@@ -56,26 +55,24 @@ class Way:
     question: str = "last"  # behind the passages; or first, or both
     instruction: str = answer.WITH
     repeated: str = ""  # instruction once more, behind everything
-    marks: bool = True  # around each passage; else they are pasted one after the other
     decoding: dict = field(default_factory=dict)
 
 
 PLAIN = Way()
 ONE = replace(PLAIN, k=1)
 WAYS = {
-    CHOSEN: PLAIN,
+    "3 passages": PLAIN,
     "3 passages, penalty 1.05": replace(PLAIN, decoding={"repetition_penalty": 1.05}),
     OLD: replace(PLAIN, decoding={"repetition_penalty": 1.1}),
     "3 passages, no 4 tokens twice": replace(PLAIN, decoding={"no_repeat_ngram_size": 4}),
+    "3 passages, question first": replace(PLAIN, question="first"),
+    "3 passages, question first and last": replace(PLAIN, question="both"),
+    "3 passages, extractive": replace(PLAIN, instruction=EXTRACT),
+    "3 passages, extractive, repeated": replace(PLAIN, instruction=EXTRACT, repeated=EXTRACT),
     "5 passages": replace(PLAIN, k=5),
-    "1 passage": ONE,
-    "1 passage, extractive": replace(ONE, instruction=EXTRACT),
-    "1 passage, extractive, repeated": replace(ONE, instruction=EXTRACT, repeated=EXTRACT),
-    "1 passage, short, repeated": replace(ONE, instruction=SHORT, repeated=SHORT),
-    "1 passage, short, repeated, no marks": replace(ONE, instruction=SHORT, repeated=SHORT, marks=False),
-    "1 passage, question first": replace(ONE, question="first"),
-    "1 passage, question first and last": replace(ONE, question="both"),
+    CHOSEN: ONE,
     "1 passage, penalty 1.1": replace(ONE, decoding={"repetition_penalty": 1.1}),
+    "1 passage, extractive, repeated": replace(ONE, instruction=EXTRACT, repeated=EXTRACT),
 }
 
 
@@ -93,7 +90,7 @@ def holds(said, keys):
 def chat(question, passages, way):
     """The messages of one way of asking."""
     asked = f"Question: {question}"
-    told = answer.fence(passages) if way.marks else "\n\n".join(p.page_content for p in passages)
+    told = answer.fence(passages)
     parts = {"last": [told, asked], "first": [asked, told], "both": [asked, told, asked]}[way.question]
     parts += [way.repeated] if way.repeated else []
     return [{"role": "system", "content": way.instruction}, {"role": "user", "content": "\n\n".join(parts)}]

@@ -108,7 +108,7 @@ class Desk:
             if found and self.abstain > -1 and self.close(question, found) < self.abstain:
                 told = answer.NOWHERE
             elif self.llm and found:  # without passages it would answer out of its head
-                for word in self.llm.stream(answer.messages(question, found)):
+                for word in self.llm.stream(answer.messages(question, answer.read(self.llm, found))):
                     told += word
                     yield "Answering ...", told, found
             self.answered += 1

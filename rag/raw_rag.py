@@ -142,7 +142,7 @@ def ask(cfg, retriever, llm):
     sure = closeness(cfg.embedder, question, found)
     answered = bool(found) and sure >= cfg.abstain
     told = speak(answer.chain(llm, retriever, cfg.k).stream(question) if answered else [answer.NOWHERE])
-    real, invented = answer.citations(told, found)
+    real, invented = answer.citations(told, answer.read(llm, found))
     cited = ", ".join(f"[{n}] {printable(found[n - 1].metadata['source'])}" for n in real) or "no passage"
     print(f"\ncites {cited}{f'; and {invented}, which are not there' if invented else ''}\n")
     seen = [d.metadata["id"] for d in found]

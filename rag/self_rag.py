@@ -163,6 +163,7 @@ def respond(question, retriever, llm, k=5):
     found = retriever.invoke(question)[:k]
     if not found:
         return answer.NOWHERE, [], 0.0
+    found = answer.read(llm, found)
     said = "".join(llm.stream(answer.messages(question, found)))
     return said, found, supported(said, found)
 

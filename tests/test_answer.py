@@ -356,3 +356,20 @@ def test_fuzz_of_questions_and_passages(llm):
         assert answer.fence([document(text, "a/0")]).count("</passage>") == 1
         slowest = max(slowest, time.process_time() - begun)
     assert slowest < 2
+
+
+def test_a_small_model_reads_the_best_passage_only(llm, monkeypatch):
+    assert llm.reads == 1 and not hasattr(local(monkeypatch), "reads")
+
+    class Small:
+        reads = 2
+
+        def stream(self, chat):
+            self.chat = chat
+            yield "x"
+
+    small, best = Small(), [d.page_content for d in dense().invoke("the cat on the mat")]
+    list(answer.chain(small, dense(), k=4).stream("the cat on the mat"))
+    told = small.chat[1]["content"]
+    assert told.count("<passage ") == 2 and best[0] in told and best[1] in told and best[2] not in told
+    assert answer.read(None, documents()) == documents()

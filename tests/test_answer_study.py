@@ -41,23 +41,18 @@ def test_no_question_both_chooses_and_judges():
 
 def test_the_chosen_way_is_how_the_chapter_asks_a_small_model():
     way, found = answer_study.WAYS[answer_study.CHOSEN], documents()
-
-    class Small:
-        style = answer.SMALL
-
-    assert answer_study.chat("Who?", found[: way.k], way) == answer.asked(Small(), "Who?", found)
+    small = type("Small", (), {"reads": 1})
+    assert answer_study.chat("Who?", found[: way.k], way) == answer.messages("Who?", answer.read(small, found))
     assert answer.DECODING | way.decoding == answer.DECODING
-    large = answer_study.chat("Who?", found, answer_study.Way())
-    assert large == answer.asked(object(), "Who?", found) == answer.messages("Who?", found)
 
 
 def test_each_way_is_another_prompt_or_decoding():
     found = documents()
     ways = [json.dumps([answer_study.chat("Who?", found[: w.k], w), w.decoding]) for w in answer_study.WAYS.values()]
     assert len(set(ways)) == len(ways)
-    told = answer_study.chat("Who?", found[:1], answer_study.WAYS["question first"])[1]["content"]
+    told = answer_study.chat("Who?", found[:1], answer_study.WAYS["3 passages, question first"])[1]["content"]
     assert told.startswith("Question: Who?") and told.endswith("</passage>")
-    both = answer_study.chat("Who?", found[:1], answer_study.WAYS["question first and last"])[1]["content"]
+    both = answer_study.chat("Who?", found[:1], answer_study.WAYS["3 passages, question first and last"])[1]["content"]
     assert both.count("Question: Who?") == 2
 
 
