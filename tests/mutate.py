@@ -16,7 +16,6 @@ The mutants of a chapter are listed in tests/mutants/CHAPTER.toml, each as
 """
 
 import argparse
-import os
 import shlex
 import shutil
 import subprocess
@@ -24,11 +23,14 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, it finds its own folder there
+
+from tests import warm  # noqa: E402
+
 LISTS = Path(__file__).parent / "mutants"
 KINDS = ("equation", "wiring")
 
@@ -57,14 +59,23 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
+PYTEST = """
+import sys
+import pytest
+sys.dont_write_bytecode = True
+sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
 def run_tests(tree: Path, arguments: str) -> int:
-    """pytest's exit code: 0 all passed, 1 one failed, anything else says that nothing was tested."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(arguments)]
-    try:
-        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
-    except subprocess.TimeoutExpired:
-        return 1  # a test that never ends has noticed
+    """pytest's exit code: 0 all passed, 1 one failed, anything else says that nothing was tested.
+
+    In a fork of a process that has the libraries, and no chapter: a fork imports those of its tree, first on the path.
+    """
+    (tree / "run_pytest.py").write_text(PYTEST, "utf-8")
+    words = [str(tree / "run_pytest.py"), *shlex.split(arguments)]
+    code = warm.run(words, cwd=tree, env={"PYTHONPATH": str(tree)}, network=True).returncode
+    return 1 if code == -9 else code  # a test that never ends has noticed
 
 
 def verdict(mutant: dict, tree: Path) -> str:
@@ -77,35 +88,34 @@ def verdict(mutant: dict, tree: Path) -> str:
     return {0: "SURVIVED", 1: "killed"}.get(code, f"not run (pytest ended with {code})")
 
 
-def run_all(listed: list[dict], jobs: int) -> Counter:
-    """Every mutant, `jobs` copies side by side; a selection of tests that fails unbroken proves nothing."""
-    trees: SimpleQueue[Path] = SimpleQueue()
-    counts: Counter = Counter()
+def judge(part: list[dict]) -> list[tuple[dict, str]]:
+    """The mutants of one process, in a copy of the tree of its own -> verdicts, printed as they come.
+
+    A selection of tests that fails without a mutant proves nothing, so each is run unbroken first.
+    """
+    found, unbroken = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for job in range(jobs):
-            tree = Path(folder) / str(job)
-            copy_tree(tree)
-            trees.put(tree)
+        tree = Path(folder)
+        copy_tree(tree)
+        for mutant in part:
+            tests = mutant["tests"]
+            if tests not in unbroken:
+                unbroken[tests] = run_tests(tree, tests)
+            whole = unbroken[tests] == 0
+            result = verdict(mutant, tree) if whole else f"not run: fails without a mutant: {tests}"
+            print(f"{result:10} {mutant['kind']:9} {mutant['name']}", flush=True)
+            found.append((mutant, result))
+    warm.stop()
+    return found
 
-        def in_a_tree(action, argument):
-            tree = trees.get()
-            try:
-                return action(argument, tree)
-            finally:
-                trees.put(tree)
 
-        with ThreadPoolExecutor(jobs) as pool:
-            selections = list(dict.fromkeys(m["tests"] for m in listed))
-            unbroken = pool.map(lambda s: in_a_tree(lambda tests, tree: run_tests(tree, tests), s), selections)
-            passing = {tests for tests, code in zip(selections, unbroken) if code == 0}
-            for tests in sorted(set(selections) - passing):
-                print(f"fails without a mutant: {tests}")
-            useful = [m for m in listed if m["tests"] in passing]
-            for mutant, result in zip(useful, pool.map(lambda m: in_a_tree(verdict, m), useful)):
-                print(f"{result:10} {mutant['kind']:9} {mutant['name']}", flush=True)
-                counts[result, mutant["kind"]] += 1
-        counts["not run", ""] += len(listed) - len(useful)
-    return counts
+def run_all(listed: list[dict], jobs: int) -> Counter:
+    """Every mutant, `jobs` processes side by side; those with the same tests stay together."""
+    listed = sorted(listed, key=lambda m: m["tests"])
+    size = -(-len(listed) // jobs)
+    parts = [listed[i * size : (i + 1) * size] for i in range(jobs)]
+    with ProcessPoolExecutor(jobs) as pool:
+        return Counter((result, mutant["kind"]) for part in pool.map(judge, parts) for mutant, result in part)
 
 
 def table() -> str:

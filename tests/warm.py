@@ -28,7 +28,10 @@ LIBRARIES = """
 """
 REFUSE = """
 import socket
+connect = socket.socket.connect
 def refuse(self, address, *rest):
+    if self is not None and self.family == socket.AF_UNIX:  # processes of one machine: a fork server, for one
+        return connect(self, address)
     raise OSError(f"a socket was opened to {address}")
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = lambda *a, **k: refuse(None, a)
@@ -51,11 +54,14 @@ def ask(request: dict) -> int:
     return json.loads(helper.stdout.readline())
 
 
-def run(argv: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run(
+    argv: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None, network: bool = False
+) -> subprocess.CompletedProcess:
     """Run a script in a fork of the helper; as subprocess.run(..., capture_output=True, text=True)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        code = ask({"argv": argv, "cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err)})
+        about = {"cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err), "network": network}
+        code = ask({"argv": argv} | about)
         texts = [path.read_text("utf-8", "replace") for path in (out, err)]
     return subprocess.CompletedProcess(argv, code, *texts)
 
@@ -154,7 +160,8 @@ def child(request: dict) -> None:
             start_kernel()
             os._exit(0)
         sys.path[0] = str(Path(request["argv"][0]).resolve().parent)
-        exec(REFUSE, {})
+        if not request["network"]:
+            exec(REFUSE, {})
         matplotlib.use("Agg")
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
