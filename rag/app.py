@@ -224,7 +224,8 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     close = partial(raw_rag.closeness, cfg.embedder)
     desk = Desk(build_retriever(cfg), llm, cfg.k, cfg.rate, close=close, abstain=cfg.abstain)
-    about = f"A language model reads the {cfg.k} best passages and answers. It may be wrong: its sources are beside it."
+    reads = min(cfg.k, getattr(llm, "reads", cfg.k))
+    about = f"A language model reads {reads} of the {cfg.k} best passages and answers, maybe wrong: they are beside it."
     if cfg.once:
         line, told, found = list(desk.reply(question, HOST))[-1]
         check(not line, line)
