@@ -116,8 +116,8 @@ def test_questions_and_documents_have_prompts_of_their_own(tmp_path):
 
 def test_a_text_without_a_known_word_is_zero_and_no_number_is_refused(tmp_path):
     one = embedder.Embedder(tiny_encoder(tmp_path), cache=False)
-    vectors = one.encode(["zebra", "moon", ""])
-    assert np.isfinite(vectors).all() and np.linalg.norm(vectors, axis=1).tolist() == [0, 1, 0]
+    vectors = one.encode(["zebra", "moon", "", "cat"])
+    assert np.isfinite(vectors).all() and np.linalg.norm(vectors, axis=1).tolist() == [0, 1, 0, 1]
     with pytest.raises(UserError, match="no numbers: take another --embedder"):
         embedder.unit(np.array([[np.nan, 1.0]]))
 
