@@ -123,8 +123,9 @@ def test_what_each_kind_asks_the_model_and_searches(tmp_path, monkeypatch):
     quick = []
     monkeypatch.setattr(raw_rag, "build_retriever", lambda cfg: quick.append(cfg.k))
     monkeypatch.setattr(raw_rag, "embedder", lambda name: Bag())
-    monkeypatch.setattr(transforming.answer, "language_model", lambda name, tokens: (name, tokens))
+    monkeypatch.setattr(transforming.answer, "language_model", lambda name, tokens, **rules: (name, tokens, rules))
     cfg = transforming.Config(transform="step-back", k=3, words=7, out=str(tmp_path))
     one = transforming.build_retriever(cfg)
-    assert (one.llm, one.kind, one.k) == (("smollm2", 7), "step-back", 3)
+    assert one.llm == ("smollm2", 7, {"repetition_penalty": 1.1})
+    assert (one.kind, one.k) == ("step-back", 3)
     assert transforming.build_retriever(replace(cfg, k=30)).k == 30 and quick == [20, 30]
