@@ -57,7 +57,7 @@ def settings(model: Any) -> dict[str, Any]:
     networks = [{k: v for k, v in n.items() if k not in ("_name_or_path", "transformers_version")} for n in networks]
     tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
     words = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else repr(tokenizer)
-    if tokenizer is not model.tokenizer:  # padding and length of the last batch are no property of the model
+    if isinstance(words, dict):  # padding and length of the last batch are no property of the model
         words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}
     return {
         "rules": RULES,
