@@ -123,3 +123,7 @@ def test_every_mutant_still_has_its_line(path):
         assert mutate.broken(mutant) != (ROOT / mutant["file"]).read_text("utf-8")
         named = [word.split("::")[0] for word in shlex.split(mutant["tests"]) if word.startswith("tests/")]
         assert named and all((ROOT / name).is_file() for name in named), mutant["tests"]
+
+
+def test_the_table_of_mutants_is_that_of_the_lists():
+    assert mutate.table() in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
