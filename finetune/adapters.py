@@ -75,7 +75,8 @@ def read(folder, kinds):
     except (ValueError, RecursionError) as error:
         raise run.UserError(f"no adapter in {name}: adapter_config.json is no JSON ({printable(error)})") from None
     check_config(config, kinds, name)
-    if set(header) - {"format"}:  # ours; of PEFT's own files the header says the format only
+    # ours: of PEFT's own files the header says the format only
+    if set(header) - {"format"}:
         check_hash(config, tensors, header, name)
     for key, tensor in tensors.items():
         finite = tensor.is_floating_point() and bool(tensor.isfinite().all())
