@@ -252,9 +252,3 @@ def positions(model: Any) -> int:
     """How many tokens the model can take: a table ends there with an error, rotations are noise beyond."""
     text = model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or 2**31)
-
-
-def fits(model: Any, tokens: int, what: str = "the text") -> None:
-    """Raises UserError if a text of so many tokens is longer than the model takes."""
-    most = positions(model)
-    check(tokens <= most, f"{what} has {tokens} tokens, the model takes {most}; shorten it, or name another model")
