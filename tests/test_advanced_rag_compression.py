@@ -100,7 +100,7 @@ def test_sentences_of_other_scripts_and_in_proportion_to_the_size():
 
 def test_passages_and_sentences_are_judged_by_the_question_and_keep_their_metadata():
     """The filters one by one: far passages, repeated ones, far sentences; `keep` is not `relevant`."""
-    texts = ["the moon rose. A dog barked.", "the moon rose. A dog barked.", "Cats eat fish.", "the moon is far."]
+    texts = ["the moon rose. The dog barked.", "the moon rose. The dog barked.", "Cats eat fish.", "the moon is far."]
     found = [document(text, f"{i}") for i, text in enumerate(texts)]
     asked = []
 
