@@ -184,7 +184,7 @@ def test_four_titles_make_an_update(monkeypatch):
     monkeypatch.setattr(rerank, "loss", lambda model, tokenizer, question, texts, cosines: question * weight.sum())
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: seen.append(float(weight.grad)))
-    scale = [0.1, 0.2, 0.3, 0.4, 8.0, 8.0, 8.0, 8.0, 1.0]
+    scale = [8.0, 8.0, 8.0, 8.0, 0.1, 0.2, 0.3, 0.4, 1.0]
     lessons = [(x, [], torch.zeros(1)) for x in scale]
     list(rerank.train(model, None, lessons, rerank.Config(train=9)))
-    assert seen == pytest.approx([0.25, 1.0])  # the second one is clipped to length one
+    assert seen == pytest.approx([1.0, 0.25])  # the first one is clipped to length one
