@@ -92,7 +92,7 @@ def beginning(bench, cfg):
 @torch.no_grad()
 def read(model, ids):
     """What the model remembers of words: ids (P,) -> (P, N 2 H d). As a prefix it does what the words do."""
-    cache = model(input_ids=ids[None].to(model.device), use_cache=True).past_key_values
+    cache = model(input_ids=ids[None].to(model.device), use_cache=True).cache
     pairs = torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers])  # N, 2, H, P, d
     return rearrange(pairs, "n two h p d -> p (n two h d)").float()
 
@@ -108,7 +108,7 @@ def network(model, prefix):
         seen = torch.cat([mask.new_ones(len(ids), len(numbers)), mask], dim=1)
         position = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, len(numbers) :]
         return model(
-            input_ids=ids, attention_mask=seen.long(), position_ids=position, past_key_values=cache,
+            input_ids=ids, attention_mask=seen.long(), position_ids=position, cache=cache,
             logits_to_keep=sentiment.ends(ids, last),
         ).logits  # fmt: skip
 

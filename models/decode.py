@@ -72,9 +72,9 @@ def forward(model, mask, cache=None, **new):
     """Feed what is new: logits of the token that comes next (B,V) in float32, and the cache of all keys and values."""
     width = next(iter(new.values())).shape[1]
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -width:]  # padding does not count
-    more = {"position_ids": positions, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    more = {"position_ids": positions, "cache": cache, "use_cache": True, "logits_to_keep": 1}
     out = model(**new, attention_mask=mask, **more)
-    return out.logits[:, -1].float(), out.past_key_values
+    return out.logits[:, -1].float(), out.cache
 
 
 def everything(x):

@@ -62,13 +62,13 @@ def likelihoods(tokenizer, model, features, names, prompt=QUESTION):
     check(end, "the tokenizer has no word that ends an answer: set its eos_token")
     end_id = tokenizer.convert_tokens_to_ids(end)
     out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-    first, cache, scores = out.logits[:, -1].float().log_softmax(-1), out.past_key_values, []
+    first, cache, scores = out.logits[:, -1].float().log_softmax(-1), out.cache, []
     for name in names:
         ids = tokenizer(plain(name, tokenizer), add_special_tokens=False).input_ids
         check(ids, f"a name of no words cannot be scored: {name!r}")
         decode.check_length(model.language, embeds.shape[1], len(ids) + 1)
         ids = torch.tensor([[*ids, end_id]], device=embeds.device).expand(len(embeds), -1)
-        more = model.language(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+        more = model.language(input_ids=ids[:, :-1], cache=cache, use_cache=True).logits
         rest = more.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         scores.append(first[:, ids[0, 0]] + rest.sum(1))
         cache.crop(1 - ids.shape[1])  # forget this name

@@ -165,7 +165,7 @@ class Flamingo(nn.Module):
             self.now = (latents.flatten(1, 2), mask)
         try:
             out = self.language.base_model(
-                inputs_embeds=self.embed(ids), past_key_values=cache, use_cache=cache is not None
+                inputs_embeds=self.embed(ids), cache=cache, use_cache=cache is not None
             )
         finally:
             self.now = None

@@ -131,7 +131,7 @@ def test_the_mask_is_the_one_transformers_finds_in_the_positions(parity):
     for kind, dtype in (("sdpa", None), ("eager", torch.float32)):
         theirs = create_causal_mask(
             config=llama(kind).config, inputs_embeds=torch.zeros(2, 19, 32), attention_mask=None,
-            past_key_values=None, position_ids=batch["positions"],
+            cache=None, position_ids=batch["positions"],
         )  # fmt: skip
         mine = batching.block_mask(batch["segments"], dtype)
         assert mine.dtype == theirs.dtype
