@@ -86,6 +86,21 @@ def test_the_table_counts_facts_by_corpus(tmp_path):
     assert said["one"] == ["it is red"] * 4 and said["questions"] == ["red", "blue", "red", "blue"]
 
 
+def out_of_order(llm, chats, decoding):
+    """Says which question it was asked and how many passages it read; answers the second question first."""
+    for i in (1, 2, 0):
+        asked = chats[i][1]["content"]
+        yield i, f"{asked.split('Question: ')[1]} of {asked.count('<passage')}"
+
+
+def test_answers_belong_to_their_questions_and_ways_to_their_passages(monkeypatch):
+    monkeypatch.setattr(answer_study, "say", out_of_order)
+    rows = [row(name, [name], "it is red", "blue") for name in ("red", "blue", "green")]
+    for k in (1, 2):
+        said, right = answer_study.ask(None, rows, answer_study.Way(k=k), "name")
+        assert said == [f"red of {k}", f"blue of {k}", f"green of {k}"] and right.tolist() == [1, 1, 1]
+
+
 class Even:
     """Right on even questions under one instruction, on odd ones under the other."""
 
@@ -153,7 +168,15 @@ def test_a_batch_says_what_each_says_alone(monkeypatch):
     llm = local(monkeypatch)
     chats = [[{"role": "user", "content": "x" * n}] for n in (9, 1, 30, 4)]
     monkeypatch.setattr(answer_study, "BATCH", 3)
+    masks, whole = [], llm.model.generate
+    monkeypatch.setattr(
+        llm.model,
+        "generate",
+        lambda *a, **rest: masks.append(rest["attention_mask"].sum(1).tolist()) or whole(*a, **rest),
+    )
     assert dict(answer_study.say(llm, chats, {})) == {i: "".join(llm.stream(c)).strip() for i, c in enumerate(chats)}
+    lengths = sorted(len(llm.prompt(chat)[0]) for chat in chats)
+    assert masks[:2] == [lengths[:3], lengths[3:]]  # of padding nothing is read
     seen, generate = [], llm.model.generate
     monkeypatch.setattr(llm.model, "generate", lambda *a, **rest: seen.append(rest) or generate(*a, **rest))
     list(answer_study.say(llm, chats, {"repetition_penalty": 1.1}))

@@ -209,4 +209,5 @@ def test_what_is_skipped_is_not_searched(cfg):
 def test_passages_are_cut_as_the_flags_say(cfg):
     parts = raw_rag.passages(replace(cfg, chunk=200, overlap=40))
     assert max(len(p.page_content) for p in parts) <= 200 and len(parts) > len(raw_rag.passages(cfg))
+    assert len(parts) > len(raw_rag.passages(replace(cfg, chunk=200)))  # what neighbours share is counted twice
     assert raw_rag.passages(replace(cfg, titles=True))[0].page_content.startswith("django > ")
