@@ -64,10 +64,10 @@ def shake(model, spread=0.05):
 
 def talker(folder):
     """A whole LLaVA of tiny parts with the real tokenizer: tokenizer, model in fp32."""
-    from models import llava
-    from models import tower as towers
     from tests import llamas
     from utils import pretrained
+    from vlm import llava
+    from vlm import tower as towers
 
     tokenizer, language = pretrained.language_model(llamas.folder(folder))
     language.config.max_position_embeddings = 512  # a prompt with 196 places for a photo is longer than 128

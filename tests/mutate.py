@@ -8,7 +8,7 @@ The mutants of a chapter are listed in tests/mutants/CHAPTER.toml, each as
     file = "models/ddpm.py"
     before = "sample(ema, "              # occurs once in the file
     after = "sample(model, "
-    tests = "tests/test_ddpm.py -k ema"  # arguments of pytest
+    tests = "tests/models/test_ddpm.py -k ema"  # arguments of pytest
 
     python tests/mutate.py models                  # killed or survived, a line each; exit code 1 if one survived
     python tests/mutate.py models --only "ddpm"    # those whose name holds the words

@@ -2,8 +2,8 @@
 
 Symbols: V words of the vocabulary, d width, f width of the MLP, L layers, H heads, K heads of keys and values; B texts
 of S tokens; N parameters; e bytes of a number in matrix products (2 in bf16, 4 in fp32).
-Each function is compared with the thing itself, in tests/test_memory.py: with `sum(p.numel())`, with what autograd
-saves, with DeepSpeed. ACCOUNTS and the plain forms are there to be read, and used by the notebook.
+Each function is compared with the thing itself, in tests/training/test_memory.py: with `sum(p.numel())`, with what
+autograd saves, with DeepSpeed. ACCOUNTS and the plain forms are there to be read, and used by the notebook.
 """
 
 ACCOUNTS = {  # bytes per trained weight, as they are found in print: {account: {part: bytes}}

@@ -33,12 +33,12 @@ class Result:
 RESULTS = (
     Result(
         "A language model that sees: LLaVA names fruit",
-        "python models/llava.py --samples 8",
+        "python vlm/llava.py --samples 8",
         "answers.png",
         "A vision encoder turns each photo into nine tokens; a language model of 135 million parameters reads them "
         "and answers: above each photo its answer, green if right, below the truth. No photo here was seen in "
         "training. It was taught fruit and nothing else: shown a bus, it names a fruit.",
-        "python finetune/llava.py",
+        "python vlm/train.py",
         "models/README.md",
     ),
     Result(

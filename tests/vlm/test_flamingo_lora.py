@@ -1,0 +1,141 @@
+"""vlm/flamingo_lora.py: who learns in each way, LoRA that can be taken out, flags that make no sense."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from finetune import llama2_lora
+from tests import eyes, llamas
+from utils import data, pretrained
+from utils.run import UserError
+from vlm import flamingo, flamingo_lora, fruit_photos, tower
+
+IMAGE, END = 98, 99
+
+
+def model():
+    torch.manual_seed(3)
+    made = flamingo.Flamingo(eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, seen=12).eval()
+    eyes.shake(made.cross, 0.3)
+    return made
+
+
+def text():
+    return torch.tensor([[1, 7, IMAGE, 8, END, IMAGE, 9, 10, END]])
+
+
+@pytest.mark.parametrize("way", flamingo_lora.WAYS)
+def test_what_learns_is_what_was_asked_for(way):
+    made = flamingo_lora.choose(model(), way, flamingo_lora.Config(rank=2))
+    names = set(made.moving())
+    assert names and not any(n.startswith("language") for n in names)
+    if way == "gates":
+        assert names == {f"cross.{i}.gate_{k}" for i in range(2) for k in ("attention", "mlp")}
+    elif way == "lora":
+        targets = flamingo_lora.Config().targets
+        assert names == {f"cross.{i}.{t}.lora_{x}" for i in range(2) for t in targets for x in "AB"}
+    else:
+        whole = {n for n, _ in made.named_parameters() if not n.startswith("language")}
+        assert names == whole
+
+
+def test_lora_begins_as_nothing_moves_something_and_can_be_taken_out():
+    made, features = model(), torch.randn(1, 2, 4, 16)
+    with torch.no_grad():
+        before = made(text(), made.resample(features))
+        flamingo_lora.choose(made, "lora", flamingo_lora.Config(rank=2))
+        assert len(llama2_lora.names(made.cross)) == 12
+        assert torch.equal(made(text(), made.resample(features)), before)
+    loss = flamingo.loss(made, text(), text() != IMAGE, features)
+    loss.backward()
+    with torch.no_grad():
+        for p in made.moving().values():
+            p.add_(torch.randn_like(p))
+        assert not torch.allclose(made(text(), made.resample(features)), before, atol=1e-3)
+        assert torch.equal(flamingo_lora.unplug(made)(text(), made.resample(features)), before)
+    assert not llama2_lora.names(made)
+
+
+def test_every_kind_has_a_name_of_its_own():
+    assert flamingo_lora.FRENCH.keys() == fruit_photos.NAMES.keys()
+    assert len(set(flamingo_lora.FRENCH.values())) == 14
+
+
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
+    for flags, says in (
+        ({"steps": 0}, "above 0"), ({"lora_lr": 0.0}, "above 0"), ({"ways": ()}, "--ways"),
+        ({"judged": -1}, "--judged"),
+        ({"targets": ("c_attn",)}, "names no linear layer"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            flamingo_lora.main(flamingo_lora.Config(**{"out": str(tmp_path / "out")} | flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_photos(tmp_path, monkeypatch):
+    """The whole script before a Flamingo of a few thousand weights, whose trainings and judgements are written down."""
+    tokenizer, _ = pretrained.smollm2()
+    trained, judged = [], []
+    real_train, real_judge, tiny = flamingo.train, flamingo.judge, flamingo.Flamingo
+
+    def load(path, language, new, on):
+        assert path == flamingo.WEIGHTS
+        torch.manual_seed(7)
+        made = flamingo.Flamingo(language, new).eval().requires_grad_(False)
+        eyes.shake(made.cross, 0.3)
+        return made
+
+    def train(model, said, kinds, first, chunks, cfg, on):
+        start = model.resampler.latents.detach().clone()
+        names = [tokenizer.decode(chunk).split("<")[1].split("> ")[1] for chunk in chunks]
+        assert (
+            said.shape == (20, 4, 16) and said[:, 0, 0].tolist() == list(range(20)) and kinds.tolist()[:3] == [0, 1, 2]
+        )
+        trained.append((cfg.lr, names, start, set(model.moving())))
+        return real_train(model, said, kinds, first, chunks, cfg, on)
+
+    def judge(model, features, first, chunks, said, kinds, shots, cfg, on):
+        scores = real_judge(model, features, first, chunks, said, kinds, shots, cfg, on)
+        assert not model.training and features[:, 0, 0].min() >= 20 and len(features) == 8
+        judged.append((tokenizer.decode(chunks[0][1:-1]).strip(), scores))
+        return scores
+
+    language = lambda on: (tokenizer, llamas.tiny(layers=6, vocabulary=len(tokenizer)))  # noqa: E731
+    monkeypatch.setattr(pretrained, "smollm2", language)
+    monkeypatch.setattr(tower, "load", lambda name, on: None)
+    monkeypatch.setattr(tower, "said", eyes.seen)
+    monkeypatch.setattr(data, "groceries", lambda size: eyes.shop())
+    monkeypatch.setattr(flamingo, "Flamingo", partial(tiny, dim_in=16, every=3, latents=3, seen=12))
+    for name, made in (("load", load), ("train", train), ("judge", judge)):
+        monkeypatch.setattr(flamingo, name, made)
+    cfg = flamingo_lora.Config(steps=2, batch=4, longest=2, judged=8, rank=2, lr=0.25, lora_lr=0.5, out=str(tmp_path))
+    rows = flamingo_lora.main(cfg)
+    assert list(rows) == ["before", "gates", "lora", "LoRA taken out", "layers", "from nothing"]
+    assert [lr for lr, *_ in trained] == [0.25, 0.5, 0.25, 0.25]
+    french = [flamingo_lora.FRENCH[kind] for kind in eyes.shop().fine_names]
+    assert all(names == french for _, names, *_ in trained)
+    starts = [start for _, _, start, _ in trained]
+    assert all(torch.equal(start, starts[0]) for start in starts[:3]) and not torch.equal(starts[3], starts[0])
+    for (_, _, _, moving), way in zip(trained, flamingo_lora.WAYS):
+        assert rows[way]["learned"] == sum(p.numel() for n, p in parameters(way, tokenizer) if n in moving)
+    assert [name for name, _ in judged] == ["Pink Lady apple", "pomme rose"] * 6
+    scores = [score for _, score in judged]
+    for language in (0, 1):
+        before, gates, lora, out, layers, nothing = scores[language::2]
+        assert torch.equal(before, out)
+        assert not any(torch.allclose(x, before, atol=1e-3) for x in (gates, lora, layers, nothing))
+    assert {p.name for p in tmp_path.iterdir()} >= {"flamingo_lora.png", "metrics.json", "config.json"}
+
+
+def parameters(way, tokenizer):
+    made = flamingo.Flamingo(llamas.tiny(layers=6, vocabulary=len(tokenizer)), [5, 6])
+    return list(flamingo_lora.choose(made, way, flamingo_lora.Config(rank=2)).named_parameters())
+
+
+@pytest.mark.long
+def test_the_whole_script_runs(tmp_path):
+    cfg = flamingo_lora.Config(ways=("gates", "lora"), steps=1, batch=4, longest=2, judged=20, out=str(tmp_path))
+    rows = flamingo_lora.main(cfg)
+    assert rows["LoRA taken out"] == rows["before"]
+    assert {p.name for p in tmp_path.iterdir()} >= {"flamingo_lora.png", "metrics.json", "config.json"}

@@ -1,0 +1,1 @@
+"""Vision-language models: build, train, evaluate. The only chapter that imports others."""

@@ -1,0 +1,159 @@
+"""What connectors let through: small ones trained on frozen vision features, scored by what is seen and where.
+
+Each connector (connector.py) gets two linear readers: of the mean of its tokens, which of 14 kinds of fruit the photo
+shows; of their row, where a marker of 2 x 2 tokens was put. Beside the two accuracies stand what it costs: parameters,
+tokens, seconds a step.
+
+Shapes: features (B,N,D) with N = 49, tokens (B,M,E).
+
+    python vlm/connector_probe.py
+    python vlm/connector_probe.py --names pool1 mlp2x_gelu --steps 600
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import data, figures, run
+from utils.run import check
+from vlm import fruit_photos, tower
+from vlm.connector import Perceiver, build, grid, tokens
+
+NAMES = ("linear", "mlp2x_gelu", "concat4", "pool3", "pool1", "bilinear3", "perceiver")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train small connectors on photos of fruit, and see what and where they let through."""
+
+    names: tuple[str, ...] = NAMES  # linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver
+    width: int = 576  # E, of SmolLM2's words
+    steps: int = 150  # of training, for each
+    batch: int = 64  # photos a step
+    lr: float = 1e-3
+    judged: int = 300  # photos to be judged by
+    seed: int = 0
+    device: str = "auto"
+    out: str = "outputs/connector_probe"
+
+
+PLACES = [(y, x) for y in (0, 2, 5) for x in (0, 2, 5)]  # of a patch of 2 x 2 tokens in a grid of 7 x 7
+
+
+def stick(maps, places, sticker):
+    """Put the same 2 x 2 tokens (2,2,D) into every photo (B,49,D), each at its place of nine: can it be told where?"""
+    x = grid(maps).clone()
+    for i, place in enumerate(places.tolist()):
+        top, left = PLACES[place]
+        x[i, top : top + 2, left : left + 2] = sticker
+    return x.flatten(1, 2)
+
+
+class Judge(nn.Module):
+    """A connector and two linear readers: what, from the mean of its tokens; where, from their row."""
+
+    def __init__(self, join, n, width):
+        super().__init__()
+        self.join = join
+        self.what, self.where = nn.Linear(width, 14), nn.Linear(tokens(join, n) * width, len(PLACES))
+
+    def forward(self, x):
+        x = self.join(x)
+        return self.what(x.mean(1)), self.where(x.flatten(1))
+
+
+def train(judge, maps, kinds, sticker, cfg, on):
+    """The loop; yields the loss of both readers."""
+    optimizer = torch.optim.AdamW(judge.parameters(), cfg.lr, weight_decay=0.01)
+    for step in range(cfg.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) / 10, 2 * (cfg.steps - step) / cfg.steps)
+        pick = torch.randint(len(maps), (cfg.batch,))
+        places = torch.randint(len(PLACES), (cfg.batch,))
+        x = stick(maps[pick], places, sticker).float().to(on)
+        with run.autocast(on):
+            what, where = judge(x)
+            loss = F.cross_entropy(what, kinds[pick].to(on)) + F.cross_entropy(where, places.to(on))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+@torch.no_grad()
+def score(judge, maps, kinds, sticker, on):
+    """Share of right answers on photos that no training saw: {"what": of 14, "where": of 9}."""
+    random = torch.Generator().manual_seed(0)
+    places = torch.randint(len(PLACES), (len(maps),), generator=random)
+    what, where = judge.eval()(stick(maps, places, sticker).float().to(on))
+    right = lambda logits, truth: float((logits.argmax(-1).cpu() == truth).float().mean())  # noqa: E731
+    return {"what": right(what, kinds), "where": right(where, places)}
+
+
+def looks(join, x):
+    """Where each token that comes out comes from: (M,g,g), by how much it moves when a token that goes in does."""
+    if isinstance(join, Perceiver):
+        return join.looks(x)[0].unflatten(1, grid(x).shape[1:3])
+    x = x.clone().requires_grad_()
+    found = [torch.autograd.grad(row.square().sum(), x, retain_graph=True)[0][0].norm(dim=-1) for row in join(x)[0]]
+    return torch.stack(found).unflatten(1, grid(x).shape[1:3])
+
+
+def draw(path, photo, maps, joins):
+    """A photo, and for each connector where its tokens come from: each token a colour, blended by how much it looks."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(joins) + 1, figsize=(1.55 * (len(joins) + 1), 2))
+    axes[0].imshow(photo.permute(1, 2, 0))
+    axes[0].set_title("photo", fontsize=8)
+    for ax, (name, join) in zip(axes[1:], joins.items()):
+        weight = looks(join, maps[None].float())
+        weight = weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-9)
+        colours = torch.tensor(plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(weight)))[:, :3]).float()
+        colours = colours[torch.randperm(len(colours), generator=torch.Generator().manual_seed(3))]
+        share = weight / weight.sum(0).clamp(min=1e-9)
+        picture = torch.einsum("mhw,mc->hwc", share, colours)
+        ax.imshow(photo.permute(1, 2, 0))
+        ax.imshow(
+            picture.clamp(0, 1), alpha=0.65, extent=(0, photo.shape[2], photo.shape[1], 0), interpolation="nearest"
+        )
+        ax.set_title(f"{name}\n{len(weight)} tokens", fontsize=8)
+    for ax in axes:
+        ax.axis("off")
+    return figures.close(figure, path)
+
+
+def main(cfg: Config) -> dict:
+    """Cost and worth of each connector: parameters, tokens, time, what and where."""
+    check(min(cfg.steps, cfg.batch, cfg.width, cfg.judged) > 0 and cfg.lr > 0, "all numbers must be above 0")
+    check(cfg.names, "--names needs one at least")
+    joins = {}
+    run.seed(cfg.seed)
+    for name in cfg.names:
+        joins[name] = build(name, 1280, cfg.width)
+    on = run.device(cfg.device)
+    folder = run.output(cfg.out, cfg)
+    fruit, eye = data.groceries(224), tower.load("efficientnet", on=on)
+    learn, unseen = fruit_photos.split(fruit, cfg.judged)
+    maps, others = tower.said(eye, fruit.images[learn]), tower.said(eye, fruit.images[unseen])
+    sticker, metrics = grid(maps[:1])[0, 3:5, 3:5], {}  # the middle of one photo
+    for name, join in joins.items():
+        run.seed(cfg.seed)
+        judge = Judge(join, maps.shape[1], tokens(join, 1) if name == "identity" else cfg.width).to(on)
+        clock = time.process_time()
+        for _ in run.progress(train(judge, maps, fruit.fine[learn], sticker, cfg, on), cfg.steps):
+            pass
+        seconds = (time.process_time() - clock) / cfg.steps
+        size = sum(p.numel() for p in join.parameters())
+        row = {"parameters": size, "tokens": tokens(join, maps.shape[1]), "seconds a step": seconds}
+        metrics[name] = row | score(judge, others, fruit.fine[unseen], sticker, on)
+    draw(folder / "connector.png", fruit.images[unseen[5]], others[5].to(on), joins)
+    return run.report(folder, metrics, "python vlm/llava.py")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

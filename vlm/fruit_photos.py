@@ -1,0 +1,77 @@
+"""The photos of fruit that this chapter learns from and is scored on: names, split, groups of kinds, a figure.
+
+2054 photos of 14 kinds in 5 groups (`utils.data.groceries`); the data set's own test photos are held out.
+"""
+
+import textwrap
+
+import numpy as np
+import torch
+
+from utils import figures
+
+QUESTION = "What fruit is this?"
+
+NAMES = {  # of the kinds of fruit in the photos, as one would say them
+    "Anjou": "Anjou pear", "Cantaloupe": "cantaloupe melon", "Conference": "Conference pear", "Kaiser": "Kaiser pear",
+    "Galia-Melon": "Galia melon", "Golden-Delicious": "Golden Delicious apple", "Granny-Smith": "Granny Smith apple",
+    "Honeydew-Melon": "honeydew melon", "Orange": "orange", "Pink-Lady": "Pink Lady apple", "Satsumas": "satsuma",
+    "Red-Delicious": "Red Delicious apple", "Royal-Gala": "Royal Gala apple", "Watermelon": "watermelon",
+}  # fmt: skip
+GROUPS = {"Apple": "apple", "Melon": "melon", "Orange": "orange", "Pear": "pear", "Satsumas": "satsuma"}
+
+
+def name_of(fruit, i):
+    """What photo i of the groceries shows, in words."""
+    return NAMES[fruit.fine_names[fruit.fine[i]]]
+
+
+def split(fruit, judged=0, seed=0):
+    """The data set's own split: indices of the photos to learn from, and of those to be judged by, or some of them."""
+    part = np.array(fruit.split)
+    learn, unseen = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
+    if judged:
+        unseen = np.sort(np.random.default_rng([seed, 9]).permutation(unseen)[:judged])
+    return torch.from_numpy(learn), torch.from_numpy(unseen)
+
+
+def truths(fruit):
+    return {"14 kinds": fruit.fine, "5 groups": fruit.coarse}
+
+
+def grouped(log_p, fruit):
+    """Scores of 14 kinds -> the group whose kinds have the most probability together: (B,)."""
+    group = torch.stack([fruit.coarse[fruit.fine == k][0] for k in range(len(fruit.fine_names))])
+    each = torch.zeros(len(log_p), len(fruit.coarse_names)).index_add_(1, group, log_p.softmax(-1))
+    return each.argmax(-1)
+
+
+def one_of_each(fruit, order):
+    """The photos `order`, so that the first 14 are of 14 kinds, then the next."""
+    seen = [sum(fruit.fine[j] == fruit.fine[i] for j in order[:n]) for n, i in enumerate(order[:200])]
+    return [i for _, i in sorted(zip(seen, order[:200]), key=lambda pair: int(pair[0]))]
+
+
+def spread(chosen, count=8):
+    """Some of the photos, from the first to the last: neighbours in the data set are of one kind."""
+    return chosen[torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).long()]
+
+
+def draw(path, images, answers, truths, prompt):
+    """Photos, what was said about them, and what they are."""
+    import matplotlib.pyplot as plt
+
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.2 * columns, 2.55 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, said, truth in zip(axes.flat, images, answers, truths):
+        ax.imshow(image.permute(1, 2, 0))
+        right = truth and truth.lower() in said.lower()
+        ax.set_title(textwrap.fill(said, 32), fontsize=9, color="tab:green" if right else "black")
+        ax.text(0.5, -0.02, truth, fontsize=7, color="gray", ha="center", va="top", transform=ax.transAxes)
+    figure.suptitle(prompt, fontsize=10)
+    return figures.close(figure, path)
