@@ -71,6 +71,16 @@ def test_command(tmp_path, monkeypatch):
     }
 
 
+def test_rows_of_no_and_of_four_examples_are_not_exchanged(tmp_path, monkeypatch):
+    asked = {f"yours, {n} examples": ROW | {"accuracy": n / 10} for n in (0, 4)}
+    asked |= {f"yours, {n} examples, generated": ROW | {"accuracy": n / 10 + 0.5} for n in (0, 4)}
+    trained = {"likelihood": ROW, "generated": ROW} | COST
+    monkeypatch.setattr(compare, "measure", lambda cfg, name, *rest: asked if name == "in words" else trained)
+    found = compare.main(compare.Config(only=("lora",), out=str(tmp_path / "o")))
+    for name, value in (("zero-shot", 0.0), ("4 examples", 0.4)):
+        assert found[name]["accuracy"] == value and found[name]["generated"] == value + 0.5
+
+
 def test_resume_keeps_what_ran_with_the_same_command_and_nothing_else(tmp_path, monkeypatch):
     calls = []
 

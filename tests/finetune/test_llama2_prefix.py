@@ -48,6 +48,18 @@ def test_a_prefix_begins_as_the_words_of_start_and_as_nothing_without_them():
     assert llama2_prefix.beginning(bench, llama2_prefix.Config(start="")) is None
 
 
+def test_the_words_of_start_reach_the_encoder(monkeypatch):
+    """Before the first step the prefix that is trained is what the model remembers of --start."""
+    bench = llama2_full.Bench(None, torch.device("cpu"), Letters(), tiny(), {})
+    seen = []
+    monkeypatch.setattr(llama2_full, "start", lambda *about, **more: bench)
+    monkeypatch.setattr(llama2_prompt, "experiment", lambda cfg, bench, prefix, *about, **more: seen.append(prefix()))
+    monkeypatch.setattr(run, "report", lambda *about, **more: {})
+    cfg = llama2_prefix.Config(start="abc", tokens=5)
+    llama2_prefix.main(cfg)
+    assert torch.equal(seen[0], llama2_prefix.beginning(bench, cfg))
+
+
 def test_a_prefix_counts_as_positions():
     many = torch.zeros(1, 125, dtype=torch.long)
     kept = llama2_prefix.read(tiny(), torch.tensor([7, 8, 9, 10]))
