@@ -1,7 +1,7 @@
 """The parity ledger: one fixture that proves our numbers equal to a production library's, and writes down how equal.
 
 `parity(topic, ours, counterpart, mine, theirs)` asserts and records; after a run of the whole suite the records must
-agree with the table of proofs in README.md. `pytest --write-proofs` writes that table.
+agree with the table in docs/PROOFS.md. `pytest --write-proofs` writes that table.
 """
 
 import json
@@ -21,14 +21,15 @@ from tests import warm  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LEDGER = ROOT / "outputs" / "parity"
-SPREAD = ("test_readme", "notebooks")  # modules whose tests share nothing: any worker takes any of them
+PROOFS = ROOT / "docs" / "PROOFS.md"
+SPREAD = ("test_pages", "notebooks")  # modules whose tests share nothing: any worker takes any of them
 costs: dict[str, float] = {}  # test -> CPU seconds, fixtures included
 left_out = pytest.StashKey[int]()
 began = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-proofs", action="store_true", help="write the table of proofs into README.md")
+    parser.addoption("--write-proofs", action="store_true", help="write the table of docs/PROOFS.md")
     parser.addoption("--times", type=int, default=0, metavar="N", help="show the N slowest tests and sums per chapter")
 
 
@@ -139,13 +140,11 @@ def pytest_testnodedown(node, error):
 
 
 def chapter(nodeid):
-    """The chapter whose script a test is about: by the name of its module, or of its notebook."""
+    """The chapter that a test is about: by its folder, or that of its notebook."""
     if "notebooks.py" in nodeid:
         return "notebooks/" + nodeid.split("[")[-1].split("/")[0]
-    name = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
-    folders = sorted(p.parent.name for p in ROOT.glob("*/__init__.py") if (p.parent / f"{name}.py").exists())
-    named = [p.parent.name for p in ROOT.glob("*/__init__.py") if name.startswith(f"{p.parent.name}_")]
-    return (named or folders or ["pages, house"])[0]
+    folder = Path(nodeid.split("::")[0]).parent.name
+    return "pages, house" if folder == "tests" else folder
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -169,7 +168,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def listed():
     """How many proofs the table names."""
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = PROOFS.read_text("utf-8")
     return len(re.search(r"<!-- proofs -->\n(.*?)<!-- /proofs -->", text, re.S)[1].splitlines()) - 2
 
 
@@ -197,7 +196,7 @@ def table(rows):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """The README's table names the proofs that ran, no more, no fewer; errors may differ a digit between machines."""
+    """The table of docs/PROOFS.md names the proofs that ran, no more, no fewer; errors may differ a digit between machines."""
     warm.stop()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = session.config.stash.get(left_out, 0)
@@ -205,8 +204,8 @@ def pytest_sessionfinish(session, exitstatus):
     chosen = session.config.option.keyword or session.config.option.markexpr
     if "PYTEST_XDIST_WORKER" in os.environ or exitstatus != 0 or not whole or chosen:
         return
-    path, rows = ROOT / "README.md", proofs()
-    text = path.read_text()
+    path, rows = PROOFS, proofs()
+    text = path.read_text("utf-8")
     old = re.search(r"(<!-- proofs -->\n)(.*?)(<!-- /proofs -->)", text, re.S)
     if session.config.option.write_proofs:
         path.write_text(text[: old.start(2)] + table(rows) + text[old.end(2) :])
@@ -214,5 +213,5 @@ def pytest_sessionfinish(session, exitstatus):
         named = {tuple(re.sub(r"`", "", c.strip()) for c in line.split("|")[1:4]) for line in old[2].splitlines()[2:]}
         missing = named ^ {row[:3] for row in rows}
         if missing:
-            print(f"\nREADME's table of proofs and the tests disagree on {sorted(missing)}; run pytest --write-proofs")
+            print(f"\ndocs/PROOFS.md and the tests disagree on {sorted(missing)}; run pytest --write-proofs")
             session.exitstatus = 1

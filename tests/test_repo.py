@@ -11,15 +11,15 @@ import pytest
 
 from tests import mutate
 from tests.conftest import ROOT
-from tests.test_readme import tiny_flags
+from tests.test_pages import tiny_flags
 
-CHAPTERS = ["models", "finetune", "training", "rag", "papers"]
+CHAPTERS = ["models", "finetune", "training", "rag", "papers", "deploy", "vlm"]
 SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
-MEASURE = ("bench", "compare", "app", "poison", "mae_claims", "evaluate_vlm", "llava_data", "answer_study")  # or show
-MEASURE += ("llava_compare", "flamingo_lora", "questions")
+MEASURE = {"bench", "compare", "app", "poison", "mae_claims", "answer_study"}  # or show
+MEASURE |= {"connector_probe", "data", "evaluate", "flamingo_lora", "questions", "strategies"}
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
-SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in (ROOT / folder).glob("*.py")]
+SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def code_cells(path):
@@ -28,13 +28,13 @@ def code_cells(path):
 
 
 @pytest.mark.parametrize("script", TOPICS, ids=lambda p: p.stem)
-def test_every_script_has_its_notebook_test_and_readme_row(script):
+def test_every_topic_has_its_page_notebook_test_and_row(script):
     chapter, name = script.parent.name, script.stem
     assert (ROOT / "notebooks" / chapter / f"{name}.ipynb").is_file()
-    assert (ROOT / "tests" / f"test_{name}.py").is_file()
-    for readme in (ROOT / "README.md", script.parent / "README.md"):
-        row = re.search(rf"^\|.*{name}\.py.*{name}\.ipynb", readme.read_text(), re.M)
-        assert row, f"{readme} has no row for {name}"
+    assert (ROOT / "tests" / chapter / f"test_{name}.py").is_file()
+    assert script.with_suffix(".md").is_file()
+    row = re.search(rf"^\|.*{name}\.md.*{name}\.py.*{name}\.ipynb", (script.parent / "README.md").read_text("utf-8"), re.M)
+    assert row, f"{chapter}/README.md has no row for {name}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
@@ -69,7 +69,7 @@ def test_a_notebook_was_run_and_its_figures_are_small(path):
 def test_nothing_unsafe_or_unwanted():
     unsafe = ("weights_only=False", "import pickle", "trust_remote_code", "allow_dangerous")
     for path in SOURCES:
-        chosen = () if path.stem in ("llava", "llava_state") else ("wandb",)  # offline, and only if it is asked for
+        chosen = () if path.parts[-2:] in (("vlm", "train.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py")) else ("wandb",)  # offline, and only if it is asked for
         for bad in (*unsafe, "import torchvision", *chosen) if path.name != "test_repo.py" else ():
             assert bad not in path.read_text(), f"{path}: {bad}"
     needs = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
@@ -77,19 +77,42 @@ def test_nothing_unsafe_or_unwanted():
     assert needs[-1] == "-e ." and "torch==2.13.0" in needs
 
 
-# LLaVA is built in one chapter and taught in another, on one rank or many
-ACROSS = {"finetune/llava": ("models", "training"), "finetune/llava_data": ("models",)}
-ACROSS |= {"finetune/llava_state": ("training",), "finetune/flamingo_lora": ("models",)}
+def imported(path):
+    """Modules of this project that a file imports, wherever in it: "vlm.llava", "utils.run"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else node.module for name in inner}
+    return {name for name in found if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
 
 
-def test_chapters_import_utils_and_themselves_only():
-    for path in SOURCES:
-        home = path.parent.name
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for top in {n.split(".")[0] for n in names} & set(CHAPTERS):
-                assert home in (top, "tests") or top in ACROSS.get(f"{home}/{path.stem}", ()), f"{path} imports {top}"
+MODULES = {f"{p.parent.name}.{p.stem}": imported(p) for p in SOURCES if p.parent.parent == ROOT and p.parent.name != "tests"}
+
+
+def may_import(home):
+    """A house of three floors: utils at the bottom, six chapters beside each other, vlm on top."""
+    if home == "utils":
+        return {"utils"}
+    return {"utils", *CHAPTERS} if home == "vlm" else {"utils", home}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_goes_up_or_sideways(module):
+    home = module.split(".")[0]
+    wrong = {name for name in MODULES[module] if name.split(".")[0] not in may_import(home)}
+    assert not wrong, f"{module} imports {wrong}"
+
+
+def test_no_circle_of_imports():
+    """Not even through an import inside a function: leaves are taken away until nothing is left."""
+    left = dict(MODULES)
+    while leaves := [name for name, needs in left.items() if not needs & left.keys() - {name}]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"in a circle, or on the way to one: {sorted(left)}"
 
 
 def test_shipped_weights_are_small_and_have_their_record():

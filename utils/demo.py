@@ -39,7 +39,7 @@ RESULTS = (
         "and answers: above each photo its answer, green if right, below the truth. No photo here was seen in "
         "training. It was taught fruit and nothing else: shown a bus, it names a fruit.",
         "python vlm/train.py",
-        "models/README.md",
+        "vlm/llava.md",
     ),
     Result(
         "Text to image: latent diffusion draws emoji",
@@ -48,7 +48,7 @@ RESULTS = (
         "Eight draws of the prompt “red apple”, each from other noise, by 25 steps of DDIM in the latents of an "
         "autoencoder.",
         "python models/stable_diffuser.py",
-        "models/README.md",
+        "models/stable_diffuser.md",
     ),
     Result(
         "Diffusion: digits out of noise",
@@ -56,7 +56,7 @@ RESULTS = (
         "film.png",
         "Six digits that nobody wrote on their way from noise, left, to ink, right; t counts the steps still to go.",
         "python models/ddpm.py",
-        "models/README.md",
+        "models/ddpm.md",
     ),
     Result(
         "Retrieval-augmented generation: a question answered from manuals",
@@ -65,7 +65,7 @@ RESULTS = (
         "A sample of the manuals of Django, Celery and Scrapy: the passages found, the answer of a small language "
         "model without them, and with them.",
         "python rag/raw_rag.py",
-        "rag/README.md",
+        "rag/raw_rag.md",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Every command in every README runs; every local link and figure is there; every excerpt of code is verbatim."""
+"""Every command of every page runs; every local link and figure is there; every excerpt of code is verbatim."""
 
 import importlib
 import os
@@ -6,7 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
@@ -15,21 +17,23 @@ import tyro
 from tests import warm
 from tests.conftest import ROOT
 
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(p for p in ROOT.glob("[a-z]*/*.md") if p.parent.name != "outputs")]
+OF_CHAPTERS = [p for p in PAGES if (p.parent / "__init__.py").is_file()]
 
 
+@cache
 def tiny_flags():
-    """{script: flags} from the tables `| script | tiny flags |` of the chapters."""
-    rows = [r for p in READMES for r in re.findall(r"^\| `(\w+/\w+\.py)` \| `([^`]*)` \|$", p.read_text(), re.M)]
-    return {script: shlex.split(flags) for script, flags in rows}
+    """{script: flags} that make a run take seconds, from tests/tiny_flags.toml."""
+    chapters = tomllib.loads((ROOT / "tests/tiny_flags.toml").read_text("utf-8"))
+    return {f"{c}/{name}.py": shlex.split(flags) for c, scripts in chapters.items() for name, flags in scripts.items()}
 
 
 def commands():
     """Every line of a ```bash block that begins with python, torchrun or deepspeed, once each."""
     lines = [
         line.split("   #")[0].strip()
-        for p in READMES
-        for block in re.findall(r"```bash\n(.*?)```", p.read_text(), re.S)
+        for p in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", p.read_text("utf-8"), re.S)
         for line in block.splitlines()
     ]
     return list(dict.fromkeys(x for x in lines if x.startswith(("python", "torchrun", "deepspeed"))))
@@ -159,21 +163,29 @@ def test_the_socket_block_blocks():
     assert done.returncode != 0 and "a socket was opened" in done.stderr
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8"))
     lost = [x for x in links if not x.startswith("http") and not (path.parent / x).exists()]
     assert not lost, f"{path.name} links to {lost}"
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_was_left_to_fill_in(path):
-    assert not re.findall(r"@[A-Z_0-9]+@", path.read_text())
+    assert not re.findall(r"@[A-Z_0-9]+@", path.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("path", READMES[1:], ids=lambda p: p.parent.name)
+def test_pages_are_short():
+    """A map has at most 200 lines, the root page 150, the page of a topic 160."""
+    for path in PAGES:
+        limit = 150 if path.parent == ROOT else 200 if path.name == "README.md" else 160
+        lines = len(path.read_text("utf-8").splitlines())
+        assert lines <= limit or path.parent.name == "docs", f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", OF_CHAPTERS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_excerpts_are_verbatim(path):
-    """A block of Python in a chapter README consists of lines of the chapter's scripts."""
+    """A block of Python in a page consists of lines of the chapter's scripts."""
     lines = {line.strip() for p in path.parent.glob("*.py") for line in p.read_text().splitlines()}
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
         for line in block.splitlines():
