@@ -196,7 +196,7 @@ def table(rows):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """The table of docs/PROOFS.md names the proofs that ran, no more, no fewer; errors may differ a digit between machines."""
+    """The table of docs/PROOFS.md names the proofs that ran, no more, no fewer; errors may differ by a digit."""
     warm.stop()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = session.config.stash.get(left_out, 0)

@@ -33,7 +33,9 @@ def test_every_topic_has_its_page_notebook_test_and_row(script):
     assert (ROOT / "notebooks" / chapter / f"{name}.ipynb").is_file()
     assert (ROOT / "tests" / chapter / f"test_{name}.py").is_file()
     assert script.with_suffix(".md").is_file()
-    row = re.search(rf"^\|.*{name}\.md.*{name}\.py.*{name}\.ipynb", (script.parent / "README.md").read_text("utf-8"), re.M)
+    row = re.search(
+        rf"^\|.*{name}\.md.*{name}\.py.*{name}\.ipynb", (script.parent / "README.md").read_text("utf-8"), re.M
+    )
     assert row, f"{chapter}/README.md has no row for {name}"
 
 
@@ -69,7 +71,11 @@ def test_a_notebook_was_run_and_its_figures_are_small(path):
 def test_nothing_unsafe_or_unwanted():
     unsafe = ("weights_only=False", "import pickle", "trust_remote_code", "allow_dangerous")
     for path in SOURCES:
-        chosen = () if path.parts[-2:] in (("vlm", "train.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py")) else ("wandb",)  # offline, and only if it is asked for
+        chosen = (
+            ()
+            if path.parts[-2:] in (("vlm", "train.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py"))
+            else ("wandb",)
+        )  # offline, and only if it is asked for
         for bad in (*unsafe, "import torchvision", *chosen) if path.name != "test_repo.py" else ():
             assert bad not in path.read_text(), f"{path}: {bad}"
     needs = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
@@ -89,7 +95,9 @@ def imported(path):
     return {name for name in found if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
 
 
-MODULES = {f"{p.parent.name}.{p.stem}": imported(p) for p in SOURCES if p.parent.parent == ROOT and p.parent.name != "tests"}
+MODULES = {
+    f"{p.parent.name}.{p.stem}": imported(p) for p in SOURCES if p.parent.parent == ROOT and p.parent.name != "tests"
+}
 
 
 def may_import(home):

@@ -271,6 +271,12 @@ def test_a_step_has_the_gradient_of_the_mean_over_all_tokens(kind, unclipped):
     assert unclipped == [1.0, 1.0]
 
 
+def test_every_step_begins_with_gradients_of_zero(unclipped):
+    """Weights that do not move and the same conversations: the second gradient is the first one, not twice that."""
+    _, recorder, _ = steps(still(train_type="projector", max_steps=2))
+    close(recorder.gradients[1], recorder.gradients[0])
+
+
 def test_gradients_of_ranks_are_summed_once(unclipped, monkeypatch):
     """Two ranks that read the same: twice the sum over twice the tokens is the gradient of one."""
     cfg = still(train_type="projector", max_steps=1, per_device_train_batch_size=5)
