@@ -167,7 +167,7 @@ def test_it_learns_what_and_where(name, sees):
 def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tmp_path):
     """main: each connector learns from the photos to learn from, and is scored on the others, with their own kinds."""
     fruit, shown = eyes.shop(), []
-    monkeypatch.setattr(connector.data, "groceries", lambda size: fruit)
+    monkeypatch.setattr(study.data, "groceries", lambda size: fruit)
     monkeypatch.setattr(study.tower, "load", lambda *about, **more: None)
     said = lambda eye, images: images[:, :1, 0, 0].float()[..., None].expand(-1, 49, 1280)  # noqa: E731
     monkeypatch.setattr(study.tower, "said", said)
