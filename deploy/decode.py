@@ -1,6 +1,6 @@
 """Decoding: how a sentence is made of the probabilities of a language model, word by word, each way written out.
 
-Greedy search takes the likeliest token, beam search keeps the likeliest few sentences, sampling rolls dice: over all
+Greedy search takes the most probable token, beam search keeps the most probable few sentences, sampling draws: from all
 tokens, the k best (top-k), or the fewest that have probability p together (top-p, nucleus). Holtzman et al. 2020,
 arXiv:1904.09751; Keskar et al. 2019, arXiv:1909.05858, Sec. 4.1 (repetition penalty); Wu et al. 2016, arXiv:1609.08144,
 Sec. 7 (length). Equations and sections are those of Holtzman et al.; lengths are penalised as in transformers.
@@ -9,40 +9,39 @@ Shapes: B prompts of N tokens, V tokens in the vocabulary, D width, K beams, T n
 or, if it has images in it, `inputs_embeds` (B,N,D); shorter ones are padded on the left, `attention_mask` (B,N) is 0
 there. Any causal language model of transformers will do.
 
-    python deploy/decode.py --prompt "The best way to learn a language is"     # one prompt, seven ways, and real texts
+    python deploy/decode.py --prompt "The best way to learn a language is"     # one prompt, seven decoders
     python deploy/decode.py --prompt "Why is the sky blue?" --chat             # as a question to the assistant
     python deploy/decode.py --temperature 1.5 --top-p 0.7 --beams 8
+    python deploy/decode_study.py                                              # against what people wrote
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 
-from utils import data, figures, pretrained, run
+from utils import pretrained, run
 from utils.run import check
 from utils.text import clean, plain
 
 
 @dataclass(frozen=True)
 class Config:
-    """Decode the same prompts in seven ways; compare probability and repetition with what people wrote."""
+    """Decode a prompt in seven ways."""
 
     prompt: str = "The best way to learn a language is"  # the text to go on with
     chat: bool = False  # put the prompt as a question to the assistant
     model: str = "smollm2"  # or a local folder, or a hub id
     max_new_tokens: int = 64  # tokens of each continuation
-    max_prompt: int = 512  # tokens of the longest prompt that is read: each of seven ways reads it
-    passages: int = 6  # paragraphs of real manuals to go on with: the first 24 tokens are the prompt
+    max_prompt: int = 512  # tokens of the longest prompt that is read: each of seven decoders reads it
     beams: int = 4  # sentences that beam search keeps
     length_penalty: float = 1.0  # a finished sentence scores sum log p / length ** this
     temperature: float = 0.7  # below 1 likely tokens get likelier
     top_k: int = 40
     top_p: float = 0.9
     repetition: float = 1.3  # penalty of a token that was there before, in the prompt too; 1 is none
-    seed: int = 0  # same seed, same dice
+    seed: int = 0  # same seed, same draws
     device: str = "auto"
     out: str = "outputs/decode"
 
@@ -77,7 +76,7 @@ def forward(model, mask, cache=None, **new):
     return out.logits[:, -1].float(), out.cache
 
 
-def everything(x):
+def all_ones_mask(x):
     """The mask of prompts without padding: (B,N) or (B,N,D) -> ones (B,N)."""
     return torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
 
@@ -87,7 +86,7 @@ def start(model, input_ids=None, inputs_embeds=None, attention_mask=None):
     check((input_ids is None) != (inputs_embeds is None), "a prompt is input_ids or inputs_embeds, one of the two")
     x: Any = inputs_embeds if input_ids is None else input_ids
     check(x.shape[0] > 0 and x.shape[1] > 0, "the prompt has no token")
-    mask = everything(x) if attention_mask is None else attention_mask.long()
+    mask = all_ones_mask(x) if attention_mask is None else attention_mask.long()
     check(mask.shape == x.shape[:2], f"attention_mask is {tuple(mask.shape)}, the prompt {tuple(x.shape[:2])}")
     check(bool(mask[:, -1].all()), "pad prompts on the left: tokenizer.padding_side = 'left'")
     logits, cache = forward(model, mask, **({"inputs_embeds": x} if input_ids is None else {"input_ids": x}))
@@ -102,7 +101,7 @@ def width_of(prompt):
     return 0 if found is None else found.shape[1]
 
 
-def longer(mask):
+def extend_mask(mask):
     """(B,N) -> (B,N+1): the token that was just made is seen from now on."""
     return torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
 
@@ -136,7 +135,7 @@ def top_p(logits, p):
     return logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
 
 
-def dice(temperature=1.0, k=0, p=1.0, generator=None):
+def sampler(temperature=1.0, k=0, p=1.0, generator=None):
     """A function that draws a token from logits: (B,V) -> (B,). k = 0 and p = 1 leave all tokens in."""
     check(temperature > 0 and k >= 0 and 0 < p <= 1, "temperature must be above 0, top-k at least 0, top-p in (0, 1]")
 
@@ -149,13 +148,13 @@ def dice(temperature=1.0, k=0, p=1.0, generator=None):
     return draw
 
 
-def likeliest(logits):
-    """(B,V) -> (B,)."""
+def argmax_token(logits):
+    """The most probable token: (B,V) -> (B,)."""
     return logits.argmax(-1)
 
 
 @torch.no_grad()
-def stream(model, pick=likeliest, max_new_tokens=40, eos=None, pad=0, repetition=1.0, **prompt):
+def stream(model, pick=argmax_token, max_new_tokens=40, eos=None, pad=0, repetition=1.0, **prompt):
     """Yields the next token of every prompt, (B,), as soon as it is chosen; `pad` after an end, until all have ended.
 
     prompt: input_ids or inputs_embeds, attention_mask, as the head of this file says. Raises UserError if they do not
@@ -163,27 +162,31 @@ def stream(model, pick=likeliest, max_new_tokens=40, eos=None, pad=0, repetition
     """
     check(max_new_tokens > 0 and repetition > 0, "max_new_tokens must be at least 1, the repetition penalty above 0")
     check_length(model, width_of(prompt), max_new_tokens)
+    # prefill: the whole prompt is read at once
     logits, cache, mask, seen = start(model, **prompt)
     going = mask[:, -1] > 0
     for i in range(max_new_tokens):
-        if i:
-            seen, mask = seen.scatter_add(1, token[:, None], torch.ones_like(seen[:, :1])), longer(mask)  # noqa: F821
-            logits, cache = forward(model, mask, cache, input_ids=token[:, None])  # noqa: F821
-        token = torch.where(going, pick(repetition_penalty(logits, seen, repetition)), pad)
+        # choose a token for every prompt; one that has ended gets padding
+        token = pick(repetition_penalty(logits, seen, repetition))
+        token = torch.where(going, token, pad)
         yield token
         going = going & ~is_end(token, eos)
-        if not going.any():
+        if not going.any() or i == max_new_tokens - 1:
             return
+        # decode: only the new token is read, all before it are in the cache
+        seen = seen.scatter_add(1, token[:, None], torch.ones_like(seen[:, :1]))
+        mask = extend_mask(mask)
+        logits, cache = forward(model, mask, cache, input_ids=token[:, None])
 
 
 def greedy(model, **options):
-    """The likeliest token each time: new tokens (B,T). Options: those of `stream`."""
-    return torch.stack(list(stream(model, likeliest, **options)), dim=1)
+    """The most probable token each time: new tokens (B,T). Options: those of `stream`."""
+    return torch.stack(list(stream(model, argmax_token, **options)), dim=1)
 
 
 def sample(model, temperature=1.0, k=0, p=1.0, generator=None, **options):
-    """Dice, over the k likeliest tokens or the nucleus p if given: new tokens (B,T). Options: those of `stream`."""
-    return torch.stack(list(stream(model, dice(temperature, k, p, generator), **options)), dim=1)
+    """Draws, from the k best tokens or the nucleus p if given: new tokens (B,T). Options: those of `stream`."""
+    return torch.stack(list(stream(model, sampler(temperature, k, p, generator), **options)), dim=1)
 
 
 @torch.no_grad()
@@ -199,37 +202,51 @@ def beam(
     check(1 <= num_return <= beams and max_new_tokens > 0, "beams must be at least num_return, and both at least 1")
     check(repetition > 0, "the repetition penalty must be above 0")
     check_length(model, width_of(prompt), max_new_tokens)
+    # prefill: the prompt is read once, and its keys and values are copied to all K beams
     logits, cache, mask, seen = start(model, **prompt)
     prompts, vocabulary = logits.shape
-    cache.batch_repeat_interleave(beams)  # the prompt is read once, and its keys and values are copied to all beams
+    cache.batch_repeat_interleave(beams)
     logits, mask, seen = (x.repeat_interleave(beams, 0) for x in (logits, mask, seen))
     score = torch.full((prompts, beams), -1e9, device=logits.device)
     score[:, 0] = 0  # all beams are still the same: only the first may go on
     text = torch.empty(prompts, beams, 0, dtype=torch.long, device=logits.device)
-    ended, is_open = [[] for _ in range(prompts)], [True] * prompts  # ended: (score, tokens), the best K
-    first = beams * torch.arange(prompts, device=logits.device)[:, None]
-    spare = 1 + (1 if eos is None or isinstance(eos, int) else len(eos))  # so many: enough that do not end
+    ended: list[list] = [[] for _ in range(prompts)]  # (score, tokens) of the best K sentences that ended
+    is_open = [True] * prompts
+    first_row = beams * torch.arange(prompts, device=logits.device)[:, None]
+    end_ids = 1 if eos is None or isinstance(eos, int) else len(eos)
+    extra_candidates = 1 + end_ids  # so many times K: enough that do not end
     for length in range(1, max_new_tokens + 1):
+        # score every beam with every next token: (B, K V), and take the best
         log_p = repetition_penalty(logits.log_softmax(-1), seen, repetition)
         total = rearrange(score.view(-1, 1) + log_p, "(b k) v -> b (k v)", k=beams)
-        best, index = total.topk(spare * beams)
-        parent, token = index // vocabulary, index % vocabulary
-        grown = torch.cat([text.gather(1, parent[..., None].expand(-1, -1, length - 1)), token[..., None]], dim=-1)
+        best, index = total.topk(extra_candidates * beams)
+        parent = index // vocabulary
+        token = index % vocabulary
+        before = text.gather(1, parent[..., None].expand(-1, -1, length - 1))
+        grown = torch.cat([before, token[..., None]], dim=-1)
+        # of those that did not end, the best K go on
         ends = is_end(token, eos) | (length == max_new_tokens)
-        going = (best - 1e9 * ends).topk(beams).indices  # of those that did not end, the best K go on
-        for b in (b for b in range(prompts) if is_open[b]):
+        going = (best - 1e9 * ends).topk(beams).indices
+        # of those that ended, keep the best K by their score for this length
+        for b in range(prompts):
+            if not is_open[b]:
+                continue
             for j in range(beams):  # an end outside of the best K is not a sentence that was found
                 if ends[b, j]:
                     ended[b].append((best[b, j].item() / length**length_penalty, grown[b, j]))
             ended[b] = sorted(ended[b], key=lambda e: e[0], reverse=True)[:beams]
-            hope = best[b, going[b, 0]].item() / length**length_penalty
-            is_open[b] = len(ended[b]) < beams or (not early_stopping and hope > ended[b][-1][0])
+            best_possible = best[b, going[b, 0]].item() / length**length_penalty
+            is_open[b] = len(ended[b]) < beams or (not early_stopping and best_possible > ended[b][-1][0])
         if not any(is_open) or length == max_new_tokens:
             break
-        score, text = best.gather(1, going), grown.gather(1, going[..., None].expand(-1, -1, length))
-        rows, token = (first + parent.gather(1, going)).flatten(), token.gather(1, going).view(-1, 1)
+        # the beams of the next step: their scores, texts, and the past of the parent of each
+        score = best.gather(1, going)
+        text = grown.gather(1, going[..., None].expand(-1, -1, length))
+        rows = (first_row + parent.gather(1, going)).flatten()
+        token = token.gather(1, going).view(-1, 1)
         cache.reorder_cache(rows)  # the past of each beam is that of its parent
-        seen, mask = seen[rows].scatter_add(1, token, torch.ones_like(seen[:, :1])), longer(mask)
+        seen = seen[rows].scatter_add(1, token, torch.ones_like(seen[:, :1]))
+        mask = extend_mask(mask)
         logits, cache = forward(model, mask, cache, input_ids=token)
     found = [e for row in ended for e in row[:num_return]]
     tokens = torch.nn.utils.rnn.pad_sequence([t for _, t in found], batch_first=True, padding_value=pad)
@@ -242,7 +259,7 @@ def log_probs(model, tokens, input_ids=None, inputs_embeds=None, attention_mask=
     """log p of each of the tokens (B,T) after the prompt and the tokens before it: (B,T), in one pass."""
     embed = model.get_input_embeddings()
     x = embed(input_ids) if inputs_embeds is None else inputs_embeds
-    mask = everything(x) if attention_mask is None else attention_mask.long()
+    mask = all_ones_mask(x) if attention_mask is None else attention_mask.long()
     x, mask = torch.cat([x, embed(tokens)], dim=1), torch.cat([mask, torch.ones_like(tokens)], dim=1)
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     out = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, logits_to_keep=tokens.shape[1] + 1)
@@ -266,8 +283,8 @@ def repeated(tokens, n=4):
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def ways(model, cfg, **options):
-    """{name: a function from a prompt to new tokens (B,T)}: the seven ways. Options: those of `stream`."""
+def decoders(model, cfg, **options):
+    """{name: a function from a prompt to new tokens (B,T)}: the seven decoders. Options: those of `stream`."""
     options = {"max_new_tokens": cfg.max_new_tokens} | options
     width = {"beams": cfg.beams, "length_penalty": cfg.length_penalty}
     return {
@@ -279,20 +296,6 @@ def ways(model, cfg, **options):
         f"top-p {cfg.top_p:g}": lambda prompt: sample(model, p=cfg.top_p, **prompt, **options),
         "all tokens": lambda prompt: sample(model, **prompt, **options),
     }
-
-
-def passages(tokenizer, count, tokens, head=24):
-    """Paragraphs of plain prose from all over three manuals: beginnings [ids], and what follows (count,tokens)."""
-    texts = []
-    for _, page in data.docs():
-        for text in re.split(r"\n\s*\n", page):
-            if text[:1].isupper() and not re.search(r"[`:*|_<>={}\\]", text):  # no markup, no code
-                texts.append(" ".join(text.split()))
-    every = tokenizer(texts)["input_ids"] if texts else []  # all at once: a third of the time
-    found = [ids[: head + tokens] for ids in every if len(ids) >= head + tokens]
-    check(len(found) >= count, f"only {len(found)} paragraphs are so long: lower --passages or --max-new-tokens")
-    some = [found[i * len(found) // count] for i in range(count)]
-    return [ids[:head] for ids in some], torch.tensor([ids[head:] for ids in some])
 
 
 def left_padded(prompts, pad, device="cpu"):
@@ -313,74 +316,52 @@ def prompt_ids(tokenizer, prompt, chat):
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them already
 
 
-def judge(model, tokens, eos, **prompt):
+def check_flags(cfg):
+    """Raises UserError for flags of which one makes no sense."""
+    check(cfg.prompt.strip(), "--prompt is empty")
+    numbers = (cfg.max_new_tokens, cfg.max_prompt, cfg.beams, cfg.top_k)
+    check(min(numbers) > 0, "numbers of tokens, beams ... start at 1")
+    sampler(cfg.temperature, cfg.top_k, cfg.top_p)
+    check(cfg.repetition > 0, "--repetition must be above 0; 1 is no penalty")
+
+
+def load(name, device):
+    """-> tokenizer, model: smollm2, or a folder or hub id."""
+    return pretrained.smollm2(device) if name == "smollm2" else pretrained.language_model(name, device)
+
+
+def score(model, tokens, eos, **prompt):
     """Each new text up to its end: [(log p of each token (T,), share of 4-grams that are repeated)]."""
     log_p = log_probs(model, tokens, **prompt).cpu()
     lengths = [(is_end(row, eos).nonzero().flatten().tolist() + [len(row) - 1])[0] + 1 for row in tokens]
     return [(log_p[i, :n], repeated(tokens[i, :n].tolist())) for i, n in enumerate(lengths)]
 
 
-def draw(path, judged):
-    """Left: how likely each token of one text is, as Holtzman et al., Fig. 2. Right: all texts, likely against dull."""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.2, 1))
-    search, human = list(judged)[1], list(judged)[-1]
-    dullest = max(range(len(judged[human])), key=lambda i: judged[search][i][1])
-    for i, (name, texts) in enumerate(judged.items()):
-        colour, marker = ("black", "*") if name == human else (f"C{i}", "o")
-        if name in (search, human):
-            left.plot(texts[dullest][0].exp(), color=colour, marker="o", markersize=3, linewidth=1, label=name)
-        xs, ys = [x.mean().item() for x, _ in texts], [100 * y for _, y in texts]
-        right.scatter(xs, ys, s=16, alpha=0.4, linewidths=0, color=colour, marker=marker)
-        mean = sum(xs) / len(xs), sum(ys) / len(ys)
-        right.scatter(
-            *mean, s=200 if name == human else 90, edgecolors="white", label=name, color=colour, marker=marker
-        )
-    left.set(xlabel="token", ylabel="probability", title="how a paragraph goes on: a search, and its author")
-    left.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.32))
-    right.set(xlabel="mean log p of a token", ylabel="4-grams repeated, %", title="small: one text; large: the mean")
-    right.legend(fontsize=8, frameon=False, loc="upper left")
-    right.grid(alpha=0.3)
-    figures.close(figure, path)
-
-
 def main(cfg: Config) -> dict:
-    """Decode one prompt and the beginnings of real paragraphs in seven ways; writes texts, a table and the figure."""
-    check(cfg.prompt.strip(), "--prompt is empty")
-    numbers = (cfg.max_new_tokens, cfg.max_prompt, cfg.beams, cfg.passages, cfg.top_k)
-    check(min(numbers) > 0, "numbers of tokens, beams ... start at 1")
-    dice(cfg.temperature, cfg.top_k, cfg.top_p)  # raises UserError if one of them makes no sense
-    check(cfg.repetition > 0, "--repetition must be above 0; 1 is no penalty")
+    """Decode one prompt in seven ways; writes the texts and their log probabilities."""
+    check_flags(cfg)
     run.seed(cfg.seed)
     device = run.device(cfg.device)
-    known = cfg.model == "smollm2"
-    tokenizer, model = pretrained.smollm2(device) if known else pretrained.language_model(cfg.model, device)
+    tokenizer, model = load(cfg.model, device)
     eos = ends(tokenizer, model)
     pad = tokenizer.eos_token_id or 0
     asked = prompt_ids(tokenizer, cfg.prompt, cfg.chat)
-    check_length(model, max(len(asked), 24), cfg.max_new_tokens, max(cfg.max_prompt, 24))
-    beginnings, theirs = passages(tokenizer, cfg.passages, cfg.max_new_tokens)
-    prompt = left_padded([asked, *beginnings], pad, device)
+    check_length(model, len(asked), cfg.max_new_tokens, cfg.max_prompt)
     folder = run.output(cfg.out, cfg)
+    prompt = left_padded([asked], pad, device)
     print(clean(cfg.prompt))
-    texts, judged = {}, {}
-    for name, way in ways(model, cfg, eos=eos, pad=pad).items():
-        tokens = way(prompt)
-        (log_p, again), *judged[name] = judge(model, tokens, eos, **prompt)
+    texts = {}
+    rows = {}
+    for name, decoder in decoders(model, cfg, eos=eos, pad=pad).items():
+        tokens = decoder(prompt)
+        ((log_p, again),) = score(model, tokens, eos, **prompt)
         texts[name] = tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+        rows[name] = {"tokens": len(log_p), "log p": float(log_p.sum()), "repeated": again}
         print(f"\n{name}, sum log p {log_p.sum():.1f}, {100 * again:.0f} % of 4-grams repeated:\n{texts[name]}")
-    judged["people"] = judge(model, theirs.to(device), None, **left_padded(beginnings, pad, device))
-    draw(folder / "decode.png", judged)
-    rows, mean = {}, lambda values: sum(values) / len(values)
-    for name, some in judged.items():
-        rows[name] = {"tokens": mean([len(x) for x, _ in some]), "log p": mean([x.sum().item() for x, _ in some])}
-        rows[name] |= {"a token": mean([x.mean().item() for x, _ in some]), "repeated": mean([y for _, y in some])}
-    run.write_json(folder / "texts.json", texts)
     if cfg.repetition > 1:
         print(f"\npenalty {cfg.repetition:g} counts words of the prompt, too: not for answers out of a passage")
-    print()
-    return run.report(folder, rows, then=f"open {folder}/decode.png")
+    run.write_json(folder / "texts.json", texts)
+    return run.report(folder, rows, then="python deploy/decode_study.py")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tests.test_pages import tiny_flags
 CHAPTERS = ["models", "finetune", "training", "rag", "papers", "deploy", "vlm"]
 SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
 MEASURE = {"bench", "compare", "app", "poison", "mae_claims", "answer_study"}  # or show
-MEASURE |= {"connector_probe", "data", "evaluate", "flamingo_lora", "questions", "strategies"}
+MEASURE |= {"connector_probe", "data", "decode_study", "evaluate", "flamingo_lora", "questions", "strategies"}
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]

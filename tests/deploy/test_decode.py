@@ -1,7 +1,6 @@
 """deploy/decode.py: the same tokens and scores as transformers' generate, whatever the way and whatever the prompt."""
 
 import json
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -30,14 +29,6 @@ def talker(vocabulary=120, seed=0):
 @pytest.fixture
 def model():
     return talker()
-
-
-@pytest.fixture
-def pages(monkeypatch):
-    """A manual of six paragraphs, instead of three manuals."""
-    numbers = "one two three four five six".split()
-    text = "\n\n".join(f"Number {n} is a paragraph of a manual that goes on. " * 8 for n in numbers)
-    monkeypatch.setattr(decode.data, "docs", lambda: [("manual.txt", text)])
 
 
 @pytest.fixture
@@ -263,9 +254,9 @@ def test_a_generator_of_its_own_leaves_the_seed_alone(model, ids):
 def test_dice_fall_as_the_probabilities_say():
     p = torch.tensor([0.5, 0.3, 0.2])
     torch.manual_seed(0)
-    drawn = decode.dice()(p.log().expand(20000, 3)).bincount() / 20000
+    drawn = decode.sampler()(p.log().expand(20000, 3)).bincount() / 20000
     torch.testing.assert_close(drawn, p, atol=0.015, rtol=0)
-    cold = decode.dice(temperature=0.5)(p.log().expand(20000, 3)).bincount() / 20000
+    cold = decode.sampler(temperature=0.5)(p.log().expand(20000, 3)).bincount() / 20000
     torch.testing.assert_close(cold, p**2 / (p**2).sum(), atol=0.015, rtol=0)
 
 
@@ -322,9 +313,9 @@ def test_a_prompt_that_makes_no_sense_is_refused(model, bad):
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"k": -1}, {"p": 0.0}, {"p": 1.1}])
-def test_dice_that_make_no_sense_are_refused(bad):
+def test_samplers_that_make_no_sense_are_refused(bad):
     with pytest.raises(UserError):
-        decode.dice(**bad)
+        decode.sampler(**bad)
 
 
 def test_more_texts_than_beams_are_refused(model, ids):
@@ -370,8 +361,8 @@ def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
         beams=3, length_penalty=0.3, temperature=0.4, top_k=5, top_p=0.6, repetition=1.7, max_new_tokens=8
     )  # fmt: skip
     more = {"input_ids": 1, "max_new_tokens": 8, "eos": [2], "pad": 0}
-    ways = decode.ways(model, cfg, eos=[2], pad=0)
-    best = [way({"input_ids": 1}) for way in ways.values()][1]
+    decoders = decode.decoders(model, cfg, eos=[2], pad=0)
+    best = [way({"input_ids": 1}) for way in decoders.values()][1]
     assert best.tolist() == [[0, 1, 2]]  # the first of the beam
     assert called == [
         ("greedy", more), ("beam", {"beams": 3, "length_penalty": 0.3} | more), ("greedy", {"repetition": 1.7} | more),
@@ -427,46 +418,26 @@ def test_a_penalty_punishes_the_words_of_the_prompt(model, ids):
         assert decode.greedy(model, input_ids=there, max_new_tokens=1, repetition=50.0)[0, 0] != said
 
 
-def test_main_decodes_the_prompt_first_and_judges_people_on_what_they_wrote(pages, tmp_path, monkeypatch):
-    """The first row is the prompt of --prompt, the others the passages; people are scored on their own words."""
-    name, asked = llamas.folder(tmp_path / "model"), []
-    whole = decode.judge
-
-    def judge(model, tokens, eos, **prompt):
-        asked.append((tokens, eos, prompt))
-        return whole(model, tokens, eos, **prompt)
-
-    monkeypatch.setattr(decode, "judge", judge)
-    cfg = decode.Config(prompt="A b c", model=name, max_new_tokens=5, passages=2, beams=2, out=str(tmp_path / "out"))
-    decode.main(cfg)
-    tokenizer, _ = pretrained.language_model(name)
-    beginnings, theirs = decode.passages(tokenizer, 2, 5)
-    for tokens, eos, prompt in asked[:-1]:
-        assert tokens.shape == (3, 5) and eos == [1, 2]  # the tokenizer's and the model's
-        rows = [row[mask > 0].tolist() for row, mask in zip(prompt["input_ids"], prompt["attention_mask"])]
-        assert rows == [tokenizer("A b c")["input_ids"], *beginnings]
-    tokens, eos, prompt = asked[-1]
-    assert torch.equal(tokens, theirs) and eos is None and prompt["input_ids"].tolist() == beginnings
-
-
-def test_main_writes_what_it_promises(pages, tmp_path):
+def test_main_decodes_the_prompt_in_seven_ways(tmp_path):
     name = llamas.folder(tmp_path / "model")
-    cfg = decode.Config(model=name, max_new_tokens=5, passages=2, beams=2, chat=True, out=str(tmp_path / "out"))
+    cfg = decode.Config(prompt="A b c", model=name, max_new_tokens=5, beams=2, out=str(tmp_path / "out"))
     found = decode.main(cfg)
-    assert list(found)[:2] == ["greedy", "2 beams"] and list(found)[-1] == "people" and len(found) == 8
-    assert found["2 beams"]["a token"] <= 0 and found["people"]["tokens"] == 5
-    assert math.isclose(found["people"]["log p"], 5 * found["people"]["a token"], rel_tol=1e-5)
-    files = {p.name for p in (tmp_path / "out").iterdir()}
-    assert files == {"config.json", "metrics.json", "texts.json", "decode.png"}
-    assert json.loads((tmp_path / "out/texts.json").read_text()).keys() == found.keys() - {"people"}
+    assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 7
+    tokenizer, model = pretrained.language_model(name)
+    ids = torch.tensor([decode.prompt_ids(tokenizer, "A b c", False)])
+    tokens = decode.greedy(model, input_ids=ids, max_new_tokens=5, eos=decode.ends(tokenizer, model))
+    ((log_p, again),) = decode.score(model, tokens, decode.ends(tokenizer, model), input_ids=ids)
+    assert found["greedy"] == {"tokens": len(log_p), "log p": pytest.approx(float(log_p.sum())), "repeated": again}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "metrics.json", "texts.json"}
+    assert json.loads((tmp_path / "out/texts.json").read_text("utf-8")).keys() == found.keys()
 
 
 @pytest.mark.parametrize("flags", [
-    {"prompt": " "}, {"temperature": 0.0}, {"top_p": 2.0}, {"beams": 0}, {"repetition": 0.0}, {"passages": 0},
-    {"passages": 10**6}, {"model": "no/such/folder"}, {"max_prompt": 0}, {"prompt": "why " * 6000},
+    {"prompt": " "}, {"temperature": 0.0}, {"top_p": 2.0}, {"beams": 0}, {"repetition": 0.0},
+    {"model": "no/such/folder"}, {"max_prompt": 0}, {"prompt": "why " * 6000},
     {"max_new_tokens": 10**6},
 ])  # fmt: skip
-def test_bad_flags_are_refused_before_anything_is_written(pages, smollm2, monkeypatch, tmp_path, flags):
+def test_bad_flags_are_refused_before_anything_is_written(smollm2, monkeypatch, tmp_path, flags):
     monkeypatch.setattr(decode.pretrained, "smollm2", lambda device: smollm2)
     with pytest.raises(UserError):
         decode.main(decode.Config(**flags, out=str(tmp_path / "x")))
