@@ -170,13 +170,13 @@ def cosine(row):
     return max(d.metadata["score"] for d in row["found"])
 
 
-def abstain(sets):
-    """The threshold that the questions for choosing give, and what it does on the judged ones."""
+def abstain(sets, cut=None):
+    """What this threshold does on the judged questions; without one, that which the questions for choosing give."""
     marks = {}
     for part, kinds in sets.items():
         rows = [row for rows in kinds.values() for row in rows]
         marks[part] = [np.array([cosine(row) for row in rows if bool(row["key"]) == there]) for there in (True, False)]
-    cut = self_rag.best_threshold(*marks["for choosing"])
+    cut = self_rag.best_threshold(*marks["for choosing"]) if cut is None else cut
     there, missing = marks["judged"]
     return {
         "threshold": cut,
@@ -202,11 +202,11 @@ def main(cfg: Config) -> dict:
     last = {name: WAYS[name] for name in (OLD, CHOSEN, best)}  # each once
     judged = compare(llm, asked[1::2], last, folder / "judging.json")
     print(f"best: {best}. On the other half of the questions:\n{scores.table(judged)}", end="\n\n")
-    rates = abstain(sets)
+    rates, usual = abstain(sets), abstain(sets, raw_rag.Config.abstain)
     nowhere = [row for kind, rows in sets["judged"].items() if kind.startswith("not") for row in rows]
     said, _ = ask(llm, nowhere, WAYS[best], "no answer is there")
     rates["said by the model itself"] = scores.interval([answer.NOWHERE in normal(text) for text in said])
-    print(scores.table({"abstention by cosine": rates}), end="\n\n")
+    print(scores.table({"abstention by cosine": rates, "with the default of --abstain": usual}), end="\n\n")
     figures.bars(folder / "answers.png", {n: row["answers"] for n, row in tried.items()}, x="answers with the key fact")
     metrics: dict[str, Any] = {"best": best, "questions": len(asked)}
     metrics |= {f"{name}, judged": row["answers"][0] for name, row in judged.items()}

@@ -4,7 +4,7 @@ Our FAISS store against LangChain's own with the same vectors: the same ranking 
 Our indexing (cut, hash, embed, add) against sentence-transformers that only embeds. CPU time, one thread, medians of
 ratios: neighbours on the machine do not count.
 
-    python rag/bench.py    # 2 min on one CPU core; needs langchain-community, which is in the dev extra
+    python rag/bench.py    # half a minute on one CPU core; needs langchain-community, which is in the dev extra
 """
 
 import statistics

@@ -45,7 +45,7 @@ class Config:
     embedder: str = "minilm"  # or a folder or hub id of sentence-transformers
     llm: str = "smollm2"  # or a folder, a hub id, http://host:port/v1 (a server), none
     k: int = 5  # passages that the model reads
-    abstain: float = 0.4  # no answer if no passage has this cosine (of minilm) with the question; -1: always answer
+    abstain: float = 0.38  # no answer if no passage has this cosine (of minilm) with the question; -1: always answer
     store: Literal["faiss", "qdrant"] = "faiss"  # where vectors live
     store_url: str = ""  # of a Qdrant; empty: in this process
     question: str = ""  # ask this; empty: one out of the manuals

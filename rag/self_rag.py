@@ -186,7 +186,8 @@ def compare(cfg, folder, llm):
         bins = np.linspace(min(*there, *hidden), max(*there, *hidden), 13)
         axis.hist([there, hidden], bins, label=["answer is there", "answer is hidden"])
         axis.set(title=f"{kind}: AUC {auc(there, hidden):.2f}", xlabel="IsRel", ylabel="questions")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].set_ylim(top=1.4 * axes[0].get_ylim()[1])  # the names stand above the bars
+    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
     figure.tight_layout()
     figures.close(figure, folder / "critics.png")
     if hasattr(llm, "loss"):

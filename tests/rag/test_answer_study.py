@@ -142,6 +142,9 @@ def test_the_threshold_comes_from_the_questions_for_choosing():
     found = answer_study.abstain(sets)
     assert found["threshold"] == 0.6 and found["AUC"] == 0.875
     assert found["right abstentions"][0] == 0.75 and found["wrong abstentions"][0] == 0.5
+    given = answer_study.abstain(sets, 0.15)
+    assert given["threshold"] == 0.15 and given["AUC"] == 0.875
+    assert given["right abstentions"][0] == 0.25 and given["wrong abstentions"][0] == 0
 
 
 def test_passages_are_those_of_the_question_and_its_corpus(monkeypatch):
