@@ -3,7 +3,7 @@
 As a script it keeps what they print and draw:
 
     python tests/notebooks.py            # all of them
-    python tests/notebooks.py ddpm       # only this one; models/llava, if two have the name
+    python tests/notebooks.py ddpm       # only this one; models/ddpm says the same
 """
 
 import base64

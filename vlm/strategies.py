@@ -53,7 +53,7 @@ def command(name, cfg, folder):
     every |= {"text_share": 0.1}
     every |= {"num_warmup_steps": max(1, cfg.steps // 10), "seed": cfg.seed, "out": folder / name}
     more = [x for flag, value in every.items() for x in (f"--{flag}", str(value))]
-    return [sys.executable, str(Path(__file__).with_name("llava.py")), *flags, *more]
+    return [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *more]
 
 
 def row(metrics, steps):

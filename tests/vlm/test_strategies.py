@@ -15,6 +15,7 @@ from vlm import strategies, train
 def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
     cfg = strategies.Config(steps=9, batch=4, seed=3)
     words = strategies.command(name, cfg, Path("out"))
+    assert Path(words[1]) == Path(train.__file__)
     found = tyro.cli(train.Config, args=words[2:])
     train.sane(found)
     assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (9, 4, 3, f"out/{name}")
