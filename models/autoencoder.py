@@ -209,7 +209,7 @@ def train(model, ema, optimizer, images, cfg, start=0, discriminator=None, optim
             optimizer_d.zero_grad()
             value_d.backward()
             optimizer_d.step()
-        ddpm.average(ema, model, min(0.995, (1 + i) / (10 + i)))
+        ddpm.update_ema(ema, model, min(0.995, (1 + i) / (10 + i)))
         yield value.item()
 
 

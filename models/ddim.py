@@ -53,58 +53,93 @@ def timesteps(schedule, n, spacing="trailing"):
     return (schedule.steps - torch.arange(n) * schedule.steps / n).round().long() - 1
 
 
-def levels(schedule, t):
-    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): (B,) -> two (B, 1, 1, 1); t < 0 is the clean image: 1 and 0."""
-    signal, noise = (table[t.clamp(min=0)] for table in (schedule.signal, schedule.noise))
-    return (torch.where(t < 0, end, x)[:, None, None, None] for x, end in ((signal, 1.0), (noise, 0.0)))
+def alpha_bar_roots(schedule, t):
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): (B,) -> two (B, 1, 1, 1); t = -1 is the clean image: 1 and 0."""
+    is_clean = t < 0
+    index = t.clamp(min=0)
+    sqrt_alpha_bar = torch.where(is_clean, 1.0, schedule.sqrt_alpha_bar[index])
+    sqrt_one_minus_alpha_bar = torch.where(is_clean, 0.0, schedule.sqrt_one_minus_alpha_bar[index])
+    return sqrt_alpha_bar[:, None, None, None], sqrt_one_minus_alpha_bar[:, None, None, None]
+
+
+def ddim_sigma(schedule, t, t_prev, eta):
+    """Standard deviation of the noise of a step: (B,), (B,) -> (B, 1, 1, 1). eta = 0: DDIM, none; eta = 1: DDPM's."""
+    sqrt_alpha_bar, sqrt_one_minus_alpha_bar = alpha_bar_roots(schedule, t)
+    if eta == 0:  # no division: on the way up from the clean image sqrt(1 - alpha_bar) is 0
+        return torch.zeros_like(sqrt_alpha_bar)
+    sqrt_alpha_bar_prev, sqrt_one_minus_alpha_bar_prev = alpha_bar_roots(schedule, t_prev)
+    ratio = sqrt_one_minus_alpha_bar_prev / sqrt_one_minus_alpha_bar
+    return eta * ratio * (1 - sqrt_alpha_bar**2 / sqrt_alpha_bar_prev**2).sqrt()  # Eq. 16
 
 
 def step(schedule, xt, t, t_prev, eps, eta=0.0, noise=None, clip=True):
-    """From step t to t_prev < t: (B, C, H, W), (B,), (B,), (B, C, H, W) -> (B, C, H, W)."""
-    (signal, level), (signal_prev, level_prev) = levels(schedule, t), levels(schedule, t_prev)
-    # without eta no division: on the way up from the clean image, level is 0
-    sigma = eta * level_prev / level * (1 - signal**2 / signal_prev**2).sqrt() if eta else 0 * level  # Eq. 16
-    back = (level_prev**2 - sigma**2).clamp(min=0).sqrt()
-    signal, level, signal_prev, back, sigma = (c.to(xt.dtype) for c in (signal, level, signal_prev, back, sigma))
-    x0 = (xt - level * eps) / signal  # Eq. 9
+    """From step t to t_prev < t: (B, C, H, W), (B,), (B,), (B, C, H, W) -> (B, C, H, W). Eq. 12, term by term."""
+    # the coefficients, in double precision, then in that of the images
+    sqrt_alpha_bar, sqrt_one_minus_alpha_bar = alpha_bar_roots(schedule, t)
+    sqrt_alpha_bar_prev, sqrt_one_minus_alpha_bar_prev = alpha_bar_roots(schedule, t_prev)
+    sigma = ddim_sigma(schedule, t, t_prev, eta)
+    direction_coef = (sqrt_one_minus_alpha_bar_prev**2 - sigma**2).clamp(min=0).sqrt()
+    sqrt_alpha_bar = sqrt_alpha_bar.to(xt.dtype)
+    sqrt_one_minus_alpha_bar = sqrt_one_minus_alpha_bar.to(xt.dtype)
+    sqrt_alpha_bar_prev = sqrt_alpha_bar_prev.to(xt.dtype)
+    direction_coef = direction_coef.to(xt.dtype)
+    sigma = sigma.to(xt.dtype)
+
+    # "predicted x0"; a clipped one goes with another eps, so that the two still make up xt
+    x0 = (xt - sqrt_one_minus_alpha_bar * eps) / sqrt_alpha_bar  # Eq. 9
     if clip:
         x0 = x0.clamp(-1, 1)
-        eps = (xt - signal * x0) / level
-    x = signal_prev * x0 + back * eps  # Eq. 12, without its noise
+        eps = (xt - sqrt_alpha_bar * x0) / sqrt_one_minus_alpha_bar
+    # "direction pointing to xt"
+    direction = direction_coef * eps
+    x_prev = sqrt_alpha_bar_prev * x0 + direction
     if eta == 0:
-        return x
-    return x + sigma * (torch.randn_like(xt) if noise is None else noise)
+        return x_prev
+    # "random noise"
+    if noise is None:
+        noise = torch.randn_like(xt)
+    return x_prev + sigma * noise
 
 
 @torch.no_grad()
 def sample(model, schedule, xt, n, predict="eps", spacing="trailing", eta=0.0, clip=True):
     """From noise xt (B, C, H, W) to images in n steps; yields every x. clip: keep x0 in [-1, 1]; not for latents."""
+    # the steps that are kept, from noisy to clean; -1 is the clean image
     steps = [*timesteps(schedule, n, spacing).tolist(), -1]
     yield xt
     for now, before in zip(steps[:-1], steps[1:], strict=True):
-        t, t_prev = (torch.full((len(xt),), i, device=xt.device) for i in (now, before))
-        eps = ddpm.to_eps(schedule, xt, t, model(xt, t).float(), predict)
+        t = torch.full((len(xt),), now, device=xt.device)
+        t_prev = torch.full((len(xt),), before, device=xt.device)
+        # which noise does the network see in xt?
+        output = model(xt, t).float()
+        eps = ddpm.to_eps(schedule, xt, t, output, predict)
+        # the same image with less of it
         xt = step(schedule, xt, t, t_prev, eps, eta, clip=clip)
         yield xt
 
 
 @torch.no_grad()
 def invert(model, schedule, x0, n, predict="eps", rounds=8):
-    """From images to the noise that `sample` turns into them: the same steps, walked upwards; yields every x. Sec. 4.3.
+    """DDIM inversion: from images to the noise that `sample` turns into them; yields every x. Sec. 4.3.
 
-    The way down asks the network at the upper end of each step, which the way up does not know yet: guess it from the
-    lower end, and use the answer as a better guess, a few rounds (one round is the nearest to the paper's).
+    The same steps, walked upwards. The way down asks the network at the upper end of each step, which the way up does
+    not know yet: guess it from the lower end, and use the answer as a better guess, a few rounds (one round is the
+    nearest to the paper's). This is a fixed-point iteration.
     """
     steps = [-1, *timesteps(schedule, n).flip(0).tolist()]
     x = x0
     yield x
     for now, above in zip(steps[:-1], steps[1:], strict=True):
-        t, t_above = (torch.full((len(x),), i, device=x.device) for i in (now, above))
-        y = x
+        t = torch.full((len(x),), now, device=x.device)
+        t_above = torch.full((len(x),), above, device=x.device)
+        # first guess of the upper end: the lower end
+        x_above = x
         for _ in range(rounds):
-            eps = ddpm.to_eps(schedule, y, t_above, model(y, t_above).float(), predict)
-            y = step(schedule, x, t, t_above, eps, clip=False)
-        x = y
+            # the noise that the way down would see there, and where the step upwards with it ends
+            output = model(x_above, t_above).float()
+            eps = ddpm.to_eps(schedule, x_above, t_above, output, predict)
+            x_above = step(schedule, x, t, t_above, eps, clip=False)
+        x = x_above
         yield x
 
 
@@ -125,7 +160,9 @@ def slerp(a, b, weight):
     if angle < 1e-3:  # where the formula is 0 / 0, arc and line are one
         return a + weight * (b - a)
     run.check(angle.sin() > 1e-3, "no arc between these two noises: one is zero, or they are opposite; draw another")
-    return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
+    share_a = ((1 - weight) * angle).sin()
+    share_b = (weight * angle).sin()
+    return (share_a * a + share_b * b) / angle.sin()
 
 
 def find_weights(cfg):
@@ -144,26 +181,39 @@ def main(cfg: Config) -> dict:
     run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figures show")
     run.check(max(cfg.counts) <= 1000, "--counts: the schedule has 1000 steps and no more")
     run.check(0 <= cfg.eta <= 1, "--eta must be in [0, 1]: 0 is DDIM, 1 is DDPM")
-    folder, device = run.output(cfg.out, cfg), run.device(cfg.device)
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
     model, schedule, predict = ddpm.load(find_weights(cfg), device)
     run.seed(cfg.seed)
-    judge, metrics, shown = quality.judge(device), {}, {}
+    judge = quality.judge(device)
+    metrics = {}
+    shown = {}
     noise = torch.randn(cfg.samples, 1, 28, 28).to(device)
     with run.autocast(device):
+        # the same noises in few steps and in many: quality and seconds
         for n in cfg.counts:
-            clock, chain = run.Clock(), sample(model, schedule, noise, n, predict, cfg.spacing, cfg.eta)
+            clock = run.Clock()
+            chain = sample(model, schedule, noise, n, predict, cfg.spacing, cfg.eta)
             images = last(run.bar(chain, n + 1, name=f"{n} steps")).cpu()
             seconds = clock() * 64 / cfg.samples
             metrics[f"{n} steps"] = judge(images) | {"seconds_per_64": seconds}
             shown[f"{n} steps"] = images[:10]
+
+        # inversion: test digits become noise, and digits again
         digits = data.to_float(data.mnist("test")[0][:10]).to(device)
         back = {}
         for n in (20, 100):
             found = last(run.bar(invert(model, schedule, digits, n, predict), n + 1, name=f"invert, {n} steps"))
             back[n] = last(sample(model, schedule, found, n, predict)).cpu()
-        a, b = noise[:4].repeat_interleave(10, 0), noise[4:8].repeat_interleave(10, 0)
-        path = torch.cat([slerp(x[None], y[None], w) for x, y, w in zip(a, b, torch.linspace(0, 1, 10).repeat(4))])
+
+        # interpolation: four walks of ten steps, each between two noises
+        a = noise[:4].repeat_interleave(10, 0)
+        b = noise[4:8].repeat_interleave(10, 0)
+        weights = torch.linspace(0, 1, 10).repeat(4)
+        path = torch.cat([slerp(x[None], y[None], w) for x, y, w in zip(a, b, weights)])
         between = last(run.bar(sample(model, schedule, path, 50, predict), 51, name="interpolate")).cpu()
+
+    # measure and draw
     digits = digits.cpu()
     metrics |= {f"inversion_error_{n}_steps": float((x - digits).abs().mean()) for n, x in back.items()}
     figures.rows(folder / "steps.png", shown)

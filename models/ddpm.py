@@ -40,7 +40,7 @@ class Config:
     batch: int = 64  # images per step
     lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     schedule: Literal["linear", "cosine"] = "cosine"  # how the noise grows
-    predict: Predict = "v"  # what the network says: the noise, the image, or v between the two
+    predict: Predict = "v"  # what the network predicts: the noise, the image, or v (v-prediction)
     channels: tuple[int, ...] = (32, 64)  # widths of the U-Net, one per resolution
     layers: int = 2  # residual blocks per resolution
     ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
@@ -53,29 +53,54 @@ class Config:
     out: str = "outputs/ddpm"  # where the results go
 
 
-class Schedule:
-    """The noise of each step: beta, alpha = 1 - beta and alpha_bar = prod(alpha), each (T,); index 0 is t = 1. Sec. 2.
+def linear_beta(steps, beta_start=1e-4, beta_end=0.02):
+    """The noise of each step grows in a line: (T,). Sec. 4."""
+    return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
 
-    signal = sqrt(alpha_bar) and noise = sqrt(1 - alpha_bar) are kept in double precision: in single, 1 - 0.9999 leaves
-    three digits. Raises UserError for another kind.
+
+def cosine_beta(steps, offset=0.008):
+    """The noise of each step under which alpha_bar falls like cos^2: (T,). Nichol & Dhariwal 2021, Eq. 17."""
+    t = torch.arange(steps + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((t / steps + offset) / (1 + offset) * math.pi / 2) ** 2
+    beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    return beta.clamp(max=0.999)  # else alpha_bar ends at 0, and Eq. 15 divides by it
+
+
+class Schedule:
+    """The noise schedule: every coefficient of the forward process and of its posterior, each a table (T,). Sec. 2.
+
+    Index 0 is t = 1. All are computed in double precision, and what is divided or rooted later stays in it: in single,
+    1 - 0.9999 leaves three digits. Raises UserError for another kind.
     """
 
     def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02, kind="linear"):
         run.check(kind in ("linear", "cosine"), f"there is no schedule '{kind}'; there are linear and cosine")
         self.steps = steps
-        if kind == "linear":  # Sec. 4
-            beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-        else:  # Nichol & Dhariwal 2021, Eq. 17
-            f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        alpha_bar = (1 - beta).cumprod(0)
-        self.beta, self.alpha, self.alpha_bar = beta.float(), (1 - beta).float(), alpha_bar.float()
-        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        beta = linear_beta(steps, beta_start, beta_end) if kind == "linear" else cosine_beta(steps)
+        alpha = 1 - beta
+        alpha_bar = alpha.cumprod(0)
+        alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])  # of t - 1; before the first step it is 1
+
+        self.beta = beta.float()
+        self.alpha = alpha.float()
+        self.alpha_bar = alpha_bar.float()
+
+        # forward process q(x_t | x_0): Eq. 4
+        self.sqrt_alpha_bar = alpha_bar.sqrt()
+        self.sqrt_one_minus_alpha_bar = (1 - alpha_bar).sqrt()
+
+        # posterior q(x_{t-1} | x_t, x_0): Eq. 7
+        self.posterior_mean_coef_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+        self.posterior_mean_coef_xt = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        self.posterior_variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
 
     def to(self, device):
+        """Move every table to the device, in place."""
         for name, table in vars(self).items():
             if isinstance(table, torch.Tensor):
-                setattr(self, name, (table.float() if torch.device(device).type == "mps" else table).to(device))
+                if torch.device(device).type == "mps":  # which has no double precision
+                    table = table.float()
+                setattr(self, name, table.to(device))
         return self
 
 
@@ -85,52 +110,66 @@ def at(table, t):
 
 
 def add_noise(schedule, x0, t, eps):
-    """t steps of noise at once: (B, C, H, W), (B,), (B, C, H, W) -> xt."""
-    return at(schedule.signal, t) * x0 + at(schedule.noise, t) * eps  # Eq. 4
+    """Forward process q(x_t | x_0), t steps of noise at once: (B, C, H, W), (B,), (B, C, H, W) -> xt (B, C, H, W)."""
+    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
+    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
+    return sqrt_alpha_bar * x0 + sqrt_one_minus_alpha_bar * eps  # Eq. 4
 
 
 def predict_x0(schedule, xt, t, eps):
-    """The clean image, if eps was the noise in xt."""
-    return (xt - at(schedule.noise, t) * eps) / at(schedule.signal, t)  # Eq. 15
+    """The clean image, if eps was the noise in xt: Eq. 4 solved for x0."""
+    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
+    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
+    return (xt - sqrt_one_minus_alpha_bar * eps) / sqrt_alpha_bar  # Eq. 15
 
 
 def posterior(schedule, x0, xt, t):
-    """Mean (B, C, H, W) and variance (B, 1, 1, 1) of x_{t-1}, if both ends are known."""
-    signal, noise = schedule.signal, schedule.noise  # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)
-    signal_prev, noise_prev = (torch.cat([x.new_tensor([end]), x[:-1]]) for x, end in ((signal, 1.0), (noise, 0.0)))
-    sqrt_alpha = signal / signal_prev
-    beta = 1 - sqrt_alpha**2
-    mean = at(signal_prev * beta / noise**2, t) * x0 + at(sqrt_alpha * noise_prev**2 / noise**2, t) * xt  # Eq. 7
-    return mean, at(noise_prev**2 / noise**2 * beta, t)  # Eq. 7
+    """Posterior q(x_{t-1} | x_t, x_0), a Gaussian: its mean (B, C, H, W) and variance (B, 1, 1, 1)."""
+    mean = at(schedule.posterior_mean_coef_x0, t) * x0 + at(schedule.posterior_mean_coef_xt, t) * xt  # Eq. 7
+    variance = at(schedule.posterior_variance, t)  # Eq. 7
+    return mean, variance
 
 
-def known(predict):
+def check_prediction_type(predict):
     """Raises UserError unless a network can be asked for that."""
     run.check(predict in ("eps", "x0", "v"), f"a network cannot predict '{predict}'; it may be eps, x0 or v")
 
 
 def target(schedule, x0, t, eps, predict="eps"):
-    """What the network should say: the noise, the image, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0."""
-    known(predict)
-    if predict == "v":
-        return at(schedule.signal, t) * eps - at(schedule.noise, t) * x0  # Salimans & Ho 2022, App. D
-    return eps if predict == "eps" else x0
+    """What the network should predict: the noise, the image, or v (v-prediction)."""
+    check_prediction_type(predict)
+    if predict == "eps":
+        return eps
+    if predict == "x0":
+        return x0
+    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
+    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
+    return sqrt_alpha_bar * eps - sqrt_one_minus_alpha_bar * x0  # v-prediction: Salimans & Ho 2022, App. D
 
 
 def to_eps(schedule, xt, t, output, predict="eps"):
-    """The noise that the network's output stands for; exact for all three kinds."""
-    known(predict)
-    signal, noise = at(schedule.signal, t), at(schedule.noise, t)
-    if predict == "v":
-        return signal * output + noise * xt
-    return output if predict == "eps" else (xt - signal * output) / noise
+    """The noise that the network's output stands for; exact for all three kinds of prediction."""
+    check_prediction_type(predict)
+    if predict == "eps":
+        return output
+    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
+    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
+    if predict == "x0":
+        return (xt - sqrt_alpha_bar * output) / sqrt_one_minus_alpha_bar  # Eq. 4, solved for eps
+    return sqrt_alpha_bar * output + sqrt_one_minus_alpha_bar * xt  # v-prediction
 
 
 def loss(model, schedule, x0, predict="eps", t=None, eps=None):
     """Mean squared error, each image at a random t: (B, C, H, W) -> (). Algorithm 1; t, eps: drawn if not given."""
-    t = torch.randint(schedule.steps, (len(x0),), device=x0.device) if t is None else t
-    eps = torch.randn_like(x0) if eps is None else eps
-    output = model(add_noise(schedule, x0, t, eps), t)
+    # Algorithm 1, line 3: t ~ Uniform(1 .. T), another one for each image
+    if t is None:
+        t = torch.randint(schedule.steps, (len(x0),), device=x0.device)
+    # line 4: eps ~ N(0, I)
+    if eps is None:
+        eps = torch.randn_like(x0)
+    # line 5: the squared error, whose gradient the training loop takes
+    xt = add_noise(schedule, x0, t, eps)
+    output = model(xt, t)
     return F.mse_loss(output.float(), target(schedule, x0, t, eps, predict))  # Eq. 14
 
 
@@ -139,34 +178,48 @@ def step(schedule, xt, t, eps, noise=None, clip=True):
 
     clip: keep x0 in [-1, 1], as the authors' code does; not for latents.
     """
+    # the image that the predicted noise implies: Eq. 15
     x0 = predict_x0(schedule, xt, t, eps)
     if clip:
         x0 = x0.clamp(-1, 1)
+    # the Gaussian of x_{t-1}, given x_t and that image: Eq. 7
     mean, variance = posterior(schedule, x0, xt, t)
-    noise = torch.randn_like(xt) if noise is None else noise
-    return mean + (t > 0)[:, None, None, None] * variance.sqrt() * noise
+    # Algorithm 2, line 3: z ~ N(0, I), but z = 0 at the last step
+    if noise is None:
+        noise = torch.randn_like(xt)
+    is_last = (t == 0)[:, None, None, None]
+    z = torch.where(is_last, 0.0, noise)
+    # line 4: a draw from that Gaussian
+    return mean + variance.sqrt() * z
 
 
 @torch.no_grad()
 def sample(model, schedule, shape, predict="eps", clip=True):
     """From noise to images: yields x_T, then x_{t-1} of every step; the last are the samples. Algorithm 2."""
     device = schedule.beta.device
+    # Algorithm 2, line 1: x_T ~ N(0, I)
     xt = torch.randn(shape, device=device)
     yield xt
+    # line 2: for t = T, ..., 1
     for i in reversed(range(schedule.steps)):
         t = torch.full((shape[0],), i, device=device)
-        eps = to_eps(schedule, xt, t, model(xt, t).float(), predict)
+        # which noise does the network see in x_t?
+        output = model(xt, t).float()
+        eps = to_eps(schedule, xt, t, output, predict)
+        # lines 3 and 4
         xt = step(schedule, xt, t, eps, clip=clip)
         yield xt
 
 
 def shuffled(items, batch, seed=0, start=0):
     """Batches in a new order every epoch, for ever. The seed alone sets it: `start` goes on where it broke off."""
-    per_epoch = len(items) // batch
+    per_epoch = len(items) // batch  # batches
     run.check(per_epoch > 0, f"--batch {batch} is more than the {len(items)} images there are")
     while True:
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed + start // per_epoch))
-        yield items[order[start % per_epoch * batch :][:batch]]
+        epoch = start // per_epoch
+        first = start % per_epoch * batch
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed + epoch))
+        yield items[order[first : first + batch]]
         start += 1
 
 
@@ -175,43 +228,50 @@ def batches(images, batch, seed=0, start=0):
     return map(data.to_float, shuffled(images, batch, seed, start))
 
 
-def average(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, for every weight."""
-    for slow, fast in zip(ema.parameters(), model.parameters(), strict=True):
-        slow.lerp_(fast.detach(), 1 - decay)
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """Exponential moving average (EMA) of the weights: ema <- decay * ema + (1 - decay) * model."""
+    for ema_weight, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        ema_weight.lerp_(weight, 1 - decay)
 
 
 def train(model, ema, optimizer, schedule, images, cfg, start=0):
     """Steps `start` to cfg.steps of Algorithm 1; yields the loss of each."""
     device = schedule.beta.device
     for i, x0 in zip(range(start, cfg.steps), batches(images, cfg.batch, cfg.seed, start)):
+        # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, i)
+        # forward pass and loss, matrix products in bf16
         with run.autocast(device):
             value = loss(model, schedule, x0.to(device), cfg.predict)
+        # backward pass; one bad batch must not throw the weights away, so long gradients are clipped
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        average(ema, model, min(cfg.ema, (1 + i) / (10 + i)))
+        # EMA of the weights; a small decay in the first steps lets it forget its random start
+        decay = min(cfg.ema, (1 + i) / (10 + i))
+        update_ema(ema, model, decay)
         yield value.item()
 
 
-def possible(channels):
+def check_channels(channels):
     """Raises UserError if there is no such U-Net for digits."""
     run.check(1 <= len(channels) <= 2, "--channels takes one or two widths: 14 x 14 positions can be halved once")
 
 
 def build(channels, layers, **_):
     """The U-Net of this chapter: pixels folded 2 x 2, attention at the coarsest resolution."""
-    possible(channels)
-    attention = [i == len(channels) - 1 for i in range(len(channels))]
+    check_channels(channels)
+    attention = [i == len(channels) - 1 for i in range(len(channels))]  # one per resolution
     return UNet(1, channels, layers, attention, patch=2)
 
 
 def load(path, device="cpu"):
     """Weights written by this script -> (model, schedule, predict), ready to sample."""
     model, meta = checkpoint.load_model(path, build, device)
-    return model, Schedule(kind=meta["schedule"]).to(device), meta["predict"]
+    schedule = Schedule(kind=meta["schedule"]).to(device)
+    return model, schedule, meta["predict"]
 
 
 def main(cfg: Config) -> dict:
@@ -221,38 +281,63 @@ def main(cfg: Config) -> dict:
     run.check(0 < cfg.lr < math.inf and 0 <= cfg.ema < 1, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(cfg.samples >= 6, "--samples must be at least 6, as many as the film shows")
     run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
-    possible(cfg.channels)
+    check_channels(cfg.channels)
     run.seed(cfg.seed)
-    folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
-    metrics, state = {}, folder / "state.safetensors"
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
+    clock = run.Clock()
+    metrics = {}
+
     if cfg.pretrained:
         model, schedule, predict = load(WEIGHTS, device)
     else:
-        schedule, predict = Schedule(kind=cfg.schedule).to(device), cfg.predict
+        # model, its EMA, optimizer
+        schedule = Schedule(kind=cfg.schedule).to(device)
+        predict = cfg.predict
         model = build(**asdict(cfg)).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
-        parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
+        losses = []
+
+        # checkpoints: all that a resumed run needs to go on bit for bit
+        state = folder / "state.safetensors"
+        parts = {"model": model, "ema": ema, "optimizer": optimizer}
         if cfg.resume:
             before = checkpoint.load_state(state, cfg, **parts)
-            losses, clock = before["losses"], run.Clock(before["seconds"])
-        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock(), config=asdict(cfg))  # noqa: E731
+            losses = before["losses"]
+            clock = run.Clock(before["seconds"])
+
+        def save():
+            checkpoint.save_state(state, **parts, losses=losses, seconds=clock(), config=asdict(cfg))
+
+        # train
         images, _ = data.mnist("train")
         steps = train(model, ema, optimizer, schedule, images, cfg, len(losses))
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
             losses.append(value)
         save()
-        metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock()}
+        metrics["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
+        metrics["train_seconds"] = clock()
         figures.curves(folder / "loss.png", {"loss": losses}, "step", f"squared error of {predict}", smooth=50)
+
+        # the EMA is what is kept and sampled from
         checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
         model = ema.eval()
+
+    # sample; of the steps on the way ten images are enough
     clock = run.Clock()
     with run.autocast(device):
-        chain = run.bar(sample(model, schedule, (cfg.samples, 1, 28, 28), predict), schedule.steps + 1, name="sample")
+        chain = sample(model, schedule, (cfg.samples, 1, 28, 28), predict)
+        chain = run.bar(chain, schedule.steps + 1, name="sample")
         film = [xt[:10].cpu() if i < schedule.steps else xt.cpu() for i, xt in enumerate(chain)]
     digits = film[-1]
-    metrics |= {"sample_seconds": clock(), "parameters": sum(p.numel() for p in model.parameters())}
+
+    # measure
+    metrics["sample_seconds"] = clock()
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics |= quality.judge(device)(digits)
+
+    # draw
     figures.grid(folder / "samples.png", digits[:64])
     shown = [1000, 800, 600, 500, 400, 300, 200, 100, 50, 0]  # the paper's t: x_1000 is noise, x_0 the digit
     strips = {f"digit {j + 1}": torch.stack([film[1000 - t][j] for t in shown]) for j in range(6)}

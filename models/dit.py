@@ -13,7 +13,7 @@ rises and falls.
 
     python models/dit.py                                  # train, sample, measure: 4.4 min on two CPU cores
     python models/dit.py --pretrained                     # sample from the shipped weights
-    python models/dit.py --pretrained --guidance 0 1 8    # 0 ignores the class, 1 is plain, above 1 exaggerates
+    python models/dit.py --pretrained --guidance-scale 0 1 8    # 0 ignores the class, 1 is plain, above 1 exaggerates
     python models/dit.py --size S --patch 2 --batch 256 --lr 1e-4 --ema 0.9999 --steps 100000   # DiT-S/2, for a GPU
 """
 
@@ -22,8 +22,10 @@ import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from einops import rearrange
 from torch import nn
 
@@ -52,7 +54,8 @@ class Config:
     patch: int = 4  # side of a patch in pixels; half of it is four times the tokens
     dropout: float = 0.1  # share of labels hidden in training, so that the network also learns "no class"
     ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
-    guidance: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6)  # scales to compare; 1 is no guidance
+    # classifier-free guidance scales to compare; 1 is no guidance
+    guidance_scale: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--guidance"])] = (1, 1.5, 2, 3, 4, 6)
     samples: int = 100  # digits to sample and measure at each guidance scale
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
@@ -134,37 +137,48 @@ def drop_labels(y, share, null):
     return torch.where(torch.rand(y.shape, device=y.device) < share, null, y)
 
 
-def guide(model, y, scale):
-    """A network of (xt, t), as every sampler takes it: null + scale (class - null), both halves in one batch. Sec. 3.1.
+def classifier_free_guidance(model, y, guidance_scale):
+    """A network of (xt, t), as every sampler takes it: null + guidance_scale (class - null). Sec. 3.1.
 
-    The paper guides eps. But eps is a number times v plus a number times xt, and the weights 1 - scale and scale add up
-    to one: guiding v, as here, is guiding eps.
+    The paper guides eps. But eps is a number times v plus a number times xt, and the weights 1 - guidance_scale and
+    guidance_scale add up to one: guiding v, as here, is guiding eps.
     """
     null = torch.full_like(y, model.label.num_embeddings - 1)
 
     def guided(xt, t):
-        if scale == 1:
+        if guidance_scale == 1:
             return model(xt, t, y)
-        with_class, without = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
-        return without + scale * (with_class - without)
+        # both halves in one batch: the conditional one and the unconditional one
+        output = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))  # (2 B, C, H, W)
+        conditional, unconditional = output.float().chunk(2)
+        # from the unconditional answer towards the conditional one, and beyond it
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     return guided
 
 
 def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
     """Steps `start` to cfg.steps of ddpm's Algorithm 1, with labels; yields the loss of each."""
-    device, null = schedule.beta.device, model.label.num_embeddings - 1
+    device = schedule.beta.device
+    null = model.label.num_embeddings - 1
     picks = ddpm.shuffled(torch.arange(len(images)), cfg.batch, cfg.seed, start)
     for i, pick in zip(range(start, cfg.steps), picks):
+        # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
-        x0, y = data.to_float(images[pick]).to(device), drop_labels(labels[pick].to(device), cfg.dropout, null)
+        # a batch of images; some of their labels become "no class", for guidance
+        x0 = data.to_float(images[pick]).to(device)
+        y = drop_labels(labels[pick].to(device), cfg.dropout, null)
+        # forward pass and loss, matrix products in bf16
         with run.autocast(device):
             value = ddpm.loss(partial(model, y=y), schedule, x0, "v")
+        # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        ddpm.average(ema, model, min(cfg.ema, (1 + i) / (10 + i)))
+        # EMA of the weights; a small decay in the first steps lets it forget its random start
+        decay = min(cfg.ema, (1 + i) / (10 + i))
+        ddpm.update_ema(ema, model, decay)
         yield value.item()
 
 
@@ -197,8 +211,8 @@ def main(cfg: Config) -> dict:
     run.check(cfg.samples >= 10, "--samples must be at least 10, one of each digit")
     run.check(0 < cfg.lr < math.inf and 0 <= cfg.ema < 1, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(0 <= cfg.dropout < 1, "--dropout must be at least 0 and less than 1")
-    finite = all(0 <= scale < math.inf for scale in cfg.guidance)
-    run.check(cfg.guidance and finite, "--guidance takes one or more scales, finite and not negative")
+    finite = all(0 <= scale < math.inf for scale in cfg.guidance_scale)
+    run.check(cfg.guidance_scale and finite, "--guidance-scale takes one or more scales, finite and not negative")
     possible(cfg.size, cfg.patch)
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
@@ -226,9 +240,10 @@ def main(cfg: Config) -> dict:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     y = torch.arange(cfg.samples) % 10
     noise, digits, scores = torch.randn(cfg.samples, 1, 28, 28), {}, {}
-    for scale in cfg.guidance:  # the same noise under each
+    for scale in cfg.guidance_scale:  # the same noise under each
         with run.autocast(device):
-            chain = ddim.sample(guide(model, y.to(device), scale), schedule, noise.to(device), 50, "v")
+            network = classifier_free_guidance(model, y.to(device), scale)
+            chain = ddim.sample(network, schedule, noise.to(device), 50, "v")
             digits[scale] = ddim.last(run.bar(chain, 51, name=f"sample, guidance {scale:g}")).cpu()
         right = accuracy(classifier, digits[scale], y)
         error = quality.standard_error(right, cfg.samples)

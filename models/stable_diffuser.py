@@ -1,9 +1,9 @@
 """Stable diffusion in small: text to image, in the latents of an autoencoder. Rombach et al. 2022, arXiv:2112.10752.
 
 Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 16 x 16
-latents while it looks at the words, a decoder (models/autoencoder.py) paints the latents as 64 x 64 pixels. Guidance
-(Ho & Salimans 2022, arXiv:2207.12598) draws what the words say more than what pictures look like in general. Sections
-and equations are the first paper's unless named.
+latents while it looks at the words (cross-attention), a decoder (models/autoencoder.py) paints the latents as 64 x 64
+pixels. Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) draws what the words say more than what pictures
+look like in general. Sections and equations are the first paper's unless named.
 
 Shapes: B images, D latent channels, h x w latents, L words, E = 384 features of a word.
 Differences from the paper: MiniLM, not a transformer of its own, reads the text; v is predicted under the cosine
@@ -22,9 +22,11 @@ import os
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch.nn.parallel import DistributedDataParallel
 
 from models import autoencoder, ddim, ddpm, quality
@@ -41,7 +43,8 @@ class Config:
 
     prompt: str = ""  # draw this, eight times; without it, draw known prompts and measure
     negative: str = ""  # and steer away from this
-    guidance: float = 3.0  # 1: the prompt as it is; more: the prompt exaggerated
+    # classifier-free guidance scale; 1: the prompt as it is, more: the prompt exaggerated
+    guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance"])] = 3.0
     sampling_steps: int = 50  # DDIM steps per image
     steps: int = 1150  # training steps
     batch: int = 32  # images per step, all processes together
@@ -86,28 +89,30 @@ def drop_text(words, mask, empty, empty_mask, dropped):
     return torch.where(dropped[:, None, None], empty, words), torch.where(dropped[:, None], empty_mask, mask)
 
 
-def guided(model, words, mask, empty, empty_mask, scale):
-    """A network (xt, t) -> output that steers away from the empty (or negative) prompt: e + scale (c - e).
+def classifier_free_guidance(model, words, mask, empty, empty_mask, guidance_scale):
+    """A network (xt, t) -> output that steers away from the empty (or negative) prompt: e + guidance_scale (c - e).
 
-    Ho & Salimans 2022, Eq. 6, whose w is scale - 1.
-    Both halves go through the network in one batch. v is linear in eps, so guiding the one guides the other.
+    Ho & Salimans 2022, Eq. 6, whose w is guidance_scale - 1. v is linear in eps, so guiding the one guides the other.
     """
 
     def network(xt, t):
-        if scale == 1:
+        if guidance_scale == 1:
             return model(xt, t, words, mask)
+        # both halves in one batch: without the prompt and with it
         n = len(xt)
         both_words = torch.cat([empty.expand(n, -1, -1), words])
         both_masks = torch.cat([empty_mask.expand(n, -1), mask])
-        without, with_text = model(torch.cat([xt, xt]), torch.cat([t, t]), both_words, both_masks).float().chunk(2)
-        return without + scale * (with_text - without)
+        output = model(torch.cat([xt, xt]), torch.cat([t, t]), both_words, both_masks)  # (2 B, D, h, w)
+        unconditional, conditional = output.float().chunk(2)
+        # from the unconditional answer towards the conditional one, and beyond it
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     return network
 
 
-def sample(model, schedule, noise, words, mask, empty, empty_mask, scale=3.0, n=50):
-    """Noise (B, D, h, w) and text -> scaled latents, not clipped: DDIM with guidance; a generator of every step."""
-    network = guided(model, words, mask, empty, empty_mask, scale)
+def sample(model, schedule, noise, words, mask, empty, empty_mask, guidance_scale=3.0, n=50):
+    """Noise (B, D, h, w) and text -> scaled latents, not clipped: DDIM with guidance; yields every step."""
+    network = classifier_free_guidance(model, words, mask, empty, empty_mask, guidance_scale)
     yield from ddim.sample(network, schedule, noise, n, "v", clip=False)
 
 
@@ -125,19 +130,28 @@ def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, sta
     device = schedule.beta.device
     numbers = torch.arange(len(latents))
     for i, pick in zip(range(start, cfg.steps), ddpm.shuffled(numbers, cfg.batch, cfg.seed, start)):
+        # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
-        t, eps = torch.randint(schedule.steps, (cfg.batch,)), torch.randn(cfg.batch, *latents.shape[1:])
+        # all that is random, drawn for the whole batch: time steps, noise, which captions are dropped for guidance
+        t = torch.randint(schedule.steps, (cfg.batch,))
+        eps = torch.randn(cfg.batch, *latents.shape[1:])
         dropped = torch.rand(cfg.batch) < cfg.drop_text
+        # the part of this process
         z0, w, m, t, eps, dropped = (
             x[rank::world].to(device) for x in (latents[pick], words[pick], mask[pick], t, eps, dropped)
         )
+        w, m = drop_text(w, m, *empty, dropped=dropped)
+        # forward pass and loss, matrix products in bf16
         with run.autocast(device):
-            value = loss(model, schedule, z0, *drop_text(w, m, *empty, dropped=dropped), t, eps)
+            value = loss(model, schedule, z0, w, m, t, eps)
+        # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        ddpm.average(ema, model, min(0.998, (1 + i) / (10 + i)))
+        # EMA of the weights; a small decay in the first steps lets it forget its random start
+        decay = min(0.998, (1 + i) / (10 + i))
+        ddpm.update_ema(ema, model, decay)
         yield value.item()
 
 
@@ -170,12 +184,12 @@ class Painter:
     text: TextEncoder
     schedule: ddpm.Schedule
 
-    def draw(self, prompts, noise, guidance=3.0, n=50, negative=""):
+    def draw(self, prompts, noise, guidance_scale=3.0, n=50, negative=""):
         """Prompts, noise (B, D, h, w) -> images (B, 3, H, W) in [-1, 1]."""
         device = self.schedule.beta.device
         text, empty = self.text(list(prompts)), self.text([negative])
         with run.autocast(device), torch.no_grad():
-            chain = sample(self.model, self.schedule, noise.to(device), *text, *empty, guidance, n)
+            chain = sample(self.model, self.schedule, noise.to(device), *text, *empty, guidance_scale, n)
             z0 = ddim.last(run.bar(chain, n + 1, name="sample")).float()
         return autoencoder.decode_all(self.decoder, z0 / self.scale)
 
@@ -187,14 +201,15 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
     unseen = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:count]]
     noise = torch.randn(count, *shape)
     drawn, new = (
-        painter.draw([captions[i] for i in pick], noise[: len(pick)], cfg.guidance, cfg.sampling_steps)
+        painter.draw([captions[i] for i in pick], noise[: len(pick)], cfg.guidance_scale, cfg.sampling_steps)
         for pick in (seen, unseen)
     )
     features = quality.emoji_features(images)
     ranks = quality.nearest_rank(quality.picture_features(drawn), features, seen)
     truth, other = (quality.cosine(quality.picture_features(new), features[pick]) for pick in (unseen, unseen.roll(1)))
     pairs = [(colour, thing) for colour in quality.HUES for thing in ("heart", "circle", "book")]
-    coloured = painter.draw([" ".join(p) for p in pairs], noise[: len(pairs)], cfg.guidance, cfg.sampling_steps)
+    prompts = [" ".join(pair) for pair in pairs]
+    coloured = painter.draw(prompts, noise[: len(pairs)], cfg.guidance_scale, cfg.sampling_steps)
     metrics = {
         "seen_top1": float((ranks == 0).float().mean()), "seen_top10": float((ranks < 10).float().mean()),
         "chance_top1": 1 / len(images), "chance_top10": 10 / len(images),
@@ -221,8 +236,9 @@ def main(cfg: Config) -> dict:
     run.check(not (cfg.pretrained and cfg.autoencoder), "the shipped weights belong to the shipped --autoencoder")
     run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
     run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
-    run.check(0 <= cfg.guidance < math.inf, "--guidance must be finite and not negative")
-    run.check(cfg.guidance > 1 or not cfg.negative, "--negative needs a --guidance above 1: less steers towards it")
+    run.check(0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite and not negative")
+    needed = "--negative needs a --guidance-scale above 1: less steers towards it"
+    run.check(cfg.guidance_scale > 1 or not cfg.negative, needed)
     run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
     for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
         run.check(not words or words.strip(), f"{flag} is blank: name what to draw, or leave it out")
@@ -272,7 +288,7 @@ def main(cfg: Config) -> dict:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     noise, clock = torch.randn(8, *shape), run.Clock()
     if cfg.prompt:
-        pictures = painter.draw([cfg.prompt] * 8, noise, cfg.guidance, cfg.sampling_steps, cfg.negative)
+        pictures = painter.draw([cfg.prompt] * 8, noise, cfg.guidance_scale, cfg.sampling_steps, cfg.negative)
         figures.grid(folder / "prompt.png", pictures, 4, scale=3)
         metrics["sample_seconds"] = clock()
         return run.report(folder, metrics, then=f"open {folder}/prompt.png")

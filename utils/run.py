@@ -103,8 +103,8 @@ def output(folder: str | Path, cfg: Any) -> Path:
 
 
 # What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
-FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance", "sampling_steps", "prompt", "negative"}
-FREE |= {"split", "texts", "merge", "max_steps", "judged"}
+FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance_scale", "sampling_steps"}
+FREE |= {"prompt", "negative", "split", "texts", "merge", "max_steps", "judged"}
 
 
 def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:

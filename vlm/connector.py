@@ -1,18 +1,19 @@
-"""Connectors: how what an eye says becomes words that a language model can read.
+"""Connectors (projectors, resamplers): vision features become token embeddings of a language model.
 
-One matrix (LLaVA, Liu et al. 2023, arXiv:2304.08485), or two with a bend between them (1.5, arXiv:2310.03744): as many
-tokens out as in. Fewer, because every token costs: neighbours joined into one (MiniGPT-v2, Chen et al. 2023,
-arXiv:2310.09478; by squares as in Qwen2-VL, arXiv:2409.12191), means over areas, bilinear samples, or a few learned
-questions that look at all of it (the perceiver resampler: Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.1; Idefics2:
-Laurencon et al. 2024, arXiv:2405.02246).
+Linear projection (LLaVA, Liu et al. 2023, arXiv:2304.08485), or an MLP (1.5, arXiv:2310.03744): as many tokens out as
+in. Fewer, because every token costs: neighbours concatenated into one (pixel unshuffle; MiniGPT-v2, Chen et al. 2023,
+arXiv:2310.09478; by squares as in Qwen2-VL, arXiv:2409.12191), average pooling, bilinear samples, or the perceiver
+resampler, a few learned latents that query all of the image by cross-attention (Flamingo, Alayrac et al. 2022,
+arXiv:2204.14198, Sec. 2.1; Idefics2: Laurencon et al. 2024, arXiv:2405.02246).
 
-Shapes: (B,N,D) from the eye, N = g x g, row by row -> (B,M,E) for the language model, E the size of its words.
+Shapes: (B,N,D) from the vision tower, N = g x g, row by row -> (B,M,E) for the language model, E its hidden size.
 What differs: squares that do not fill the grid are filled up with zeros; the resampler has no embedding of time.
 
     python vlm/connector_probe.py              # what each costs, and what it lets through
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,86 +81,131 @@ class Pool(nn.Module):
         return self.mlp(self.shrink(x))
 
 
-class Gated(nn.Module):
-    """Feed-forward with a gate, SwiGLU: down(silu(gate x) * up x). Shazeer 2020, arXiv:2002.05202."""
+class SwiGLU(nn.Module):
+    """Gated feed-forward network: down(silu(gate x) * up x). Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, width, widen):
+    def __init__(self, width, mlp_ratio):
         super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(width, widen * width, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(widen * width, width, bias=False)
+        self.gate_proj = nn.Linear(width, mlp_ratio * width, bias=False)
+        self.up_proj = nn.Linear(width, mlp_ratio * width, bias=False)
+        self.down_proj = nn.Linear(mlp_ratio * width, width, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PerceiverLayer(nn.Module):
-    """Latents (B,M,E) look at the picture (B,N,E), and at themselves if `joined`; then each thinks alone."""
+    """Cross-attention from latents (B,M,E) to image tokens (B,N,E), then a feed-forward network -> latents (B,M,E)."""
 
-    def __init__(self, width, heads, kv_heads, head_dim, joined, widen, modern):
+    def __init__(self, width, heads, kv_heads, head_dim, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu):
         super().__init__()
         check(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} keys evenly")
-        self.heads, self.kv_heads, self.joined = heads, kv_heads, joined
-        norm = nn.RMSNorm if modern else nn.LayerNorm  # Idefics2, or Flamingo
-        self.norm_latents, self.norm_context, self.norm_mlp = (
-            norm(width, eps=1e-6 if modern else 1e-5) for _ in range(3)
-        )
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.concat_latents_kv = concat_latents_kv
+        norm = partial(nn.RMSNorm, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm  # Idefics2, or Flamingo
+        self.norm_latents = norm(width)
+        self.norm_context = norm(width)
+        self.norm_mlp = norm(width)
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(width, kv_heads * head_dim, bias=False) for _ in range(2))
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        plain = (nn.Linear(width, widen * width, bias=False), nn.ReLU(), nn.Linear(widen * width, width, bias=False))
-        self.mlp = Gated(width, widen) if modern else nn.Sequential(*plain)
+        # made in both cases, so that the same seed draws the same weights for all that follows
+        relu_mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width, bias=False),
+            nn.ReLU(),
+            nn.Linear(mlp_ratio * width, width, bias=False),
+        )
+        self.mlp = SwiGLU(width, mlp_ratio) if use_rmsnorm_swiglu else relu_mlp
 
-    def weights(self, latents, context):
-        """Who looks where: (B,heads,M,N), or N + M keys if joined; rows add up to one. And the values."""
-        latents, context = self.norm_latents(latents), self.norm_context(context)
-        keys = torch.cat([context, latents], 1) if self.joined else context  # Flamingo, Fig. 5
-        q = rearrange(self.q_proj(latents), "b n (h d) -> b h n d", h=self.heads)
-        k, v = (rearrange(m(keys), "b n (h d) -> b h n d", h=self.kv_heads) for m in (self.k_proj, self.v_proj))
-        k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))  # grouped queries
-        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1), v
+    def attention_weights(self, latents, context):
+        """Cross-attention weights (B,heads,M,N), with N + M keys if concat_latents_kv, and values (B,heads,N,head_dim).
+
+        The weights of a latent add up to one.
+        """
+        latents = self.norm_latents(latents)  # (B,M,E)
+        context = self.norm_context(context)  # (B,N,E)
+        # keys and values: the image tokens, and the latents too. Flamingo, Fig. 5
+        kv_input = torch.cat([context, latents], dim=1) if self.concat_latents_kv else context  # (B,N+M,E) or (B,N,E)
+        q = rearrange(self.q_proj(latents), "b m (h d) -> b h m d", h=self.heads)
+        k = rearrange(self.k_proj(kv_input), "b n (h d) -> b h n d", h=self.kv_heads)
+        v = rearrange(self.v_proj(kv_input), "b n (h d) -> b h n d", h=self.kv_heads)
+        # grouped-query attention: each key and value serves a group of query heads
+        group = self.heads // self.kv_heads
+        k = k.repeat_interleave(group, dim=1)  # (B,heads,N,head_dim)
+        v = v.repeat_interleave(group, dim=1)  # (B,heads,N,head_dim)
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B,heads,M,N)
+        return scores.softmax(-1), v
 
     def forward(self, latents, context):
-        look, v = self.weights(latents, context)
-        latents = latents + self.o_proj(rearrange(look @ v, "b h n d -> b n (h d)"))
-        return latents + self.mlp(self.norm_mlp(latents))
+        # cross-attention: latents are the queries, image tokens the keys and values
+        weights, v = self.attention_weights(latents, context)  # (B,heads,M,N), (B,heads,N,head_dim)
+        attended = rearrange(weights @ v, "b h m d -> b m (h d)")
+        latents = latents + self.o_proj(attended)  # (B,M,E)
+        # feed-forward network, on each latent by itself
+        return latents + self.mlp(self.norm_mlp(latents))  # (B,M,E)
 
 
-class Perceiver(nn.Module):
-    """M learned latents ask the picture, again in every layer: any number of tokens becomes M. Flamingo, Sec. 2.1.
+class PerceiverResampler(nn.Module):
+    """Perceiver resampler: M learned latents query the image by cross-attention, again in every layer.
 
-    kv_heads: keys and values that groups of heads share; joined: latents are among the keys; modern: RMSNorm and a
-    gated feed-forward (Idefics2), else LayerNorm and ReLU as in Idefics, its counterpart in transformers; the paper has
-    squared ReLU here too (its appendix, hyper-parameters).
+    Any number N of image tokens becomes M. Flamingo, Sec. 2.1. kv_heads: keys and values that groups of heads share;
+    concat_latents_kv: the latents are among keys and values; use_rmsnorm_swiglu: RMSNorm and SwiGLU (Idefics2), else
+    LayerNorm and ReLU as in Idefics, its counterpart in transformers; the paper has squared ReLU here too (appendix).
     """
 
     def __init__(
-        self, dim_in, dim_out, depth=2, latents=16, heads=8, kv_heads=8, head_dim=32, joined=True, widen=2, modern=True
-    ):  # fmt: skip
+        self,
+        dim_in,
+        dim_out,
+        depth=2,
+        latents=16,
+        heads=8,
+        kv_heads=8,
+        head_dim=32,
+        concat_latents_kv=True,
+        mlp_ratio=2,
+        use_rmsnorm_swiglu=True,
+    ):
         super().__init__()
-        self.inlet = nn.Linear(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
+        self.input_proj = nn.Linear(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
         self.latents = nn.Parameter(torch.randn(latents, dim_out))
-        about = (dim_out, heads, kv_heads, head_dim, joined, widen, modern)
-        self.layers = nn.ModuleList([PerceiverLayer(*about) for _ in range(depth)])
-        self.norm = nn.RMSNorm(dim_out, eps=1e-6) if modern else nn.LayerNorm(dim_out)
+        sizes = (dim_out, heads, kv_heads, head_dim)
+        self.layers = nn.ModuleList(
+            PerceiverLayer(*sizes, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu) for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(dim_out, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm(dim_out)
+        self.register_load_state_dict_pre_hook(rename_old_parameters)
 
     def count(self, n):
         return len(self.latents)
 
     def forward(self, x):
-        context = self.inlet(x)
-        latents = self.latents.expand(len(x), -1, -1)
+        context = self.input_proj(x)  # (B,N,dim_in) -> (B,N,E)
+        latents = self.latents.expand(len(x), -1, -1)  # (M,E) -> (B,M,E)
         for layer in self.layers:
-            latents = layer(latents, context)
-        return self.norm(latents)
+            latents = layer(latents, context)  # (B,M,E)
+        return self.norm(latents)  # (B,M,E)
 
     @torch.no_grad()
-    def looks(self, x):
-        """How much each latent looks at each token of the picture, mean over heads, last layer: (B,M,N)."""
-        context, latents = self.inlet(x), self.latents.expand(len(x), -1, -1)
+    def attention_map(self, x):
+        """Cross-attention weights of each latent over the image tokens, last layer, mean over heads: (B,M,N)."""
+        context = self.input_proj(x)  # (B,N,E)
+        latents = self.latents.expand(len(x), -1, -1)  # (B,M,E)
         for layer in self.layers[:-1]:
             latents = layer(latents, context)
         last: Any = self.layers[-1]
-        return last.weights(latents, context)[0].mean(1)[..., : x.shape[1]]
+        weights, _ = last.attention_weights(latents, context)  # (B,heads,M,N), or N + M keys
+        return weights.mean(1)[..., : x.shape[1]]  # (B,M,N)
+
+
+def rename_old_parameters(resampler, state_dict, prefix, *_):
+    """Weights that were saved when `input_proj` was called `inlet` still load: renames their keys, in place."""
+    for leaf in ("weight", "bias"):
+        old_key = f"{prefix}inlet.{leaf}"
+        if old_key in state_dict:
+            state_dict[f"{prefix}input_proj.{leaf}"] = state_dict.pop(old_key)
 
 
 def build(name, dim_in, dim_out, **options):
@@ -181,7 +227,7 @@ def build(name, dim_in, dim_out, **options):
     if kind in ("pool", "bilinear"):
         return Pool(int(number), dim_in, dim_out, kind)
     if kind == "perceiver":
-        return Perceiver(dim_in, dim_out, **options)
+        return PerceiverResampler(dim_in, dim_out, **options)
     names = "linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver"
     raise UserError(f"there is no connector '{name}'; known are {names}, with numbers for N, R and S")
 

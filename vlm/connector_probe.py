@@ -1,6 +1,6 @@
-"""What connectors let through: small ones trained on frozen vision features, scored by what is seen and where.
+"""Linear probing of connectors: small ones trained on frozen vision features, scored by what is seen and where.
 
-Each connector (connector.py) gets two linear readers: of the mean of its tokens, which of 14 kinds of fruit the photo
+Each connector (connector.py) gets two linear probes: of the mean of its tokens, which of 14 kinds of fruit the photo
 shows; of their row, where a marker of 2 x 2 tokens was put. Beside the two accuracies stand what it costs: parameters,
 tokens, seconds a step.
 
@@ -21,7 +21,7 @@ from torch import nn
 from utils import data, figures, run
 from utils.run import check
 from vlm import fruit_photos, tower
-from vlm.connector import Perceiver, build, grid, tokens
+from vlm.connector import PerceiverResampler, build, grid, tokens
 
 NAMES = ("linear", "mlp2x_gelu", "concat4", "pool3", "pool1", "bilinear3", "perceiver")
 
@@ -44,63 +44,76 @@ class Config:
 PLACES = [(y, x) for y in (0, 2, 5) for x in (0, 2, 5)]  # of a patch of 2 x 2 tokens in a grid of 7 x 7
 
 
-def stick(maps, places, sticker):
+def insert_marker(maps, places, marker):
     """Put the same 2 x 2 tokens (2,2,D) into every photo (B,49,D), each at its place of nine: can it be told where?"""
-    x = grid(maps).clone()
+    x = grid(maps).clone()  # (B,7,7,D)
     for i, place in enumerate(places.tolist()):
         top, left = PLACES[place]
-        x[i, top : top + 2, left : left + 2] = sticker
-    return x.flatten(1, 2)
+        x[i, top : top + 2, left : left + 2] = marker
+    return x.flatten(1, 2)  # (B,49,D)
 
 
-class Judge(nn.Module):
-    """A connector and two linear readers: what, from the mean of its tokens; where, from their row."""
+class Probe(nn.Module):
+    """A connector and two linear probes: what, from the mean of its tokens; where, from their row."""
 
     def __init__(self, join, n, width):
         super().__init__()
         self.join = join
-        self.what, self.where = nn.Linear(width, 14), nn.Linear(tokens(join, n) * width, len(PLACES))
+        self.what = nn.Linear(width, 14)
+        self.where = nn.Linear(tokens(join, n) * width, len(PLACES))
 
     def forward(self, x):
-        x = self.join(x)
-        return self.what(x.mean(1)), self.where(x.flatten(1))
+        x = self.join(x)  # (B,N,D) -> (B,M,E)
+        return self.what(x.mean(1)), self.where(x.flatten(1))  # (B,14), (B,9)
 
 
-def train(judge, maps, kinds, sticker, cfg, on):
-    """The loop; yields the loss of both readers."""
-    optimizer = torch.optim.AdamW(judge.parameters(), cfg.lr, weight_decay=0.01)
+def train(probe, maps, kinds, marker, cfg, on):
+    """The loop; yields the loss of both probes."""
+    optimizer = torch.optim.AdamW(probe.parameters(), cfg.lr, weight_decay=0.01)
     for step in range(cfg.steps):
+        # learning rate of this step: warm-up, then constant, then a line to zero in the second half
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / 10, 2 * (cfg.steps - step) / cfg.steps)
+        # a batch of photos, a marker somewhere in each
         pick = torch.randint(len(maps), (cfg.batch,))
         places = torch.randint(len(PLACES), (cfg.batch,))
-        x = stick(maps[pick], places, sticker).float().to(on)
+        x = insert_marker(maps[pick], places, marker).float().to(on)
+        # forward pass and loss, matrix products in bf16
         with run.autocast(on):
-            what, where = judge(x)
+            what, where = probe(x)
             loss = F.cross_entropy(what, kinds[pick].to(on)) + F.cross_entropy(where, places.to(on))
+        # backward pass
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         yield loss.item()
 
 
+def accuracy(logits, truth):
+    """Fraction of logits (B,C) whose largest is the truth (B,)."""
+    return float((logits.argmax(-1).cpu() == truth).float().mean())
+
+
 @torch.no_grad()
-def score(judge, maps, kinds, sticker, on):
-    """Share of right answers on photos that no training saw: {"what": of 14, "where": of 9}."""
+def score(probe, maps, kinds, marker, on):
+    """Accuracies on held-out photos: {"what": of 14, "where": of 9}."""
     random = torch.Generator().manual_seed(0)
     places = torch.randint(len(PLACES), (len(maps),), generator=random)
-    what, where = judge.eval()(stick(maps, places, sticker).float().to(on))
-    right = lambda logits, truth: float((logits.argmax(-1).cpu() == truth).float().mean())  # noqa: E731
-    return {"what": right(what, kinds), "where": right(where, places)}
+    what, where = probe.eval()(insert_marker(maps, places, marker).float().to(on))
+    return {"what": accuracy(what, kinds), "where": accuracy(where, places)}
 
 
-def looks(join, x):
-    """Where each token that comes out comes from: (M,g,g), by how much it moves when a token that goes in does."""
-    if isinstance(join, Perceiver):
-        return join.looks(x)[0].unflatten(1, grid(x).shape[1:3])
+def attribution_map(join, x):
+    """Where each token that comes out comes from: (M,g,g). A resampler's attention map; of others the gradient norm."""
+    side = grid(x).shape[1:3]
+    if isinstance(join, PerceiverResampler):
+        return join.attention_map(x)[0].unflatten(1, side)
     x = x.clone().requires_grad_()
-    found = [torch.autograd.grad(row.square().sum(), x, retain_graph=True)[0][0].norm(dim=-1) for row in join(x)[0]]
-    return torch.stack(found).unflatten(1, grid(x).shape[1:3])
+    maps = []
+    for token in join(x)[0]:
+        (gradient,) = torch.autograd.grad(token.square().sum(), x, retain_graph=True)  # (1,N,D)
+        maps.append(gradient[0].norm(dim=-1))
+    return torch.stack(maps).unflatten(1, side)
 
 
 def draw(path, photo, maps, joins):
@@ -111,7 +124,7 @@ def draw(path, photo, maps, joins):
     axes[0].imshow(photo.permute(1, 2, 0))
     axes[0].set_title("photo", fontsize=8)
     for ax, (name, join) in zip(axes[1:], joins.items()):
-        weight = looks(join, maps[None].float())
+        weight = attribution_map(join, maps[None].float())
         weight = weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-9)
         colours = torch.tensor(plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(weight)))[:, :3]).float()
         colours = colours[torch.randperm(len(colours), generator=torch.Generator().manual_seed(3))]
@@ -137,20 +150,24 @@ def main(cfg: Config) -> dict:
         joins[name] = build(name, 1280, cfg.width)
     on = run.device(cfg.device)
     folder = run.output(cfg.out, cfg)
-    fruit, eye = data.groceries(224), tower.load("efficientnet", on=on)
+    # vision features of the photos to learn from and of the held-out ones
+    fruit = data.groceries(224)
+    eye = tower.load("efficientnet", on=on)
     learn, unseen = fruit_photos.split(fruit, cfg.judged)
-    maps, others = tower.said(eye, fruit.images[learn]), tower.said(eye, fruit.images[unseen])
-    sticker, metrics = grid(maps[:1])[0, 3:5, 3:5], {}  # the middle of one photo
+    maps = tower.said(eye, fruit.images[learn])
+    others = tower.said(eye, fruit.images[unseen])
+    marker = grid(maps[:1])[0, 3:5, 3:5]  # the middle of one photo
+    metrics = {}
     for name, join in joins.items():
         run.seed(cfg.seed)
-        judge = Judge(join, maps.shape[1], tokens(join, 1) if name == "identity" else cfg.width).to(on)
+        probe = Probe(join, maps.shape[1], tokens(join, 1) if name == "identity" else cfg.width).to(on)
         clock = time.process_time()
-        for _ in run.progress(train(judge, maps, fruit.fine[learn], sticker, cfg, on), cfg.steps):
+        for _ in run.progress(train(probe, maps, fruit.fine[learn], marker, cfg, on), cfg.steps):
             pass
         seconds = (time.process_time() - clock) / cfg.steps
         size = sum(p.numel() for p in join.parameters())
         row = {"parameters": size, "tokens": tokens(join, maps.shape[1]), "seconds a step": seconds}
-        metrics[name] = row | score(judge, others, fruit.fine[unseen], sticker, on)
+        metrics[name] = row | score(probe, others, fruit.fine[unseen], marker, on)
     draw(folder / "connector.png", fruit.images[unseen[5]], others[5].to(on), joins)
     return run.report(folder, metrics, "python vlm/llava.py")
 

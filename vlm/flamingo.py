@@ -1,9 +1,9 @@
-"""Flamingo: a language model that stays as it is looks at pictures through new layers whose gates begin closed.
+"""Flamingo: gated cross-attention, with zero-initialised tanh gates, between the layers of a frozen language model.
 
-Alayrac et al. 2022, arXiv:2204.14198; sections and figures are those of its second version. A resampler makes a few
-vectors out of each photo; between the layers of the frozen language model new layers ask them by cross-attention. Text
-sees the last photo before it, and no other. It is trained on chains of photos and names, and asked by one that lacks
-its last name.
+Alayrac et al. 2022, arXiv:2204.14198; sections and figures are those of its second version. A perceiver resampler makes
+a few visual tokens (latents) out of each photo; the new layers ask them by cross-attention. At zero the gates change
+nothing: training begins with exactly the old language model. Text sees the last photo before it, and no other. It is
+trained on interleaved image-text chains, photos and their names, and asked by one that lacks its last name (few-shot).
 
 Shapes: features (B,N,D) of a photo, latents (B,J,M,V) of J photos in a text, M each; text (B,T), its states (B,T,E).
 Differences from the paper: 1.9 M new parameters, not 10 000 M; 732 photos of fruit, not 2300 M pictures; the resampler
@@ -36,6 +36,11 @@ from vlm import connector, fruit_photos, probe, prompts, tower
 
 WEIGHTS = Path(__file__).parent / "weights" / "flamingo.safetensors"
 IMAGE, END = "<image>", "<|endofchunk|>"
+OLD_NAMES = {  # what parameters are called in files that were written before they had the names of today
+    "words": "new_embeddings",
+    "resampler.inlet.weight": "resampler.input_proj.weight",
+    "resampler.inlet.bias": "resampler.input_proj.bias",
+}
 
 
 @dataclass(frozen=True)
@@ -75,39 +80,49 @@ def visible(counts, photos, latents):
 class GatedCrossAttention(nn.Module):
     """States (B,T,E), latents (B,J*M,V), mask (B,T,J*M) -> states (B,T,E): both gates at zero change nothing. Fig. 4.
 
-    modern: RMSNorm and SwiGLU, as Idefics has it; else the paper's LayerNorm and squared ReLU.
+    use_rmsnorm_swiglu: RMSNorm and SwiGLU, as Idefics has it; else the paper's LayerNorm and squared ReLU.
     """
 
-    def __init__(self, width, seen, heads=4, head_dim=32, hidden=64, modern=False):
+    def __init__(self, width, seen, heads=4, head_dim=32, hidden=64, use_rmsnorm_swiglu=False):
         super().__init__()
         self.heads = heads
-        norm = partial(nn.RMSNorm, eps=1e-6) if modern else nn.LayerNorm
-        self.norm_attention, self.norm_mlp = norm(width), norm(width)
+        norm = partial(nn.RMSNorm, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm
+        self.norm_attention = norm(width)
+        self.norm_mlp = norm(width)
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(seen, heads * head_dim, bias=False) for _ in range(2))
+        self.k_proj = nn.Linear(seen, heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(seen, heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        nn.init.normal_(self.o_proj.weight, std=0.4)  # loud: the states that it is added to are of size 3 to 30
-        self.gate_proj = nn.Linear(width, hidden, bias=False) if modern else None
-        self.up_proj, self.down_proj = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
-        self.gate_attention, self.gate_mlp = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))  # alpha
+        nn.init.normal_(self.o_proj.weight, std=0.4)  # large norm: the states that it is added to are of size 3 to 30
+        self.gate_proj = nn.Linear(width, hidden, bias=False) if use_rmsnorm_swiglu else None
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        # zero-initialised tanh gates: the paper's alpha
+        self.gate_attention = nn.Parameter(torch.zeros(1))
+        self.gate_mlp = nn.Parameter(torch.zeros(1))
 
-    def weights(self, x, latents, mask):
-        """Who looks where: (B,heads,T,J*M). Rows add up to one, or to exactly zero where nothing can be seen."""
+    def attention_weights(self, x, latents, mask):
+        """Cross-attention weights (B,heads,T,J*M): rows add up to one, or to exactly zero where nothing can be seen."""
         q = rearrange(self.q_proj(self.norm_attention(x)), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(latents), "b n (h d) -> b h n d", h=self.heads)
-        scores = (q @ k.mT / q.shape[-1] ** 0.5).float()
-        mask = mask[:, None]
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).float()  # (B,heads,T,J*M)
+        mask = mask[:, None]  # the same for all heads
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
 
     def attend(self, x, latents, mask):
+        """Cross-attention: words (B,T,E) are the queries, latents of photos (B,J*M,V) the keys and values."""
         v = rearrange(self.v_proj(latents), "b n (h d) -> b h n d", h=self.heads)
-        return self.o_proj(rearrange(self.weights(x, latents, mask).to(v.dtype) @ v, "b h t d -> b t (h d)"))
+        weights = self.attention_weights(x, latents, mask).to(v.dtype)
+        return self.o_proj(rearrange(weights @ v, "b h t d -> b t (h d)"))
 
     def mlp(self, x):
+        """Feed-forward network: squared ReLU, or SwiGLU."""
         up = self.up_proj(x)
-        return self.down_proj(up.relu().square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up)
+        hidden = up.relu().square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        return self.down_proj(hidden)
 
     def forward(self, x, latents, mask):
+        # gated cross-attention, then a gated feed-forward network: Fig. 4
         x = x + self.gate_attention.tanh() * self.attend(x, latents, mask)
         return x + self.gate_mlp.tanh() * self.mlp(self.norm_mlp(x))
 
@@ -115,42 +130,56 @@ class GatedCrossAttention(nn.Module):
 class Flamingo(nn.Module):
     """A frozen language model, a resampler, and gated layers before every `every`-th layer of it. Fig. 3.
 
-    new: ids of <image> and <|endofchunk|>. Their two vectors, for reading and for writing, are all of the vocabulary
-    that learns.
+    new: ids of <image> and <|endofchunk|>. Their two embeddings, for reading and for writing, are all of the vocabulary
+    that is trained.
     """
 
     new: torch.Tensor
 
-    def __init__(self, language, new, dim_in=1280, every=6, latents=16, seen=192, modern=False):
+    def __init__(self, language, new, dim_in=1280, every=6, latents=16, seen=192, use_rmsnorm_swiglu=False):
         super().__init__()
-        self.language, self.latents = language.requires_grad_(False), latents
-        layers, width = blocks(language), language.config.get_text_config().hidden_size
+        # the language model stays frozen
+        self.language = language.requires_grad_(False)
+        self.latents = latents
+        layers = blocks(language)
+        width = language.config.get_text_config().hidden_size
         check(0 < every <= len(layers), f"--every {every}: the language model has {len(layers)} layers")
-        self.resampler = connector.Perceiver(dim_in, seen, 1, latents, heads=6, kv_heads=6, modern=False)
-        self.places = range(0, len(layers), every)
-        self.cross = nn.ModuleList([GatedCrossAttention(width, seen, modern=modern) for _ in self.places])
+        # new: resampler, a gated cross-attention layer before every `every`-th layer, two embeddings
+        self.resampler = connector.PerceiverResampler(
+            dim_in, seen, depth=1, latents=latents, heads=6, kv_heads=6, use_rmsnorm_swiglu=False
+        )
+        self.cross_layer_ids = range(0, len(layers), every)
+        self.cross = nn.ModuleList(
+            GatedCrossAttention(width, seen, use_rmsnorm_swiglu=use_rmsnorm_swiglu) for _ in self.cross_layer_ids
+        )
         self.register_buffer("new", torch.tensor(new), persistent=False)
-        table = language.get_input_embeddings().weight
-        self.words = nn.Parameter(table.float().mean(0) + table.float().std() * torch.randn(len(new), width))
-        self.now = None  # what is to be seen while the language model reads: latents, mask
-        for i, block in zip(self.places, self.cross):
-            layers[i].register_forward_pre_hook(partial(self.look, block), with_kwargs=True)
+        table = language.get_input_embeddings().weight.float()
+        self.new_embeddings = nn.Parameter(table.mean(0) + table.std() * torch.randn(len(new), width))
+        # latents and mask, while the language model reads; its layers call the new ones through hooks
+        self.visual_context = None
+        for i, cross in zip(self.cross_layer_ids, self.cross):
+            layers[i].register_forward_pre_hook(partial(self.cross_attention_hook, cross), with_kwargs=True)
 
-    def look(self, block, layer, args, kwargs):
-        """Before a layer of the language model: what enters it goes through a gated layer first."""
-        if self.now is None:
+    def cross_attention_hook(self, cross, layer, args, kwargs):
+        """Before a layer of the language model: what enters it goes through gated cross-attention first."""
+        if self.visual_context is None:
             return None
-        return (block(args[0].float(), *self.now).to(args[0].dtype), *args[1:]), kwargs
+        latents, mask = self.visual_context
+        states = args[0]
+        seen = cross(states.float(), latents, mask).to(states.dtype)
+        return (seen, *args[1:]), kwargs
 
     def resample(self, features):
         """Features (B,J,N,D) -> latents (B,J,M,V). Sec. 2.1, Fig. 5."""
-        return rearrange(self.resampler(features.flatten(0, 1)), "(b j) m v -> b j m v", b=len(features))
+        latents = self.resampler(features.flatten(0, 1))  # (B*J,N,D) -> (B*J,M,V)
+        return rearrange(latents, "(b j) m v -> b j m v", b=len(features))
 
     def embed(self, ids):
-        """(B,T) -> (B,T,E): the table of the language model, but for the new words."""
-        is_new = ids[..., None] == self.new
+        """(B,T) -> (B,T,E): the embeddings of the language model, but for those of the new tokens."""
+        is_new = ids[..., None] == self.new  # (B,T,2)
         text = self.language.get_input_embeddings()(ids.where(~is_new.any(-1), 0))
-        return torch.where(is_new.any(-1, keepdim=True), (is_new.float() @ self.words).to(text.dtype), text)
+        new = (is_new.float() @ self.new_embeddings).to(text.dtype)
+        return torch.where(is_new.any(-1, keepdim=True), new, text)
 
     def states(self, ids, latents=None, before=0, cache=None):
         """What the language model makes of words and photos: (B,T), (B,J,M,V) -> (B,T,E).
@@ -163,17 +192,17 @@ class Flamingo(nn.Module):
             there = latents.shape[1]
             check(int(counts.max()) <= there, f"a text has {int(counts.max())} words {IMAGE}, but {there} photos")
             mask = visible(counts, *latents.shape[1:3])
-            self.now = (latents.flatten(1, 2), mask)
+            self.visual_context = (latents.flatten(1, 2), mask)
         try:
             out = self.language.base_model(inputs_embeds=self.embed(ids), cache=cache, use_cache=cache is not None)
         finally:
-            self.now = None
+            self.visual_context = None
         return out.last_hidden_state
 
     def head(self, states):
         """(...,E) -> logits (...,words)."""
         logits = self.language.get_output_embeddings()(states)
-        return logits.index_copy(-1, self.new, (states.float() @ self.words.T).to(logits.dtype))
+        return logits.index_copy(-1, self.new, (states.float() @ self.new_embeddings.T).to(logits.dtype))
 
     def forward(self, ids, latents=None, before=0, cache=None):
         return self.head(self.states(ids, latents, before, cache))
@@ -182,8 +211,8 @@ class Flamingo(nn.Module):
         """tanh(alpha) of (attention, mlp) by layer: (2, layers)."""
         return torch.stack([torch.cat([c.gate_attention, c.gate_mlp]) for c in self.cross], 1).detach().tanh()
 
-    def moving(self):
-        """All that learns, by name."""
+    def trainable_parameters(self):
+        """All that is trained, by name."""
         return {k: p for k, p in self.named_parameters() if p.requires_grad}
 
 
@@ -210,41 +239,64 @@ def start(tokenizer):
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def chains(random, first, chunks, kinds, batch, longest, shortest=1):
-    """About `batch` photos drawn at random, as chains of J of them -> ids (B,T), learned (B,T), which photos (B,J).
+def interleaved_batch(random, first, chunks, kinds, batch, longest, shortest=1):
+    """Interleaved image-text batch: about `batch` photos drawn at random, as chains of J photos, each with its name.
 
-    J is drawn from `shortest` to `longest`; first: id at the start; chunks: ids by kind; kinds (photos,).
+    -> ids (B,T), which of them are supervised (B,T), which photos (B,J). J is drawn from `shortest` to `longest`;
+    first: id at the start; chunks: ids by kind; kinds (photos,).
     """
+    # one length for all chains of the batch, then the photos
     size = random.integers(shortest, longest + 1)
     photos = random.integers(len(kinds), size=(max(1, batch // size), size))
-    texts = [torch.tensor([first] + [i for p in chain for i in chunks[kinds[p]]]) for chain in photos]
+    # <start> <image> NAME <end> <image> NAME <end> ...
+    texts = []
+    for chain in photos:
+        ids = [first]
+        for photo in chain:
+            ids += chunks[kinds[photo]]
+        texts.append(torch.tensor(ids))
     ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=first)  # at the end, where nobody looks back
-    return ids, (ids != first) & (ids != chunks[0][0]), torch.from_numpy(photos)
+    # neither <image> is a target, nor padding
+    supervised = (ids != first) & (ids != chunks[0][0])
+    return ids, supervised, torch.from_numpy(photos)
 
 
-def half(features):
-    """Half of the places of each photo (B,J,N,D), others every time: what was learned by heart is of less use."""
-    return features[:, :, torch.randperm(features.shape[2])[: (features.shape[2] + 1) // 2]]
+def patch_dropout(features):
+    """Keep a random half of the image tokens of photos (B,J,N,D): what was learned by heart is of less use."""
+    count = features.shape[2]
+    kept = torch.randperm(count)[: (count + 1) // 2]
+    return features[:, :, kept]
 
 
-def loss(model, ids, learned, features):
-    """Mean of -log p(word | words before it, the photo it sees). Eq. 1. The head is asked only where it is judged."""
-    states = model.states(ids, model.resample(features))[:, :-1][learned[:, 1:]]
-    return F.cross_entropy(model.head(states).float(), ids[:, 1:][learned[:, 1:]])
+def loss(model, ids, supervised, features):
+    """Mean of -log p(word | words before it, the photo it sees). Eq. 1. The head is asked at supervised tokens only."""
+    states = model.states(ids, model.resample(features))  # (B,T,E)
+    # the state of a word predicts the next one
+    is_target = supervised[:, 1:]
+    states = states[:, :-1][is_target]  # (targets,E)
+    targets = ids[:, 1:][is_target]
+    return F.cross_entropy(model.head(states).float(), targets)
 
 
 def train(model, said, kinds, first, chunks, cfg, on):
     """The loop; yields the loss of each step. said (photos,N,D), kinds (photos,)."""
+    # two parameter groups: gates learn ten times as fast as the rest
     gates = [alpha for block in model.cross for alpha in (block.gate_attention, block.gate_mlp)]
-    rest = [p for p in model.moving().values() if all(p is not alpha for alpha in gates)]
+    rest = [p for p in model.trainable_parameters().values() if all(p is not alpha for alpha in gates)]
     optimizer = torch.optim.AdamW([{"params": rest, "top": cfg.lr}, {"params": gates, "top": 10 * cfg.lr}], cfg.lr)
     random = np.random.default_rng([cfg.seed, 1])
+    shortest = getattr(cfg, "shortest", 1)
     for step in range(cfg.steps):
+        # learning rate of this step: warm-up times a cosine to zero
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
-        ids, learned, photos = chains(random, first, chunks, kinds, cfg.batch, cfg.longest, getattr(cfg, "shortest", 1))
+        # a batch of interleaved photos and names
+        ids, supervised, photos = interleaved_batch(random, first, chunks, kinds, cfg.batch, cfg.longest, shortest)
+        features = patch_dropout(said[photos]).float()
+        # forward pass and loss, matrix products in bf16
         with run.autocast(on):
-            value = loss(model, ids.to(on), learned.to(on), half(said[photos]).float().to(on))
+            value = loss(model, ids.to(on), supervised.to(on), features.to(on))
+        # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_([*rest, *gates], 1.0)
@@ -291,17 +343,24 @@ def judge(model, features, first, chunks, said, kinds, shots, cfg, on):
 
 
 @torch.no_grad()
-def gaze(model, features, first):
-    """Where the word <image> looks in photos (B,N,D): its attention to latents, times theirs to places: (B,N)."""
+def image_attention_map(model, features, first):
+    """Where the word <image> looks in photos (B,N,D) -> (B,N), an attention rollout through the latents.
+
+    Its cross-attention weights over the latents, times the latents' weights over the image tokens.
+    """
     found = []
-    hooks = [
-        c.register_forward_pre_hook(lambda c, a: found.append(c.weights(*a)[:, :, 1].mean(1))) for c in model.cross
-    ]
+
+    def keep_weights(cross, args):
+        weights = cross.attention_weights(*args)  # (B,heads,T,M)
+        found.append(weights[:, :, 1].mean(1))  # of <image>, mean over heads: (B,M)
+
+    hooks = [cross.register_forward_pre_hook(keep_weights) for cross in model.cross]
     ids = torch.tensor([[first, int(model.new[0])]], device=features.device).expand(len(features), -1)
     model.states(ids, model.resample(features[:, None]))
     for hook in hooks:
         hook.remove()
-    return torch.einsum("bm,bmn->bn", torch.stack(found).mean(0), model.resampler.looks(features))
+    over_latents = torch.stack(found).mean(0)  # mean over layers: (B,M)
+    return torch.einsum("bm,bmn->bn", over_latents, model.resampler.attention_map(features))
 
 
 def draw_gates(ax, part, title):
@@ -322,7 +381,7 @@ def draw_gates(ax, part, title):
     ax.tick_params(labelsize=7)
 
 
-def draw(path, gates, photos, looks, names, truth, log_p):
+def draw(path, gates, photos, maps, names, truth, log_p):
     """Above: the gates of each new layer. Below: photos, where <image> looks, the likeliest names."""
     import matplotlib.pyplot as plt
 
@@ -332,9 +391,9 @@ def draw(path, gates, photos, looks, names, truth, log_p):
     for ax, part, title in zip(top.subplots(1, 2, sharey=True), gates.unbind(1), ("attention", "feed-forward")):
         draw_gates(ax, part, title)
     axes = bottom.subplots(2, 4).flat
-    side = round(looks.shape[1] ** 0.5)
-    for ax, photo, look, right, score in zip(axes, photos, looks.view(-1, side, side), truth, log_p):
-        heat = F.interpolate(look[None, None], photo.shape[1:], mode="bicubic")[0, 0]
+    side = round(maps.shape[1] ** 0.5)
+    for ax, photo, attention, right, score in zip(axes, photos, maps.view(-1, side, side), truth, log_p):
+        heat = F.interpolate(attention[None, None], photo.shape[1:], mode="bicubic")[0, 0]
         ax.imshow(photo.permute(1, 2, 0))
         ax.imshow(heat, cmap="inferno", alpha=0.45)
         best = score.softmax(-1).topk(2)
@@ -350,9 +409,10 @@ def draw(path, gates, photos, looks, names, truth, log_p):
 def load(path, language, new, on="cpu"):
     """Weights written by this script, in front of the same language model -> Flamingo, frozen."""
     tensors, meta = checkpoint.read(path)
+    tensors = {OLD_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
     try:
         model = Flamingo(language, new, **meta).to(on)
-        parts = model.moving()
+        parts = model.trainable_parameters()
         if parts.keys() != tensors.keys() or any(p.shape != tensors[k].shape for k, p in parts.items()):
             raise KeyError(path)
     except (TypeError, KeyError):
@@ -401,8 +461,8 @@ def main(cfg: Config) -> dict:
     fresh = [model.resampler, *model.cross]
     metrics = {
         "parameters, frozen": sum(p.numel() for p in language.parameters()),
-        "parameters, new": model.words.numel() + sum(p.numel() for part in fresh for p in part.parameters()),
-        "new layers before layers": ", ".join(map(str, model.places)),
+        "parameters, new": model.new_embeddings.numel() + sum(p.numel() for part in fresh for p in part.parameters()),
+        "new layers before layers": ", ".join(map(str, model.cross_layer_ids)),
     }
     said, unseen, kinds = tower.said(eye, fruit.images[learn]), tower.said(eye, fruit.images[chosen]), fruit.fine[learn]
     losses, gates = [], [model.gates().cpu()]
@@ -412,7 +472,7 @@ def main(cfg: Config) -> dict:
             gates.append(model.gates().cpu())
         metrics |= {"loss": sum(losses[-20:]) / len(losses[-20:]), "train_seconds": clock()}
         figures.curves(folder / "loss.png", {"loss": losses}, "step", "-log p of a word", smooth=10)
-        checkpoint.write(folder / "model.safetensors", model.moving(), shape)
+        checkpoint.write(folder / "model.safetensors", model.trainable_parameters(), shape)
     model.eval()
     answers = {}
     for shots in cfg.shots:
@@ -425,9 +485,9 @@ def main(cfg: Config) -> dict:
     for name, line in zip(("gates of attention", "gates of feed-forward"), gates[-1]):
         metrics[name] = " ".join(f"{g:+.2f}" for g in line.tolist())
     some = fruit_photos.spread(torch.arange(len(chosen)))
-    looks = gaze(model, unseen[some].float().to(on), first).cpu()
+    maps = image_attention_map(model, unseen[some].float().to(on), first).cpu()
     truth, photos = [fruit_photos.name_of(fruit, i) for i in chosen[some]], data.groceries(348).images[chosen[some]]
-    draw(folder / "flamingo.png", torch.stack(gates), photos, looks, names, truth, answers[cfg.shots[0]][some])
+    draw(folder / "flamingo.png", torch.stack(gates), photos, maps, names, truth, answers[cfg.shots[0]][some])
     return run.report(folder, metrics, "python vlm/flamingo.py --shots 0 1 8 --pretrained")
 
 

@@ -55,7 +55,7 @@ def choose(model, way, cfg):
         llama2_lora.inject(model.cross, cfg.targets, cfg.rank, 2 * cfg.rank)
     model.requires_grad_(False)
     for name, p in model.named_parameters():
-        part = name.startswith(("cross.", "resampler.")) or name == "words"
+        part = name.startswith(("cross.", "resampler.")) or name == "new_embeddings"
         by_way = {"gates": ".gate_" in name, "lora": ".lora_" in name}
         p.requires_grad_(by_way.get(way, part) and ".gate_proj" not in name)
     return model
@@ -128,7 +128,7 @@ def main(cfg: Config) -> dict:
         steps = flamingo.train(model, said, kinds, first, chunks["French"], rated, on)
         losses[way] = list(run.progress(steps, cfg.steps))
         seconds = (time.process_time() - clock) / cfg.steps
-        learned = sum(p.numel() for p in model.moving().values())
+        learned = sum(p.numel() for p in model.trainable_parameters().values())
         rows[way] = known(model) | {"learned": learned, "CPU s a step": seconds}
         if way == "lora":
             rows["LoRA taken out"] = known(unplug(model))

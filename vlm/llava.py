@@ -82,7 +82,7 @@ class Llava(nn.Module):
 
         Raises UserError for a connector whose tokens have no place, and so cannot be put together again.
         """
-        is_map = not isinstance(self.connector, connector.Perceiver)
+        is_map = not isinstance(self.connector, connector.PerceiverResampler)
         check(is_map, "tiles are put together by place, and a perceiver's latents have none: leave out --tiles")
         return anyres.pack(self.image_features(pixels), size, self.vision.size, candidates, self.newline)[None]
 

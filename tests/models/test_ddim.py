@@ -159,7 +159,7 @@ def test_sample_and_invert_read_the_network_as_it_was_trained(predict):
     schedule, x0 = ddpm.Schedule(), torch.rand(2, 1, 2, 2)
 
     def model(xt, t):
-        eps = (xt - ddpm.at(schedule.signal, t) * x0) / ddpm.at(schedule.noise, t)
+        eps = (xt - ddpm.at(schedule.sqrt_alpha_bar, t) * x0) / ddpm.at(schedule.sqrt_one_minus_alpha_bar, t)
         return ddpm.target(schedule, x0, t, eps, predict)
 
     z = torch.randn(2, 1, 2, 2)

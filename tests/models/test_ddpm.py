@@ -192,11 +192,11 @@ def test_learning_rate_rises_for_a_hundred_steps_and_falls_to_zero():
     assert ddpm.learning_rate(cfg, 1000) == 0
 
 
-def test_average_moves_by_one_minus_the_decay():
+def test_update_ema_moves_by_one_minus_the_decay():
     slow, fast = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
     slow.weight.data.fill_(1.0)
     fast.weight.data.fill_(2.0)
-    ddpm.average(slow.requires_grad_(False), fast, 0.9)
+    ddpm.update_ema(slow.requires_grad_(False), fast, 0.9)
     assert slow.weight.item() == pytest.approx(1.1) and fast.weight.item() == 2
 
 
@@ -214,7 +214,7 @@ class OneWeight(torch.nn.Module):
 def only_noise():
     """A schedule under which xt is the noise, and the target v is -x0: no chance is left in the loss."""
     schedule = ddpm.Schedule()
-    schedule.signal, schedule.noise = torch.zeros(1000), torch.ones(1000)
+    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.zeros(1000), torch.ones(1000)
     return schedule
 
 

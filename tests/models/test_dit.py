@@ -181,10 +181,10 @@ def test_guidance():
     with torch.no_grad():
         with_class, without = model(x, t, y), model(x, t, null)
         assert not torch.allclose(with_class[:3], without[:3], atol=1e-2)
-        torch.testing.assert_close(dit.guide(model, y, 1)(x, t), with_class, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(dit.guide(model, y, 0)(x, t), without, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dit.classifier_free_guidance(model, y, 1)(x, t), with_class, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dit.classifier_free_guidance(model, y, 0)(x, t), without, atol=1e-5, rtol=1e-5)
         eps_class, eps_null = (ddpm.to_eps(schedule, x, t, v, "v") for v in (with_class, without))
-        eps = ddpm.to_eps(schedule, x, t, dit.guide(model, y, 3.0)(x, t), "v")
+        eps = ddpm.to_eps(schedule, x, t, dit.classifier_free_guidance(model, y, 3.0)(x, t), "v")
         torch.testing.assert_close(eps, eps_null + 3 * (eps_class - eps_null), atol=1e-4, rtol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_guided_sampling_of_gaussians():
 
     y, scale = torch.tensor([0, 1]), 1.5
     noise = 0.1 * torch.randn(2, 1, 4, 4)
-    x = ddim.last(ddim.sample(dit.guide(Exact(), y, scale), schedule, noise, 50, "v"))
+    x = ddim.last(ddim.sample(dit.classifier_free_guidance(Exact(), y, scale), schedule, noise, 50, "v"))
     expected = scale * means[y] + (1 - scale) * means[2]
     torch.testing.assert_close(x, noise + expected[:, None, None, None], atol=0.05, rtol=0)
 
@@ -243,7 +243,7 @@ def test_training_hides_labels_behind_the_null_class_and_keeps_images_with_their
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) * 100
     model, seen = Names(), []
     schedule = ddpm.Schedule()
-    schedule.signal, schedule.noise = torch.ones(1000), torch.zeros(1000)  # xt is x0
+    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.ones(1000), torch.zeros(1000)  # xt is x0
 
     def forward(xt, t, y):
         seen.append((data.to_uint8(xt)[:, 0, 0, 0] // 100, y))
@@ -284,9 +284,9 @@ def test_main_asks_the_ema_for_every_digit_at_every_scale(monkeypatch, tmp_path)
         judged.append(float(images.mean()))
         return {"recognised": 0.5, "frechet": {0.1: 3.0, 0.2: 1.0, 0.4: 2.0}[round(judged[-1], 2)]}
 
-    monkeypatch.setattr(dit, "guide", guide)
+    monkeypatch.setattr(dit, "classifier_free_guidance", guide)
     monkeypatch.setattr(ddim, "sample", sample)
-    cfg = dit.Config(steps=3, batch=8, samples=11, guidance=(1, 2, 4), ema=0.5, out=str(tmp_path))
+    cfg = dit.Config(steps=3, batch=8, samples=11, guidance_scale=(1, 2, 4), ema=0.5, out=str(tmp_path))
     metrics = dit.main(cfg)
     assert [a["scale"] for a in asked] == [1, 2, 4]
     for a in asked:
@@ -336,7 +336,7 @@ def test_learns_digits_and_their_names():
 
 def test_command(tmp_path):
     """The README's command with small numbers: every file it promises, and weights that load again."""
-    done = command(*f"--steps 2 --batch 8 --samples 10 --guidance 2 --out {tmp_path}".split(), script="dit")
+    done = command(*f"--steps 2 --batch 8 --samples 10 --guidance-scale 2 --out {tmp_path}".split(), script="dit")
     assert done.returncode == 0, done.stderr[-2000:]
     files = {p.name for p in tmp_path.iterdir()}
     figures = {"loss.png", "samples.png", "guidance.png", "guidance_accuracy.png", "guidance_frechet.png"}
@@ -353,7 +353,7 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     Spy(monkeypatch, ddpm)
     monkeypatch.setattr(ddim, "sample", lambda network, schedule, noise, *_: iter([noise]))
     monkeypatch.setitem(dit.SIZES, "tiny", (2, 32, 2))
-    flags = {"steps": 6, "batch": 8, "samples": 10, "guidance": (1,), "save_every": 3}
+    flags = {"steps": 6, "batch": 8, "samples": 10, "guidance_scale": (1,), "save_every": 3}
     dit.main(dit.Config(**flags, out=str(tmp_path / "whole")))
     train = dit.train
 
@@ -384,9 +384,10 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
         (["--steps", "0"], "--steps"),
         (["--samples", "5"], "--samples"),
         (["--dropout", "1"], "--dropout"),
-        (["--guidance", "-1"], "--guidance"),
-        (["--guidance", "1", "nan"], "--guidance"),
-        (["--guidance", "inf"], "--guidance"),
+        (["--guidance-scale", "-1"], "--guidance"),
+        (["--guidance-scale", "1", "nan"], "--guidance"),
+        (["--guidance-scale", "inf"], "--guidance-scale"),
+        (["--guidance", "inf"], "--guidance-scale"),  # the flag's old name
         (["--lr", "inf"], "--lr"),
         (["--batch", "70000"], "--batch"),
         (["--resume"], "no checkpoint"),

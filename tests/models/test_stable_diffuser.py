@@ -75,7 +75,9 @@ def test_guidance_has_three_known_scales():
     unet = ours()[0]
     xt, t, words, empty = torch.randn(2, 4, 8, 8), torch.tensor([5, 800]), torch.randn(2, 7, 24), torch.randn(1, 7, 24)
     every = torch.ones(2, 7, dtype=torch.bool)
-    at = {s: stable_diffuser.guided(unet, words, every, empty, every[:1], s)(xt, t) for s in (0, 1, 0.5)}
+    at = {
+        s: stable_diffuser.classifier_free_guidance(unet, words, every, empty, every[:1], s)(xt, t) for s in (0, 1, 0.5)
+    }
     torch.testing.assert_close(at[0], unet(xt, t, empty.expand(2, -1, -1), every), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(at[1], unet(xt, t, words, every))
     torch.testing.assert_close(at[0.5], (at[0] + at[1]) / 2, atol=1e-5, rtol=1e-5)
@@ -151,7 +153,7 @@ def test_pictures_keep_their_captions_and_hidden_ones_lose_their_mask():
     words, mask = words_of(["x" * int(n) for n in numbers])
     empty = torch.full((1, 7, 24), -1.0), torch.ones(1, 7, dtype=torch.bool)
     schedule, seen = ddpm.Schedule(), []
-    schedule.signal, schedule.noise = torch.ones(1000), torch.zeros(1000)  # zt is z0
+    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.ones(1000), torch.zeros(1000)  # zt is z0
     model = OneWeight()
 
     def forward(zt, t, words, mask):
@@ -228,7 +230,7 @@ class Studio:
 def test_main_trains_on_scaled_latents_and_paints_with_the_ema(monkeypatch, tmp_path):
     """Without the held-out pictures, each beside its caption; the written weights are those that paint."""
     studio = Studio(monkeypatch)
-    flags = dict(channels=(32,), lr=0.1, sampling_steps=7, guidance=2.5)
+    flags = dict(channels=(32,), lr=0.1, sampling_steps=7, guidance_scale=2.5)
     stable_diffuser.main(stable_diffuser.Config(steps=2, batch=4, **flags, out=str(tmp_path)))
     held_out = torch.tensor(autoencoder.split(studio.captions))
     latents, words, mask, empty = studio.trained[0]
@@ -414,8 +416,9 @@ def test_gradients_of_two_halves_are_those_of_the_whole():
         (["--negative", "x"], "--prompt"),
         (["--prompt", "x", "--negative", "y", "--guidance", "1"], "--guidance"),
         (["--prompt", "x", "--negative", "y", "--guidance", "0"], "--guidance"),
-        (["--guidance", "nan"], "--guidance"),
-        (["--guidance", "inf"], "--guidance"),
+        (["--guidance-scale", "nan"], "--guidance"),
+        (["--guidance-scale", "inf"], "--guidance-scale"),
+        (["--guidance", "inf"], "--guidance-scale"),  # the flag's old name
         (["--prompt", "  "], "--prompt"),
         (["--prompt", "\udcff"], "UTF-8"),
         (["--prompt", "a " * 15], "15 tokens"),

@@ -29,7 +29,7 @@ def test_two_layers_are_llavas_projector(parity):
 
 
 def idefics2(ours):
-    """{name of theirs: name of ours} of a modern resampler."""
+    """{name of theirs: name of ours} of a resampler with RMSNorm and SwiGLU."""
     names = {"latents": "latents", "norm.weight": "norm.weight"}
     for i in range(len(ours.layers)):
         for mine, them in (
@@ -44,7 +44,7 @@ def idefics2(ours):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_resampler_is_that_of_idefics2(kv_heads, parity):
-    about = {"depth": 2, "latents": 5, "heads": 4, "kv_heads": kv_heads, "head_dim": 6, "widen": 4}
+    about = {"depth": 2, "latents": 5, "heads": 4, "kv_heads": kv_heads, "head_dim": 6, "mlp_ratio": 4}
     ours = eyes.shake(connector.build("perceiver", 24, 24, **about))
     theirs = Idefics2PerceiverResampler._from_config(
         Idefics2PerceiverConfig(
@@ -58,16 +58,16 @@ def test_the_resampler_is_that_of_idefics2(kv_heads, parity):
     look = lambda: theirs(x, torch.ones(3, 9, dtype=torch.long))  # noqa: E731
     other = look() if isinstance(look(), torch.Tensor) else look().last_hidden_state
     name = f"transformers Idefics2PerceiverResampler, {kv_heads} keys for 4 heads"
-    parity("Connector", "connector.Perceiver", name, ours(x), other)
+    parity("Connector", "connector.PerceiverResampler", name, ours(x), other)
     mine, them = gradients(ours, ours(x)), gradients(theirs, other)
-    parity("Connector", "connector.Perceiver, gradients", name, {n: mine[names[n]] for n in them}, them, 1e-4)
+    parity("Connector", "connector.PerceiverResampler, gradients", name, {n: mine[names[n]] for n in them}, them, 1e-4)
 
 
 def test_flamingos_resampler_is_that_of_idefics(parity):
     config = IdeficsConfig(vision_config={"embed_dim": 24}, perceiver_config={"qk_layer_norms_perceiver": False})
     theirs = IdeficsPerceiverResampler(config, 24, 2, 4, 6, 5)
-    about = {"depth": 2, "latents": 5, "heads": 4, "kv_heads": 4, "head_dim": 6, "widen": 4}
-    ours = eyes.shake(connector.build("perceiver", 24, 24, **about, modern=False))
+    about = {"depth": 2, "latents": 5, "heads": 4, "kv_heads": 4, "head_dim": 6, "mlp_ratio": 4}
+    ours = eyes.shake(connector.build("perceiver", 24, 24, **about, use_rmsnorm_swiglu=False))
     weights = ours.state_dict()
     names = {"latents": "latents", "layer_norm.weight": "norm.weight", "layer_norm.bias": "norm.bias"}
     for i in range(2):
@@ -83,11 +83,10 @@ def test_flamingos_resampler_is_that_of_idefics(parity):
     theirs.load_state_dict({them: weights[mine] for them, mine in names.items()})
     x = torch.randn(3, 9, 24)
     name = "transformers IdeficsPerceiverResampler"
-    parity("Connector", "connector.Perceiver, modern=False", name, ours(x), theirs(x))
+    parity("Connector", "connector.PerceiverResampler, use_rmsnorm_swiglu=False", name, ours(x), theirs(x))
     mine, them = gradients(ours, ours(x)), gradients(theirs, theirs(x))
-    parity(
-        "Connector", "connector.Perceiver, modern=False, gradients", name, {n: mine[names[n]] for n in them}, them, 1e-4
-    )
+    both = {n: mine[names[n]] for n in them}, them
+    parity("Connector", "connector.PerceiverResampler, use_rmsnorm_swiglu=False, gradients", name, *both, 1e-4)
 
 
 def test_joined_neighbours_are_pixel_unshuffled(parity):
@@ -136,31 +135,43 @@ def test_a_resampler_does_not_care_where(seeded):
 def test_latents_that_see_themselves_are_another_network():
     x = torch.randn(2, 9, 16)
     torch.manual_seed(1)
-    joined = connector.build("perceiver", 16, 16)
-    apart = connector.build("perceiver", 16, 16, joined=False)
-    apart.load_state_dict(joined.state_dict())
-    assert not torch.allclose(joined(x), apart(x), atol=1e-3)
-    assert apart.looks(x).shape == (2, 16, 9)
-    torch.testing.assert_close(apart.looks(x).sum(-1), torch.ones(2, 16))
+    among_keys = connector.build("perceiver", 16, 16)
+    apart = connector.build("perceiver", 16, 16, concat_latents_kv=False)
+    apart.load_state_dict(among_keys.state_dict())
+    assert not torch.allclose(among_keys(x), apart(x), atol=1e-3)
+    assert apart.attention_map(x).shape == (2, 16, 9)
+    torch.testing.assert_close(apart.attention_map(x).sum(-1), torch.ones(2, 16))
 
 
-def test_a_sticker_is_where_it_should_be():
-    found = study.stick(torch.zeros(9, 49, 2), torch.arange(9), torch.ones(2, 2, 2))[..., 0].unflatten(1, (7, 7))
+def test_weights_from_when_input_proj_was_called_inlet_still_load():
+    ours, other = (connector.build("perceiver", 12, 16) for _ in range(2))
+    old = {name.replace("input_proj.", "inlet."): p for name, p in ours.state_dict().items()}
+    assert {"inlet.weight", "inlet.bias"} <= old.keys()
+    other.load_state_dict(old)
+    within = torch.nn.ModuleDict({"connector": connector.build("perceiver", 12, 16)})
+    within.load_state_dict({f"connector.{name}": p for name, p in old.items()})
+    x = torch.randn(2, 9, 12)
+    assert torch.equal(other(x), ours(x)) and torch.equal(within["connector"](x), ours(x))
+
+
+def test_a_marker_is_where_it_should_be():
+    found = study.insert_marker(torch.zeros(9, 49, 2), torch.arange(9), torch.ones(2, 2, 2))
+    found = found[..., 0].unflatten(1, (7, 7))
     for i, (top, left) in enumerate(study.PLACES):
         assert found[i].sum() == 4 and found[i, top, left] == found[i, top + 1, left + 1] == 1
 
 
 @pytest.mark.parametrize("name, sees", [("pool3", True), ("mlp2x_gelu", True), ("pool1", False), ("perceiver", False)])
 def test_it_learns_what_and_where(name, sees):
-    """Kinds that are a direction, a sticker at a place: one mean, and latents that see a bag, cannot say where."""
+    """Kinds that are a direction, a marker at a place: one mean, and latents that see a bag, cannot say where."""
     kinds = torch.randint(14, (200,))
     maps = torch.randn(14, 1, 16)[kinds] + 0.3 * torch.randn(200, 49, 16)
     torch.manual_seed(0)
-    judge = study.Judge(connector.build(name, 16, 32), 49, 32)
-    cfg, on, sticker = study.Config(steps=60, batch=64, lr=1e-2), torch.device("cpu"), 2 * torch.randn(2, 2, 16)
-    losses = list(study.train(judge, maps, kinds, sticker, cfg, on))
+    probe = study.Probe(connector.build(name, 16, 32), 49, 32)
+    cfg, on, marker = study.Config(steps=60, batch=64, lr=1e-2), torch.device("cpu"), 2 * torch.randn(2, 2, 16)
+    losses = list(study.train(probe, maps, kinds, marker, cfg, on))
     assert losses[-1] < 0.8 * losses[0]
-    found = study.score(judge, maps, kinds, sticker, on)
+    found = study.score(probe, maps, kinds, marker, on)
     assert found["what"] > 0.6 and (found["where"] > 0.6) == sees and (sees or found["where"] < 0.3)
 
 
@@ -173,12 +184,12 @@ def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tm
     monkeypatch.setattr(study.tower, "said", said)
     monkeypatch.setattr(study, "draw", lambda *about: None)
 
-    def train(judge, maps, kinds, sticker, cfg, on):
-        shown.append((judge, maps, kinds))
+    def train(probe, maps, kinds, marker, cfg, on):
+        shown.append((probe, maps, kinds))
         yield 1.0
 
-    def score(judge, maps, kinds, sticker, on):
-        shown.append((judge, maps, kinds))
+    def score(probe, maps, kinds, marker, on):
+        shown.append((probe, maps, kinds))
         return {"what": 0.5, "where": 0.25}
 
     monkeypatch.setattr(study, "train", train)
@@ -186,9 +197,9 @@ def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tm
     cfg = study.Config(names=("pool1", "linear"), width=8, steps=1, judged=15, out=str(tmp_path / "out"))
     found = study.main(cfg)
     assert found["pool1"]["tokens"] == 1 and found["linear"]["tokens"] == 49 and found["linear"]["where"] == 0.25
-    for i, (judge, maps, kinds) in enumerate(shown):
+    for i, (probe, maps, kinds) in enumerate(shown):
         numbers = maps[:, 0, 0].long()
-        assert torch.equal(kinds, numbers % 3) and judge.join is shown[i - i % 2][0].join
+        assert torch.equal(kinds, numbers % 3) and probe.join is shown[i - i % 2][0].join
         assert numbers.tolist() == list(range(20)) if i % 2 == 0 else min(numbers) >= 20 and len(numbers) == 15
 
 

@@ -39,7 +39,7 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     )  # fmt: skip
     config._attn_implementation = "eager"
     theirs = eyes.shake(IdeficsGatedCrossAttentionLayer(config, layer_idx=0).eval(), 0.2)
-    ours = flamingo.GatedCrossAttention(24, 12, heads=4, head_dim=6, hidden=40, modern=True)
+    ours = flamingo.GatedCrossAttention(24, 12, heads=4, head_dim=6, hidden=40, use_rmsnorm_swiglu=True)
     names = {
         "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm",
         "gate_attention": "alpha_cross_attn", "gate_mlp": "alpha_dense",
@@ -142,9 +142,9 @@ def test_the_counts_of_photos_are_known():
     assert mask.sum(-1).tolist() == [[3 * (c > 0) for c in row] for row in counts.tolist()]
 
 
-@pytest.mark.parametrize("modern", [False, True])
-def test_cross_attention_gives_zero_before_any_photo(modern):
-    block = eyes.shake(flamingo.GatedCrossAttention(24, 12, modern=modern), 0.3)
+@pytest.mark.parametrize("use_rmsnorm_swiglu", [False, True])
+def test_cross_attention_gives_zero_before_any_photo(use_rmsnorm_swiglu):
+    block = eyes.shake(flamingo.GatedCrossAttention(24, 12, use_rmsnorm_swiglu=use_rmsnorm_swiglu), 0.3)
     mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12, requires_grad=True)
     said = block.attend(x, latents, mask)
@@ -219,7 +219,7 @@ def test_the_loss_is_that_of_all_logits_at_learned_words():
 
 def test_patch_dropout_hides_half_of_the_places_others_every_time():
     features = torch.arange(49.0)[None, None, :, None].expand(2, 3, -1, 5)
-    kept = [flamingo.half(features)[..., 0] for _ in range(2)]
+    kept = [flamingo.patch_dropout(features)[..., 0] for _ in range(2)]
     for part in kept:
         assert part.shape == (2, 3, 25) and part[0, 0].unique().numel() == 25
     assert set(kept[0][0, 0].tolist()) != set(kept[1][0, 0].tolist())
@@ -263,7 +263,7 @@ def test_a_step_of_training_is_shown_half_of_the_photos_that_its_text_names(monk
         names = named[named < IMAGE].view(ids.shape[0], -1) - 20
         assert torch.equal(features[:, :, 0, 0].long() % 3, names)  # photo i is of kind i % 3
     for parameters, most in clipped:
-        assert most == 1.0 and {id(p) for p in parameters} == {id(p) for p in made.moving().values()}
+        assert most == 1.0 and {id(p) for p in parameters} == {id(p) for p in made.trainable_parameters().values()}
 
 
 def test_gates_learn_ten_times_as_fast_and_all_rates_rise_and_fall(monkeypatch):
@@ -278,7 +278,7 @@ def test_gates_learn_ten_times_as_fast_and_all_rates_rise_and_fall(monkeypatch):
     torch.testing.assert_close(made.gates().abs(), torch.full((2, 2), 10 * 1e-3 / 20), rtol=1e-3, atol=0)
 
 
-def test_chains_can_be_equally_long(monkeypatch):
+def test_interleaved_chains_can_be_equally_long(monkeypatch):
     _, shown, _, _ = steps_of(monkeypatch, shortest=3)
     assert {features.shape[:2] for _, features in shown} == {(4, 3)}
 
@@ -313,14 +313,14 @@ def test_gates_that_begin_open_disturb_the_language_model():
 def test_only_new_parts_learn():
     made = model()
     frozen = {k: p.clone() for k, p in made.language.named_parameters()}
-    optimizer = torch.optim.SGD(made.moving().values(), 1.0)
+    optimizer = torch.optim.SGD(made.trainable_parameters().values(), 1.0)
     ids = text()
     flamingo.loss(made, ids, ids != IMAGE, torch.randn(2, 2, 4, 16)).backward()
-    missing = [k for k, p in made.moving().items() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not missing and not any(k.startswith("language") for k in made.moving())
-    before = made.words.clone()
+    missing = [k for k, p in made.trainable_parameters().items() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not missing and not any(k.startswith("language") for k in made.trainable_parameters())
+    before = made.new_embeddings.clone()
     optimizer.step()
-    assert (made.words - before).abs().amax(-1).min() > 0
+    assert (made.new_embeddings - before).abs().amax(-1).min() > 0
     assert all(torch.equal(p, frozen[k]) for k, p in made.language.named_parameters())
 
 
@@ -328,10 +328,10 @@ def test_new_words_are_read_and_written_by_their_own_rows():
     made = model()
     table = made.language.get_input_embeddings().weight
     found = made.embed(torch.tensor([[7, IMAGE, END]]))[0]
-    assert torch.equal(found[0], table[7]) and torch.equal(found[1:], made.words)
+    assert torch.equal(found[0], table[7]) and torch.equal(found[1:], made.new_embeddings)
     states = torch.randn(4, 24)
     logits = made.head(states)
-    torch.testing.assert_close(logits[:, [IMAGE, END]], states @ made.words.T)
+    torch.testing.assert_close(logits[:, [IMAGE, END]], states @ made.new_embeddings.T)
     assert torch.equal(logits[:, :IMAGE], made.language.lm_head(states)[:, :IMAGE])
 
 
@@ -352,13 +352,13 @@ def test_the_vocabulary_grows_by_two(smollm2):
     assert ids[0] == new[0] and ids[-1] == new[1] and tokenizer.decode(ids[1:-1]) == " Royal Gala apple"
 
 
-def test_chains_learn_names_and_their_end():
+def test_interleaved_chains_learn_names_and_their_end():
     chunks, kinds = [[IMAGE, 7, END], [IMAGE, 8, 9, END]], torch.tensor([0, 1, 1, 0, 1])
     seen, sizes = set(), set()
     for seed in range(20):
-        ids, learned, photos = flamingo.chains(np.random.default_rng(seed), 1, chunks, kinds, 12, 3)
+        ids, supervised, photos = flamingo.interleaved_batch(np.random.default_rng(seed), 1, chunks, kinds, 12, 3)
         sizes.add(photos.shape)
-        for row, mine, chain in zip(ids.tolist(), learned.tolist(), photos):
+        for row, mine, chain in zip(ids.tolist(), supervised.tolist(), photos):
             said = [i for p in chain for i in chunks[kinds[p]]]
             assert row[0] == 1 and row[1 : len(said) + 1] == said and set(row[len(said) + 1 :]) <= {1}
             assert [i for i, x in zip(row, mine) if x] == [i for i in said if i != IMAGE]
@@ -377,11 +377,11 @@ def task(steps=80, ends=True):
     made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
     cfg = flamingo.Config(steps=steps, batch=24, longest=3, lr=1e-2)
     if not ends:  # the error: the word that ends a name is not among what is learned
-        whole = flamingo.chains
-        flamingo.chains = lambda *about: (lambda i, x, p: (i, x & (i != END), p))(*whole(*about))
+        whole = flamingo.interleaved_batch
+        flamingo.interleaved_batch = lambda *about: (lambda i, x, p: (i, x & (i != END), p))(*whole(*about))
     losses = list(flamingo.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
     if not ends:
-        flamingo.chains = whole
+        flamingo.interleaved_batch = whole
     return made.eval(), said, kinds, chunks, losses, cfg
 
 
@@ -416,23 +416,38 @@ def test_names_after_a_remembered_prompt_score_as_in_one_reading():
     assert (found - other).abs().max() > 0.01  # examples are read
 
 
-def test_the_gaze_is_a_share_of_attention():
-    look = flamingo.gaze(model(), torch.randn(3, 4, 16), 1)
-    assert look.shape == (3, 4) and (look > 0).all() and (look.sum(1) < 1.0001).all()
-    assert all(not c._forward_pre_hooks for c in model().cross)
+def test_image_attention_map_is_a_fraction_of_attention():
+    made = model()
+    found = flamingo.image_attention_map(made, torch.randn(3, 4, 16), 1)
+    assert found.shape == (3, 4) and (found > 0).all() and (found.sum(1) < 1.0001).all()
+    assert all(not cross._forward_pre_hooks for cross in made.cross)
 
 
 def test_weights_come_back_and_those_of_another_model_are_refused(tmp_path):
     made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "seen": 12}
-    checkpoint.write(tmp_path / "x.safetensors", made.moving(), about)
+    checkpoint.write(tmp_path / "x.safetensors", made.trainable_parameters(), about)
     again = flamingo.load(tmp_path / "x.safetensors", eyes.speaker(), [IMAGE, END])
     features = torch.randn(2, 2, 4, 16)
     assert torch.equal(again(text(), again.resample(features)), made(text(), made.resample(features)))
     with pytest.raises(UserError, match="another language model or script"):
         flamingo.load(tmp_path / "x.safetensors", eyes.speaker("phi"), [IMAGE, END])
-    checkpoint.write(tmp_path / "y.safetensors", made.moving(), {"size": 3})
+    checkpoint.write(tmp_path / "y.safetensors", made.trainable_parameters(), {"size": 3})
     with pytest.raises(UserError, match="another language model or script"):
         flamingo.load(tmp_path / "y.safetensors", eyes.speaker(), [IMAGE, END])
+
+
+def test_files_with_the_old_names_of_parameters_still_load(tmp_path):
+    """The shipped weights are one of them."""
+    shipped = checkpoint.read(flamingo.WEIGHTS)[0]
+    assert flamingo.OLD_NAMES.keys() <= shipped.keys()
+    made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "seen": 12}
+    older = {today: old for old, today in flamingo.OLD_NAMES.items()}
+    tensors = {older.get(name, name): p for name, p in made.trainable_parameters().items()}
+    assert "words" in tensors and "new_embeddings" not in tensors
+    checkpoint.write(tmp_path / "old.safetensors", tensors, about)
+    again = flamingo.load(tmp_path / "old.safetensors", eyes.speaker(), [IMAGE, END])
+    features = torch.randn(2, 2, 4, 16)
+    assert torch.equal(again(text(), again.resample(features)), made(text(), made.resample(features)))
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):

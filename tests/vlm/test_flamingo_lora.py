@@ -28,7 +28,7 @@ def text():
 @pytest.mark.parametrize("way", flamingo_lora.WAYS)
 def test_what_learns_is_what_was_asked_for(way):
     made = flamingo_lora.choose(model(), way, flamingo_lora.Config(rank=2))
-    names = set(made.moving())
+    names = set(made.trainable_parameters())
     assert names and not any(n.startswith("language") for n in names)
     if way == "gates":
         assert names == {f"cross.{i}.gate_{k}" for i in range(2) for k in ("attention", "mlp")}
@@ -50,7 +50,7 @@ def test_lora_begins_as_nothing_moves_something_and_can_be_taken_out():
     loss = flamingo.loss(made, text(), text() != IMAGE, features)
     loss.backward()
     with torch.no_grad():
-        for p in made.moving().values():
+        for p in made.trainable_parameters().values():
             p.add_(torch.randn_like(p))
         assert not torch.allclose(made(text(), made.resample(features)), before, atol=1e-3)
         assert torch.equal(flamingo_lora.unplug(made)(text(), made.resample(features)), before)
@@ -92,7 +92,7 @@ def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_
         assert (
             said.shape == (20, 4, 16) and said[:, 0, 0].tolist() == list(range(20)) and kinds.tolist()[:3] == [0, 1, 2]
         )
-        trained.append((cfg.lr, names, start, set(model.moving())))
+        trained.append((cfg.lr, names, start, set(model.trainable_parameters())))
         return real_train(model, said, kinds, first, chunks, cfg, on)
 
     def judge(model, features, first, chunks, said, kinds, shots, cfg, on):
