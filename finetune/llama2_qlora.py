@@ -42,7 +42,7 @@ class Config(llama2_full.Training):
     block: int = 64  # S, numbers that share a scale, with 4 bits
     double: bool = True  # quantise the scales of 4 bits, too
     rank: int = 8  # r of LoRA
-    alpha: float = 16.0  # corrections are multiplied by alpha / r
+    alpha: float = 16.0  # updates are multiplied by alpha / r
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # where corrections go
     backend: Literal["ours", "bitsandbytes"] = "ours"  # who stores the weights in 8 or 4 bits
     out: str = "outputs/llama2_qlora"  # where the results go
