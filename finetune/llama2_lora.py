@@ -1,8 +1,9 @@
-"""LoRA: freeze the model, learn a correction of low rank beside its matrices. Hu et al. 2021, arXiv:2106.09685.
+"""LoRA, low-rank adaptation: freeze the model, train an update of low rank beside its matrices. Hu et al. 2021,
+arXiv:2106.09685.
 
 A matrix W of a trained model has millions of numbers, and a new task moves it little, in few directions. So leave W as
-it is and learn W + B A, where A (r x in) and B (out x r) are thin; B starts at zero, so step 0 is the base model. After
-training B A can be added to W once, and nothing is slower than before. Sections are the paper's.
+it is and learn W + s B A, where A (r x in) and B (out x r) are thin; B starts at zero, so step 0 is the base model.
+After training s B A can be merged into W once, and nothing is slower than before. Sections are the paper's.
 
 Four relatives are a few lines each: rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), DoRA (Liu et al. 2024,
 arXiv:2402.09353), LoRA+ (Hayou et al. 2024, arXiv:2402.12354), IA3 (Liu et al. 2022, arXiv:2205.05638).
@@ -35,13 +36,13 @@ Variant = Literal["lora", "rslora", "dora", "ia3"]
 
 @dataclass(frozen=True)
 class Config(llama2_full.Training):
-    """Adapt a language model by low-rank corrections and score it."""
+    """Adapt a language model by low-rank updates of its weights and score it."""
 
     lr: float = 2e-3  # peak learning rate
     variant: Variant = "lora"  # lora, or rslora, dora, ia3
-    rank: int = 8  # r, the rank of the corrections
-    alpha: float = 16.0  # corrections are multiplied by alpha / r
-    dropout: float = 0.0  # share of the inputs of a correction that is hidden in training
+    rank: int = 8  # r, the rank of the updates
+    alpha: float = 16.0  # updates are multiplied by alpha / r
+    dropout: float = 0.0  # dropout rate of an update's inputs in training
     plus: float = 1.0  # LoRA+: B learns so many times faster than A; its authors take 16
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # ends of names, or regular expressions
     within: str = ""  # the part of the model that may change; a target outside of it is an error
@@ -52,60 +53,112 @@ class Config(llama2_full.Training):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its correction: W x + s B A x, s = alpha / r. Sec. 4.1."""
+    """LoRA, Sec. 4.1: a frozen linear layer and a low-rank update beside it, W x + s B A x with s = alpha / r."""
 
-    def __init__(self, base, rank, alpha, dropout=0.0, variant="lora"):
+    def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
-        self.base, self.dropout = base, nn.Dropout(dropout)
+        self.base = base
+        self.dropout = nn.Dropout(dropout)
+        self.scale = self.scaling(alpha, rank)
+        # A is random and B zero: step 0 is the base model, and yet B has a gradient.
         new = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))  # zero: step 0 is the base model
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.scale = alpha / (math.sqrt(rank) if variant == "rslora" else rank)  # rsLoRA, Theorem 3.2
-        self.magnitude = nn.Parameter(base.weight.float().norm(dim=1)) if variant == "dora" else None
 
-    def update(self):
-        """What is added to W: (out, in), of rank r at most."""
-        return self.scale * self.lora_B @ self.lora_A
+    @staticmethod
+    def scaling(alpha, rank):
+        """s, what the update is multiplied by."""
+        return alpha / rank
 
-    def gain(self):
-        """DoRA, Eq. 5: what each row of W + B A is multiplied by, so that its length is the learned magnitude: (out,).
-
-        The length in the denominator counts as a constant in the gradient (Sec. 4.3 there).
-        """
-        return self.magnitude / (self.base.weight.float() + self.update()).norm(dim=1).detach()
+    def low_rank_update(self, x):
+        """s B A x: (..., in) -> (..., out). The r numbers of A x are scaled, which are fewer than those of B A x."""
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., r)
+        return F.linear(self.scale * low, self.lora_B.to(x.dtype))
 
     def forward(self, x):
-        low = F.linear(self.scale * F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        if self.magnitude is None:
-            return self.base(x) + low
-        y = self.gain() * (F.linear(x, self.base.weight) + low)
+        update = self.low_rank_update(x)
+        base_output = self.base(x)
+        return base_output + update
+
+    def delta_weight(self):
+        """s B A, what merging adds to W: (out, in), of rank r at most."""
+        return self.scale * self.lora_B @ self.lora_A
+
+    def merged_weight(self):
+        """W + s B A, the weight of one plain layer that does the same: (out, in)."""
+        return self.base.weight.float() + self.delta_weight()
+
+    def merge(self):
+        """Write the merged weight into the frozen layer -> that layer."""
+        self.base.weight.copy_(self.merged_weight())
+        return self.base
+
+
+class RsLoRALinear(LoRALinear):
+    """rsLoRA, rank-stabilised LoRA, Theorem 3.2: s = alpha / sqrt(r), so that a larger rank learns no more slowly."""
+
+    @staticmethod
+    def scaling(alpha, rank):
+        return alpha / math.sqrt(rank)
+
+
+class DoRALinear(LoRALinear):
+    """DoRA, Eq. 5: the direction of W + s B A row by row, times a learned magnitude m."""
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__(base, rank, alpha, dropout)
+        self.magnitude = nn.Parameter(base.weight.float().norm(dim=1))  # m: (out,)
+
+    def gain(self):
+        """m / |W + s B A|, what each row of W + s B A is multiplied by: (out,).
+
+        The norm counts as a constant in the gradient (Sec. 4.3).
+        """
+        norm = super().merged_weight().norm(dim=1).detach()
+        return self.magnitude / norm
+
+    def forward(self, x):
+        update = self.low_rank_update(x)
+        base_output = F.linear(x, self.base.weight)  # the bias is not part of W, and is not scaled
+        y = self.gain() * (base_output + update)
         return y if self.base.bias is None else y + self.base.bias
 
-    def merged(self):
-        """The weight of one plain layer that does the same: (out, in)."""
-        weight = self.base.weight.float() + self.update()
-        return weight if self.magnitude is None else self.gain()[:, None] * weight
+    def merged_weight(self):
+        return self.gain()[:, None] * super().merged_weight()
 
 
 class IA3Linear(nn.Module):
-    """A frozen linear layer with its output or input scaled number by number: l * W x, or W (l * x). IA3, Sec. 3.3."""
+    """IA3, Sec. 3.3: a frozen linear layer whose output or input is scaled by a vector l: l * W x, or W (l * x)."""
 
     def __init__(self, base, feedforward):
         super().__init__()
-        self.base, self.feedforward = base, feedforward
+        self.base = base
+        self.feedforward = feedforward  # scales its input
         size = base.in_features if feedforward else base.out_features
         self.ia3_l = nn.Parameter(torch.ones(size, device=base.weight.device))  # one: step 0 is the base model
 
     def forward(self, x):
         if self.feedforward:
-            return self.base((x * self.ia3_l).to(x.dtype))
+            scaled_input = (x * self.ia3_l).to(x.dtype)
+            return self.base(scaled_input)
         return self.base(x) * self.ia3_l
 
-    def merged(self):
-        return self.base.weight.float() * (self.ia3_l if self.feedforward else self.ia3_l[:, None])
+    def merged_weight(self):
+        """Columns of W times l, or rows: (out, in)."""
+        scale = self.ia3_l if self.feedforward else self.ia3_l[:, None]
+        return self.base.weight.float() * scale
+
+    def merge(self):
+        """Write the merged weight into the frozen layer -> that layer."""
+        self.base.weight.copy_(self.merged_weight())
+        # l * (W x + b) scales the bias, too.
+        if not self.feedforward and self.base.bias is not None:
+            self.base.bias.mul_(self.ia3_l)
+        return self.base
 
 
+LORA_LAYERS = {"lora": LoRALinear, "rslora": RsLoRALinear, "dora": DoRALinear}
 ADAPTERS = (LoRALinear, IA3Linear)
 FEEDFORWARD = ("down_proj",)  # IA3 scales the inputs of these: the inner activations of the MLP
 
@@ -129,9 +182,10 @@ def find(model, targets, within=""):
     return found
 
 
-def single(model, names):
-    """Raises UserError for a module that is not there, or shares its weights: a head that is the embedding, too."""
-    modules, owners = dict(model.named_modules()), {}
+def refuse_tied(model, names):
+    """Raises UserError for a module that is not there, or whose weights are tied: a head that is the embedding, too."""
+    modules = dict(model.named_modules())
+    owners = {}
     for name, module in modules.items():
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(name)
@@ -147,44 +201,58 @@ def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", 
     within: the part of the model that may be changed; also: names of modules to train whole.
     """
     run.check(rank > 0 and 0 <= dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
-    return inject_at(model, find(model, targets, within), rank, alpha, dropout, variant, also)
+    names = find(model, targets, within)
+    return inject_at(model, names, rank, alpha, dropout, variant, also)
 
 
 def inject_at(model, names, rank, alpha, dropout=0.0, variant="lora", also=()):
     """`inject` for layers that are named in full."""
-    single(model, [*names, *also])
+    refuse_tied(model, [*names, *also])
+    # All of the base model is frozen.
     model.requires_grad_(False)
+    # Each target gives its place to an adapter that holds it.
     for name in names:
-        base, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
+        base = model.get_submodule(name)
         if variant == "ia3":
-            adapter = IA3Linear(base, child in FEEDFORWARD)
+            adapter = IA3Linear(base, feedforward=name.rpartition(".")[2] in FEEDFORWARD)
         else:
-            adapter = LoRALinear(base, rank, alpha, dropout, variant)
-        setattr(model.get_submodule(parent), child, adapter)
+            adapter = LORA_LAYERS[variant](base, rank, alpha, dropout)
+        replace_module(model, name, adapter)
+    # PEFT's modules_to_save: trained whole, in fp32.
     for name in also:
         model.get_submodule(name).float().requires_grad_(True)
     return names
 
 
+def replace_module(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 @torch.no_grad()
 def merge(model):
-    """Add every correction to its matrix and take the adapters out, in place -> the model, as fast as it was."""
-    for name, adapter in [(n, m) for n, m in model.named_modules() if isinstance(m, ADAPTERS)]:
+    """Merge every adapter into its layer and take it out, in place -> the model, as fast as it was.
+
+    PEFT calls it merge_and_unload. There is no way back (unmerge), for W and s B A are one sum now: keep the adapter's
+    file, and `load` it into the base model again.
+    """
+    for name in names(model):
+        adapter = model.get_submodule(name)
         run.check(isinstance(adapter.base, nn.Linear), f"{name} is stored in few bits: nothing can be added to it")
-        adapter.base.weight.copy_(adapter.merged())
-        if isinstance(adapter, IA3Linear) and not adapter.feedforward and adapter.base.bias is not None:
-            adapter.base.bias.mul_(adapter.ia3_l)  # l * (W x + b)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapter.base)
+        merged = adapter.merge()
+        replace_module(model, name, merged)
     return model
 
 
-def groups(model, plus=1.0):
-    """What the optimizer gets: all that is trained; B learns `plus` times faster (LoRA+)."""
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    fast = [p for n, p in trained if "lora_B" in n]
-    slow = [p for n, p in trained if "lora_B" not in n]
-    return [llama2_full.group(slow, 1.0)] + ([llama2_full.group(fast, plus)] if fast else [])
+def lora_plus_groups(model, ratio=1.0):
+    """LoRA+: param groups in which the learning rate of B is `ratio` times that of all else; 1 is plain LoRA."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    lora_b = [p for name, p in trained if "lora_B" in name]
+    others = [p for name, p in trained if "lora_B" not in name]
+    groups = [llama2_full.group(others, 1.0)]
+    if lora_b:
+        groups.append(llama2_full.group(lora_b, ratio))
+    return groups
 
 
 def tree(model):
@@ -195,18 +263,23 @@ def tree(model):
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
             key = re.sub(r"\.\d+\.", ".*.", name)
             count, _, _ = lines.get(key, (0, 0, 0))
-            lines[key] = count + 1, trained, tuple(module.base.weight.shape)
-    return "\n".join(f"{k:45} {n:3} x {t:7,} trained beside {s[0]} x {s[1]}" for k, (n, t, s) in lines.items())
+            lines[key] = (count + 1, trained, tuple(module.base.weight.shape))
+    rows = []
+    for key, (count, trained, shape) in lines.items():
+        rows.append(f"{key:45} {count:3} x {trained:7,} trained beside {shape[0]} x {shape[1]}")
+    return "\n".join(rows)
 
 
 @torch.no_grad()
 def changes(model):
     """How far each kind of target moved, by layer: {target: [|W' - W| / |W|, ...]}, lengths as of one long vector."""
     found = {}
-    for name, m in model.named_modules():
-        if isinstance(m, ADAPTERS):
-            weight = m.base.weight.float()
-            found.setdefault(name.rpartition(".")[2], []).append(float((m.merged() - weight).norm() / weight.norm()))
+    for name in names(model):
+        adapter = model.get_submodule(name)
+        weight = adapter.base.weight.float()
+        change = (adapter.merged_weight() - weight).norm() / weight.norm()
+        target = name.rpartition(".")[2]
+        found.setdefault(target, []).append(float(change))
     return found
 
 
@@ -215,14 +288,15 @@ def names(model):
     return [name for name, m in model.named_modules() if isinstance(m, ADAPTERS)]
 
 
-def stored(name, adapter):
-    """The numbers of one adapter as PEFT's files name and shape them: {name: tensor}, views of what is trained."""
+def peft_tensors(name, adapter):
+    """The parameters of one adapter as PEFT's files name and shape them: {name: tensor}, views of what is trained."""
     if isinstance(adapter, IA3Linear):
-        return {f"{name}.ia3_l": adapter.ia3_l[None] if adapter.feedforward else adapter.ia3_l[:, None]}
-    numbers = {f"{name}.lora_A.weight": adapter.lora_A, f"{name}.lora_B.weight": adapter.lora_B}
-    if adapter.magnitude is not None:
-        numbers[f"{name}.lora_magnitude_vector"] = adapter.magnitude
-    return numbers
+        shaped = adapter.ia3_l[None] if adapter.feedforward else adapter.ia3_l[:, None]
+        return {f"{name}.ia3_l": shaped}
+    tensors = {f"{name}.lora_A.weight": adapter.lora_A, f"{name}.lora_B.weight": adapter.lora_B}
+    if isinstance(adapter, DoRALinear):
+        tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude
+    return tensors
 
 
 def save(model, folder, cfg, base="", also=()):
@@ -233,7 +307,7 @@ def save(model, folder, cfg, base="", also=()):
     """
     tensors = {}
     for name in names(model):
-        tensors |= stored(name, model.get_submodule(name))
+        tensors |= peft_tensors(name, model.get_submodule(name))
     for name in also:
         tensors |= {f"{name}.{k}": v for k, v in model.get_submodule(name).state_dict().items()}
     config = {
@@ -250,7 +324,16 @@ def save(model, folder, cfg, base="", also=()):
     adapters.write(folder, config, {adapters.PREFIX + k: v for k, v in tensors.items()})
 
 
-def adapted(model, config, tensors):
+def variant_of(config):
+    """Which variant a configuration of PEFT is for."""
+    if config["peft_type"] == "IA3":
+        return "ia3"
+    if config.get("use_dora"):
+        return "dora"
+    return "rslora" if config.get("use_rslora") else "lora"
+
+
+def target_modules(model, config, tensors):
     """Names of the layers that an adapter of PEFT is for.
 
     A list holds ends of names. A string is a regular expression; the file of the weights says as well where they
@@ -264,6 +347,27 @@ def adapted(model, config, tensors):
     return [name for name in linear if any(f".{name}".endswith(f".{t}") for t in targets)]
 
 
+def check_feedforward(found, config, where):
+    """Raises UserError if the IA3 layers whose inputs PEFT scales are others than ours."""
+    ends = config.get("feedforward_modules") or []
+    theirs = [name for name in found if any(f".{name}".endswith(f".{end}") for end in ends)]
+    ours = [name for name in found if name.endswith(FEEDFORWARD)]
+    run.check(theirs == ours, f"{where}: feedforward_modules are not the {', '.join(FEEDFORWARD)}; load it with PEFT")
+
+
+def check_tensors(wanted, tensors, where):
+    """Raises UserError for a weight that is missing, for one that has no place, and for one of another shape."""
+    missing = sorted(wanted.keys() - tensors.keys())
+    strange = sorted(tensors.keys() - wanted.keys())
+    lost = printable(f"missing {missing[:2]}, without a place {strange[:2]}")
+    run.check(not missing and not strange, f"{where}: {lost}")
+    for key, weight in wanted.items():
+        name = key.removeprefix(adapters.PREFIX)
+        shape = tuple(tensors[key].shape)
+        place = tuple(weight.shape)
+        run.check(shape == place, f"{where}: {name} has the shape {shape}, this model needs {place}")
+
+
 def load(model, folder):
     """Inject what an adapter folder describes, ours or PEFT's, and load it, in place -> names of the layers.
 
@@ -272,37 +376,31 @@ def load(model, folder):
     """
     config, tensors = adapters.read(folder, ("LORA", "IA3"))
     where = printable(folder)
-    if config["peft_type"] == "IA3":
-        variant, rank, alpha = "ia3", 1, 1
-    else:
-        variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-        rank, alpha = config["r"], config["lora_alpha"]
-    found = adapted(model, config, tensors)
+    variant = variant_of(config)
+    rank = 1 if variant == "ia3" else config["r"]
+    alpha = 1 if variant == "ia3" else config["lora_alpha"]
+    # Which layers it is for, and whether they can be.
+    found = target_modules(model, config, tensors)
     run.check(found, f"{where}: its target_modules name no linear layer of this model")
-    inner = config.get("feedforward_modules") or []
-    scaled = [n for n in found if any(f".{n}".endswith(f".{t}") for t in inner)]  # IA3 scales their inputs
-    same = variant != "ia3" or scaled == [n for n in found if n.endswith(FEEDFORWARD)]
-    run.check(same, f"{where}: feedforward_modules are not the {', '.join(FEEDFORWARD)}; load it with PEFT")
+    if variant == "ia3":
+        check_feedforward(found, config, where)
     for name in found:  # before anything is made: a rank of a billion is a typing error
         smallest = min(model.get_submodule(name).in_features, model.get_submodule(name).out_features)
         run.check(rank <= 64 * smallest, f"{where}: rank {rank} is far above the width of {name}, {smallest}")
+    # Fresh adapters in their places.
     also = config.get("modules_to_save") or ()
     inject_at(model, found, rank, alpha, variant=variant, also=also)
+    # Every parameter of theirs, under its name in the file.
     wanted = {}
     for name in found:
-        wanted |= stored(name, model.get_submodule(name))
+        wanted |= peft_tensors(name, model.get_submodule(name))
     for name in also:
         wanted |= {f"{name}.{k}": v for k, v in model.get_submodule(name).named_parameters()}
-    missing = sorted({adapters.PREFIX + k for k in wanted} - tensors.keys())
-    strange = sorted(tensors.keys() - {adapters.PREFIX + k for k in wanted})
-    lost = printable(f"missing {missing[:2]}, without a place {strange[:2]}")
-    run.check(not missing and not strange, f"{where}: {lost}")
-    for name, weight in wanted.items():
-        shape, place = tuple(tensors[adapters.PREFIX + name].shape), tuple(weight.shape)
-        run.check(shape == place, f"{where}: {name} has the shape {shape}, this model needs {place}")
+    wanted = {adapters.PREFIX + name: weight for name, weight in wanted.items()}
+    check_tensors(wanted, tensors, where)
     with torch.no_grad():
-        for name, weight in wanted.items():
-            weight.copy_(tensors[adapters.PREFIX + name])
+        for key, weight in wanted.items():
+            weight.copy_(tensors[key])
     return found
 
 
@@ -311,7 +409,7 @@ def allow(model, cfg):
     run.check(cfg.rank > 0 and 0 <= cfg.dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
     run.check(cfg.plus > 0, "--plus must be above 0")
     layers = find(model, cfg.targets, cfg.within)
-    single(model, [*layers, *cfg.also])
+    refuse_tied(model, [*layers, *cfg.also])
     return layers
 
 
@@ -338,13 +436,16 @@ def through_peft(model, cfg):
 def main(cfg: Config) -> dict:
     """Inject, train, score; write the adapter in PEFT's layout."""
     bench = llama2_full.start(cfg, lambda model: allow(model, cfg))
-    model, folder, base = bench.model, bench.folder, adapters.base_of(bench.model)
+    model = bench.model
+    folder = bench.folder
+    base = adapters.base_of(model)
     if cfg.backend == "peft":
         model = through_peft(model, cfg)
     else:
         inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant, cfg.within, cfg.also)
         print(tree(model))
-    metrics = llama2_full.experiment(cfg, bench, sentiment.network(model), model, groups(model, cfg.plus))
+    groups = lora_plus_groups(model, cfg.plus)
+    metrics = llama2_full.experiment(cfg, bench, sentiment.network(model), model, groups)
     if cfg.backend == "peft":
         model.save_pretrained(folder / "adapter")
     else:

@@ -1,8 +1,9 @@
-"""QLoRA: frozen weights in 8 or 4 bits, learned corrections in 32. Dettmers et al. 2023, arXiv:2305.14314.
+"""QLoRA: frozen weights quantised to 8 or 4 bits, LoRA in 32 beside them. Dettmers et al. 2023, arXiv:2305.14314.
 
 Frozen weights are only read, so they may be stored coarsely: cut each matrix into blocks of 64 numbers, divide a block
-by its largest, and keep of each quotient the number of the nearest of 16 values. Which values? Weights are nearly
-normal, so take quantiles of the normal distribution (NF4). Gradients pass through the coarse weights to the LoRA
+by its largest (absmax quantisation), and keep of each quotient the number of the nearest of 16 values. Which values?
+Weights are nearly normal, so take quantiles of the normal distribution: NF4, 4-bit NormalFloat. Double quantisation
+stores the scales of the blocks in 8 bits. Gradients pass through the coarse weights to the LoRA
 corrections, which are exact. Eight bits are older: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) multiplies
 integers, and takes the few columns with huge activations out, in full precision. Equation numbers are QLoRA's unless
 named.
@@ -40,16 +41,16 @@ class Config(llama2_full.Training):
     bits: Literal[32, 16, 8, 4] = 4  # of a frozen weight: fp32, bf16, absmax int8, or a codebook of 16 values
     codebook: Literal["nf4", "fp4", "int4"] = "nf4"  # the 16 values of 4 bits
     block: int = 64  # S, numbers that share a scale, with 4 bits
-    double: bool = True  # quantise the scales of 4 bits, too
+    double: bool = True  # double quantisation: quantise the scales of 4 bits, too
     rank: int = 8  # r of LoRA
-    alpha: float = 16.0  # corrections are multiplied by alpha / r
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # where corrections go
+    alpha: float = 16.0  # updates are multiplied by alpha / r
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # where LoRA goes
     backend: Literal["ours", "bitsandbytes"] = "ours"  # who stores the weights in 8 or 4 bits
     out: str = "outputs/llama2_qlora"  # where the results go
 
 
 def nf4():
-    """NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Sec. 3, the values of App. E.
+    """NF4, 4-bit NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Sec. 3; values of App. E.
 
     Eq. 4 has as many values above as below, and no zero, which padding needs. So the authors take two sets, 2^(k-1) + 1
     values from zero up and 2^(k-1) from zero down, and of the two zeros one.
@@ -84,10 +85,14 @@ def absmax(x, dim):
 
 def quantize(weight, values, block=64):
     """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1, with the values of a codebook."""
-    x = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % block)).view(-1, block)
-    top = x.abs().amax(1, keepdim=True)
-    middle = (values[1:] + values[:-1]) / 2  # nearest value: between which two middles does the quotient lie?
-    codes = torch.bucketize(x / top.clamp(min=1e-12), middle).to(torch.uint8)
+    # Blocks of numbers, the last one padded, each divided by its largest.
+    flat = weight.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    top = blocks.abs().amax(1, keepdim=True)
+    quotients = blocks / top.clamp(min=1e-12)
+    # The nearest value: between which two middles does the quotient lie?
+    middles = (values[1:] + values[:-1]) / 2
+    codes = torch.bucketize(quotients, middles).to(torch.uint8)
     return codes.flatten(), top.flatten()
 
 
@@ -107,7 +112,10 @@ def pack(codes):
 
 
 def double_quantize(top, block=256):
-    """Scales of scales: subtract their mean, 8 bits each, one scale for 256. Sec. 3 -> codes, scale, mean."""
+    """Double quantisation: the scales of the blocks, their mean subtracted, in 8 bits each, one scale for 256. Sec. 3.
+
+    -> codes, scale, mean
+    """
     mean = top.mean()
     x = F.pad(top - mean, (0, -len(top) % block)).view(-1, block)
     codes, scale = absmax(x, 1)
@@ -115,15 +123,20 @@ def double_quantize(top, block=256):
 
 
 def double_dequantize(codes, scale, mean, block=256):
-    return codes.float() * scale.repeat_interleave(block)[: len(codes)] + mean
+    """What double quantisation left of the scales of the blocks: (n / S,)."""
+    scales = scale.repeat_interleave(block)[: len(codes)]
+    return codes.float() * scales + mean
 
 
-class Straight(torch.autograd.Function):
-    """x W^T with a W that is made when needed and forgotten: the backward pass makes it again. Eq. 5 and 6."""
+class QuantizedLinearFunction(torch.autograd.Function):
+    """x W^T with a quantised W: dequantised when needed and forgotten, again in the backward pass. Eq. 5 and 6.
+
+    The gradient of x is exact for the dequantised W, and W has none: nothing is estimated here.
+    """
 
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.layer = layer
+        ctx.layer = layer  # the codes, not the matrix: kept, it would take 16 bits a weight
         return F.linear(x, layer.dequantize(x.dtype))
 
     @staticmethod
@@ -132,31 +145,49 @@ class Straight(torch.autograd.Function):
 
 
 class QuantLinear(nn.Module):
-    """A frozen linear layer in few bits; `weight` is what the bits stand for."""
+    """A frozen, quantised linear layer: int8 with absmax by rows, or 4 bits with a codebook such as NF4.
+
+    `weight` is what the bits stand for, dequantised on every call.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, base, bits=4, codebook="nf4", block=64, double=True):
         super().__init__()
-        self.shape, self.bits, self.bias = tuple(base.weight.shape), bits, base.bias
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.shape = tuple(base.weight.shape)
+        self.bits = bits
+        self.bias = base.bias
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         if bits == 8:
+            # LLM.int8(): one scale a row.
             codes, scale = absmax(base.weight.detach().float(), 1)
             parts = {"codes": codes, "scale": scale}
         else:
+            # QLoRA: one scale a block, two codes a byte.
             values = CODEBOOKS[codebook]().to(base.weight.device)
             codes, top = quantize(base.weight, values, block)
             parts = {"codes": pack(codes), "values": values}
-            parts |= dict(zip(("top_codes", "top_scale", "top_mean"), double_quantize(top))) if double else {"top": top}
+            # Double quantisation: the scales in 8 bits, too.
+            if double:
+                top_codes, top_scale, top_mean = double_quantize(top)
+                parts |= {"top_codes": top_codes, "top_scale": top_scale, "top_mean": top_mean}
+            else:
+                parts["top"] = top
         for name, x in parts.items():
             self.register_buffer(name, x)
 
     def dequantize(self, dtype=torch.float32):
         if self.bits == 8:
             return self.codes.to(dtype) * self.scale.to(dtype)
-        top = self.top if hasattr(self, "top") else double_dequantize(self.top_codes, self.top_scale, self.top_mean)
-        return dequantize(self.codes, top, self.values.to(dtype), self.shape)
+        return dequantize(self.codes, self.block_scales(), self.values.to(dtype), self.shape)
+
+    def block_scales(self):
+        """The largest number of each block: (n / S,), after double quantisation dequantised."""
+        if hasattr(self, "top"):
+            return self.top
+        return double_dequantize(self.top_codes, self.top_scale, self.top_mean)
 
     @property
     def weight(self):
@@ -165,7 +196,7 @@ class QuantLinear(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = Straight.apply(x, self)
+        y = QuantizedLinearFunction.apply(x, self)
         return y if self.bias is None else y + self.bias
 
     def bits_each(self):
@@ -260,7 +291,7 @@ def draw(path, weight, block=64):
 
 
 def underflow(gradients, scale):
-    """What fp16 makes of gradients that were multiplied by `scale`: the share that is zero, the share that is infinite.
+    """What fp16 makes of gradients that were multiplied by `scale`: the fractions that are zero, and infinite.
 
     Micikevicius et al. 2017, arXiv:1710.03740, Sec. 3.2: below 6e-8 fp16 has nothing, so the loss is multiplied by a
     number, its gradients with it, and they are divided by it again in fp32. bf16 reaches as far down as fp32.
@@ -295,8 +326,10 @@ def main(cfg: Config) -> dict:
     theirs = cfg.backend == "ours" or (cfg.block in (64, 128, 256, 512, 1024, 2048, 4096) and cfg.codebook != "int4")
     run.check(theirs, "bitsandbytes has nf4 and fp4, and blocks of 64, 128, ... 4096")
     lora = llama2_lora.Config(rank=cfg.rank, alpha=cfg.alpha, targets=cfg.targets)
-    bench, metrics = llama2_full.start(cfg, lambda model: llama2_lora.allow(model, lora)), {}
+    bench = llama2_full.start(cfg, lambda model: llama2_lora.allow(model, lora))
     model = bench.model
+    metrics = {}
+    # What quantisation costs: errors of real weights, and what fp16 would lose of real gradients.
     if cfg.bits < 16:
         some = list(body(model).values())[:14]  # of the first two layers
         table = errors(some, cfg.block)
@@ -309,12 +342,14 @@ def main(cfg: Config) -> dict:
         zero, infinite = underflow([g.square() for g in grads], 1)  # the second moment of AdamW
         metrics["fp16 squared gradients"] = {"zero": zero, "infinite": infinite}
         cast(model, torch.bfloat16).zero_grad()
+    # Quantise the frozen weights.
     make = QuantLinear if cfg.backend == "ours" else by_bitsandbytes
     store(model, cfg.bits, cfg.codebook, cfg.block, cfg.double, make)
     metrics["weights_MiB"] = llama2_full.numbers([*model.parameters(), *model.buffers()]) / 2**20
     if cfg.bits < 16 and cfg.backend == "ours":
         dequantize_seconds(model)  # the first time is slow
         metrics["dequantize_seconds"] = dequantize_seconds(model)
+    # Train LoRA beside them.
     llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
     metrics |= llama2_full.experiment(cfg, bench, sentiment.network(model), model)
     base = adapters.base_of(model)

@@ -86,7 +86,7 @@ def engine(cfg, model):
         return Plain(model, torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.SGD)
     made = zero.STAGES[cfg.zero](model, 1e-3)
     if cfg.optimizer == "sgd":
-        made.adams = [torch.optim.SGD([unit.master]) for unit in made.trained]
+        made.adams = [torch.optim.SGD([flat.master]) for flat in made.trained]
     return made
 
 
@@ -105,18 +105,18 @@ def fake_ranks(n):
 def moments(moving):
     """The optimizer's numbers that this rank holds."""
     adams = [moving.optimizer] if isinstance(moving, Plain) else moving.adams
-    masters = [] if isinstance(moving, Plain) else [u.master for u in moving.trained if u.master.dtype != u.flat.dtype]
+    masters = [] if isinstance(moving, Plain) else [f.master for f in moving.trained if f.master.dtype != f.full.dtype]
     return masters + [x for adam in adams for s in adam.state.values() for x in s.values() if x.dim()]
 
 
-def slices(moving):
+def shards(moving):
     """The weights that this rank owns under ZeRO-3; the gathered ones are only borrowed."""
-    return [unit.slice for unit in moving.units] if isinstance(moving, zero.ZeRO3) else []
+    return [flat.shard for flat in moving.flat_params] if isinstance(moving, zero.ZeRO3) else []
 
 
 def gradients(moving, model):
     kept = [p.grad for p in model.parameters() if p.grad is not None]
-    return kept + [u.gradient for u in getattr(moving, "trained", ()) if u.gradient is not None]
+    return kept + [f.grad_shard for f in getattr(moving, "trained", ()) if f.grad_shard is not None]
 
 
 def two_steps(model, batch, moving, cfg, tracker=None, steps=2):
@@ -126,7 +126,7 @@ def two_steps(model, batch, moving, cfg, tracker=None, steps=2):
     """
     tell = tracker or Tracker()
     tell.mark(moments(moving), "optimizer")
-    tell.mark(slices(moving), "offloaded" if cfg.offload == "parameters" else "weights")
+    tell.mark(shards(moving), "offloaded" if cfg.offload == "parameters" else "weights")
     for _ in range(steps):
         tell.at["start"], tell.tag = len(tell.events) - 1, "activations"
         with run.autocast(batch["input_ids"].device) if cfg.precision == "autocast" else nullcontext():
@@ -154,7 +154,7 @@ def drop(moving, model):
 
 def things(model, batch, moving):
     """All tensors that are there before the first step."""
-    return [*model.parameters(), *model.buffers(), *moments(moving), *slices(moving), *batch.values()]
+    return [*model.parameters(), *model.buffers(), *moments(moving), *shards(moving), *batch.values()]
 
 
 def set_up(cfg):

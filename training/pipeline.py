@@ -2,7 +2,8 @@
 
 Cut a model between layers, and only activations travel, from each stage to the next. But then one rank computes while
 all others wait; so cut the batch too, and let the stages work on different micro-batches at once. What is left of the
-waiting, at both ends, is the bubble. GPipe does all forwards, then all backwards. 1F1B (Narayanan et al. 2021,
+waiting, at both ends, is the bubble. A micro-batch that has gone forward and not back yet is in flight, and its
+activations are kept. GPipe does all forwards, then all backwards. 1F1B (Narayanan et al. 2021,
 arXiv:2104.04473, Sec. 2.2) begins to go back as soon as it can: the same bubble, but fewer activations to keep.
 
 Shapes: p stages, one a rank; m micro-batches of B/m texts; L tokens, D width. A forward takes one unit of time, a
@@ -73,12 +74,13 @@ def bubble(stages, micro):
     return (stages - 1) / (micro + stages - 1)
 
 
-def alive(actions):
-    """How many micro-batches have gone forward and not back yet, at the most: m in GPipe, p - stage in 1F1B."""
-    now = most = 0
+def max_in_flight(actions):
+    """In-flight micro-batches, forward done and backward not yet, at the most: m in GPipe, p - stage in 1F1B."""
+    in_flight = 0
+    most = 0
     for kind, _ in actions:
-        now += 1 if kind == "forward" else -1
-        most = max(most, now)
+        in_flight += 1 if kind == "forward" else -1
+        most = max(most, in_flight)
     return most
 
 
@@ -173,19 +175,22 @@ def execute(actions, module, ids, labels, lanes, watch):
     Gradients end up in the weights of the stage: those of the mean over the whole batch.
     """
     down, up = lanes  # of activations, of gradients
-    between, value = {}, 0.0  # what a micro-batch has gone through here and not come back through
+    in_flight = {}  # in-flight micro-batches: {number: input and output of this stage}
+    value = 0.0
     for kind, i in actions:
         if kind == "forward":
+            # Activations from the stage before, or ids; to the stage behind, or into the loss.
             x = ids[i] if module.first else down.receive(module.blank(ids[i])).requires_grad_()
             with watch(kind, i):
                 y = loss(module(x), labels[i]) / len(ids) if module.last else module(x)
-            between[i] = x, y
+            in_flight[i] = (x, y)
             if module.last:
                 value += y.item()
             else:
                 down.send(y)
         else:
-            x, y = between.pop(i)
+            # The gradient of the output from the stage behind; that of the input to the stage before.
+            x, y = in_flight.pop(i)
             grad = None if module.last else up.receive(torch.empty_like(y))
             with watch(kind, i):
                 y.backward(grad)
@@ -356,8 +361,9 @@ def main(cfg: Config) -> dict:
             "formula": bubble(stages, cfg.micro), "planned": idle(plan), "measured": idle(measured),
             "of seconds computed": idle(simulate(order, stages, cfg.micro, seconds)),
         }  # fmt: skip
-        metrics[f"{name}, alive, planned"] = {f"rank {r}": alive(order(r, stages, cfg.micro)) for r in range(stages)}
-        metrics[f"{name}, alive, measured"] = {f"rank {r}": x["most"] / x["one"] for r, x in enumerate(one)}
+        planned = {f"rank {r}": max_in_flight(order(r, stages, cfg.micro)) for r in range(stages)}
+        metrics[f"{name}, in flight, planned"] = planned
+        metrics[f"{name}, in flight, measured"] = {f"rank {r}": x["most"] / x["one"] for r, x in enumerate(one)}
         metrics[f"{name}, kept, MiB"] = {f"rank {r}": x["most"] / 2**20 for r, x in enumerate(one)}
         share = metrics[f"{name}, idle share"]
         says = "in units of a forward (blue; a backward, orange, takes two)"

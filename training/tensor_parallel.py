@@ -1,13 +1,14 @@
-"""Tensor parallelism: every rank has a piece of every matrix. Shoeybi et al. 2019 (Megatron-LM), arXiv:1909.08053.
+"""Tensor parallelism: every rank has a shard of every matrix. Shoeybi et al. 2019 (Megatron-LM), arXiv:1909.08053.
 
-A layer that does not fit on one GPU must itself be cut. Cut the first matrix of a pair by columns and the second by
-rows, and each rank carries its piece from one end to the other alone; the pieces of the result are then added up. Two
-operators say where ranks talk: f before the pair (backward they add up), g after it (forward they add up). Sections
-and equations are the paper's. `Summa` cuts in two directions, after Xu et al. 2021 (Optimus), arXiv:2104.05343.
+A layer that does not fit on one GPU must itself be sharded. Shard the first matrix of a pair by columns
+(column-parallel) and the second by rows (row-parallel), and each rank computes its part from one end to the other
+alone; the partial sums are then added up. Two operators say where ranks talk: f copies to the model-parallel region
+(backward: all-reduce), g reduces from it (forward: all-reduce). Sections and equations are the paper's. `Summa` shards
+in two directions, after Xu et al. 2021 (Optimus), arXiv:2104.05343.
 
 Shapes: B texts, L tokens, D width, H heads of d numbers each, M width of the MLP, V words, N ranks.
 Differences from the paper: Llama instead of GPT-2, so the MLP is a SwiGLU of three matrices, there are no biases, and
-several heads of queries share one of keys and values: what is cut are groups of heads.
+several heads of queries share one of keys and values: what is sharded are groups of heads.
 
     python training/tensor_parallel.py                       # two layers of SmolLM2 on three ranks
     python training/tensor_parallel.py --layers 0            # all 30 of them: 7.5 GB
@@ -30,7 +31,7 @@ from utils import data, figures, pretrained, run
 
 @dataclass(frozen=True)
 class Config:
-    """Cut a language model across ranks; compare loss, gradients, bytes held and bytes sent with the whole model."""
+    """Shard a language model over ranks; compare loss, gradients, bytes held and bytes sent with the whole model."""
 
     model: str = "smollm2"  # smollm2, a local folder, or a hub id such as meta-llama/Llama-2-7b-hf
     layers: int = 2  # how many of its layers, from the first; 0: all
@@ -43,15 +44,15 @@ class Config:
     out: str = "outputs/tensor_parallel"  # where the results go
 
 
-def total(x):
-    """The sum of x over all ranks, on all ranks: an all-reduce."""
+def all_reduce(x):
+    """The sum of x over all ranks, on all ranks."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x)
     return x
 
 
-class Enter(torch.autograd.Function):
-    """f of Fig. 3: forward nothing, for all have x. Backward each rank knows what its piece did with x: add that up."""
+class CopyToModelParallel(torch.autograd.Function):
+    """f of Fig. 3: forward nothing, for all have x. Backward: add up the gradients through the shards of all ranks."""
 
     @staticmethod
     def forward(ctx, x):
@@ -59,39 +60,43 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return total(grad)
+        return all_reduce(grad)
 
 
-class Leave(torch.autograd.Function):
-    """g of Fig. 3: forward the pieces are added up. Backward nothing: all have the gradient of the sum."""
+class ReduceFromModelParallel(torch.autograd.Function):
+    """g of Fig. 3: forward the partial sums are added up. Backward nothing: all have the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, x):
-        return total(x)
+        return all_reduce(x)
 
     @staticmethod
     def backward(ctx, grad):
         return grad
 
 
-f, g = Enter.apply, Leave.apply
+f = CopyToModelParallel.apply
+g = ReduceFromModelParallel.apply
 
-# The paper's A, in Y = X A, is (in, out); torch keeps its transpose (out, in): columns of A are cut along dimension 0.
+# The paper's A, in Y = X A, is (in, out); torch keeps its transpose (out, in): columns of A are along dimension 0.
 COLUMNS, ROWS = 0, 1
-CUT = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"], COLUMNS)
-CUT |= dict.fromkeys(["o_proj", "down_proj"], ROWS)
+SHARD_DIM = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], COLUMNS)
+SHARD_DIM |= dict.fromkeys(["embed_tokens", "lm_head"], COLUMNS)  # vocabulary-parallel
+SHARD_DIM |= dict.fromkeys(["o_proj", "down_proj"], ROWS)
 WORDS = 5  # all-reduces that are no layer's: after the embedding, before the head (backward), three in the loss
 
 
-def mine(name, x):
-    """What this rank keeps of the weight or gradient `name`, e.g. "model.layers.0.mlp.up_proj.weight"; norms: all."""
-    dim = CUT.get(name.split(".")[-2])
-    return x if dim is None else x.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone()
+def local_shard(name, x):
+    """This rank's shard of the weight or gradient `name`, e.g. "model.layers.0.mlp.up_proj.weight"; norms: all."""
+    dim = SHARD_DIM.get(name.split(".")[-2])
+    if dim is None:
+        return x
+    return x.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone()
 
 
-def piece(module, name):
-    """This rank's piece of the nn.Linear `name` of a module, as a smaller nn.Linear."""
-    weight = mine(f"{name}.weight", getattr(module, name).weight.detach())
+def shard_linear(module, name):
+    """This rank's shard of the nn.Linear `name` of a module, as a smaller nn.Linear."""
+    weight = local_shard(f"{name}.weight", getattr(module, name).weight.detach())
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     return linear
@@ -102,8 +107,11 @@ class MLP(nn.Module):
 
     def __init__(self, dense):
         super().__init__()
-        self.gate_proj, self.up_proj = piece(dense, "gate_proj"), piece(dense, "up_proj")
-        self.down_proj = piece(dense, "down_proj")
+        # Column-parallel: M / N hidden units.
+        self.gate_proj = shard_linear(dense, "gate_proj")
+        self.up_proj = shard_linear(dense, "up_proj")
+        # Row-parallel: what these units add to the output.
+        self.down_proj = shard_linear(dense, "down_proj")
 
     def forward(self, x):
         x = f(x)  # once for both matrices: each use would be an all-reduce of its own
@@ -117,8 +125,12 @@ class Attention(nn.Module):
     def __init__(self, dense):
         super().__init__()
         self.size = dense.head_dim
-        self.q_proj, self.k_proj = piece(dense, "q_proj"), piece(dense, "k_proj")
-        self.v_proj, self.o_proj = piece(dense, "v_proj"), piece(dense, "o_proj")
+        # Column-parallel: H / N heads of queries, and their keys and values.
+        self.q_proj = shard_linear(dense, "q_proj")
+        self.k_proj = shard_linear(dense, "k_proj")
+        self.v_proj = shard_linear(dense, "v_proj")
+        # Row-parallel: what these heads add to the output.
+        self.o_proj = shard_linear(dense, "o_proj")
 
     def forward(self, hidden_states, position_embeddings, **_):
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -144,7 +156,7 @@ class Embedding(nn.Module):
 
     def __init__(self, dense):
         super().__init__()
-        self.weight = nn.Parameter(mine("embed_tokens.weight", dense.weight.detach()))
+        self.weight = nn.Parameter(local_shard("embed_tokens.weight", dense.weight.detach()))
 
     def forward(self, ids):
         here, foreign = local(ids, len(self.weight))
@@ -152,34 +164,41 @@ class Embedding(nn.Module):
 
 
 def cross_entropy(states, weight, labels):
-    """Mean of -log p(label): states (B, L, D), this rank's words (V/N, D), labels (B, L) -> (). End of Sec. 3.
+    """Vocabulary-parallel cross-entropy, mean of -log p(label). End of Sec. 3.
+
+    states (B, L, D), weight: this rank's words (V/N, D), labels (B, L) -> ().
 
     No rank ever has all V logits of a token: three numbers a token travel instead.
     """
     logits = f(states) @ weight.T  # (B, L, V/N)
-    highest = logits.detach().amax(-1)
+    # The largest logit of all ranks, so that exp stays finite.
+    highest = logits.detach().amax(-1)  # (B, L)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
+    # The logit of the label, which one rank has.
     here, foreign = local(labels, len(weight))
-    right = g(logits.gather(-1, here[..., None])[..., 0].masked_fill(foreign, 0))
-    return (g((logits - highest[..., None]).exp().sum(-1)).log() + highest - right).mean()
+    right = g(logits.gather(-1, here[..., None])[..., 0].masked_fill(foreign, 0))  # (B, L)
+    # The log of the sum of exp over all words.
+    exp_sum = g((logits - highest[..., None]).exp().sum(-1))  # (B, L)
+    return (exp_sum.log() + highest - right).mean()
 
 
 def check(config):
     """Raises UserError unless a Llama of this configuration can be dealt to the ranks there are."""
     c, n = config, dist.get_world_size()
-    run.check(c.model_type == "llama", f"--model is a {c.model_type}; only a Llama can be cut here")
-    run.check(not c.attention_bias and not c.mlp_bias, "--model has biases; only a Llama without can be cut here")
+    run.check(c.model_type == "llama", f"--model is a {c.model_type}; only a Llama can be sharded here")
+    run.check(not c.attention_bias and not c.mlp_bias, "--model has biases; only a Llama without can be sharded here")
     sizes = {"query heads": c.num_attention_heads, "heads of keys and values": c.num_key_value_heads}
     for what, size in (sizes | {"hidden units": c.intermediate_size, "words": c.vocab_size}).items():
         run.check(size % n == 0, f"{size} {what} cannot be dealt to {n} ranks; take --ranks that divide {size}")
 
 
-def cut(model):
-    """Replace what is large in a Llama by this rank's pieces, in place -> the model. Names of weights stay."""
+def apply_tensor_parallel(model):
+    """Replace what is large in a Llama by this rank's shards, in place -> the model. Names of weights stay."""
     check(model.config)
     for layer in model.model.layers:
-        layer.self_attn, layer.mlp = Attention(layer.self_attn), MLP(layer.mlp)
-    model.lm_head = piece(model, "lm_head")
+        layer.self_attn = Attention(layer.self_attn)
+        layer.mlp = MLP(layer.mlp)
+    model.lm_head = shard_linear(model, "lm_head")
     model.model.embed_tokens = Embedding(model.model.embed_tokens)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -187,7 +206,7 @@ def cut(model):
 
 
 def through_torch(model, once=True):
-    """The same cut of the layers by torch's own tools, in place -> the model; words stay whole.
+    """The same sharding of the layers by torch's own tools, in place -> the model; words stay whole.
 
     once: the input of a block becomes a DTensor before its matrices take it. Else each matrix makes its own, and each
     of these is an all-reduce in the backward pass.
@@ -217,7 +236,7 @@ class Summa(torch.autograd.Function):
     """C = A B on a square grid of ranks, each of which has one block of each. Xu et al. 2021, Algorithms 1 to 3.
 
     a, b: this rank's blocks; mesh: of two dimensions, rows i and columns j -> its block of C. Nobody ever has a whole
-    matrix, nor, as above, a whole activation: A is cut as well.
+    matrix, nor, as above, a whole activation: A is sharded as well.
     """
 
     @staticmethod
@@ -312,12 +331,12 @@ def difference(ours, theirs):
 
 
 def worker(cfg):
-    """What every rank does: a training step of the whole model, of torch's pieces, of ours -> what was found."""
+    """What every rank does: a training step of the whole model, of torch's shards, of ours -> what was found."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     model, ids = read(cfg)
     whole = step(model, ids, plain)
-    whole["gradients"] = {name: mine(name, x) for name, x in whole["gradients"].items()}
+    whole["gradients"] = {name: local_shard(name, x) for name, x in whole["gradients"].items()}
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
     matrices = {k: list(p.shape) for k, p in model.model.layers[0].named_parameters() if p.dim() == 2}
     model.zero_grad()
@@ -330,7 +349,7 @@ def worker(cfg):
         calls.append(counted.get_total_counts() / len(twin.model.layers))
         del twin
     with ranks.Traffic() as traffic:
-        ours = step(cut(model), ids, cross_entropy)
+        ours = step(apply_tensor_parallel(model), ids, cross_entropy)
     layers = ours | {"gradients": {name: x for name, x in ours["gradients"].items() if ".layers." in name}}
     return {
         "loss": ours["loss"].item(), "layers": len(model.model.layers), "message": ours["states"].nbytes,
@@ -363,12 +382,12 @@ def picture(path, found):
                 box = plt.Rectangle((across, down), out, size, facecolor=f"C{rank}", alpha=0.7, edgecolor="white")
                 axis.add_patch(box)
                 say(across + out / 2, down + size / 2, rank)
-                across, down = (across + out, down) if CUT[f"{name}_proj"] == COLUMNS else (across, down + size)
+                across, down = (across + out, down) if SHARD_DIM[f"{name}_proj"] == COLUMNS else (across, down + size)
             x += shapes(found[0], "matrices")[0] + 0.4
         say(-0.55, top + 0.5, "$\\bf{f}$\nbackward:\nall-reduce")
         say(x + 0.05, top + 0.5, "$\\bf{g}$\nforward:\nall-reduce")
     axis.set(xlim=(-1, x + 0.5), ylim=(top + shapes(found[0], "matrices")[1] + 0.1, -0.3), aspect="equal")
-    axis.text(0, 1.35, "attention above, MLP below; a number is the rank that holds the piece", fontsize=10)
+    axis.text(0, 1.35, "attention above, MLP below; a number is the rank that holds the shard", fontsize=10)
     axis.axis("off")
     figures.close(figure, path)
 

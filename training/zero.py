@@ -1,13 +1,19 @@
-"""ZeRO: no rank keeps what another one keeps. Rajbhandari, Rasley, Ruwase & He 2019, arXiv:1910.02054.
+"""ZeRO, the zero redundancy optimizer: no rank keeps what another one keeps. Rajbhandari, Rasley, Ruwase & He 2019,
+arXiv:1910.02054.
 
-Data parallel training puts the same 16 bytes per weight on every rank: weight and gradient in bf16 (2 + 2), and the
-optimizer's copy of the weight, mean and variance in fp32 (4 + 4 + 4). ZeRO cuts the three in slices, one per rank, in
-three stages: the optimizer's (1), the gradients too (2), the weights too (3). Each stage below is the one before with
-one thing changed. Sections are the paper's.
+Data parallel training puts the same 16 bytes per parameter on every rank: parameter and gradient in bf16 (2 + 2), and
+the optimizer's master copy, mean and variance in fp32 (4 + 4 + 4). ZeRO shards the three over the ranks, in three
+stages: optimizer states (1), gradients too (2), parameters too (3). Each stage below is the one before with one thing
+changed. Sections are the paper's. A step, phase by phase:
 
-Psi: weights. N: ranks. A unit is a group of weights that travel together, here a layer of the model: it is cut into N
-equal slices. Differences from the paper: slices are of units and not of the whole model, as in FSDP; gradients travel
-one unit at a time, so that no bucket size is needed; stage 3 gathers a layer when it is needed and not one ahead.
+    stage 0   backward | all-reduce gradients     | optimizer moves all parameters on every rank
+    stage 1   backward | reduce-scatter gradients | optimizer moves the shard | all-gather parameters
+    stage 2   backward, and reduce-scatter as soon as a layer has its gradients | optimizer | all-gather parameters
+    stage 3   all-gather a layer before its forward and its backward, free it after; reduce-scatter | optimizer
+
+Psi: parameters. N: ranks. A flat parameter (a bucket) is a group of parameters that travel together, here a layer of
+the model: it is sharded in N equal parts. Differences from the paper: shards are of layers and not of the whole model,
+as in FSDP, so no bucket size is needed; stage 3 gathers a layer when it is needed and does not prefetch the next.
 
     python training/zero.py                                  # stages 0 to 3 on two ranks
     python training/zero.py --ranks 4 --stages 3
@@ -29,7 +35,7 @@ from utils import checkpoint, figures, run
 
 @dataclass(frozen=True)
 class Config:
-    """Train a small language model with its states cut into slices; count what each rank holds and sends."""
+    """Train a small language model with sharded states; count the bytes that each rank holds and sends."""
 
     stages: tuple[int, ...] = (0, 1, 2, 3)  # which stages of ZeRO, one after the other; 0 is plain data parallel
     ranks: int = 2  # processes; under torchrun or deepspeed theirs count
@@ -37,7 +43,7 @@ class Config:
     layers: int = 6  # of the model
     steps: int = 20  # training steps
     batch: int = 8  # pieces of text per step, of all ranks together
-    accumulate: int = 2  # in how many parts a rank takes its share of the batch
+    accumulate: int = 2  # gradient accumulation: micro-batches of a rank in a step
     length: int = 128  # bytes of a piece
     lr: float = 1e-3  # learning rate
     bf16: bool = True  # weights and gradients in bf16, the optimizer's numbers in fp32; else all in fp32
@@ -47,211 +53,251 @@ class Config:
     out: str = "outputs/zero"  # where the results go
 
 
-class Unit:
-    """Weights that travel together: one flat vector, cut into `parts` equal slices; this rank owns slice `part`.
+class FlatParameter:
+    """A bucket: parameters that travel together, as one flat vector, sharded over the ranks in equal slices.
 
-    The weights become views of the vector, so that what happens to it happens to them. All have one type, and either
-    all are trained or none. Shapes: flat (parts * size,), the end of it padding; slice (size,), apart if it must
-    outlive the vector, else a piece of it.
+    The parameters become views of the vector, so that what happens to it happens to them. All have one type, and either
+    all are trained or none. Shapes: full (shards * shard_size,), the end of it padding; shard (shard_size,), that of
+    this rank, with memory of its own (`keep_shard`) if it must outlive the vector, else a piece of it.
     """
 
-    def __init__(self, params, parts, part, apart):
-        self.params, self.trained = params, params[0].requires_grad
-        self.size = -(-sum(p.numel() for p in params) // parts)
-        self.flat = params[0].new_zeros(parts * self.size, requires_grad=False)
-        self.slice = self.flat[part * self.size : (part + 1) * self.size]
-        self.bytes = self.flat.untyped_storage().nbytes()
-        for p, place in zip(params, self.split(self.flat)):
+    def __init__(self, params, shards, index, keep_shard):
+        self.params = params
+        self.trained = params[0].requires_grad
+        numbers = sum(p.numel() for p in params)
+        self.shard_size = math.ceil(numbers / shards)
+        # One vector for all, padded until it can be sharded.
+        self.full = params[0].new_zeros(shards * self.shard_size, requires_grad=False)
+        self.nbytes = self.full.untyped_storage().nbytes()
+        # Each parameter moves into its place of the vector.
+        for p, place in zip(params, self.views(self.full)):
             place.copy_(p.data)
             p.data = place
-        self.slice = self.slice.clone() if apart else self.slice
-        self.gradient: Any = None  # stage 2: of the slice, summed over the parts of a batch
-        self.waiting = len(params)  # stage 2: gradients that have not arrived yet
+        # What this rank owns.
+        start = index * self.shard_size
+        self.shard = self.full[start : start + self.shard_size]
+        if keep_shard:
+            self.shard = self.shard.clone()
+        # Stage 2: the gradient of the shard, summed over micro-batches; gradients that are not there yet.
+        self.grad_shard: Any = None
+        self.pending = len(params)
 
-    def split(self, flat):
-        """The flat vector as views of the weights' shapes."""
-        parts = flat[: sum(p.numel() for p in self.params)].split([p.numel() for p in self.params])
-        return [x.view(p.shape) for x, p in zip(parts, self.params)]
+    def views(self, vector):
+        """A flat vector as views of the parameters' shapes, without the padding."""
+        sizes = [p.numel() for p in self.params]
+        parts = vector[: sum(sizes)].split(sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self.params)]
 
     def take_gradients(self):
-        """The gradients of the weights, as one flat vector; the weights' own are let go."""
-        flat = torch.zeros_like(self.flat)
-        for p, place in zip(self.params, self.split(flat)):
+        """The gradients of the parameters as one flat vector; their own are freed."""
+        vector = torch.zeros_like(self.full)
+        for p, place in zip(self.params, self.views(vector)):
             if p.grad is not None:
                 place.copy_(p.grad)
                 p.grad = None
-        return flat
+        return vector
 
 
-def units(model, parts, part, apart=False):
-    """[(module, its units)]: each layer, and last the model itself with all that is in no layer."""
+def flatten(model, shards, index, keep_shard=False):
+    """[(module, its flat parameters)]: each layer, and last the model itself with all that is in no layer."""
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    seen, found = set(), []
+    seen = set()
+    found = []
     for module in [*layers, model]:
+        # One flat parameter for each type, and for frozen and trained ones.
         kinds = {}
         for p in module.parameters():
             if p not in seen:  # tied weights are met twice
                 seen.add(p)
                 kinds.setdefault((p.dtype, p.requires_grad), []).append(p)
-        found.append((module, [Unit(params, parts, part, apart) for params in kinds.values()]))
+        found.append((module, [FlatParameter(params, shards, index, keep_shard) for params in kinds.values()]))
     return found
 
 
 class DataParallel:
-    """Stage 0: every rank has all of the weights, gradients and optimizer states. 16 Psi bytes."""
+    """Stage 0: every rank has all parameters, gradients and optimizer states. 16 Psi bytes.
 
-    cut, apart = False, False  # are units cut into slices, do these outlive them
+    A step has three phases: mean gradient, optimizer, updated parameters. Each stage replaces the first or the last.
+    """
+
+    sharded = False  # does each rank own one shard of every flat parameter, or the whole of it
+    keep_shard = False  # must the shard outlive the full parameters, because these are freed
 
     def __init__(self, model, lr, **adam):
-        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self.ranks = dist.get_world_size()
+        self.rank = dist.get_rank()
+        shards, index = (self.ranks, self.rank) if self.sharded else (1, 0)
         with torch.no_grad():
-            self.tree = units(model, *((self.ranks, self.rank) if self.cut else (1, 0)), self.apart)
-        self.units = [unit for _, group in self.tree for unit in group]
-        self.trained = [unit for unit in self.units if unit.trained]
-        for unit in self.trained:  # what the optimizer moves: a copy of the slice in fp32, or itself if that is no less
-            unit.master = nn.Parameter(unit.slice.to(torch.promote_types(unit.slice.dtype, torch.float32)))
-        self.adams = [torch.optim.AdamW([unit.master], lr, **adam) for unit in self.trained]
+            self.modules = flatten(model, shards, index, self.keep_shard)
+        self.flat_params = [flat for _, group in self.modules for flat in group]
+        self.trained = [flat for flat in self.flat_params if flat.trained]
+        # What the optimizer moves: the shard's master copy in fp32, or the shard itself if that is no less.
+        for flat in self.trained:
+            master_type = torch.promote_types(flat.shard.dtype, torch.float32)
+            flat.master = nn.Parameter(flat.shard.to(master_type))
+        self.adams = [torch.optim.AdamW([flat.master], lr, **adam) for flat in self.trained]
 
     def backward(self, loss):
         loss.backward()
 
     @torch.no_grad()
     def step(self):
-        for unit, adam in zip(self.trained, self.adams):
-            unit.master.grad = self.mean_gradient(unit).to(unit.master.dtype)
+        for flat, adam in zip(self.trained, self.adams):
+            # The mean gradient of what this rank owns, over the ranks.
+            flat.master.grad = self.mean_gradient(flat).to(flat.master.dtype)
+            # The optimizer moves the master copy, in fp32.
             adam.step()
-            unit.master.grad = None
-            unit.slice.copy_(unit.master)
-            self.publish(unit)
+            flat.master.grad = None
+            # The updated shard, rounded to the type of the parameters, goes to all ranks.
+            flat.shard.copy_(flat.master)
+            self.all_gather_parameters(flat)
 
-    def mean_gradient(self, unit):
-        """What the optimizer needs of the gradients: their mean over the ranks."""
-        flat = unit.take_gradients()
-        dist.all_reduce(flat)
-        return flat.div_(self.ranks)
+    def mean_gradient(self, flat):
+        """All-reduce: every rank gets the mean of the whole gradient."""
+        gradient = flat.take_gradients()
+        dist.all_reduce(gradient)
+        return gradient.div_(self.ranks)
 
-    def publish(self, unit):
-        """All ranks have moved all weights in the same way."""
+    def all_gather_parameters(self, flat):
+        """Nothing to gather: all ranks have updated all parameters in the same way."""
 
     def state_dict(self):
-        """What this rank alone knows: its slices and the optimizer's numbers for them."""
-        return {"masters": [u.master.data for u in self.trained], "adams": [a.state_dict() for a in self.adams]}
+        """What this rank alone knows: the master copies of its shards and the optimizer's numbers for them."""
+        return {"masters": [f.master.data for f in self.trained], "adams": [adam.state_dict() for adam in self.adams]}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        for unit, adam, master, numbers in zip(self.trained, self.adams, state["masters"], state["adams"]):
-            unit.master.copy_(master)
+        for flat, adam, master, numbers in zip(self.trained, self.adams, state["masters"], state["adams"]):
+            flat.master.copy_(master)
             adam.load_state_dict(numbers)
-            unit.slice.copy_(master)
-            self.publish(unit)
+            flat.shard.copy_(master)
+            self.all_gather_parameters(flat)
 
 
 class ZeRO1(DataParallel):
-    """Stage 1, Sec. 5.1: each rank moves its slice of the weights only. 4 Psi + 12 Psi / N bytes."""
+    """Stage 1, Sec. 5.1: optimizer states are sharded. 4 Psi + 12 Psi / N bytes.
 
-    cut = True
+    An all-reduce is a reduce-scatter and an all-gather. Stage 1 puts the optimizer between the two.
+    """
 
-    def mean_gradient(self, unit):
-        """Each rank gets the mean of its slice, and no other: half of what an all-reduce does."""
-        mine = torch.empty_like(unit.slice)
-        dist.reduce_scatter_single(mine, unit.take_gradients())
-        return mine.div_(self.ranks)
+    sharded = True
 
-    def publish(self, unit):
-        """The other half: what each rank moved is sent to all."""
-        dist.all_gather_single(unit.flat, unit.slice.clone())
+    def mean_gradient(self, flat):
+        """Reduce-scatter: each rank gets the mean of its shard of the gradient, and no other."""
+        grad_shard = torch.empty_like(flat.shard)
+        dist.reduce_scatter_single(grad_shard, flat.take_gradients())
+        return grad_shard.div_(self.ranks)
+
+    def all_gather_parameters(self, flat):
+        """All-gather: the shard that each rank has updated goes to all."""
+        dist.all_gather_single(flat.full, flat.shard.clone())
 
 
 class ZeRO2(ZeRO1):
-    """Stage 2, Sec. 5.2: a gradient is summed over the ranks as soon as it is there, and only the slice is kept.
+    """Stage 2, Sec. 5.2: gradients are sharded, too: reduce-scatter during the backward pass, and keep the shard.
 
-    2 Psi + 14 Psi / N bytes. A batch in several parts pays for it: its gradients travel once for each part.
+    2 Psi + 14 Psi / N bytes. A batch of several micro-batches pays for it: its gradients travel once for each.
     """
 
     def __init__(self, model, lr, **adam):
         super().__init__(model, lr, **adam)
-        *layers, root = self.tree
-        groups = [group for _, group in [*reversed(layers), root]]  # as the backward pass meets them
-        self.order, self.next = [unit for group in groups for unit in group if unit.trained], 0
-        for unit in self.trained:
-            for p in unit.params:
-                p.register_post_accumulate_grad_hook(lambda p, unit=unit: self.arrived(unit))
+        # The order in which gradients are reduced: as the backward pass meets the layers, from the last to the first.
+        *layers, root = self.modules
+        self.order = [flat for _, group in [*reversed(layers), root] for flat in group if flat.trained]
+        self.next = 0
+        for flat in self.trained:
+            for p in flat.params:
+                p.register_post_accumulate_grad_hook(lambda p, flat=flat: self.gradient_ready(flat))
 
-    def arrived(self, unit):
-        """A gradient is there. Units leave in one order on all ranks, or these would wait for each other for ever."""
-        unit.waiting -= 1
-        while self.next < len(self.order) and self.order[self.next].waiting == 0:
-            self.collect()
+    def gradient_ready(self, flat):
+        """Hook: a gradient is there. All ranks reduce in one order, or these would wait for each other for ever."""
+        flat.pending -= 1
+        while self.next < len(self.order) and self.order[self.next].pending == 0:
+            self.reduce_scatter_gradients()
 
     @torch.no_grad()
-    def collect(self):
-        """The backward pass has gone through the next unit: keep the slice of its gradient."""
-        unit, self.next = self.order[self.next], self.next + 1
-        mine = super().mean_gradient(unit)
-        unit.gradient = mine if unit.gradient is None else unit.gradient.add_(mine)
-        unit.waiting = len(unit.params)
+    def reduce_scatter_gradients(self):
+        """All gradients of the next flat parameter are there: reduce-scatter them, and keep the shard of the mean."""
+        flat = self.order[self.next]
+        self.next += 1
+        # The whole gradient is freed here; of its sum over the ranks this one gets its shard.
+        grad_shard = torch.empty_like(flat.shard)
+        dist.reduce_scatter_single(grad_shard, flat.take_gradients())
+        grad_shard.div_(self.ranks)
+        # Gradient accumulation: shards of micro-batches add up.
+        flat.grad_shard = grad_shard if flat.grad_shard is None else flat.grad_shard.add_(grad_shard)
+        flat.pending = len(flat.params)
 
     def backward(self, loss):
         loss.backward()
-        while self.next < len(self.order):  # weights that had no part in this loss: another rank may wait for them
-            self.collect()
+        # Parameters that had no part in this loss: another rank may wait for them.
+        while self.next < len(self.order):
+            self.reduce_scatter_gradients()
         self.next = 0
 
-    def mean_gradient(self, unit):
-        mine, unit.gradient = unit.gradient, None
-        return torch.zeros_like(unit.slice) if mine is None else mine
+    def mean_gradient(self, flat):
+        """Already reduced in the backward pass."""
+        grad_shard = flat.grad_shard
+        flat.grad_shard = None
+        return torch.zeros_like(flat.shard) if grad_shard is None else grad_shard
 
 
 class ZeRO3(ZeRO2):
-    """Stage 3, Sec. 5.3: a layer's weights are gathered when they are needed and let go at once. 16 Psi / N bytes.
+    """Stage 3, Sec. 5.3: parameters are sharded, too: all-gather a layer before it computes, free it after.
 
-    A weight that was let go keeps its place but not its memory: its storage has no bytes until it is gathered again;
-    whoever holds a view of it, as autograd does, finds it filled. All ranks must go through the same layers: who skips
-    one does not gather it, and the others wait.
+    16 Psi / N bytes. A parameter that was freed keeps its place but not its memory: its storage has no bytes until the
+    next all-gather; whoever holds a view of it, as autograd does, finds it filled. All ranks must go through the same
+    layers: who skips one does not gather it, and the others wait.
     """
 
-    apart = True
+    keep_shard = True
 
     def __init__(self, model, lr, **adam):
         super().__init__(model, lr, **adam)
-        self.gathered, self.in_backward, self.root = set(), False, self.tree[-1][1]
-        for module, group in self.tree:
-            module.register_forward_pre_hook(lambda *_, group=group: self.gather(group))
-            if group is not self.root:  # embedding and head are needed first and last, so they stay
-                module.register_full_backward_pre_hook(lambda *_, group=group: self.gather(group))
-                module.register_forward_hook(lambda *_, group=group: self.passed(group))
-        for unit in self.units:
-            unit.flat.untyped_storage().resize_(0)
+        self.gathered = set()
+        self.in_backward = False
+        self.root = self.modules[-1][1]
+        for module, group in self.modules:
+            # Before its forward a module gathers its parameters.
+            module.register_forward_pre_hook(lambda *_, group=group: self.unshard(group))
+            # Layers gather them again before their backward, and free them after the forward. Embedding and head, in
+            # the root, are needed first and last, so they stay.
+            if group is not self.root:
+                module.register_full_backward_pre_hook(lambda *_, group=group: self.unshard(group))
+                module.register_forward_hook(lambda *_, group=group: self.reshard_after_forward(group))
+        for flat in self.flat_params:
+            flat.full.untyped_storage().resize_(0)
 
     @torch.no_grad()
-    def gather(self, group):
-        """Before a layer computes: its weights from all ranks. In the backward pass the layer before is done."""
+    def unshard(self, group):
+        """All-gather the parameters of a layer before it computes. In the backward pass the layer before is done."""
         if self.in_backward:
-            self.release([unit for unit in self.gathered if unit not in group and unit not in self.root])
-        for unit in group:
-            if unit not in self.gathered:
-                unit.flat.untyped_storage().resize_(unit.bytes)
-                dist.all_gather_single(unit.flat, unit.slice)
-                self.gathered.add(unit)
+            self.reshard([flat for flat in self.gathered if flat not in group and flat not in self.root])
+        for flat in group:
+            if flat not in self.gathered:
+                flat.full.untyped_storage().resize_(flat.nbytes)
+                dist.all_gather_single(flat.full, flat.shard)
+                self.gathered.add(flat)
 
-    def passed(self, group):
-        """After a layer has computed; not when it computes again in the backward pass, for a checkpoint."""
+    def reshard_after_forward(self, group):
+        """Not when a layer computes again in the backward pass, for a checkpoint."""
         if not self.in_backward:
-            self.release(group)
+            self.reshard(group)
 
-    def release(self, group):
-        for unit in self.gathered.intersection(group):
-            unit.flat.untyped_storage().resize_(0)
-            self.gathered.remove(unit)
+    def reshard(self, group):
+        """Free the full parameters; the shards stay."""
+        for flat in self.gathered.intersection(group):
+            flat.full.untyped_storage().resize_(0)
+            self.gathered.remove(flat)
 
     def backward(self, loss):
         self.in_backward = True
         super().backward(loss)
         self.in_backward = False
-        self.release(self.units)
+        self.reshard(self.flat_params)
 
-    def publish(self, unit):
-        """Nothing to send: who needs a weight gathers it."""
+    def all_gather_parameters(self, flat):
+        """Nothing to gather after the step: who needs a layer's parameters gathers them (`unshard`)."""
 
 
 STAGES = [DataParallel, ZeRO1, ZeRO2, ZeRO3]
@@ -275,73 +321,84 @@ def formula(psi, n, stage, bf16=True):
 def volume(size, n, stage, accumulate=1):
     """Bytes that a rank sends in one step, `size` those of all weights: Sec. 7. The paper counts 2, 2, 2 and 3 Psi.
 
-    A ring saves the own slice, (N-1)/N; stages 2 and 3 pay for every part of the batch, stage 3 gathers twice for each.
+    A ring saves the own shard, (N-1)/N; stages 2 and 3 reduce-scatter for every micro-batch, stage 3 gathers twice for
+    each.
     """
-    return (n - 1) / n * size * {0: 2, 1: 2, 2: accumulate + 1, 3: 3 * accumulate}[stage]
+    times = {0: 2, 1: 2, 2: accumulate + 1, 3: 3 * accumulate}[stage]
+    return (n - 1) / n * size * times
 
 
-def held(engine, model):
-    """Bytes on this rank, between two steps or two parts of a batch."""
-    slices = [u.slice for u in engine.units] + [u.flat for u in engine.units]
-    masters = [u.master for u in engine.trained if u.master.dtype != u.flat.dtype]
-    moments = [x for adam in engine.adams for s in adam.state.values() for x in s.values() if x.dim()]
+def bytes_held(engine, model):
+    """Bytes on this rank, between two steps or two micro-batches: {"weights", "gradients", "optimizer"}."""
+    weights = [f.shard for f in engine.flat_params] + [f.full for f in engine.flat_params]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    gradients += [u.gradient for u in engine.trained if u.gradient is not None]
+    gradients += [f.grad_shard for f in engine.trained if f.grad_shard is not None]
+    masters = [f.master for f in engine.trained if f.master.dtype != f.full.dtype]
+    moments = [x for adam in engine.adams for s in adam.state.values() for x in s.values() if x.dim()]
     return {
-        "weights": ranks.held(*slices, *model.parameters()),
+        "weights": ranks.held(*weights, *model.parameters()),
         "gradients": ranks.held(*gradients),
         "optimizer": ranks.held(*masters, *moments),
     }
 
 
 def train(model, engine, text, cfg, start=0):
-    """Steps `start` to cfg.steps; yields the loss over all ranks, and what this rank holds before it moves."""
+    """Steps `start` to cfg.steps; yields the loss over all ranks, and the bytes held before the optimizer's step."""
     for i in range(start, cfg.steps):
+        # This rank's part of the batch, in micro-batches.
+        ids = tiny.share(tiny.batch(text, cfg.seed, i, cfg.batch, cfg.length))
         total = 0.0
-        for part in tiny.share(tiny.batch(text, cfg.seed, i, cfg.batch, cfg.length)).chunk(cfg.accumulate):
-            loss = tiny.loss(model, part) / cfg.accumulate
+        for micro_batch in ids.chunk(cfg.accumulate):
+            # Forward and backward; from stage 2 on, gradients are reduced here.
+            loss = tiny.loss(model, micro_batch) / cfg.accumulate
             engine.backward(loss)
             total += loss.item()
-        holds = held(engine, model)
+        held = bytes_held(engine, model)
+        # Gradients to their owners (stages 0 and 1), optimizer, updated parameters to all.
         engine.step()
-        yield tiny.mean(total), holds
+        yield tiny.mean(total), held
 
 
 def build(cfg, stage):
     """-> model and engine of a stage, the same weights on every rank."""
     run.seed(cfg.seed)
-    model = tiny.llama(cfg.width, cfg.layers, dtype=torch.bfloat16 if cfg.bf16 else torch.float32).to(ranks.device())
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    model = tiny.llama(cfg.width, cfg.layers, dtype=dtype).to(ranks.device())
     return model, STAGES[stage](model, cfg.lr, weight_decay=0.01)
 
 
 def worker(cfg):
     """What every rank does -> {stage: its losses, bytes held and sent}."""
-    found, text = {}, tiny.corpus().to(ranks.device())
-    for stage in cfg.stages:
-        model, engine = build(cfg, stage)
-        folder, losses = Path(cfg.out) / f"stage{stage}", []
-        if cfg.resume:
-            before = checkpoint.load_state(manifest.load(folder) / f"rank{engine.rank}.safetensors", engine=engine)
-            run.same_flags(cfg, before["config"], folder)
-            losses = before["losses"]
-        holds = held(engine, model)
-        state = {"engine": engine, "config": asdict(cfg), "losses": losses}
-        save = lambda place, state=state: checkpoint.save_state(place / f"rank{dist.get_rank()}.safetensors", **state)  # noqa: E731
-        start = len(losses)
-        with ranks.Traffic() as traffic:
-            for loss, holds in train(model, engine, text, cfg, start):  # noqa: B007
-                run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
-                losses.append(loss)
-                if cfg.save_every and len(losses) % cfg.save_every == 0:
-                    manifest.save(folder, len(losses), save)
-        sent = {name: size / max(1, cfg.steps - start) for name, size in traffic.sent.items()}
-        found[stage] = {
-            "losses": losses,
-            "held": holds,
-            "sent": sent,
-            "psi": sum(p.numel() for p in model.parameters()),
-        }
-    return found
+    text = tiny.corpus().to(ranks.device())
+    return {stage: run_stage(cfg, stage, text) for stage in cfg.stages}
+
+
+def run_stage(cfg, stage, text):
+    """Train with one stage -> {"losses", "held", "sent", "psi"}, bytes of this rank."""
+    model, engine = build(cfg, stage)
+    folder = Path(cfg.out) / f"stage{stage}"
+    shard_file = f"rank{engine.rank}.safetensors"
+    losses = []
+    if cfg.resume:
+        before = checkpoint.load_state(manifest.load(folder) / shard_file, engine=engine)
+        run.same_flags(cfg, before["config"], folder)
+        losses = before["losses"]
+    state = {"engine": engine, "config": asdict(cfg), "losses": losses}
+
+    def save(place):
+        checkpoint.save_state(place / shard_file, **state)
+
+    start = len(losses)
+    held = bytes_held(engine, model)
+    with ranks.Traffic() as traffic:
+        for loss, held in train(model, engine, text, cfg, start):  # noqa: B007
+            run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
+            losses.append(loss)
+            if cfg.save_every and len(losses) % cfg.save_every == 0:
+                manifest.save(folder, len(losses), save)
+    sent = {name: size / max(1, cfg.steps - start) for name, size in traffic.sent.items()}
+    psi = sum(p.numel() for p in model.parameters())
+    return {"losses": losses, "held": held, "sent": sent, "psi": psi}
 
 
 def picture(path, found, cfg, psi, n):
@@ -349,22 +406,30 @@ def picture(path, found, cfg, psi, n):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    weights = psi * (2 if cfg.bf16 else 4)
     for i, (stage, row) in enumerate(found.items()):
-        bottom, expected = 0.0, 0.0
+        line = [i - 0.42, i + 0.42]
+        expected = formula(psi, n, stage, cfg.bf16)
+        # Bytes held, one kind on the other; a line where the formula says that each ends.
+        measured_top = 0.0
+        formula_top = 0.0
         for kind, colour in COLOURS.items():
-            size, said = row["held"][kind] / 2**20, formula(psi, n, stage, cfg.bf16)[kind] / 2**20
-            left.bar(i, size, 0.7, bottom, color=colour, label=kind if i == 0 else None)
-            bottom, expected = bottom + size, expected + said
-            left.plot([i - 0.42, i + 0.42], [expected] * 2, color="black", linewidth=1)
-        bottom = 0.0
+            size = row["held"][kind] / 2**20
+            left.bar(i, size, 0.7, measured_top, color=colour, label=kind if i == 0 else None)
+            measured_top += size
+            formula_top += expected[kind] / 2**20
+            left.plot(line, [formula_top] * 2, color="black", linewidth=1)
+        # Bytes sent, one collective on the other; one line for the sum of the formula.
+        sent_top = 0.0
         for kind, colour in SENT.items():
             size = row["sent"].get(kind, 0) / 2**20
-            right.bar(i, size, 0.7, bottom, color=colour, label=kind.replace("_", "-") if i == 0 else None)
-            bottom += size
-        said = volume(psi * (2 if cfg.bf16 else 4), n, stage, cfg.accumulate) / 2**20
-        right.plot([i - 0.42, i + 0.42], [said] * 2, color="black", linewidth=1)
+            label = kind.replace("_", "-") if i == 0 else None
+            right.bar(i, size, 0.7, sent_top, color=colour, label=label)
+            sent_top += size
+        expected_sent = volume(weights, n, stage, cfg.accumulate) / 2**20
+        right.plot(line, [expected_sent] * 2, color="black", linewidth=1)
     left.set(ylabel="MiB", title=f"held by one of {n} ranks; lines: the formula")
-    right.set(ylabel="MiB", title=f"sent in a step of {cfg.accumulate} parts; lines: the formula")
+    right.set(ylabel="MiB", title=f"sent in a step of {cfg.accumulate} micro-batches; lines: the formula")
     for axis in (left, right):
         axis.set_xticks(range(len(found)), [f"stage {s}" if s else "data parallel" for s in found])
         axis.legend(frameon=False)
@@ -389,20 +454,21 @@ def main(cfg: Config) -> dict:
     found = ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
         return {}
-    mine = found[0]
-    psi, metrics = next(iter(mine.values()))["psi"], {}
-    for stage, row in mine.items():
-        total, said = sum(row["held"].values()), sum(formula(psi, n, stage, cfg.bf16).values())
+    rows = found[0]
+    psi = next(iter(rows.values()))["psi"]
+    weights = psi * (2 if cfg.bf16 else 4)
+    metrics = {}
+    for stage, row in rows.items():
         metrics[f"stage {stage}"] = {
             **{f"{kind}_MiB": size / 2**20 for kind, size in row["held"].items()},
-            "total_MiB": total / 2**20,
-            "formula_MiB": said / 2**20,
+            "total_MiB": sum(row["held"].values()) / 2**20,
+            "formula_MiB": sum(formula(psi, n, stage, cfg.bf16).values()) / 2**20,
             "sent_MiB": sum(row["sent"].values()) / 2**20,
-            "formula_sent_MiB": volume(psi * (2 if cfg.bf16 else 4), n, stage, cfg.accumulate) / 2**20,
+            "formula_sent_MiB": volume(weights, n, stage, cfg.accumulate) / 2**20,
             "loss": row["losses"][-1],
         }
-    picture(folder / "zero.png", mine, cfg, psi, n)
-    figures.curves(folder / "loss.png", {f"stage {s}": row["losses"] for s, row in mine.items()})
+    picture(folder / "zero.png", rows, cfg, psi, n)
+    figures.curves(folder / "loss.png", {f"stage {s}": row["losses"] for s, row in rows.items()})
     return run.report(folder, metrics | {"parameters": psi, "ranks": n}, then="python training/memory.py")
 
 

@@ -45,7 +45,8 @@ def test_equals_peft_and_its_files_are_ours(variant, tmp_path, parity):
     theirs = PeftModel.from_pretrained(tiny(), tmp_path / "ours", is_trainable=True).eval()
     ids, mask = batch()
     mine, other = (sentiment.network(m)(ids, mask)[mask] for m in (model, theirs))
-    parity("LoRA", f"LoRALinear, {variant}" if variant != "ia3" else "IA3Linear", f"peft {variant}", mine, other)
+    layer = "IA3Linear" if variant == "ia3" else llama2_lora.LORA_LAYERS[variant].__name__
+    parity("LoRA", layer, f"peft {variant}", mine, other)
     key = lambda n: n.replace("base_model.model.", "").replace(".default", "").replace(".weight", "")  # noqa: E731
     a = {key(n).replace("magnitude", "lora_magnitude_vector"): g for n, g in gradients(model, mine).items()}
     b = {key(n): g for n, g in gradients(theirs, other).items()}
@@ -118,7 +119,7 @@ def test_merged_equals_unmerged(variant, bias):
 def test_rank_and_number_of_what_is_trained():
     model, cfg = ours("lora")
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    assert torch.linalg.matrix_rank(layer.update()) == cfg.rank
+    assert torch.linalg.matrix_rank(layer.delta_weight()) == cfg.rank
     shapes = {"q_proj": (32, 32), "v_proj": (32, 16), "down_proj": (48, 32)}  # in, out
     by_hand = 2 * sum(cfg.rank * (i + o) for i, o in shapes.values())  # two layers
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == by_hand
@@ -149,7 +150,7 @@ def test_flags_that_cannot_be_meant_are_refused():
 def test_only_adapters_move_and_lora_plus_moves_b_faster():
     model, cfg = ours("lora")
     assert all(("lora_" in n) == p.requires_grad for n, p in model.named_parameters())
-    slow, fast = llama2_lora.groups(model, plus=16)
+    slow, fast = llama2_lora.lora_plus_groups(model, ratio=16)
     assert fast["times"] == 16 * slow["times"] == 16
     named = dict(model.named_parameters())
     for group, end in ((slow, "lora_A"), (fast, "lora_B")):
@@ -220,7 +221,7 @@ def test_changes_are_zero_at_the_start_and_then_those_of_the_merged_weights():
     assert got == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
 
 
-def test_dropout_hides_inputs_of_the_correction_only():
+def test_dropout_hides_inputs_of_the_low_rank_update_only():
     model, _ = ours("lora")
     frozen = copy.deepcopy(model)
     for m in model.modules():
@@ -385,9 +386,9 @@ def test_every_flag_reaches_the_adapters(backend, monkeypatch, tmp_path):
 
 def test_dora_starts_at_the_length_of_rows_and_rslora_divides_by_the_root():
     base = nn.Linear(6, 4)
-    layer = llama2_lora.LoRALinear(base, 4, 8.0, variant="dora")
+    layer = llama2_lora.DoRALinear(base, 4, 8.0)
     torch.testing.assert_close(layer.magnitude, base.weight.detach().norm(dim=1))
-    assert (layer.scale, llama2_lora.LoRALinear(base, 4, 8.0, variant="rslora").scale) == (2, 4)
+    assert (layer.scale, llama2_lora.RsLoRALinear(base, 4, 8.0).scale) == (2, 4)
 
 
 def test_the_base_is_named_by_the_folder_it_came_from(tmp_path, monkeypatch):

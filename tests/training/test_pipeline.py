@@ -50,7 +50,7 @@ def worker(_):
         module = part(model)
         watch = pipeline.Watch(module, PACE)
         value = pipeline.execute(schedule(rank, P, M), module, *parts, lanes, watch)
-        one = {"loss": value, "untied": gradients(module), "line": watch.line, "alive": watch.most / watch.one}
+        one = {"loss": value, "untied": gradients(module), "line": watch.line, "in flight": watch.most / watch.one}
         one["left"] = len(watch.kept)
         pipeline.tie(module, ends)
         one["gradients"] = gradients(module)
@@ -135,7 +135,7 @@ def test_the_order_is_torch_s(found):
 def test_activations_are_let_go(name, found):
     """By bytes: GPipe keeps all micro-batches, 1F1B as many as there are stages from here on; in the end nothing is."""
     for rank, one in enumerate(found):
-        assert one[name]["alive"] == pytest.approx(M if name == "gpipe" else P - rank, rel=1e-3)
+        assert one[name]["in flight"] == pytest.approx(M if name == "gpipe" else P - rank, rel=1e-3)
         assert one[name]["left"] == 0
 
 
@@ -162,7 +162,7 @@ def test_the_plan_has_the_bubble_of_the_formula(schedule, stages, micro):
         assert [(kind, i) for kind, i, _, _ in line] == actions
         assert sorted(actions) == sorted((kind, i) for kind in pipeline.UNITS for i in range(micro))
         assert all(actions.index(("forward", i)) < actions.index(("backward", i)) for i in range(micro))
-        assert pipeline.alive(actions) == (micro if schedule is pipeline.gpipe else min(stages - stage, micro))
+        assert pipeline.max_in_flight(actions) == (micro if schedule is pipeline.gpipe else min(stages - stage, micro))
 
 
 def test_a_slow_stage_makes_the_others_wait():

@@ -61,7 +61,7 @@ def ids():
 def worker(cfg):
     """What each of the ranks finds."""
     found, rank = {}, dist.get_rank()
-    ours = tensor_parallel.cut(tiny())
+    ours = tensor_parallel.apply_tensor_parallel(tiny())
     with ranks.Traffic() as traffic:
         found["ours"] = numbers(tensor_parallel.step(ours, ids(), tensor_parallel.cross_entropy))
     found |= {"sent": traffic.sent, "calls": traffic.calls, "bytes": ranks.states(ours)}
@@ -96,7 +96,7 @@ def worker(cfg):
         model = tiny()
         setattr(model.config, key, value)
         with pytest.raises(run.UserError) as error:
-            tensor_parallel.cut(model)
+            tensor_parallel.apply_tensor_parallel(model)
         found[key] = str(error.value)
     with pytest.raises(run.UserError) as error:
         tensor_parallel.worker(cfg)
@@ -116,33 +116,37 @@ def whole():
 
 
 def together(parts):
-    """Pieces of each rank, laid side by side again: columns or rows of the paper's matrices; of norms, the first."""
-    side = {name: tensor_parallel.CUT.get(name.split(".")[-2]) for name in parts[0]}
+    """Shards of each rank, laid side by side again: columns or rows of the paper's matrices; of norms, the first."""
+    side = {name: tensor_parallel.SHARD_DIM.get(name.split(".")[-2]) for name in parts[0]}
     return {
         name: tensors(parts[0][name]) if dim is None else torch.cat([tensors(p[name]) for p in parts], dim)
         for name, dim in side.items()
     }
 
 
-def test_pieces_are_the_whole_model(found, whole, parity):
+def test_shards_are_the_whole_model(found, whole, parity):
     for one in found:
         ours = tensors({k: one["ours"][k] for k in ("loss", "states", "input gradient")})
         parity(
-            "Tensor parallelism", "cut, loss, states, input gradient", "transformers", ours, {k: whole[k] for k in ours}
+            "Tensor parallelism",
+            "apply_tensor_parallel, loss, states, input gradient",
+            "transformers",
+            ours,
+            {k: whole[k] for k in ours},
         )
     ours = together([one["ours"]["gradients"] for one in found])
-    parity("Tensor parallelism", "cut, gradients", "transformers", ours, whole["gradients"])
+    parity("Tensor parallelism", "apply_tensor_parallel, gradients", "transformers", ours, whole["gradients"])
     assert len(ours) == 2 * 9 + 2  # seven matrices and two norms a layer, the words, the last norm
 
 
-def test_pieces_are_those_of_torch(found, parity):
+def test_shards_are_those_of_torch(found, parity):
     for one in found:
         ours = tensors(one["ours"])
         ours["gradients"].pop("model.embed_tokens.weight")  # torch's words are whole
         for once in (True, False):
             theirs = tensors(one[f"torch {once}"])
             theirs["gradients"].pop("model.embed_tokens.weight")
-            parity("Tensor parallelism", "cut", "parallelize_module", ours, theirs)
+            parity("Tensor parallelism", "apply_tensor_parallel", "parallelize_module", ours, theirs)
 
 
 def test_what_all_hold_stays_the_same_on_all(found):
@@ -203,7 +207,7 @@ def test_other_models_are_refused_in_one_line(kind, monkeypatch):
     other = SimpleNamespace(config=AutoConfig.for_model(kind))
     monkeypatch.setattr(pretrained, "language_model", lambda _: (None, other))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with pytest.raises(run.UserError, match=f"--model is a {kind}; only a Llama can be cut here"):
+    with pytest.raises(run.UserError, match=f"--model is a {kind}; only a Llama can be sharded here"):
         tensor_parallel.read(tensor_parallel.Config(model="other"))
 
 

@@ -1,4 +1,4 @@
-"""ZeRO: slices of the states, the same training. Two ranks against one process, DeepSpeed and FSDP2."""
+"""ZeRO: sharded states, the same training. Two ranks against one process, DeepSpeed and FSDP2."""
 
 import functools
 from dataclasses import replace
@@ -46,7 +46,7 @@ def stages(dtype):
         engine = zero.STAGES[stage](model, CFG.lr, weight_decay=0.01)
         mine = [loss for loss, _ in zero.train(model, engine, text, CFG)]
         if stage == 3:
-            engine.gather(engine.units)
+            engine.unshard(engine.flat_params)
         found[stage] = [max(abs(a - b) for a, b in zip(mine, losses)), shift(model, weights)]
     return found
 
@@ -145,18 +145,18 @@ def quiet():
 
 
 def distance(engine, wanted, rank):
-    """How far the slices of the mean gradient are from those of the wanted ones: a list in the order of the units."""
+    """Largest difference between the shards of the mean gradient and those of `wanted`, in the parameters' order."""
     worst = 0.0
-    for unit, place in zip(engine.trained, cut(engine, wanted)):
-        own = place[rank * unit.size : (rank + 1) * unit.size] if engine.cut else place
-        worst = max(worst, float((engine.mean_gradient(unit)[: len(own)] - own).abs().max()))
+    for flat, whole in zip(engine.trained, flattened(engine, wanted)):
+        own = whole[rank * flat.shard_size : (rank + 1) * flat.shard_size] if engine.sharded else whole
+        worst = max(worst, float((engine.mean_gradient(flat)[: len(own)] - own).abs().max()))
     return worst
 
 
-def cut(engine, wanted):
-    """The wanted gradients, in the order of the units' weights, as flat vectors, one a unit."""
-    named = dict(zip([id(p) for unit in engine.trained for p in unit.params], wanted))
-    return [torch.cat([named[id(p)].flatten() for p in unit.params]) for unit in engine.trained]
+def flattened(engine, wanted):
+    """The wanted gradients, in the order of the engine's parameters, as vectors, one a flat parameter."""
+    named = dict(zip([id(p) for flat in engine.trained for p in flat.params], wanted))
+    return [torch.cat([named[id(p)].flatten() for p in flat.params]) for flat in engine.trained]
 
 
 def slopes():
@@ -172,7 +172,7 @@ def slopes():
         names = {id(p): name for name, p in model.named_parameters()}
         for part in tiny.share(ids).chunk(2):
             engine.backward(tiny.loss(model, part) / 2)
-        wanted = [named[names[id(p)]].grad for unit in engine.trained for p in unit.params]
+        wanted = [named[names[id(p)]].grad for flat in engine.trained for p in flat.params]
         apart[stage] = distance(engine, wanted, dist.get_rank())
     return apart
 
