@@ -1,4 +1,4 @@
-"""Decoding: how a sentence is made of the probabilities of a language model, word by word, each way written out.
+"""Decoding: greedy search, beam search, temperature, top-k, top-p, repetition penalty, each written out.
 
 Greedy search takes the most probable token, beam search keeps the most probable few sentences, sampling draws: from all
 tokens, the k best (top-k), or the fewest that have probability p together (top-p, nucleus). Holtzman et al. 2020,

@@ -1,4 +1,4 @@
-"""How fast is our LoRA? A training step against PEFT's on the same model, in one process: `make bench`.
+"""Benchmark of LoRA: a training step against PEFT's on the same model, in one process: `make bench`.
 
 Steps are interleaved, CPU time is counted, on one thread, and the median of the ratios is reported: so neighbours on
 the machine do not count. fp32: weights and products. bf16: weights and products, corrections kept in fp32.

@@ -1,4 +1,4 @@
-"""Every method of this chapter on one task, under one budget of steps: what it costs and what it brings.
+"""Methods compared on one task, under one budget of steps: accuracy, memory, time, size of the checkpoint.
 
 Each method runs as a process of its own, by the command that its README section shows, so that memory is its own and
 the table can be had line by line. Learning rates are those of the scripts, each chosen on the validation texts.

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight moves. The yardstick for all that follow, and the training loop that they share.
+"""Full fine-tuning, and training the head alone: the yardstick, and the training loop that all methods share.
 
 Nothing is frozen, so each weight costs its gradient and two numbers of AdamW besides itself: 16 bytes each in single
 precision. Head-only training moves the last layer alone and shows the other end: little memory, and little said.

@@ -1,4 +1,4 @@
-"""Prompts in words: ask a language model that was never trained on the task. Schick & Schuetze 2020, arXiv:2001.07676.
+"""Hard prompts: zero-shot and few-shot prompting, calibration. Schick & Schuetze 2020, arXiv:2001.07676.
 
 A pattern turns a text into a question, a verbalizer says which word means which label, and the more likely word wins:
 no training at all. How much depends on the wording is the lesson. Two cures are known. Examples in the prompt (Brown et

@@ -1,4 +1,4 @@
-"""Prefix tuning: learn what every layer remembers of words that were never there. Li & Liang 2021, arXiv:2101.00190.
+"""Prefix tuning: learned keys and values in front of every layer. Li & Liang 2021, arXiv:2101.00190.
 
 A soft prompt speaks to the first layer only. But what later layers see of earlier words are their keys and values. So
 learn these: P keys and values for every layer, put into the cache as if P words had been read before the text. Learned

@@ -1,4 +1,4 @@
-"""Prompt tuning: learn the embeddings of words that stand before every text. Lester et al. 2021, arXiv:2104.08691.
+"""Prompt tuning: a soft prompt, learned embeddings before every text. Lester et al. 2021, arXiv:2104.08691.
 
 A prompt in words can only say what words say. But the model reads vectors, and a vector may lie anywhere between the
 words. So put P vectors before the text and learn them by gradient descent. The model itself stays as it is: one copy of

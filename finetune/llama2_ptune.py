@@ -1,4 +1,4 @@
-"""P-tuning: soft words again, but a small network writes them. Liu et al. 2021, arXiv:2103.10385.
+"""P-tuning: a soft prompt written by a prompt encoder (LSTM or MLP). Liu et al. 2021, arXiv:2103.10385.
 
 Soft words that are learned one by one know nothing of each other, and the paper finds them slow to leave the place
 where they start. So let an LSTM (or an MLP) write them: one step then moves all of them, together. After training its

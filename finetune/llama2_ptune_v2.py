@@ -1,4 +1,4 @@
-"""P-tuning v2: a prefix in every layer, learned directly. Liu et al. 2021, arXiv:2110.07602.
+"""P-tuning v2: deep prompts, a prefix in every layer, learned directly. Liu et al. 2021, arXiv:2110.07602.
 
 Deep prompts as in prefix tuning, without the network that writes them: the paper finds that it helps on some tasks and
 hurts on others, and that depth is what counts. Fewer numbers to train, and one thing less to choose. Where do they

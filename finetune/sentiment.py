@@ -1,4 +1,4 @@
-"""One task for a whole chapter: does a text sound negative or positive? The data, the labels, the loop, the scores.
+"""Prompt-based classification, the task of this chapter: sentiment of texts; data, verbalisers, scores.
 
 A language model answers by going on: "Tweet: LMAO, AMAZING!\\nSentiment:" -> " positive". To train it, show it the
 prompt and the answer, and count the loss on the answer alone. To ask it, compare how likely it finds each answer.

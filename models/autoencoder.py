@@ -1,4 +1,4 @@
-"""The first stage of latent diffusion: 64 x 64 pixels folded to 16 x 16 latents. Rombach et al. 2022, arXiv:2112.10752.
+"""Latent autoencoder (KL-VAE): 64 x 64 pixels to 16 x 16 latents. Rombach et al. 2022, arXiv:2112.10752.
 
 Most bits of an image are texture that nobody asked for. An encoder throws them away once, a decoder paints them back,
 and the diffusion model of `stable_diffuser.py` works on what is left: here 12 288 numbers become 1024. Sections are the

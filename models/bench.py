@@ -1,4 +1,4 @@
-"""How fast is the U-Net of this book? Ratios in one process, interleaved, CPU time, one thread: `make bench`.
+"""Benchmark of the U-Net against other libraries: ratios in one process, interleaved, CPU time, one thread.
 
 A training step (forward, backward, AdamW) of unet.UNet against diffusers.UNet2DModel, which has the same parameters
 and does the same work (the counter misses 3 % of its, in a fused attention), and against denoising-diffusion-pytorch's

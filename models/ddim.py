@@ -1,4 +1,4 @@
-"""Denoising Diffusion Implicit Models: fifty steps, not a thousand. Song, Meng & Ermon 2020, arXiv:2010.02502.
+"""DDIM sampler, denoising diffusion implicit models: fifty steps, not 1000. Song, Meng & Ermon 2020, arXiv:2010.02502.
 
 DDPM's training never asks that the chain be Markov, so the same network may walk any other chain with the same noise
 levels: one that skips most steps, and one that adds no noise at all. Without noise, image and starting noise determine

@@ -1,4 +1,4 @@
-"""Diffusion Transformer: a plain transformer takes the U-Net's place, and draws the digit it is asked for.
+"""Diffusion transformer (DiT): a transformer with adaLN-Zero in the place of the U-Net, conditioned on the class.
 
 Peebles & Xie 2022, arXiv:2212.09748. Cut the noisy image into patches, read them as a sentence, and let the time step
 and the class steer every block through its normalisation (adaLN-Zero). Training starts from blocks that do nothing.

@@ -1,4 +1,4 @@
-"""How good are generated digits? Two numbers from a small classifier: the Frechet distance and the share it recognises.
+"""Metrics of generated digits: Frechet distance of classifier features, and the fraction that a classifier recognises.
 
 Heusel et al. 2017, arXiv:1706.08500 (the FID): pretend that the features of real and of generated images are Gaussian,
 and measure the distance of the two Gaussians. Theirs are Inception features of photographs; digits get features of

@@ -1,4 +1,4 @@
-"""Stable diffusion in small: text to image, in the latents of an autoencoder. Rombach et al. 2022, arXiv:2112.10752.
+"""Latent diffusion, text to image with classifier-free guidance. Rombach et al. 2022, arXiv:2112.10752.
 
 Three networks that are trained apart: a sentence encoder reads the prompt, a U-Net takes noise away from 16 x 16
 latents while it looks at the words (cross-attention), a decoder (models/autoencoder.py) paints the latents as 64 x 64

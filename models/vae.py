@@ -1,4 +1,4 @@
-"""Auto-Encoding Variational Bayes, the VAE: a map whose every point is a digit. Kingma & Welling 2013, arXiv:1312.6114.
+"""Variational autoencoder (VAE): evidence lower bound, reparameterisation. Kingma & Welling 2013, arXiv:1312.6114.
 
 An encoder turns an image into a small cloud of codes, a decoder turns a code into an image. Two terms pull at them, in
 nats: the image must come back (reconstruction), and the cloud must stay close to a standard normal (KL divergence), so

@@ -1,4 +1,4 @@
-"""CLIP: a picture and its caption shall be neighbours, and every other pair of the batch shall not.
+"""CLIP: contrastive language-image pretraining with the symmetric InfoNCE loss.
 
 Radford et al. 2021, arXiv:2103.00020. Two towers, one for pictures and one for texts, end in the same space; the label
 of a picture is which text of the batch is its own. Afterwards any list of names is a classifier: zero-shot. Figure and

@@ -1,4 +1,4 @@
-"""Masked autoencoder: hide three quarters of a photo, draw them from the rest, and have learned to see.
+"""Masked autoencoder (MAE): three quarters of the patches are masked, and reconstructed from the rest.
 
 He et al. 2021, arXiv:2111.06377, in the order of its Section 3. Patches are hidden at random; the encoder, a vision
 transformer, reads those that are left and nothing else; a small decoder gets its words back with one shared word for

@@ -1,4 +1,4 @@
-"""What the masked autoencoder's paper claims, each claim as the smallest experiment that could refute it.
+"""Claims and ablations of the masked autoencoder's paper, each as the smallest experiment that could refute it.
 
 He et al. 2021, arXiv:2111.06377. A claim is measured by training twice or more, with one thing changed, and probing:
 logistic regression on the mean of the encoder's states, on photos of fruit that no training saw. Speed is CPU time of a

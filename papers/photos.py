@@ -1,4 +1,4 @@
-"""What the papers on pictures share: photos of fruit, random pieces of them, and how an encoder is judged."""
+"""What the papers on pictures share: photos of fruit, random crops, and how an encoder is scored."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Vision transformer: cut an image into patches and read them as a sentence.
+"""Vision transformer (ViT): an image as a sequence of patches.
 
 Dosovitskiy et al. 2021, arXiv:2010.11929. A patch is a word: one matrix turns its pixels into a vector, a position is
 added, and a plain transformer encoder does the rest. A class token in front of the sentence, or the mean of all tokens,

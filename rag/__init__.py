@@ -1,4 +1,4 @@
-"""Chapter `rag/`: find passages, read them, answer; and measure what each trick adds."""
+"""Chapter `rag/`: find passages, read them, answer; and measure what each technique adds."""
 
 import logging
 import os

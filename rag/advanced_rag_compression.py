@@ -1,4 +1,4 @@
-"""Say less to the model: of what was found keep only the sentences that bear on the question.
+"""Contextual compression: of the retrieved passages keep only the sentences that bear on the question.
 
 Three filters, by vectors alone: relevance (a passage must be close enough to the question), redundancy (of two passages
 that say the same the later one goes; compare Carbonell & Goldstein 1998, maximal marginal relevance) and extraction

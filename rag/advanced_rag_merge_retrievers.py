@@ -1,4 +1,4 @@
-"""Two retrievers see more than one: words (BM25) and meaning (vectors) merged; and where in a prompt a passage is read.
+"""Hybrid retrieval: BM25 and dense vectors merged by reciprocal rank fusion (RRF); lost in the middle.
 
 BM25: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework". Reciprocal rank fusion: Cormack, Clarke &
 Buettcher 2009. Lost in the middle: Liu et al. 2023, arXiv:2307.03172. BM25 finds the passage that says `acks_late` when

@@ -1,4 +1,4 @@
-"""Look twice: a quick search brings candidates, a slower reader of question and passage together puts them in order.
+"""Reranking: candidates of a quick search are put in order by late interaction (MaxSim) or a cross-encoder.
 
 (a) late interaction, ColBERT, Khattab & Zaharia 2020, arXiv:2004.12832: every word of the question looks for its best
 word in the passage; equation numbers are that paper's. The token states are MiniLM's, which was never trained for it.

@@ -1,4 +1,4 @@
-"""A language model answers from passages: the prompt, the citations, and the stream of words.
+"""Answer generation from passages: the prompt, the citations, and the stream of words.
 
 Passages come from documents that anybody may have written, so they are marked off from the instructions, they cannot
 close the mark that they stand in, and every citation in the answer is checked against the passages that were there.

@@ -1,4 +1,4 @@
-"""How should a model answer from passages, and when should it not? Decodings, prompts, and a threshold to abstain.
+"""Answering from passages, measured: decoding, prompts, and a threshold to abstain.
 
 An answer is right if it holds the key fact of its question: a few words, written down beforehand, that stand in the
 passage and not in the question, compared in small letters with single blanks. 40 questions are those of the manuals,

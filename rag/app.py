@@ -1,4 +1,4 @@
-"""A page in the browser: ask the manuals, or a folder of your own; the answer streams, its sources stand beside it.
+"""Gradio page: ask the manuals, or a folder of your own; the answer streams, its sources stand beside it.
 
 Gradio: Abid et al. 2019, arXiv:1906.02569. The page is the few lines of `page`; the rest is what a demonstration lacks
 until somebody misuses it. Passages and answers are texts that anybody may have written, so nothing in them becomes a

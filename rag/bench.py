@@ -1,4 +1,4 @@
-"""How fast are the store and the embedder beside what they are built on? `make bench`.
+"""Benchmark of the store and the embedder against what they are built on: `make bench`.
 
 Our FAISS store against LangChain's own with the same vectors: the same ranking for every question, queries in turn.
 Our indexing (cut, hash, embed, add) against sentence-transformers that only embeds. CPU time, one thread, medians of

@@ -1,4 +1,4 @@
-"""Every way of retrieving in this chapter, on the same questions, corpus and model: one table, one picture.
+"""Retrieval methods compared on the same questions, corpus and model: one table, one picture.
 
     python rag/compare.py                        # all passages of the manuals
     python rag/compare.py --distractors 1000     # the quick run

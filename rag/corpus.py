@@ -1,4 +1,4 @@
-"""What is searched: three software manuals, and their frequent questions with the answers to be found; or any folder.
+"""Corpus and splitter: three software manuals and their frequent questions with gold answers; or any folder.
 
 A page is taken apart at its titles into sections; a section is a LangChain `Document` with `metadata`: `source` (the
 file), `id` (file#title) and `title` (the titles it stands below). The manuals hold pages of frequent questions: there a

@@ -1,4 +1,4 @@
-"""Texts -> unit vectors, by any model of sentence-transformers, as a LangChain `Embeddings`.
+"""Embedder: texts -> unit vectors, by any model of sentence-transformers, as a LangChain `Embeddings`.
 
 Reimers & Gurevych 2019, arXiv:1908.10084: a transformer reads the text, the mean of its token states is the vector,
 and the cosine of two vectors says how close two texts are in meaning. `minilm` (22.7 M parameters, 384 numbers) was

@@ -1,4 +1,4 @@
-"""Text finds pictures: both become vectors of one space, and then a picture is a passage like any other.
+"""Multimodal retrieval: text and pictures become vectors of one space, by contrastive learning (InfoNCE).
 
 CLIP, Radford et al. 2021, arXiv:2103.00020, trained both sides from nothing on 400 million pairs. Here both sides are
 taken as they are, MiniLM for text and EfficientNet-lite0 for pictures; what is learned is one matrix that carries

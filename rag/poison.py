@@ -1,4 +1,4 @@
-"""Does a model obey what it reads? Orders hidden in a passage, with the marks around passages and without them.
+"""Prompt injection: orders hidden in a passage, with the marks around passages and without them.
 
 Greshake et al. 2023, arXiv:2302.12173, named it indirect prompt injection: who can write into a document can talk to
 the model that reads it. Each order here wants one word in the answer. It stands beside the passage that really answers

@@ -1,4 +1,4 @@
-"""Ask differently: let the language model rewrite the question before searching, and search with all of it.
+"""Query transformation: a language model rewrites the question before searching (HyDE, multi-query, step-back).
 
 Multi-query: the question in other words; rankings are merged by reciprocal rank fusion. HyDE, Gao et al. 2022,
 arXiv:2212.10496: the model invents an answer, and what is close to the invention is searched; the vectors of question

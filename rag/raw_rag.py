@@ -1,4 +1,4 @@
-"""Retrieval-augmented generation, as plain as it gets: embed, find, read, answer.
+"""Retrieval-augmented generation, as plain as it gets: embed, retrieve, read, answer.
 
 Lewis et al. 2020, arXiv:2005.11401, gave a language model the passages that are closest to a question; here as there,
 closeness is the dot product of two vectors (their Sec. 2.2), but nothing is trained: a sentence encoder and a chat

@@ -1,4 +1,4 @@
-"""How good a ranking is, and how sure we are of it.
+"""Ranking metrics with bootstrap intervals: hit rate, MRR, nDCG.
 
 One passage per question is right. `ranks` is (Q,): where the first passage out of the right section stands, counted
 from 1, or 0 if it was not found. With one right answer, recall at k and hit at k are the same, and the ideal DCG is 1.

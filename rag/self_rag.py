@@ -1,4 +1,4 @@
-"""Retrieve on demand, judge what was found, judge what was said, and say "not in the documents" if it is not.
+"""Self-RAG: retrieve on demand, grade relevance and support, and abstain if the documents do not say it.
 
 Self-RAG, Asai et al. 2023, arXiv:2310.11511, trains a model of 7 billion weights to write marks of reflection: Retrieve
 (is a search needed?), IsRel (does the passage bear on the question?), IsSup (does it support the answer?), IsUse (does

@@ -1,4 +1,4 @@
-"""Where the vectors live: a FAISS index on disk or a Qdrant collection, both as a LangChain `VectorStore`.
+"""Vector index: FAISS (flat, IVF, HNSW, PQ) on disk or a Qdrant collection, as a LangChain `VectorStore`.
 
 `sync(passages)` makes a store hold exactly these passages: a passage is known by the hash of its text and its metadata,
 what is new is embedded and added, what is gone is deleted, and doing it twice changes nothing. A store remembers which

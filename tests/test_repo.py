@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests import mutate
+from tests import mutate, tour
 from tests.conftest import ROOT
 from tests.test_pages import tiny_flags
 
@@ -158,3 +158,12 @@ def test_every_mutant_still_has_its_line(path):
 
 def test_the_table_of_mutants_is_that_of_the_lists():
     assert mutate.table() in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+
+
+def test_the_tour_names_every_file():
+    """What a file holds is its docstring; its length may have changed by a quarter since then."""
+    listed = re.findall(r"^\| \[.*?\]\(\.\./(.*?)\) \| (\d+) \| (.*) \|$", tour.PAGE.read_text("utf-8"), re.M)
+    rows = tour.rows()
+    assert [(path, what) for path, _, what in listed] == [(path, what) for path, _, what in rows]
+    for (path, lines, _), (_, now, _) in zip(listed, rows):
+        assert abs(int(lines) - now) <= now / 4, f"{path} had {lines} lines and has {now}: python tests/tour.py --write"

@@ -1,4 +1,4 @@
-"""How fast is the predictor, and how fast our data parallel training? `make bench`.
+"""Benchmarks of the memory predictor and of data parallel training: `make bench`.
 
 The predictor against PyTorch's own `torch.distributed._tools.mem_tracker` on the same step of the same model on fake
 tensors; our buckets against PyTorch's DistributedDataParallel on the same ranks, step by step in turn. CPU time, one

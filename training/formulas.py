@@ -1,4 +1,4 @@
-"""What a training step holds, by pencil: weights, gradients, optimizer states, activations. In bytes.
+"""Memory of a training step by formula: weights, gradients, optimizer states, activations, in bytes.
 
 Symbols: V words of the vocabulary, d width, f width of the MLP, L layers, H heads, K heads of keys and values; B texts
 of S tokens; N parameters; e bytes of a number in matrix products (2 in bf16, 4 in fp32).

@@ -1,4 +1,4 @@
-"""Checkpoints of many files and many ranks: whole or not at all, with the sha256 of every file.
+"""Sharded checkpoints of many files and ranks: whole or not at all, with the sha256 of every file.
 
 A library writes its files into a folder, one or more from each rank. What makes them a checkpoint is a list of their
 hashes, written last, and then a file `latest` that names the folder. Whoever is killed before that has the old one.

@@ -1,4 +1,4 @@
-"""Will it fit? The memory of a training step, predicted three ways: by formula, by DeepSpeed's estimator, to the byte.
+"""Memory of a training step, predicted three ways: by formula, by DeepSpeed's estimator, by tracing on fake tensors.
 
 The third way runs the real step, of the real model, on fake tensors: they have shapes and types but no numbers, so a 7B
 model takes seconds and no memory. Everything that the step allocates and releases is written down in order; the highest

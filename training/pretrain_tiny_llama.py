@@ -1,4 +1,4 @@
-"""Pretraining: a small Llama learns to write from nothing, and is measured against what it has to beat.
+"""Pretraining of a tiny Llama: bits per byte beside n-gram baselines, FLOPs, model FLOPs utilisation.
 
 A language model gives each next token a probability; -log2 of it is what an ideal coder would spend on it, in bits.
 Bits per byte do not depend on how a text is cut into tokens, so that a Llama can be compared with n-grams of bytes

@@ -1,4 +1,4 @@
-"""Processes that compute together: start them, and count what each of them holds and sends.
+"""Ranks: start the processes of a group, and count what each of them holds and sends.
 
 A rank is one process with its share of the work and, on a cluster, a GPU of its own. Every script of this chapter runs
 in three ways: `python x.py` starts its ranks itself on this machine, `torchrun x.py` and `deepspeed x.py` have started

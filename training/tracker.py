@@ -1,4 +1,4 @@
-"""Every allocation of a training step, written down as it happens: what the profiler sees, seen without numbers, too.
+"""Memory tracker: every allocation of a training step, on real or fake tensors, as the profiler sees it.
 
 PyTorch calls a TorchDispatchMode for every operator, so also for fake tensors, which have shapes and types and storages
 of a size, but no memory behind them.

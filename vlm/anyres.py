@@ -1,4 +1,4 @@
-"""Pictures of any shape for an encoder that knows one: LLaVA-1.6 cuts a large picture into tiles.
+"""Any-resolution tiles of LLaVA-1.6: a large picture is cut into tiles for an encoder of one size.
 
 Liu et al. 2024, "LLaVA-NeXT: improved reasoning, OCR, and world knowledge" (a report without equations); what it leaves
 open was settled by its code, and transformers' LlavaNext is what this file is proved against. Every size here is

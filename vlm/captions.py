@@ -1,4 +1,4 @@
-"""How captions and answers are scored: BLEU, ROUGE-L and CIDEr for sentences, soft accuracy for short answers.
+"""Caption and answer metrics: BLEU, ROUGE-L and CIDEr for sentences, soft accuracy for short answers.
 
 A caption has many right wordings, so a candidate is compared with what people wrote: which runs of n words (n-grams)
 do both have? The scores differ in what they count and in what a rare word is worth. Papineni et al. 2002 (BLEU), Lin

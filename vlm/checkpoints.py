@@ -1,4 +1,4 @@
-"""What a run of vlm/train.py leaves behind: weights, checkpoints of one process or of DeepSpeed's ranks, records.
+"""Checkpoints and metric loggers of vlm/train.py: weights, states of one process or of DeepSpeed's ranks, records.
 
 A checkpoint of DeepSpeed is a folder of its own files, with our numbers and a list of hashes beside them; files that
 are not on the list are not read.

@@ -1,4 +1,4 @@
-"""Conversations about pictures in the format that LLaVA trains on: made, checked, read, written, cut into tokens.
+"""Instruction data: conversations about pictures in LLaVA's format, made, checked, read, cut into tokens.
 
 A file chat.json is a list of {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt",
 "value": ...}, ...]}; the first question says <image> where the picture stands, and a row without "image" is words

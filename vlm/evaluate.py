@@ -1,4 +1,4 @@
-"""How good is a model that talks about photos? What it says, what it would rather say, and what it has forgotten.
+"""Evaluation of a LLaVA: answer ranking by likelihood, generated answers, forgetting; beside a linear probe.
 
 Photos of fruit that no training saw, of 14 kinds in 5 groups. The kind is read in two ways: by likelihood, which of
 the 14 names the model finds most probable after the question, and by what it says when it is left to speak. Beside it

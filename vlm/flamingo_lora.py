@@ -1,4 +1,4 @@
-"""Teach a trained Flamingo other words for what it sees: all of its new layers, LoRA in them, or their gates alone.
+"""LoRA in a trained Flamingo: new words for what it sees, by all of its new layers, LoRA in them, or their gates.
 
 The Flamingo of vlm/flamingo.py names fruit in English; here it learns to do so in French. Whatever is trained sits
 between the layers of the language model, which stays as it is. LoRA (Hu et al. 2021, arXiv:2106.09685) in the gated

@@ -1,4 +1,4 @@
-"""The photos of fruit that this chapter learns from and is scored on: names, split, groups of kinds, a figure.
+"""The fruit photos of this chapter: names of the classes, train and held-out split, groups, a figure.
 
 2054 photos of 14 kinds in 5 groups (`utils.data.groceries`); the data set's own test photos are held out.
 """

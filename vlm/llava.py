@@ -1,4 +1,4 @@
-"""LLaVA: a picture is a few words of a language that a language model almost speaks.
+"""LLaVA: image tokens, vision features through a connector, among the token embeddings of a language model.
 
 Liu et al. 2023, arXiv:2304.08485 (a matrix between eye and language); 1.5: Liu et al. 2023, arXiv:2310.03744 (two
 layers); 1.6: Liu et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into tokens, a connector turns these

@@ -1,4 +1,4 @@
-"""LLaVA in files: weights of our own, ordinary folders, and transformers' LLaVA, which holds the same numbers.
+"""LLaVA checkpoints: weights of our own, ordinary folders, and transformers' LLaVA, which holds the same numbers.
 
 `load` takes any of them apart into what llava.py puts together, `save` writes a folder: transformers' own format if it
 has these parts (a transformer that sees, a connector mlp2x_gelu), else one of ours, in which every part is an ordinary

@@ -1,4 +1,4 @@
-"""Samples of pictures and words become batches: padded, grouped by length or by modality, or packed without waste.
+"""Packing: several samples of pictures and words in one row, none attends to another; or padded batches.
 
 A tweet has 17 tokens, a photo with its question 80, a page of a manual 500. Put side by side in a rectangle, most of
 it is padding, which costs as much as words. Sort by length first, and less is wasted; lay several samples end to end in

@@ -1,4 +1,4 @@
-"""Questions with four choices and people's own answers: the files of VQA v2 and A-OKVQA, and a LLaVA that answers them.
+"""Visual question answering: files of VQA v2 and A-OKVQA, multiple choice and direct answers.
 
 Goyal et al. 2017, arXiv:1612.00837 (VQA v2, open answers); Schwenk et al. 2022, arXiv:2206.01718 (A-OKVQA, four choices
 and open answers). A choice is found by likelihood: the most probable of the four after the question. An open answer is

@@ -1,4 +1,4 @@
-"""Which part of a LLaVA should learn? Frozen, trained or corrected by LoRA: same photos, same seed, same steps.
+"""Training strategies of LLaVA compared: frozen, trained or LoRA parts; same photos, same seed, same steps.
 
 Each strategy is one run of vlm/train.py in a process of its own, so that its memory is its own.
 

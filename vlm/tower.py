@@ -1,4 +1,4 @@
-"""Vision towers: whatever sees, as a sequence of tokens for a language model to read.
+"""Vision towers: any vision encoder as a sequence of features for a language model.
 
 A transformer's patches are tokens already; the maps of a convolutional network become tokens, one for each place. The
 layer before the last is read, as in LLaVA: the last one of CLIP is made for a single vector. Any vision encoder of

@@ -1,4 +1,4 @@
-"""Teach a language model to talk about photos: LLaVA's two stages, with any part frozen, trained or corrected by LoRA.
+"""Visual instruction tuning: LLaVA's two stages, with any part frozen, trained or adapted with LoRA.
 
 Liu et al. 2023, arXiv:2304.08485, Sec. 4.2. First the connector alone learns to speak the language model's language
 (align), then it and the language model learn to answer (instruct). What the tower says of a photo is computed once and
