@@ -63,7 +63,8 @@ PYTEST = """
 import sys
 import pytest
 sys.dont_write_bytecode = True
-sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+if __name__ == "__main__":  # ranks that a test starts import this file, too
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
