@@ -1,5 +1,6 @@
 """Every command of every page runs; every local link and figure is there; every excerpt of code is verbatim."""
 
+import ast
 import importlib
 import os
 import re
@@ -190,3 +191,30 @@ def test_excerpts_are_verbatim(path):
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
         for line in block.splitlines():
             assert line.strip() in lines | {"", "..."}, line
+
+
+@cache
+def words_of(chapter):
+    """Every name and every string of the scripts of a chapter."""
+    found = set()
+    for path in (ROOT / chapter).glob("*.py"):
+        found.add(path.stem)
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            found |= {getattr(node, kind) for kind in ("name", "id", "attr", "arg", "value") if hasattr(node, kind)}
+    return {word for word in found if isinstance(word, str)}
+
+
+@pytest.mark.parametrize("path", OF_CHAPTERS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_function_beside_an_equation_exists(path):
+    """In tables whose last column is headed "function": each name in it stands in a script of the chapter."""
+    in_table = False
+    for line in path.read_text("utf-8").splitlines():
+        cell = line.strip().strip("|").split("|")[-1]
+        if not line.startswith("|"):
+            in_table = False
+        elif in_table:
+            names = [name for name in re.findall(r"`([A-Za-z_][\w.]*)`", cell) if not name.endswith(".py")]
+            lost = [part for name in names for part in name.split(".") if part not in words_of(path.parent.name)]
+            assert not lost, f"{lost}: {line}"
+        else:
+            in_table = "function" in cell
