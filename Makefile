@@ -12,7 +12,7 @@ help:
 	@echo "make notebooks  run every notebook from top to bottom"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make lint       style and types"
-	@echo "make bench      measure what the README claims"
+	@echo "make bench      measure the speeds in docs/BENCHMARKS.md and the maps"
 	@echo "make clean      remove .venv, outputs and caches; downloaded weights and data stay"
 
 demo: $(READY)

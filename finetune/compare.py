@@ -1,6 +1,6 @@
 """Methods compared on one task, under one budget of steps: accuracy, memory, time, size of the checkpoint.
 
-Each method runs as a process of its own, by the command that its README section shows, so that memory is its own and
+Each method runs as a process of its own, by the command that its page shows, so that memory is its own and
 the table can be had line by line. Learning rates are those of the scripts, each chosen on the validation texts.
 
     python finetune/compare.py                                     # all methods, one after another

@@ -6,7 +6,7 @@ step, forward and backward, one thread, in turns inside one process, as a ratio.
 that accuracy grows with size and schedule on ImageNet (Table 3, Fig. 7), and transfer to COCO and ADE20K (Sec. 5).
 
     python papers/mae_claims.py                   # every claim, briefly
-    python papers/mae_claims.py --steps 400       # the table of the chapter
+    python papers/mae_claims.py --steps 400       # the table of papers/mae.md
     python papers/mae_claims.py --only speed
 """
 
@@ -29,7 +29,7 @@ RATIOS = (0.25, 0.5, 0.75, 0.9)
 class Config:
     """Train masked autoencoders that differ in one thing, and compare what their encoders are worth and cost."""
 
-    steps: int = 50  # of each training; the table of the chapter has 400
+    steps: int = 50  # of each training; the table of papers/mae.md has 400
     batch: int = 96  # photos a step
     only: str = ""  # claims whose name has this in it: ratio, decoder, pixels, tokens, speed
     repeat: int = 5  # timings of each kind of step

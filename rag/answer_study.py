@@ -30,7 +30,7 @@ HERE = Path(__file__).parent / "study"
 BATCH = 10  # questions that a model in this process answers at a time
 EXTRACT = "Copy the one sentence out of the passages that answers the question, word for word."
 CHOSEN = "1 passage"  # the default of the chapter
-OLD = "3 passages, penalty 1.1"  # as it was before anybody had counted
+OLD = "3 passages, penalty 1.1"  # to compare with
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -218,3 +219,14 @@ def test_the_function_beside_an_equation_exists(path):
             assert not lost, f"{lost}: {line}"
         else:
             in_table = "function" in cell
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*/*.ipynb")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_of_notebooks_lead_somewhere(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    lost = [
+        link for link in links if not link.startswith(("http", "attachment:")) and not (path.parent / link).exists()
+    ]
+    assert not lost, f"{path.name} links to {lost}"

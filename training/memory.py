@@ -53,7 +53,7 @@ class Config:
     world_size: int = 1  # devices
     batch: int = 1  # texts per device and step
     seq_len: int = 512  # tokens of a text
-    precision: Literal["bf16-mixed", "bf16", "fp32", "autocast"] = "bf16-mixed"  # see the README
+    precision: Literal["bf16-mixed", "bf16", "fp32", "autocast"] = "bf16-mixed"  # see training/memory.md
     optimizer: Literal["adamw", "sgd"] = "adamw"  # what moves the weights; sgd keeps nothing
     checkpointing: bool = False  # keep the inputs of layers only and compute them again in the backward pass
     offload: Literal["none", "optimizer", "parameters"] = "none"  # what waits in the host's memory

@@ -1,6 +1,7 @@
 """Models to weigh: by name, by config.json or by hub id; whole, with LoRA, or with LoRA beside 4-bit weights.
 
-Only sizes and types matter here: no weights are read. LoRA and NF4 are explained in the chapter on adapting.
+Only sizes and types matter here: no weights are read. LoRA and NF4 are explained in finetune/llama2_lora.py and
+llama2_qlora.py.
 """
 
 import difflib
@@ -37,12 +38,12 @@ PRESETS = {  # model type, and what its configuration says
         text_config=dict(model_type="llama", vocab_size=32064, hidden_size=4096, intermediate_size=11008,
                          num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32))),
 }  # fmt: skip
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # what LoRA corrects, as in the chapter on adapting
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # what LoRA corrects, as in finetune/llama2_lora.py
 RANK = 8  # of the corrections
 
 
 class LoRALinear(nn.Module):
-    """W x + B A x, as the chapter on adapting explains it; here it is only weighed."""
+    """W x + B A x, as finetune/llama2_lora.py explains it; here it is only weighed."""
 
     def __init__(self, base, rank):
         super().__init__()

@@ -1,6 +1,6 @@
 """Packing: several samples of pictures and words in one row, none attends to another; or padded batches.
 
-A tweet has 17 tokens, a photo with its question 80, a page of a manual 500. Put side by side in a rectangle, most of
+A tweet has 17 tokens, a photo with its question 70, a page of a manual 400. Put side by side in a rectangle, most of
 it is padding, which costs as much as words. Sort by length first, and less is wasted; lay several samples end to end in
 one row, each blind to its neighbours, and next to nothing is. Krell et al. 2021, arXiv:2107.02027 (packing); Liu et al.
 2023, arXiv:2310.03744, App. A (one modality a batch). Here, too: sources mixed by weight, and pictures that cannot be

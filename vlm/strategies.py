@@ -2,7 +2,7 @@
 
 Each strategy is one run of vlm/train.py in a process of its own, so that its memory is its own.
 
-    python vlm/strategies.py                     # the table of the chapter: 53 CPU minutes
+    python vlm/strategies.py                     # the table of vlm/train.md: 53 CPU minutes
     python vlm/strategies.py --only lora
 """
 

@@ -70,7 +70,7 @@ def test_positions_are_those_of_transformers(grid, parity):
 
 
 def test_positions_of_a_new_model_are_what_a_new_model_there_should_have(parity):
-    """transformers 5.23 leaves them zero, and does not train them either: its model made from a config does not know
+    """transformers 5.24 leaves them zero, and does not train them either: its model made from a config does not know
     where a patch is. Its own function, called by hand, writes what is here."""
     config = ViTMAEConfig(hidden_size=32, image_size=16, patch_size=4, num_hidden_layers=1, decoder_num_hidden_layers=1,
                           num_attention_heads=4, decoder_hidden_size=16, decoder_num_attention_heads=2)  # fmt: skip
