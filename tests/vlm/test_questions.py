@@ -33,10 +33,13 @@ def written(folder, content, name="questions.json"):
 def test_both_formats_are_read(folder):
     (one,) = questions.read(written(folder, [AOKVQA]), images=folder)
     assert one["image"].name == "000000000007.jpg" and one["choices"][one["right"]] == "dog"
-    asked = {"questions": [{"question_id": 90, "image_id": 9, "question": "What colour?"}]}
-    people = {"annotations": [{"question_id": 90, "answers": [{"answer": "red"}] * 10}]}
-    (two,) = questions.read(written(folder, asked), written(folder, people, "people.json"), folder)
+    numbers = {90: "red", 91: "yes"}  # the answers stand in another order than the questions
+    asked = {"questions": [{"question_id": n, "image_id": 9, "question": "What colour?"} for n in numbers]}
+    people = [{"question_id": n, "answers": [{"answer": said}] * 10} for n, said in reversed(numbers.items())]
+    answers = written(folder, {"annotations": people}, "people.json")
+    two, three = questions.read(written(folder, asked), answers, folder)
     assert two["answers"] == ["red"] * 10 and two["choices"] is None and "val2014" in two["image"].name
+    assert three["answers"] == ["yes"] * 10
 
 
 @pytest.mark.parametrize(
