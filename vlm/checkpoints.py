@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from finetune import llama2_lora
+from finetune import llama2_full, llama2_lora
 from training import manifest, zero_config
 from utils import checkpoint
 from utils.run import check, same_flags
@@ -39,23 +39,6 @@ def about(cfg):
         if Path(named[part]).is_dir():
             named[part] = str(Path(named[part]).resolve())
     return named | {"scale": LORA_SCALE}
-
-
-class Moving:
-    """All that learns, as one part of a checkpoint."""
-
-    def __init__(self, model):
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def state_dict(self):
-        return {name: p.detach() for name, p in self.weights.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        if state.keys() != self.weights.keys():
-            raise KeyError("other weights were trained")
-        for name, p in self.weights.items():
-            p.copy_(state[name])
 
 
 def engine_of(learner, every, cfg):
@@ -92,7 +75,7 @@ def save(cfg, model, optimizer, losses, engine=None):
 
         manifest.save(Path(cfg.out) / "checkpoints", len(losses), put)
     elif not dist.is_initialized() or dist.get_rank() == 0:
-        kept = {"weights": Moving(model), "optimizer": optimizer}
+        kept = {"weights": llama2_full.Trained(model), "optimizer": optimizer}
         checkpoint.save_state(Path(cfg.out) / "state.safetensors", **kept, config=asdict(cfg), losses=losses)
 
 
@@ -100,7 +83,7 @@ def load(cfg, model, optimizer, engine=None):
     """Put the last checkpoint back -> the losses so far. Raises UserError: there is none, or it is of another run."""
     if not engine:
         found = Path(cfg.out) / "state.safetensors"
-        return checkpoint.load_state(found, cfg, weights=Moving(model), optimizer=optimizer)["losses"]
+        return checkpoint.load_state(found, cfg, weights=llama2_full.Trained(model), optimizer=optimizer)["losses"]
     folder = manifest.load(Path(cfg.out) / "checkpoints")
     state, n = checkpoint.load_state(folder / "run.safetensors"), dist.get_world_size()
     check(state["config"]["ranks"] == n, f"--resume: {folder} was written by {state['config']['ranks']} ranks, not {n}")
