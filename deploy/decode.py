@@ -34,13 +34,15 @@ class Config:
     chat: bool = False  # put the prompt as a question to the assistant
     model: str = "smollm2"  # or a local folder, or a hub id
     max_new_tokens: int = 64  # tokens of each continuation
-    max_prompt: int = 512  # tokens of the longest prompt that is read: each of seven decoders reads it
+    # tokens of the longest prompt that is read: each of seven decoders reads it
+    max_prompt: int = 512
     beams: int = 4  # sentences that beam search keeps
     length_penalty: float = 1.0  # a finished sentence scores sum log p / length ** this
     temperature: float = 0.7  # below 1 likely tokens get likelier
     top_k: int = 40
     top_p: float = 0.9
-    repetition: float = 1.3  # penalty of a token that was there before, in the prompt too; 1 is none
+    # penalty of a token that was there before, in the prompt too; 1 is none
+    repetition: float = 1.3
     seed: int = 0  # same seed, same draws
     device: str = "auto"
     out: str = "outputs/decode"
@@ -61,16 +63,23 @@ def check_length(model, tokens, new, most=None):
     Past its table of positions a model crashes (GPT-2) or prints noise (rotary ones). most: tokens of a prompt that one
     is ready to wait for.
     """
-    check(most is None or tokens <= most, f"the prompt has {tokens} tokens, --max-prompt is {most}: shorten the prompt")
+    check(
+        most is None or tokens <= most,
+        f"the prompt has {tokens} tokens, --max-prompt is {most}: shorten the prompt",
+    )
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     fits = room is None or tokens + new <= room
-    check(fits, f"{tokens} tokens of prompt and {new} new ones, but the model has {room} positions: ask for fewer")
+    check(
+        fits,
+        f"{tokens} tokens of prompt and {new} new ones, but the model has {room} positions: ask for fewer",
+    )
 
 
 def forward(model, mask, cache=None, **new):
     """Feed what is new: logits of the token that comes next (B,V) in float32, and the cache of all keys and values."""
     width = next(iter(new.values())).shape[1]
-    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -width:]  # padding does not count
+    # Padding does not count
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -width:]
     more = {"position_ids": positions, "cache": cache, "use_cache": True, "logits_to_keep": 1}
     out = model(**new, attention_mask=mask, **more)
     return out.logits[:, -1].float(), out.cache
@@ -83,15 +92,28 @@ def all_ones_mask(x):
 
 def start(model, input_ids=None, inputs_embeds=None, attention_mask=None):
     """Read the prompt: logits (B,V), cache, mask (B,N), and how often each token was there (B,V)."""
-    check((input_ids is None) != (inputs_embeds is None), "a prompt is input_ids or inputs_embeds, one of the two")
+    check(
+        (input_ids is None) != (inputs_embeds is None),
+        "a prompt is input_ids or inputs_embeds, one of the two",
+    )
     x: Any = inputs_embeds if input_ids is None else input_ids
     check(x.shape[0] > 0 and x.shape[1] > 0, "the prompt has no token")
     mask = all_ones_mask(x) if attention_mask is None else attention_mask.long()
-    check(mask.shape == x.shape[:2], f"attention_mask is {tuple(mask.shape)}, the prompt {tuple(x.shape[:2])}")
+    check(
+        mask.shape == x.shape[:2],
+        f"attention_mask is {tuple(mask.shape)}, the prompt {tuple(x.shape[:2])}",
+    )
     check(bool(mask[:, -1].all()), "pad prompts on the left: tokenizer.padding_side = 'left'")
-    logits, cache = forward(model, mask, **({"inputs_embeds": x} if input_ids is None else {"input_ids": x}))
+    logits, cache = forward(
+        model, mask, **({"inputs_embeds": x} if input_ids is None else {"input_ids": x})
+    )
     seen = torch.zeros_like(logits)
-    return logits, cache, mask, seen if input_ids is None else seen.scatter_add(1, x, mask.to(seen.dtype))
+    return (
+        logits,
+        cache,
+        mask,
+        seen if input_ids is None else seen.scatter_add(1, x, mask.to(seen.dtype)),
+    )
 
 
 def width_of(prompt):
@@ -118,7 +140,9 @@ def repetition_penalty(logits, seen, penalty):
     The paper divides every logit, which makes a token with a negative one likelier: these are multiplied, as in
     transformers. Words of the prompt count, too: never use it where an answer is to be copied from a passage.
     """
-    return torch.where(seen > 0, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return torch.where(
+        seen > 0, torch.where(logits < 0, logits * penalty, logits / penalty), logits
+    )
 
 
 def top_k(logits, k):
@@ -130,14 +154,18 @@ def top_k(logits, k):
 def top_p(logits, p):
     """Only the nucleus, the fewest tokens whose probabilities add up to p or more: (B,V), the others -inf. Eq. 2."""
     ascending, order = logits.sort(dim=-1)
-    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p  # together these have 1 - p at most: the rest has p
+    # Together these have 1 - p at most: the rest has p
+    tail = ascending.softmax(-1).cumsum(-1) <= 1 - p
     tail[..., -1] = False  # the likeliest stays, whatever p is
     return logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
 
 
 def sampler(temperature=1.0, k=0, p=1.0, generator=None):
     """A function that draws a token from logits: (B,V) -> (B,). k = 0 and p = 1 leave all tokens in."""
-    check(temperature > 0 and k >= 0 and 0 < p <= 1, "temperature must be above 0, top-k at least 0, top-p in (0, 1]")
+    check(
+        temperature > 0 and k >= 0 and 0 < p <= 1,
+        "temperature must be above 0, top-k at least 0, top-p in (0, 1]",
+    )
 
     def draw(logits):
         logits = logits / temperature  # Sec. 3.3
@@ -160,7 +188,10 @@ def stream(model, pick=argmax_token, max_new_tokens=40, eos=None, pad=0, repetit
     prompt: input_ids or inputs_embeds, attention_mask, as the head of this file says. Raises UserError if they do not
     fit together. eos: the ids that end a text.
     """
-    check(max_new_tokens > 0 and repetition > 0, "max_new_tokens must be at least 1, the repetition penalty above 0")
+    check(
+        max_new_tokens > 0 and repetition > 0,
+        "max_new_tokens must be at least 1, the repetition penalty above 0",
+    )
     check_length(model, width_of(prompt), max_new_tokens)
     # prefill: the whole prompt is read at once
     logits, cache, mask, seen = start(model, **prompt)
@@ -199,7 +230,10 @@ def beam(
     The score of a sentence that ended is sum log p / T ** length_penalty. A prompt is done when K sentences have ended
     and none that goes on could score better at its present length (early_stopping: when K have ended).
     """
-    check(1 <= num_return <= beams and max_new_tokens > 0, "beams must be at least num_return, and both at least 1")
+    check(
+        1 <= num_return <= beams and max_new_tokens > 0,
+        "beams must be at least num_return, and both at least 1",
+    )
     check(repetition > 0, "the repetition penalty must be above 0")
     check_length(model, width_of(prompt), max_new_tokens)
     # prefill: the prompt is read once, and its keys and values are copied to all K beams
@@ -210,7 +244,8 @@ def beam(
     score = torch.full((prompts, beams), -1e9, device=logits.device)
     score[:, 0] = 0  # all beams are still the same: only the first may go on
     text = torch.empty(prompts, beams, 0, dtype=torch.long, device=logits.device)
-    ended: list[list] = [[] for _ in range(prompts)]  # (score, tokens) of the best K sentences that ended
+    # (score, tokens) of the best K sentences that ended
+    ended: list[list] = [[] for _ in range(prompts)]
     is_open = [True] * prompts
     first_row = beams * torch.arange(prompts, device=logits.device)[:, None]
     end_ids = 1 if eos is None or isinstance(eos, int) else len(eos)
@@ -236,7 +271,9 @@ def beam(
                     ended[b].append((best[b, j].item() / length**length_penalty, grown[b, j]))
             ended[b] = sorted(ended[b], key=lambda e: e[0], reverse=True)[:beams]
             best_possible = best[b, going[b, 0]].item() / length**length_penalty
-            is_open[b] = len(ended[b]) < beams or (not early_stopping and best_possible > ended[b][-1][0])
+            is_open[b] = len(ended[b]) < beams or (
+                not early_stopping and best_possible > ended[b][-1][0]
+            )
         if not any(is_open) or length == max_new_tokens:
             break
         # the beams of the next step: their scores, texts, and the past of the parent of each
@@ -249,9 +286,13 @@ def beam(
         mask = extend_mask(mask)
         logits, cache = forward(model, mask, cache, input_ids=token)
     found = [e for row in ended for e in row[:num_return]]
-    tokens = torch.nn.utils.rnn.pad_sequence([t for _, t in found], batch_first=True, padding_value=pad)
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [t for _, t in found], batch_first=True, padding_value=pad
+    )
     scores = torch.tensor([s for s, _ in found], device=tokens.device)
-    return rearrange(tokens, "(b r) t -> b r t", r=num_return), rearrange(scores, "(b r) -> b r", r=num_return)
+    return rearrange(tokens, "(b r) t -> b r t", r=num_return), rearrange(
+        scores, "(b r) -> b r", r=num_return
+    )
 
 
 @torch.no_grad()
@@ -260,9 +301,17 @@ def log_probs(model, tokens, input_ids=None, inputs_embeds=None, attention_mask=
     embed = model.get_input_embeddings()
     x = embed(input_ids) if inputs_embeds is None else inputs_embeds
     mask = all_ones_mask(x) if attention_mask is None else attention_mask.long()
-    x, mask = torch.cat([x, embed(tokens)], dim=1), torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    x, mask = (
+        torch.cat([x, embed(tokens)], dim=1),
+        torch.cat([mask, torch.ones_like(tokens)], dim=1),
+    )
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-    out = model(inputs_embeds=x, attention_mask=mask, position_ids=positions, logits_to_keep=tokens.shape[1] + 1)
+    out = model(
+        inputs_embeds=x,
+        attention_mask=mask,
+        position_ids=positions,
+        logits_to_keep=tokens.shape[1] + 1,
+    )
     return out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
@@ -290,8 +339,12 @@ def decoders(model, cfg, **options):
     return {
         "greedy": lambda prompt: greedy(model, **prompt, **options),
         f"{cfg.beams} beams": lambda prompt: beam(model, **width, **prompt, **options)[0][:, 0],
-        f"penalty {cfg.repetition:g}": lambda prompt: greedy(model, repetition=cfg.repetition, **prompt, **options),
-        f"temperature {cfg.temperature:g}": lambda prompt: sample(model, cfg.temperature, **prompt, **options),
+        f"penalty {cfg.repetition:g}": lambda prompt: greedy(
+            model, repetition=cfg.repetition, **prompt, **options
+        ),
+        f"temperature {cfg.temperature:g}": lambda prompt: sample(
+            model, cfg.temperature, **prompt, **options
+        ),
         f"top-k {cfg.top_k}": lambda prompt: sample(model, k=cfg.top_k, **prompt, **options),
         f"top-p {cfg.top_p:g}": lambda prompt: sample(model, p=cfg.top_p, **prompt, **options),
         "all tokens": lambda prompt: sample(model, **prompt, **options),
@@ -303,7 +356,10 @@ def left_padded(prompts, pad, device="cpu"):
     wide = max(map(len, prompts))
     rows = [[pad] * (wide - len(ids)) + ids for ids in prompts]
     mask = [[0] * (wide - len(ids)) + [1] * len(ids) for ids in prompts]
-    return {"input_ids": torch.tensor(rows, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return {
+        "input_ids": torch.tensor(rows, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def prompt_ids(tokenizer, prompt, chat):
@@ -327,13 +383,17 @@ def check_flags(cfg):
 
 def load(name, device):
     """-> tokenizer, model: smollm2, or a folder or hub id."""
-    return pretrained.smollm2(device) if name == "smollm2" else pretrained.language_model(name, device)
+    return (
+        pretrained.smollm2(device) if name == "smollm2" else pretrained.language_model(name, device)
+    )
 
 
 def score(model, tokens, eos, **prompt):
     """Each new text up to its end: [(log p of each token (T,), share of 4-grams that are repeated)]."""
     log_p = log_probs(model, tokens, **prompt).cpu()
-    lengths = [(is_end(row, eos).nonzero().flatten().tolist() + [len(row) - 1])[0] + 1 for row in tokens]
+    lengths = [
+        (is_end(row, eos).nonzero().flatten().tolist() + [len(row) - 1])[0] + 1 for row in tokens
+    ]
     return [(log_p[i, :n], repeated(tokens[i, :n].tolist())) for i, n in enumerate(lengths)]
 
 
@@ -357,9 +417,13 @@ def main(cfg: Config) -> dict:
         ((log_p, again),) = score(model, tokens, eos, **prompt)
         texts[name] = tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         rows[name] = {"tokens": len(log_p), "log p": float(log_p.sum()), "repeated": again}
-        print(f"\n{name}, sum log p {log_p.sum():.1f}, {100 * again:.0f} % of 4-grams repeated:\n{texts[name]}")
+        print(
+            f"\n{name}, sum log p {log_p.sum():.1f}, {100 * again:.0f} % of 4-grams repeated:\n{texts[name]}"
+        )
     if cfg.repetition > 1:
-        print(f"\npenalty {cfg.repetition:g} counts words of the prompt, too: not for answers out of a passage")
+        print(
+            f"\npenalty {cfg.repetition:g} counts words of the prompt, too: not for answers out of a passage"
+        )
     run.write_json(folder / "texts.json", texts)
     return run.report(folder, rows, then="python deploy/decode_study.py")
 

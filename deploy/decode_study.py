@@ -22,7 +22,7 @@ from utils.run import check
 class Config(decode.Config):
     """Decode the same prompts in seven ways; compare probability and repetition with what people wrote."""
 
-    passages: int = 6  # paragraphs of real manuals to go on with: the first 24 tokens are the prompt
+    passages: int = 6  # paragraphs of real manuals; their first 24 tokens are the prompt
     out: str = "outputs/decode_study"
 
 
@@ -35,7 +35,10 @@ def passages(tokenizer, count, tokens, head=24):
                 texts.append(" ".join(text.split()))
     every = tokenizer(texts)["input_ids"] if texts else []  # all at once: a third of the time
     found = [ids[: head + tokens] for ids in every if len(ids) >= head + tokens]
-    check(len(found) >= count, f"only {len(found)} paragraphs are so long: lower --passages or --max-new-tokens")
+    check(
+        len(found) >= count,
+        f"only {len(found)} paragraphs are so long: lower --passages or --max-new-tokens",
+    )
     some = [found[i * len(found) // count] for i in range(count)]
     return [ids[:head] for ids in some], torch.tensor([ids[head:] for ids in some])
 
@@ -50,16 +53,36 @@ def draw(path, judged):
     for i, (name, texts) in enumerate(judged.items()):
         colour, marker = ("black", "*") if name == human else (f"C{i}", "o")
         if name in (search, human):
-            left.plot(texts[dullest][0].exp(), color=colour, marker="o", markersize=3, linewidth=1, label=name)
+            left.plot(
+                texts[dullest][0].exp(),
+                color=colour,
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                label=name,
+            )
         xs, ys = [x.mean().item() for x, _ in texts], [100 * y for _, y in texts]
         right.scatter(xs, ys, s=16, alpha=0.4, linewidths=0, color=colour, marker=marker)
         mean = sum(xs) / len(xs), sum(ys) / len(ys)
         right.scatter(
-            *mean, s=200 if name == human else 90, edgecolors="white", label=name, color=colour, marker=marker
+            *mean,
+            s=200 if name == human else 90,
+            edgecolors="white",
+            label=name,
+            color=colour,
+            marker=marker,
         )
-    left.set(xlabel="token", ylabel="probability", title="how a paragraph goes on: a search, and its author")
+    left.set(
+        xlabel="token",
+        ylabel="probability",
+        title="how a paragraph goes on: a search, and its author",
+    )
     left.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.32))
-    right.set(xlabel="mean log p of a token", ylabel="4-grams repeated, %", title="small: one text; large: the mean")
+    right.set(
+        xlabel="mean log p of a token",
+        ylabel="4-grams repeated, %",
+        title="small: one text; large: the mean",
+    )
     right.legend(fontsize=8, frameon=False, loc="upper left")
     right.grid(alpha=0.3)
     figures.close(figure, path)

@@ -20,15 +20,47 @@ from utils.text import printable, read_text
 PREFIX = "base_model.model."  # PEFT wraps a model twice, and its files say so
 
 # Keys that say where an adapter comes from or how it was trained: they change nothing of what it computes.
-NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+NOTES = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+}
 NOTES |= {"inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"}
 # How the numbers of a soft prompt were made; the file holds what came out.
-NOTES |= {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
-NOTES |= {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"}
+NOTES |= {
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+}
+NOTES |= {
+    "encoder_reparameterization_type",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_dropout",
+}
 NOTES |= {"prefix_projection", "init_weights"}
 # What is used, by the kind of adapter.
-LORA = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora", "bias", "init_lora_weights"}
-PROMPT = {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"}
+LORA = {
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "init_lora_weights",
+}
+PROMPT = {
+    "num_virtual_tokens",
+    "token_dim",
+    "num_layers",
+    "num_attention_heads",
+    "num_transformer_submodules",
+}
 USED = {
     "LORA": LORA,
     "IA3": {"target_modules", "feedforward_modules", "modules_to_save", "init_ia3_weights"},
@@ -73,7 +105,9 @@ def read(folder, kinds):
     except run.UserError as error:
         raise run.UserError(f"no adapter in {name}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise run.UserError(f"no adapter in {name}: adapter_config.json is no JSON ({printable(error)})") from None
+        raise run.UserError(
+            f"no adapter in {name}: adapter_config.json is no JSON ({printable(error)})"
+        ) from None
     check_config(config, kinds, name)
     # ours: of PEFT's own files the header says the format only
     if set(header) - {"format"}:
@@ -92,7 +126,9 @@ def read_tensors(path):
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no dict)
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise run.UserError(f"{path.name} is not a whole safetensors file ({printable(error)[:80]})") from None
+        raise run.UserError(
+            f"{path.name} is not a whole safetensors file ({printable(error)[:80]})"
+        ) from None
 
 
 def check_config(config, kinds, name):
@@ -103,7 +139,11 @@ def check_config(config, kinds, name):
     where = f"{name}/adapter_config.json"
     # A key that is empty asks for nothing, whatever it is called.
     beyond = sorted(key for key, value in config.items() if value and key not in NOTES | USED[kind])
-    values = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian"), "num_transformer_submodules": (1,)}
+    values = {
+        "bias": ("none",),
+        "init_lora_weights": (True, False, "gaussian"),
+        "num_transformer_submodules": (1,),
+    }
     for key, allowed in values.items():
         value = config.get(key)
         if value is not None and not any(value == x and type(value) is type(x) for x in allowed):
@@ -111,13 +151,20 @@ def check_config(config, kinds, name):
     if config.get("use_dora") and config.get("use_rslora"):
         beyond.append("use_dora with use_rslora")
     listed = printable(", ".join(beyond))
-    run.check(not beyond, f"{where} has {listed}, which this script does not know; load it with PEFT")
+    run.check(
+        not beyond, f"{where} has {listed}, which this script does not know; load it with PEFT"
+    )
     lacking = [key for key in NEEDED[kind] if config.get(key) is None]
     run.check(not lacking, f"{where} lacks {', '.join(lacking)}")
     numbers = {"r": int, "num_virtual_tokens": int, "lora_alpha": (int, float)}
     for key, types in numbers.items():
         value = config.get(key, 1)
-        good = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        good = (
+            isinstance(value, types)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value > 0
+        )
         run.check(good, f"{where}: {key} is {printable(value)}; it must be a number above 0")
     for key in ("target_modules", "modules_to_save", "feedforward_modules"):
         value = config.get(key)
@@ -132,9 +179,16 @@ def check_hash(config, tensors, header, name):
     """Raises UserError if a folder of ours is not as it was written. The place of the base model may have changed."""
     text = header.get("meta", "")
     whole = header.get("sha256") == checkpoint.digest(tensors, text)
-    run.check(whole, f"{name}/adapter_model.safetensors is damaged: its weights are not those that were written")
+    run.check(
+        whole,
+        f"{name}/adapter_model.safetensors is damaged: its weights are not those that were written",
+    )
     written = json.loads(text) or config
-    changed = [k for k in written.keys() | config.keys() if k not in NOTES and written.get(k) != config.get(k)]
+    changed = [
+        k
+        for k in written.keys() | config.keys()
+        if k not in NOTES and written.get(k) != config.get(k)
+    ]
     listed = printable(", ".join(sorted(changed)))
     run.check(not changed, f"{name}/adapter_config.json is not as it was written: {listed}")
 

@@ -61,7 +61,11 @@ def interleaved(actions, rounds):
 
 def pair(cfg, lora, bf16):
     """The same model with our corrections, and with PEFT's."""
-    load = pretrained.smollm2 if cfg.model == "smollm2" else lambda: pretrained.language_model(cfg.model)
+    load = (
+        pretrained.smollm2
+        if cfg.model == "smollm2"
+        else lambda: pretrained.language_model(cfg.model)
+    )
     models = []
     for inject in (lambda m: llama2_lora.inject(m, lora.targets, lora.rank, lora.alpha, variant=lora.variant),
                    lambda m: llama2_lora.through_peft(m, lora)):  # fmt: skip
@@ -82,7 +86,8 @@ def main(cfg: Config) -> dict:
         for kind, bf16 in (("fp32", False), ("bf16", True)):
             models = pair(cfg, llama2_lora.Config(variant=variant), bf16)
             ids = torch.randint(models[0].config.vocab_size, (cfg.batch, cfg.length))
-            labels = ids.masked_fill(torch.arange(cfg.length) < cfg.length - 2, sentiment.IGNORE)  # answer and end
+            # Answer and end
+            labels = ids.masked_fill(torch.arange(cfg.length) < cfg.length - 2, sentiment.IGNORE)
             batch = ids, torch.ones_like(ids, dtype=torch.bool), labels
             ours, theirs = interleaved([training_step(m, batch, bf16) for m in models], cfg.rounds)
             metrics[f"{variant}, {kind} step"] = {

@@ -19,7 +19,8 @@ from pathlib import Path
 from finetune import sentiment
 from utils import figures, run
 
-ASKED = {"zero-shot": "yours, 0 examples", "4 examples": "yours, 4 examples"}  # rows of llama2_hard_prompt.py
+# Rows of llama2_hard_prompt.py
+ASKED = {"zero-shot": "yours, 0 examples", "4 examples": "yours, 4 examples"}
 METHODS = {  # name: script and flags
     "full": "llama2_full.py",
     "head only": "llama2_full.py --part head --lr 1e-3",
@@ -60,10 +61,21 @@ class Config(sentiment.Task):
 def command(cfg, flags, folder):
     """The command line of a script, with what it shares with the others in this comparison."""
     script, *own = flags.split()
-    same = ["--data", cfg.data, "--threshold", cfg.threshold, "--pattern", cfg.pattern, "--words", *cfg.words]
+    same = [
+        "--data",
+        cfg.data,
+        "--threshold",
+        cfg.threshold,
+        "--pattern",
+        cfg.pattern,
+        "--words",
+        *cfg.words,
+    ]
     same += ["--split", cfg.split, "--texts", cfg.texts, "--model", cfg.model, "--seed", cfg.seed]
     same += ["--device", cfg.device, "--out", folder]
-    same += [] if script == "llama2_hard_prompt.py" else ["--steps", cfg.steps, "--batch", cfg.batch]
+    same += (
+        [] if script == "llama2_hard_prompt.py" else ["--steps", cfg.steps, "--batch", cfg.batch]
+    )
     return [sys.executable, str(Path(__file__).with_name(script)), *own, *map(str, same)]
 
 
@@ -78,7 +90,10 @@ def measure(cfg, name, flags, folder):
             return metrics
     print(f"== {name}: {flags}", flush=True)
     ran = subprocess.run(words)
-    run.check(ran.returncode == 0, f"{name} failed; go on with --resume: what ran before it is kept in {folder}")
+    run.check(
+        ran.returncode == 0,
+        f"{name} failed; go on with --resume: what ran before it is kept in {folder}",
+    )
     return json.loads(done.read_text("utf-8"))
 
 
@@ -90,7 +105,10 @@ def written(x):
 
 def table(rows):
     """{method: metrics} -> lines of Markdown."""
-    lines = ["| method | accuracy | macro F1 | generated | " + " | ".join(COLUMNS) + " |", "|---" * 9 + "|"]
+    lines = [
+        "| method | accuracy | macro F1 | generated | " + " | ".join(COLUMNS) + " |",
+        "|---" * 9 + "|",
+    ]
     for name, m in rows.items():
         first = f"{m['accuracy']:.3f} ({m['low']:.3f} to {m['high']:.3f})"
         first += f" | {m['macro_f1']:.3f} ({m['f1_low']:.3f} to {m['f1_high']:.3f})"
@@ -110,9 +128,19 @@ def plot(path, rows):
         error = [[m["accuracy"] - m["low"]], [m["high"] - m["accuracy"]]]
         axes[0].errorbar(m["accuracy"], i, xerr=error, fmt="o", capsize=2, color="steelblue")
     for k, (name, m) in enumerate((n, m) for n, m in rows.items() if not m.get("trained")):
-        axes[0].axvline(m["accuracy"], color="black", linewidth=1, linestyle=("-", "--", ":", "-.")[k % 4], label=name)
+        axes[0].axvline(
+            m["accuracy"],
+            color="black",
+            linewidth=1,
+            linestyle=("-", "--", ":", "-.")[k % 4],
+            label=name,
+        )
     axes[0].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    costs = {"trained weights": "trained", "CPU seconds a step": "seconds_per_step", "tensors, MiB": "tensor_MiB"}
+    costs = {
+        "trained weights": "trained",
+        "CPU seconds a step": "seconds_per_step",
+        "tensors, MiB": "tensor_MiB",
+    }
     for axis, (label, column) in zip(axes[1:], costs.items()):
         axis.barh(places, [m[column] for m in trained.values()], color="lightsteelblue")
         axis.set(xlabel=label, xscale="log" if column == "trained" else "linear")
@@ -138,7 +166,8 @@ def main(cfg: Config) -> dict:
         rows[name] = asked[key] | {"generated": asked[f"{key}, generated"]["accuracy"]}
     for name in cfg.only or METHODS:
         m = measure(cfg, name, METHODS[name], folder)
-        rows[name] = m["likelihood"] | {"generated": m["generated"]["accuracy"]} | {k: m[k] for k in COLUMNS.values()}
+        counted = {k: m[k] for k in COLUMNS.values()}
+        rows[name] = m["likelihood"] | {"generated": m["generated"]["accuracy"]} | counted
     (folder / "table.md").write_text("\n".join(table(rows)) + "\n", "utf-8")
     plot(folder / "compare.png", rows)
     print("\n".join(table(rows)))

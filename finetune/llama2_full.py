@@ -55,7 +55,8 @@ class Config(Training):
     lr: float = 5e-5  # peak learning rate
     steps: int = 60  # training steps; each costs nearly twice what one of LoRA costs
     part: Literal["all", "head"] = "all"  # what moves: every weight, or the last layer
-    save_every: int = 0  # steps between checkpoints; one has weights and the optimizer's two numbers for each: 1.6 GB
+    # steps between checkpoints; one has weights and the optimizer's two numbers for each: 1.6 GB
+    save_every: int = 0
     out: str = "outputs/llama2_full"  # where the results go
 
 
@@ -67,7 +68,9 @@ def loss(network, ids, mask, labels):
     first = int((labels != IGNORE).any(0).int().argmax())  # where the longest answer begins
     last = labels.shape[1] - first
     logits = network(ids, mask, last + 1)[:, :-1]  # (B, last, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -last:].flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, -last:].flatten(), ignore_index=IGNORE
+    )
 
 
 def learning_rate(cfg, i):
@@ -92,7 +95,9 @@ def step(network, optimizer, batch, device):
     with run.autocast(device):
         value = loss(network, *(x.to(device) for x in batch))
     value.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], 1.0
+    )
     optimizer.step()
     optimizer.zero_grad()  # here, so that gradients are gone before the next text is read
     return value.detach()
@@ -108,7 +113,9 @@ def train(network, optimizer, tokenizer, pairs, cfg, device, start=0):
 
 def numbers(tensors):
     """Bytes of the storages behind these tensors, shared ones counted once."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    return sum(
+        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
+    )
 
 
 @contextmanager
@@ -186,13 +193,19 @@ def supported(model, tokenizer, cfg, before=0):
     """
     kind = model.config.model_type
     accepted = inspect.signature(model.forward).parameters
-    lacking = [name for name in ("position_ids", "inputs_embeds", "logits_to_keep") if name not in accepted]
+    lacking = [
+        name for name in ("position_ids", "inputs_embeds", "logits_to_keep") if name not in accepted
+    ]
     run.check(
-        not lacking, f"models of the kind {kind} take no {', '.join(lacking)}; choose a Llama, GPT-2, OPT or Qwen"
+        not lacking,
+        f"models of the kind {kind} take no {', '.join(lacking)}; choose a Llama, GPT-2, OPT or Qwen",
     )
     end = tokenizer.eos_token_id
     words = model.get_input_embeddings().num_embeddings
-    run.check(end is not None, "the tokenizer of this model has no end token; set eos_token in tokenizer_config.json")
+    run.check(
+        end is not None,
+        "the tokenizer of this model has no end token; set eos_token in tokenizer_config.json",
+    )
     run.check(end < words, f"the end token has the number {end}, and the model knows {words} words")
     # The longest question there can be: a text is cut to MAX_TOKENS, its answer and the end token follow.
     pattern = len(tokenizer(cfg.pattern.replace("{text}", ""))["input_ids"])
@@ -207,13 +220,21 @@ def start(cfg, allow=None, before=0):
     before every text.
     """
     if isinstance(cfg, Training):
-        run.check(min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0, "--steps, --batch and --lr must be above 0")
+        run.check(
+            min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0,
+            "--steps, --batch and --lr must be above 0",
+        )
     parts = sentiment.load(cfg)
     device = run.device(cfg.device)
-    load = pretrained.smollm2 if cfg.model == "smollm2" else partial(pretrained.language_model, cfg.model)
+    load = (
+        pretrained.smollm2
+        if cfg.model == "smollm2"
+        else partial(pretrained.language_model, cfg.model)
+    )
     tokenizer, model = load(device)
     if device.type == "cpu":
-        model.set_attn_implementation("eager")  # on texts as short as these a fifth faster than the fused kernel
+        # On texts as short as these a fifth faster than the fused kernel
+        model.set_attn_implementation("eager")
     supported(model, tokenizer, cfg, before)
     if allow:
         allow(model)
@@ -236,7 +257,10 @@ def experiment(cfg, bench, network, model, groups=None):
     network: the function (ids, mask, last) -> logits that asks the model; groups: of `group`, if not all weights have
     one learning rate.
     """
-    state, texts = bench.folder / "state.safetensors", sorted(bench.parts["train"], key=lambda pair: len(pair[0]))
+    state, texts = (
+        bench.folder / "state.safetensors",
+        sorted(bench.parts["train"], key=lambda pair: len(pair[0])),
+    )
     optimizer = torch.optim.AdamW(groups or [group(moving(model), 1.0)], cfg.lr, weight_decay=0.0)
     kept, losses, seconds = {"weights": Trained(model), "optimizer": optimizer}, [], []
     if cfg.resume:
@@ -246,7 +270,8 @@ def experiment(cfg, bench, network, model, groups=None):
     save = lambda: checkpoint.save_state(state, **kept, **with_it)  # noqa: E731
     model.train()
     steps = train(network, optimizer, bench.tokenizer, texts, cfg, bench.device, len(losses))
-    clock = time.process_time if bench.device.type == "cpu" else time.perf_counter  # neighbours cost no CPU time
+    # Neighbours cost no CPU time
+    clock = time.process_time if bench.device.type == "cpu" else time.perf_counter
     then = clock()
     for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
         seconds.append(clock() - then)
@@ -257,7 +282,8 @@ def experiment(cfg, bench, network, model, groups=None):
     figures.curves(bench.folder / "loss.png", {"loss": losses}, "step", "-log p(answer)", smooth=5)
     metrics = {
         "trained": sum(p.numel() for p in moving(model)), "final_loss": float(np.mean(losses[-10:])),
-        "train_seconds": sum(seconds), "seconds_per_step": float(np.median(seconds)),  # of all cores together
+        # Of all cores together
+        "train_seconds": sum(seconds), "seconds_per_step": float(np.median(seconds)),
         "process_MiB": process_peak() / 2**20,
     }  # fmt: skip
     for g in optimizer.param_groups:
@@ -265,7 +291,9 @@ def experiment(cfg, bench, network, model, groups=None):
     again = lambda: step(network, optimizer, draw(bench.tokenizer, texts, cfg, 0), bench.device)  # noqa: E731
     metrics["tensor_MiB"] = peak(model, optimizer, again) / 2**20
     model.eval()
-    return metrics | sentiment.judge(network, bench.tokenizer, cfg, bench.parts["scored"], bench.device)
+    return metrics | sentiment.judge(
+        network, bench.tokenizer, cfg, bench.parts["scored"], bench.device
+    )
 
 
 def choose(model, part):
@@ -276,7 +304,9 @@ def choose(model, part):
     if part == "all":
         return model.float().requires_grad_(True)
     head = model.get_output_embeddings()
-    run.check(isinstance(head, torch.nn.Linear), "--part head: this model has no linear layer as its head")
+    run.check(
+        isinstance(head, torch.nn.Linear), "--part head: this model has no linear layer as its head"
+    )
     bias = head.bias is not None
     own = torch.nn.Linear(head.in_features, head.out_features, bias=bias, device=head.weight.device)
     own.load_state_dict(head.state_dict())

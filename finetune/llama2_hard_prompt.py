@@ -43,7 +43,10 @@ def wordings(cfg):
         return own
     return own | {
         "it was": ("{text} It was", (" terrible", " great")),
-        "question": ("{text}\nQuestion: Is this negative or positive?\nAnswer:", (" negative", " positive")),
+        "question": (
+            "{text}\nQuestion: Is this negative or positive?\nAnswer:",
+            (" negative", " positive"),
+        ),
         "smiley": ("{text}", (" :(", " :)")),
     }
 
@@ -51,7 +54,10 @@ def wordings(cfg):
 def examples(pairs, count, words, seed=0):
     """`count` texts to show, the labels in turn so that all are there equally often: [(text, label)]."""
     fewest = min(sum(y == k for _, y in pairs) for k in range(len(words)))
-    run.check(count <= fewest * len(words), f"--shots {count}: there are {fewest} training texts of a label")
+    run.check(
+        count <= fewest * len(words),
+        f"--shots {count}: there are {fewest} training texts of a label",
+    )
     order = np.random.default_rng(seed).permutation(len(pairs))
     kinds = [[pairs[i] for i in order if pairs[i][1] == k] for k in range(len(words))]
     return [kinds[i % len(words)][i // len(words)] for i in range(count)]
@@ -59,7 +65,9 @@ def examples(pairs, count, words, seed=0):
 
 def shown(tokenizer, task, pairs):
     """Solved questions as one string, to stand before each question."""
-    return "".join(sentiment.prompt(tokenizer, task, text) + task.words[y] + "\n\n" for text, y in pairs)
+    return "".join(
+        sentiment.prompt(tokenizer, task, text) + task.words[y] + "\n\n" for text, y in pairs
+    )
 
 
 def after(model, tokenizer, text):
@@ -77,7 +85,10 @@ def calibrated(scores, empty):
 
 def main(cfg: Config) -> dict:
     """Ask every wording without examples, the first with examples, too; each with and without calibration."""
-    run.check(cfg.shots and min(cfg.shots) >= 0, "--shots takes one or more numbers, none of them negative")
+    run.check(
+        cfg.shots and min(cfg.shots) >= 0,
+        "--shots takes one or more numbers, none of them negative",
+    )
     bench, metrics = llama2_full.start(cfg), {}
     tokenizer, parts, folder = bench.tokenizer, bench.parts, bench.folder
     texts, truth = zip(*parts["scored"])
@@ -89,9 +100,13 @@ def main(cfg: Config) -> dict:
             ask = after(bench.model, tokenizer, few), tokenizer
             answers = sentiment.answers(tokenizer, task)
             scores = sentiment.likelihood(*ask, questions, answers, bench.device)
-            empty = sentiment.likelihood(*ask, [pattern.replace("{text}", "N/A")], answers, bench.device)
+            empty = sentiment.likelihood(
+                *ask, [pattern.replace("{text}", "N/A")], answers, bench.device
+            )
             for label, x in (("", scores), (", calibrated", calibrated(scores, empty))):
-                metrics[f"{name}, {shots} examples{label}"] = sentiment.scores(truth, x.argmax(-1).tolist())
+                metrics[f"{name}, {shots} examples{label}"] = sentiment.scores(
+                    truth, x.argmax(-1).tolist()
+                )
             if name == "yours":
                 written = sentiment.generate(*ask, questions, bench.device, max(map(len, answers)))
                 said = sentiment.named(written, words)
@@ -99,7 +114,10 @@ def main(cfg: Config) -> dict:
     metrics["majority"] = sentiment.scores(truth, sentiment.majority(parts))
     if len(cfg.words) == 2:
         metrics["vader"] = sentiment.scores(truth, sentiment.vader(texts))
-    figures.bars(folder / "wordings.png", {k: (v["accuracy"], v["low"], v["high"]) for k, v in metrics.items()})
+    figures.bars(
+        folder / "wordings.png",
+        {k: (v["accuracy"], v["low"], v["high"]) for k, v in metrics.items()},
+    )
     return run.report(folder, metrics, then="python finetune/llama2_full.py")
 
 

@@ -44,9 +44,11 @@ class Config(llama2_full.Training):
     alpha: float = 16.0  # updates are multiplied by alpha / r
     dropout: float = 0.0  # dropout rate of an update's inputs in training
     plus: float = 1.0  # LoRA+: B learns so many times faster than A; its authors take 16
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # ends of names, or regular expressions
+    # ends of names, or regular expressions
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     within: str = ""  # the part of the model that may change; a target outside of it is an error
-    also: tuple[str, ...] = ()  # modules to train whole besides, such as model.norm (PEFT: modules_to_save)
+    # modules to train whole besides, such as model.norm (PEFT: modules_to_save)
+    also: tuple[str, ...] = ()
     merge: bool = False  # also write the merged model, an ordinary folder for from_pretrained
     backend: Literal["ours", "peft"] = "ours"  # who injects
     out: str = "outputs/llama2_lora"  # where the results go
@@ -136,7 +138,8 @@ class IA3Linear(nn.Module):
         self.base = base
         self.feedforward = feedforward  # scales its input
         size = base.in_features if feedforward else base.out_features
-        self.ia3_l = nn.Parameter(torch.ones(size, device=base.weight.device))  # one: step 0 is the base model
+        # one: step 0 is the base model
+        self.ia3_l = nn.Parameter(torch.ones(size, device=base.weight.device))
 
     def forward(self, x):
         if self.feedforward:
@@ -174,11 +177,16 @@ def find(model, targets, within=""):
     try:
         found = [name for name in linear if matches(name, targets)]
     except re.error as error:
-        raise run.UserError(f"--targets {' '.join(targets)}: not a regular expression ({error})") from None
+        raise run.UserError(
+            f"--targets {' '.join(targets)}: not a regular expression ({error})"
+        ) from None
     kinds = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in linear))
     run.check(found, f"--targets {' '.join(targets)} names no linear layer; there are: {kinds}")
     outside = [name for name in found if not f"{name}.".startswith(f"{within}." if within else "")]
-    run.check(not outside, f"--targets {' '.join(targets)} names layers outside of {within}: {', '.join(outside[:3])}")
+    run.check(
+        not outside,
+        f"--targets {' '.join(targets)} names layers outside of {within}: {', '.join(outside[:3])}",
+    )
     return found
 
 
@@ -191,8 +199,13 @@ def refuse_tied(model, names):
             owners.setdefault(id(p), []).append(name)
     for name in names:
         run.check(name in modules, f"--also {name}: there is no such module")
-        shared = next((owners[id(p)] for p in modules[name].parameters() if len(owners[id(p)]) > 1), ())
-        run.check(not shared, f"{' and '.join(shared)} are one and the same weight: neither can be adapted alone")
+        shared = next(
+            (owners[id(p)] for p in modules[name].parameters() if len(owners[id(p)]) > 1), ()
+        )
+        run.check(
+            not shared,
+            f"{' and '.join(shared)} are one and the same weight: neither can be adapted alone",
+        )
 
 
 def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", also=()):
@@ -200,7 +213,9 @@ def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", 
 
     within: the part of the model that may be changed; also: names of modules to train whole.
     """
-    run.check(rank > 0 and 0 <= dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
+    run.check(
+        rank > 0 and 0 <= dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1"
+    )
     names = find(model, targets, within)
     return inject_at(model, names, rank, alpha, dropout, variant, also)
 
@@ -238,7 +253,10 @@ def merge(model):
     """
     for name in names(model):
         adapter = model.get_submodule(name)
-        run.check(isinstance(adapter.base, nn.Linear), f"{name} is stored in few bits: nothing can be added to it")
+        run.check(
+            isinstance(adapter.base, nn.Linear),
+            f"{name} is stored in few bits: nothing can be added to it",
+        )
         merged = adapter.merge()
         replace_module(model, name, merged)
     return model
@@ -315,7 +333,10 @@ def save(model, folder, cfg, base="", also=()):
         "target_modules": names(model), "modules_to_save": list(also) or None,
     }  # fmt: skip
     if cfg.variant == "ia3":
-        config |= {"peft_type": "IA3", "feedforward_modules": [n for n in names(model) if n.endswith(FEEDFORWARD)]}
+        config |= {
+            "peft_type": "IA3",
+            "feedforward_modules": [n for n in names(model) if n.endswith(FEEDFORWARD)],
+        }
     else:
         config |= {
             "r": cfg.rank, "lora_alpha": cfg.alpha, "lora_dropout": cfg.dropout, "bias": "none",
@@ -342,7 +363,10 @@ def target_modules(model, config, tensors):
     targets = config["target_modules"]
     linear = [name for name, m in model.named_modules() if hasattr(m, "in_features")]
     if isinstance(targets, str):
-        owners = {re.sub(r"\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$", "", key) for key in tensors}
+        owners = {
+            re.sub(r"\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$", "", key)
+            for key in tensors
+        }
         return [name for name in linear if adapters.PREFIX + name in owners]
     return [name for name in linear if any(f".{name}".endswith(f".{t}") for t in targets)]
 
@@ -352,7 +376,10 @@ def check_feedforward(found, config, where):
     ends = config.get("feedforward_modules") or []
     theirs = [name for name in found if any(f".{name}".endswith(f".{end}") for end in ends)]
     ours = [name for name in found if name.endswith(FEEDFORWARD)]
-    run.check(theirs == ours, f"{where}: feedforward_modules are not the {', '.join(FEEDFORWARD)}; load it with PEFT")
+    run.check(
+        theirs == ours,
+        f"{where}: feedforward_modules are not the {', '.join(FEEDFORWARD)}; load it with PEFT",
+    )
 
 
 def check_tensors(wanted, tensors, where):
@@ -365,7 +392,9 @@ def check_tensors(wanted, tensors, where):
         name = key.removeprefix(adapters.PREFIX)
         shape = tuple(tensors[key].shape)
         place = tuple(weight.shape)
-        run.check(shape == place, f"{where}: {name} has the shape {shape}, this model needs {place}")
+        run.check(
+            shape == place, f"{where}: {name} has the shape {shape}, this model needs {place}"
+        )
 
 
 def load(model, folder):
@@ -385,8 +414,13 @@ def load(model, folder):
     if variant == "ia3":
         check_feedforward(found, config, where)
     for name in found:  # before anything is made: a rank of a billion is a typing error
-        smallest = min(model.get_submodule(name).in_features, model.get_submodule(name).out_features)
-        run.check(rank <= 64 * smallest, f"{where}: rank {rank} is far above the width of {name}, {smallest}")
+        smallest = min(
+            model.get_submodule(name).in_features, model.get_submodule(name).out_features
+        )
+        run.check(
+            rank <= 64 * smallest,
+            f"{where}: rank {rank} is far above the width of {name}, {smallest}",
+        )
     # Fresh adapters in their places.
     also = config.get("modules_to_save") or ()
     inject_at(model, found, rank, alpha, variant=variant, also=also)
@@ -406,7 +440,10 @@ def load(model, folder):
 
 def allow(model, cfg):
     """The names of the targets. Raises UserError for flags that cannot be meant, before anything is written."""
-    run.check(cfg.rank > 0 and 0 <= cfg.dropout < 1, "--rank must be at least 1, --dropout at least 0 and below 1")
+    run.check(
+        cfg.rank > 0 and 0 <= cfg.dropout < 1,
+        "--rank must be at least 1, --dropout at least 0 and below 1",
+    )
     run.check(cfg.plus > 0, "--plus must be above 0")
     layers = find(model, cfg.targets, cfg.within)
     refuse_tied(model, [*layers, *cfg.also])
@@ -442,7 +479,9 @@ def main(cfg: Config) -> dict:
     if cfg.backend == "peft":
         model = through_peft(model, cfg)
     else:
-        inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant, cfg.within, cfg.also)
+        inject(
+            model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant, cfg.within, cfg.also
+        )
         print(tree(model))
     groups = lora_plus_groups(model, cfg.plus)
     metrics = llama2_full.experiment(cfg, bench, sentiment.network(model), model, groups)
@@ -450,7 +489,9 @@ def main(cfg: Config) -> dict:
         model.save_pretrained(folder / "adapter")
     else:
         save(model, folder / "adapter", cfg, base, cfg.also)
-        figures.curves(folder / "changes.png", changes(model), "layer", "relative change of the weight")
+        figures.curves(
+            folder / "changes.png", changes(model), "layer", "relative change of the weight"
+        )
     metrics["checkpoint_MiB"] = llama2_full.size(folder / "adapter")
     if cfg.merge:
         whole = model.merge_and_unload() if cfg.backend == "peft" else merge(model)

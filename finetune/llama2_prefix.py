@@ -31,7 +31,8 @@ class Config(llama2_full.Training):
     lr: float = 3e-4  # peak learning rate
     tokens: int = 20  # P, prefix positions
     hidden: int = 256  # width of the network that writes them
-    start: str = llama2_prompt.START  # it begins as what is kept of this text; "", and always with peft: random
+    # it begins as what is kept of this text; "", and always with peft: random
+    start: str = llama2_prompt.START
     backend: Literal["ours", "peft"] = "ours"  # who adds the prefix
     out: str = "outputs/llama2_prefix"  # where the results go
 
@@ -42,10 +43,12 @@ def sizes(model):
 
     c = model.config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads  # models before Llama 2 have as many
+    # Models before Llama 2 have as many
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     kept = {type(layer).__name__ for layer in DynamicCache(config=c).layers} - {"DynamicLayer"}
     run.check(
-        not kept, f"models of the kind {c.model_type} keep {', '.join(kept)} in some layers: no place for a prefix"
+        not kept,
+        f"models of the kind {c.model_type} keep {', '.join(kept)} in some layers: no place for a prefix",
     )
     return c.num_hidden_layers, heads, head
 
@@ -61,7 +64,9 @@ class PrefixEncoder(nn.Module):
         width = heads * size
         self.register_buffer("start", start, persistent=False)
         self.embedding = nn.Embedding(tokens, width)
-        self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
+        self.transform = nn.Sequential(
+            nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width)
+        )
         if start is not None:
             nn.init.zeros_(self.transform[2].weight)
             nn.init.zeros_(self.transform[2].bias)
@@ -93,7 +98,8 @@ def beginning(bench, cfg):
 def read(model, ids):
     """What the model remembers of words: ids (P,) -> (P, N 2 H d). As a prefix it does what the words do."""
     cache = model(input_ids=ids[None].to(model.device), use_cache=True).cache
-    pairs = torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers])  # N, 2, H, P, d
+    # N, 2, H, P, d
+    pairs = torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers])
     return rearrange(pairs, "n two h p d -> p (n two h d)").float()
 
 

@@ -32,7 +32,8 @@ class Config(llama2_full.Training):
 
     lr: float = 3e-2  # peak learning rate
     tokens: int = 10  # P, soft words
-    start: str = START  # the soft words begin as the words of this text, again and again; "": as random words
+    # the soft words begin as the words of this text, again and again; "": as random words
+    start: str = START
     backend: Literal["ours", "peft"] = "ours"  # who adds the soft words
     out: str = "outputs/llama2_prompt"  # where the results go
 
@@ -63,12 +64,14 @@ def network(model, soft):
         prompt = soft()
         sentiment.room(model, len(prompt) + ids.shape[1])
         words = model.get_input_embeddings()(ids)  # (B, L, D)
-        x = torch.cat([prompt.to(words.dtype).expand(len(ids), -1, -1), words], dim=1)  # (B, P + L, D)
+        # (B, P + L, D)
+        x = torch.cat([prompt.to(words.dtype).expand(len(ids), -1, -1), words], dim=1)
         seen = torch.cat([mask.new_ones(len(ids), len(prompt)), mask], dim=1)
         position = (seen.long().cumsum(-1) - 1).clamp(min=0)
         return model(
             inputs_embeds=x, attention_mask=seen.long(), position_ids=position, use_cache=False,
-            logits_to_keep=sentiment.ends(ids, last),  # what follows a soft word is nobody's business
+            # What follows a soft word is nobody's business
+            logits_to_keep=sentiment.ends(ids, last),
         ).logits  # fmt: skip
 
     return forward
@@ -90,11 +93,16 @@ def load(folder, kind):
     config, tensors = adapters.read(folder, (kind,))
     where = printable(folder)
     found = printable(sorted(tensors))
-    run.check(tensors.keys() == {"prompt_embeddings"}, f"{where} lacks prompt_embeddings; it has {found}")
+    run.check(
+        tensors.keys() == {"prompt_embeddings"}, f"{where} lacks prompt_embeddings; it has {found}"
+    )
     prompt = tensors["prompt_embeddings"]
     count = config["num_virtual_tokens"]
     told = prompt.dim() == 2 and len(prompt) == count
-    run.check(told, f"{where} has prompt_embeddings of shape {tuple(prompt.shape)} for {count} num_virtual_tokens")
+    run.check(
+        told,
+        f"{where} has prompt_embeddings of shape {tuple(prompt.shape)} for {count} num_virtual_tokens",
+    )
     return prompt
 
 
@@ -105,7 +113,9 @@ def peft_network(model):
     """
 
     def forward(ids, mask, last=0):
-        return model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=sentiment.ends(ids, last)).logits
+        return model(
+            input_ids=ids, attention_mask=mask.long(), logits_to_keep=sentiment.ends(ids, last)
+        ).logits
 
     return forward
 
@@ -115,7 +125,8 @@ def experiment(cfg, bench, soft, forward, kind, **extra):
     bench.model.requires_grad_(False)
     whole = nn.ModuleDict({"model": bench.model, "soft": soft.to(bench.device)})
     metrics = llama2_full.experiment(cfg, bench, forward, whole)
-    with torch.no_grad():  # as it was asked: an LSTM may round otherwise when it keeps what gradients need
+    # As it was asked: an LSTM may round otherwise when it keeps what gradients need
+    with torch.no_grad():
         prompt = soft()
     base = adapters.base_of(bench.model)
     save(bench.folder / "adapter", kind, prompt, bench.model, base_model_name_or_path=base, **extra)
@@ -129,7 +140,9 @@ def through_peft(model, tokenizer, cfg):
 
     words = first_words(tokenizer, cfg.start, cfg.tokens, model.config.vocab_size)
     start = model.get_input_embeddings().weight[words].detach().float()
-    made: Any = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=cfg.tokens))
+    made: Any = get_peft_model(
+        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=cfg.tokens)
+    )
     with torch.no_grad():
         made.prompt_encoder["default"].embedding.weight.copy_(start)
     return made
@@ -144,7 +157,9 @@ def main(cfg: Config) -> dict:
         metrics = llama2_full.by_peft(cfg, bench, model, peft_network(model))
         return run.report(bench.folder, metrics, then="python finetune/llama2_ptune.py")
     embedding = bench.model.get_input_embeddings()
-    soft = SoftPrompt(embedding, first_words(bench.tokenizer, cfg.start, cfg.tokens, len(embedding.weight)))
+    soft = SoftPrompt(
+        embedding, first_words(bench.tokenizer, cfg.start, cfg.tokens, len(embedding.weight))
+    )
     metrics = experiment(cfg, bench, soft, network(bench.model, soft), "PROMPT_TUNING")
     nearest_words = nearest(soft(), embedding.weight).tolist()
     print("nearest words:", *(repr(bench.tokenizer.decode([i])) for i in nearest_words))

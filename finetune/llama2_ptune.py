@@ -41,7 +41,9 @@ class PromptEncoder(nn.Module):
         self.embedding = nn.Embedding(tokens, width)
         self.lstm_head = None
         if encoder == "lstm":
-            self.lstm_head = nn.LSTM(width, hidden, num_layers=2, bidirectional=True, batch_first=True)
+            self.lstm_head = nn.LSTM(
+                width, hidden, num_layers=2, bidirectional=True, batch_first=True
+            )
             layers = [nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width)]
         else:
             layers = [
@@ -83,7 +85,10 @@ def main(cfg: Config) -> dict:
         width = bench.model.get_input_embeddings().embedding_dim
         soft = PromptEncoder(cfg.tokens, width, cfg.hidden, cfg.encoder)
         forward = llama2_prompt.network(bench.model, soft)
-        extra = {"encoder_hidden_size": cfg.hidden, "encoder_reparameterization_type": cfg.encoder.upper()}
+        extra = {
+            "encoder_hidden_size": cfg.hidden,
+            "encoder_reparameterization_type": cfg.encoder.upper(),
+        }
         metrics = llama2_prompt.experiment(cfg, bench, soft, forward, "P_TUNING", **extra)
     return run.report(bench.folder, metrics, then="python finetune/llama2_prefix.py")
 

@@ -28,7 +28,8 @@ class Config(llama2_full.Training):
 
     lr: float = 1e-2  # peak learning rate
     tokens: int = 20  # P, prefix positions
-    start: str = llama2_prompt.START  # the keys and values begin as those of this text; "": as random numbers
+    # the keys and values begin as those of this text; "": as random numbers
+    start: str = llama2_prompt.START
     backend: Literal["ours", "peft"] = "ours"  # who adds the prefix
     out: str = "outputs/llama2_ptune_v2"  # where the results go
 
@@ -38,7 +39,8 @@ class DeepPrompt(nn.Module):
 
     def __init__(self, tokens, layers, heads, size, start=None):
         super().__init__()
-        self.embedding = nn.Embedding(tokens, layers * 2 * heads * size)  # standard normal, as in PEFT
+        # Standard normal, as in PEFT
+        self.embedding = nn.Embedding(tokens, layers * 2 * heads * size)
         if start is not None:
             self.embedding.weight.data.copy_(start)
 
@@ -59,7 +61,11 @@ def main(cfg: Config) -> dict:
     else:
         layers, heads, size = llama2_prefix.sizes(bench.model)
         prefix = DeepPrompt(cfg.tokens, layers, heads, size, start)
-        extra = {"prefix_projection": False, "token_dim": heads * size, "num_attention_heads": heads}
+        extra = {
+            "prefix_projection": False,
+            "token_dim": heads * size,
+            "num_attention_heads": heads,
+        }
         forward = llama2_prefix.network(bench.model, prefix)
         metrics = llama2_prompt.experiment(cfg, bench, prefix, forward, "PREFIX_TUNING", **extra)
     return run.report(bench.folder, metrics, then="python finetune/llama2_qlora.py")

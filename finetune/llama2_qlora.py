@@ -38,7 +38,8 @@ class Config(llama2_full.Training):
 
     lr: float = 1e-3  # peak learning rate
     steps: int = 80  # training steps; making the weights takes a part of each
-    bits: Literal[32, 16, 8, 4] = 4  # of a frozen weight: fp32, bf16, absmax int8, or a codebook of 16 values
+    # of a frozen weight: fp32, bf16, absmax int8, or a codebook of 16 values
+    bits: Literal[32, 16, 8, 4] = 4
     codebook: Literal["nf4", "fp4", "int4"] = "nf4"  # the 16 values of 4 bits
     block: int = 64  # S, numbers that share a scale, with 4 bits
     double: bool = True  # double quantisation: quantise the scales of 4 bits, too
@@ -55,7 +56,8 @@ def nf4():
     Eq. 4 has as many values above as below, and no zero, which padding needs. So the authors take two sets, 2^(k-1) + 1
     values from zero up and 2^(k-1) from zero down, and of the two zeros one.
     """
-    end = 0.9677083  # (1 - 1/30 + 1 - 1/32) / 2: the quantile of the outermost value, as bitsandbytes has it
+    # (1 - 1/30 + 1 - 1/32) / 2: the quantile of the outermost value, as bitsandbytes has it
+    end = 0.9677083
     normal = torch.distributions.Normal(0.0, 1.0)
     above = normal.icdf(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
     below = -normal.icdf(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
@@ -220,7 +222,9 @@ def cast(model, dtype):
 
 def store(model, bits, codebook="nf4", block=64, double=True, make=QuantLinear):
     """Keep every linear layer but the head in `bits`, in place -> the model, frozen; 16 and 32 change the type."""
-    run.check(body(model), "this model has no linear layer besides its head: nothing to store in few bits")
+    run.check(
+        body(model), "this model has no linear layer besides its head: nothing to store in few bits"
+    )
     model.requires_grad_(False)
     if bits >= 16:
         return cast(model, torch.float32 if bits == 32 else torch.bfloat16)
@@ -234,16 +238,22 @@ def by_bitsandbytes(base, bits, codebook, block, double):
     """The same layer by the bitsandbytes library; its eight bits multiply integers, as `int8_matmul` does."""
     import bitsandbytes as bnb
 
-    size, weight = (base.in_features, base.out_features, base.bias is not None), base.weight.detach()
+    size, weight = (
+        (base.in_features, base.out_features, base.bias is not None),
+        base.weight.detach(),
+    )
     if bits == 8:
         layer = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)
         parameter: Any = bnb.nn.Int8Params  # made by __new__, which a type checker does not see
         layer.weight = parameter(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        layer = bnb.nn.Linear4bit(*size, torch.bfloat16, compress_statistics=double, quant_type=codebook)
+        layer = bnb.nn.Linear4bit(
+            *size, torch.bfloat16, compress_statistics=double, quant_type=codebook
+        )
         settings = dict(quant_type=codebook, compress_statistics=double, blocksize=block)
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **settings)
-        layer.support_avx512bf16_for_cpu = False  # else gradients are wrong after a pass without them (0.50 on a CPU)
+        # Else gradients are wrong after a pass without them (0.50 on a CPU)
+        layer.support_avx512bf16_for_cpu = False
     layer.bias = base.bias
     return layer.to(weight.device)
 
@@ -268,7 +278,9 @@ def errors(weights, block=64):
     found = {}
     for name, (bits, codebook, size, double) in kinds.items():
         layers = [QuantLinear(w, bits, codebook, size, double) for w in weights]
-        square = sum(float((q.weight - w.weight.float()).square().sum()) for q, w in zip(layers, weights))
+        square = sum(
+            float((q.weight - w.weight.float()).square().sum()) for q, w in zip(layers, weights)
+        )
         whole = sum(float(w.weight.float().square().sum()) for w in weights)
         found[name] = sum(q.bits_each() for q in layers) / len(layers), (square / whole) ** 0.5
     return found
@@ -307,7 +319,9 @@ def gradients(bench, cfg, layers) -> Any:
         layer.float().requires_grad_(True)
     batch = llama2_full.draw(bench.tokenizer, bench.parts["train"], cfg, 0)
     with run.autocast(bench.device):
-        llama2_full.loss(sentiment.network(bench.model), *(x.to(bench.device) for x in batch)).backward()
+        llama2_full.loss(
+            sentiment.network(bench.model), *(x.to(bench.device) for x in batch)
+        ).backward()
     return [layer.weight.grad for layer in layers]
 
 
@@ -323,7 +337,9 @@ def main(cfg: Config) -> dict:
     """Store the model in few bits, inject LoRA, train, score; write the adapter in PEFT's layout."""
     run.check(cfg.bits < 16 or cfg.backend == "ours", "--backend bitsandbytes stores 8 or 4 bits")
     run.check(cfg.block > 0 and cfg.block % 2 == 0, "--block must be even")
-    theirs = cfg.backend == "ours" or (cfg.block in (64, 128, 256, 512, 1024, 2048, 4096) and cfg.codebook != "int4")
+    theirs = cfg.backend == "ours" or (
+        cfg.block in (64, 128, 256, 512, 1024, 2048, 4096) and cfg.codebook != "int4"
+    )
     run.check(theirs, "bitsandbytes has nf4 and fp4, and blocks of 64, 128, ... 4096")
     lora = llama2_lora.Config(rank=cfg.rank, alpha=cfg.alpha, targets=cfg.targets)
     bench = llama2_full.start(cfg, lambda model: llama2_lora.allow(model, lora))

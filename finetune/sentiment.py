@@ -36,14 +36,16 @@ from utils.text import clean, plain, printable, read_text
 
 SETS = {"tweets": "tweets", "products": "amazonReviewSnippets", "films": "movieReviewSnippets"}
 IGNORE = -100  # the label of a token that is not to be learned
-MAX_TOKENS = 64  # longer texts are cut, the question is not; a tweet has 28 with its question, and 71 at most
+# Longer texts are cut, the question is not; a tweet has 28 with its question, and 71 at most
+MAX_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Task:
     """The data and the question; every script of the chapter has these flags."""
 
-    data: str = "tweets"  # tweets, products, films, or a .csv or .jsonl file with the columns text and label
+    # tweets, products, films, or a .csv or .jsonl file with the columns text and label
+    data: str = "tweets"
     threshold: float = 0.5  # ratings run from -4 to 4: texts nearer to zero than this are left out
     pattern: str = "Tweet: {text}\nSentiment:"  # the question
     words: tuple[str, ...] = (" negative", " positive")  # the answers, in the order of the labels
@@ -61,18 +63,26 @@ class Config(Task):
 
 def rated(kind, threshold):
     """The texts of one of SETS as [(text, 0 or 1)]: rated below -threshold, above threshold; the rest is left out."""
-    return [(text, int(rating > 0)) for text, rating in data.tweets(SETS[kind]) if abs(rating) > threshold]
+    return [
+        (text, int(rating > 0))
+        for text, rating in data.tweets(SETS[kind])
+        if abs(rating) > threshold
+    ]
 
 
 def csv_rows(text):
     """Rows of a table with commas, its columns named in the first line: (number of the line, {column: value})."""
-    reader = csv.DictReader(io.StringIO(text), strict=True)  # strict: a quote that is never closed is an error
+    # strict: a quote that is never closed is an error
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     columns = [name.strip() for name in reader.fieldnames or ()]
     once = columns.count("text") == columns.count("label") == 1
     run.check(once, "it needs the columns text and label, separated by commas, in its first line")
     reader.fieldnames = columns
     for row in reader:
-        run.check(None not in row, f"line {reader.line_num} has more fields than columns; put texts in quotes")
+        run.check(
+            None not in row,
+            f"line {reader.line_num} has more fields than columns; put texts in quotes",
+        )
         yield reader.line_num, row
 
 
@@ -94,7 +104,10 @@ def read(path, words):
     Raises UserError, one line that names the file and the line in it.
     """
     name = printable(path)
-    run.check(os.path.isfile(path), f"no data at {name}; there are {', '.join(SETS)}, or a .csv or .jsonl file")
+    run.check(
+        os.path.isfile(path),
+        f"no data at {name}; there are {', '.join(SETS)}, or a .csv or .jsonl file",
+    )
     run.check(path.suffix in (".csv", ".jsonl"), f"{name} must be a .csv or .jsonl file")
     whole = read_text(path)
     names = [w.strip() for w in words]
@@ -104,11 +117,16 @@ def read(path, words):
             text, label = row.get("text"), row.get("label")
             run.check(isinstance(text, str) and text.strip(), f"line {number} has no text")
             # JSON may have numbers as labels; true is a number to Python
-            named = isinstance(label, (str, int)) and not isinstance(label, bool) and str(label).strip()
+            named = (
+                isinstance(label, (str, int)) and not isinstance(label, bool) and str(label).strip()
+            )
             run.check(named, f"line {number} has no label")
             label = str(label).strip()
             known = label in names
-            run.check(known, f"line {number} has the label '{printable(label)[:40]}', --words has only {names}")
+            run.check(
+                known,
+                f"line {number} has the label '{printable(label)[:40]}', --words has only {names}",
+            )
             pairs.append((clean(text), names.index(label)))
     except (run.UserError, csv.Error) as error:
         raise run.UserError(f"{name}: {error}") from None
@@ -123,11 +141,13 @@ def letters(text):
     """
     composed = unicodedata.normalize("NFC", text)
     western = re.sub("[\x80-\xff]", "", composed)
-    same = unicodedata.normalize("NFKC", western).casefold()  # wide letters are letters, ligatures are two
+    # Wide letters are letters, ligatures are two
+    same = unicodedata.normalize("NFKC", western).casefold()
     same = re.sub(r"@[a-z0-9_]+|https?://[!-~]+", "", same)
     if same.isascii():
         return re.sub("[^a-z0-9]", "", same)
-    kept = [c for c in same if unicodedata.category(c)[0] in "LMN"]  # marks: the vowels of Hindi and Thai are marks
+    # marks: the vowels of Hindi and Thai are marks
+    kept = [c for c in same if unicodedata.category(c)[0] in "LMN"]
     if not kept:  # emoji
         kept = [c for c in same if not c.isascii() and unicodedata.category(c) == "So"]
     return "".join(kept)
@@ -149,10 +169,17 @@ def load(task):
     asked = "".join([task.pattern, *task.words])
     run.check(clean(asked) == asked, "--pattern and --words must be UTF-8")
     run.check("{text}" in task.pattern, "--pattern must hold {text}, the place of the text")
-    run.check(len(set(task.words)) == len(task.words) > 1, "--words must be two or more different answers")
-    run.check(task.threshold >= 0 and task.texts >= 0, "--threshold and --texts must not be negative")
+    run.check(
+        len(set(task.words)) == len(task.words) > 1, "--words must be two or more different answers"
+    )
+    run.check(
+        task.threshold >= 0 and task.texts >= 0, "--threshold and --texts must not be negative"
+    )
     if task.data in SETS:
-        run.check(len(task.words) == 2, f"{task.data} has two labels, negative and positive: --words must be two")
+        run.check(
+            len(task.words) == 2,
+            f"{task.data} has two labels, negative and positive: --words must be two",
+        )
         pairs = rated(task.data, task.threshold)
     else:
         pairs = read(Path(task.data), task.words)
@@ -160,7 +187,10 @@ def load(task):
     for text, label in sorted(dict(pairs).items(), key=lambda pair: share(pair[0])):
         parts[part(text)].append((text, label))
     for name, pairs in parts.items():
-        run.check(len({label for _, label in pairs}) > 1, f"{task.data}: too few texts, '{name}' lacks a label")
+        run.check(
+            len({label for _, label in pairs}) > 1,
+            f"{task.data}: too few texts, '{name}' lacks a label",
+        )
     return parts | {"scored": parts[task.split][: task.texts or None]}
 
 
@@ -179,7 +209,10 @@ def answers(tokenizer, task):
     before = tokenizer(end)["input_ids"]
     whole = [tokenizer(end + word)["input_ids"] for word in task.words]
     fits = all(ids[: len(before)] == before and len(ids) > len(before) for ids in whole)
-    run.check(fits, "--pattern and --words: a blank at the end of the pattern belongs to the words, and none is empty")
+    run.check(
+        fits,
+        "--pattern and --words: a blank at the end of the pattern belongs to the words, and none is empty",
+    )
     return [ids[len(before) :] for ids in whole]
 
 
@@ -239,7 +272,11 @@ def batches(rows, size, fill):
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for k in range(0, len(order), size):
         pick = order[k : k + size]
-        yield pick, pad([rows[i] for i in pick], fill), pad([[True] * len(rows[i]) for i in pick], False)
+        yield (
+            pick,
+            pad([rows[i] for i in pick], fill),
+            pad([[True] * len(rows[i]) for i in pick], False),
+        )
 
 
 @torch.no_grad()
@@ -249,7 +286,8 @@ def likelihood(network, tokenizer, questions, answers, device, size=32):
     An answer of several tokens is a product: log p(a1 | question) + log p(a2 | question, a1) + ...
     """
     scores = torch.zeros(len(questions), len(answers))
-    for stem in dict.fromkeys(tuple(a[:-1]) for a in answers):  # one pass serves all answers that end differently
+    # One pass serves all answers that end differently
+    for stem in dict.fromkeys(tuple(a[:-1]) for a in answers):
         rows = [tokenizer(q)["input_ids"] + list(stem) for q in questions]
         for pick, ids, mask in batches(rows, size, tokenizer.eos_token_id):
             with run.autocast(device):
@@ -271,7 +309,10 @@ def generate(network, tokenizer, questions, device, tokens=4, size=32):
         for _ in range(tokens):
             with run.autocast(device):
                 new = network(ids, mask, 1)[:, -1:].argmax(-1)
-            ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
+            ids, mask = (
+                torch.cat([ids, new], 1),
+                torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1),
+            )
         for i, row in zip(pick, ids[:, start:].tolist()):
             texts[i] = tokenizer.decode(row[: row.index(end)] if end in row else row)
     return texts
@@ -280,7 +321,10 @@ def generate(network, tokenizer, questions, device, tokens=4, size=32):
 def named(texts, words):
     """Generated texts -> label numbers: the answer with which the text begins, -1 if it is none of them."""
     longest = sorted(range(len(words)), key=lambda i: -len(words[i].strip()))
-    starts = [[i for i in longest if text.strip().lower().startswith(words[i].strip().lower())] for text in texts]
+    starts = [
+        [i for i in longest if text.strip().lower().startswith(words[i].strip().lower())]
+        for text in texts
+    ]
     return [found[0] if found else -1 for found in starts]
 
 
@@ -319,7 +363,10 @@ def scores(truth, said):
     low, high = interval(truth, said)
     f1_low, f1_high = interval(truth, said, macro_f1)
     ends = {"low": low, "high": high, "f1_low": f1_low, "f1_high": f1_high}
-    return {"accuracy": float(accuracy(truth, said)), "macro_f1": float(macro_f1(truth, said))} | ends
+    return {
+        "accuracy": float(accuracy(truth, said)),
+        "macro_f1": float(macro_f1(truth, said)),
+    } | ends
 
 
 def judge(network, tokenizer, task, pairs, device):
@@ -327,7 +374,9 @@ def judge(network, tokenizer, task, pairs, device):
     questions, truth = [prompt(tokenizer, task, x) for x, _ in pairs], [y for _, y in pairs]
     words = answers(tokenizer, task)
     likely = likelihood(network, tokenizer, questions, words, device).argmax(-1).tolist()
-    written = named(generate(network, tokenizer, questions, device, max(map(len, words))), task.words)
+    written = named(
+        generate(network, tokenizer, questions, device, max(map(len, words))), task.words
+    )
     return {"likelihood": scores(truth, likely), "generated": scores(truth, written)}
 
 
@@ -362,7 +411,12 @@ def main(cfg: Config) -> dict:
         for ask, colour, name in ((ratings < -cfg.threshold, "tab:red", "negative"),
                                   (abs(ratings) <= cfg.threshold, "lightgrey", "left out"),
                                   (ratings > cfg.threshold, "tab:green", "positive")):  # fmt: skip
-            axis.hist(ratings[ask], bins=np.arange(-4, 4.01, 0.25), color=colour, label=f"{name}: {ask.sum()}")
+            axis.hist(
+                ratings[ask],
+                bins=np.arange(-4, 4.01, 0.25),
+                color=colour,
+                label=f"{name}: {ask.sum()}",
+            )
         axis.set(xlabel="mean rating by 20 people", ylabel="texts")
         axis.legend(frameon=False)
         figures.close(figure, folder / "ratings.png")

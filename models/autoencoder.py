@@ -39,7 +39,8 @@ class Config:
     steps: int = 500  # training steps
     batch: int = 16  # images per step
     lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
-    channels: tuple[int, ...] = (16, 48, 96)  # widths, one per resolution; each after the first halves it
+    # widths, one per resolution; each after the first halves it
+    channels: tuple[int, ...] = (16, 48, 96)
     latent: int = 4  # D, channels of the latent
     perceptual: float = 0.1  # weight of the distance in the features of a classifier
     kl: float = 1e-6  # weight of the KL divergence: only a rein on the latents' size
@@ -139,7 +140,10 @@ def perceptual_distance(classifier, x, y):
     Zhang et al. 2018, arXiv:1801.03924, Eq. 1, without its learned weights.
     """
     pairs = zip(features(classifier, x), features(classifier, y), strict=True)
-    return sum((F.normalize(a, eps=1e-6) - F.normalize(b, eps=1e-6)).square().sum(1).mean() for a, b in pairs)
+    return sum(
+        (F.normalize(a, eps=1e-6) - F.normalize(b, eps=1e-6)).square().sum(1).mean()
+        for a, b in pairs
+    )
 
 
 class Discriminator(nn.Module):
@@ -169,7 +173,8 @@ def discriminator_loss(real, fake):
 def adaptive_weight(reconstruction_loss, generator_loss, last_layer):
     """Make both losses pull equally hard at the decoder's last layer. Esser et al. 2021, arXiv:2012.09841, Eq. 7."""
     ours, theirs = (
-        torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (reconstruction_loss, generator_loss)
+        torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm()
+        for x in (reconstruction_loss, generator_loss)
     )
     return (ours / (theirs + 1e-4)).clamp(0, 1e4).detach()
 
@@ -181,7 +186,8 @@ def loss(model, x, classifier, cfg, discriminator=None):
     value = value + cfg.kl * kl_divergence(mu.flatten(1), logvar.flatten(1)).mean() / x[0].numel()
     if discriminator is not None:
         generator = -discriminator(y).mean()
-        value = value + cfg.adversarial * adaptive_weight(value, generator, model.decoder.conv_out.weight) * generator
+        weight = adaptive_weight(value, generator, model.decoder.conv_out.weight)
+        value = value + cfg.adversarial * weight * generator
     return value, y
 
 
@@ -224,7 +230,9 @@ def encode_all(model, images, batch=64):
     device = next(model.parameters()).device
     with run.autocast(device):
         parts = shown(images.split(batch), "encode")
-        return torch.cat([model.encode(data.to_float(x).to(device))[0].float().cpu() for x in parts])
+        return torch.cat(
+            [model.encode(data.to_float(x).to(device))[0].float().cpu() for x in parts]
+        )
 
 
 @torch.no_grad()
@@ -243,19 +251,33 @@ def scale_factor(latents):
 
 def load(path, device="cpu"):
     """Weights written by this script -> (autoencoder, scale factor)."""
-    model, meta = checkpoint.load_model(path, lambda channels, latent, **_: Autoencoder(channels, latent), device)
+    model, meta = checkpoint.load_model(
+        path, lambda channels, latent, **_: Autoencoder(channels, latent), device
+    )
     return model, meta["scale"]
 
 
 def main(cfg: Config) -> dict:
     """Train (or load), reconstruct emoji that were held out, measure; writes weights and pictures."""
-    run.check(min(cfg.steps, cfg.batch, cfg.latent) > 0, "--steps, --batch and --latent must be at least 1")
-    run.check(cfg.channels and all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8")
-    run.check(len(cfg.channels) <= 6, "--channels: 64 pixels can be halved five times, so there are at most six")
+    run.check(
+        min(cfg.steps, cfg.batch, cfg.latent) > 0,
+        "--steps, --batch and --latent must be at least 1",
+    )
+    run.check(
+        cfg.channels and all(c > 0 and c % 8 == 0 for c in cfg.channels),
+        "--channels must be multiples of 8",
+    )
+    run.check(
+        len(cfg.channels) <= 6,
+        "--channels: 64 pixels can be halved five times, so there are at most six",
+    )
     run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
     run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     weights = (cfg.perceptual, cfg.kl, cfg.adversarial)
-    run.check(all(0 <= w < math.inf for w in weights), "--perceptual, --kl, --adversarial: finite, not below 0")
+    run.check(
+        all(0 <= w < math.inf for w in weights),
+        "--perceptual, --kl, --adversarial: finite, not below 0",
+    )
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     images, captions, _ = data.emoji(64)
@@ -266,7 +288,9 @@ def main(cfg: Config) -> dict:
     else:
         model = Autoencoder(cfg.channels, cfg.latent).to(device)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=0.01
+        )
         parts, losses, critic = {"model": model, "ema": ema, "optimizer": optimizer}, [], {}
         if cfg.adversarial:
             discriminator = Discriminator().to(device)
@@ -284,17 +308,29 @@ def main(cfg: Config) -> dict:
         model, scale = ema, scale_factor(encode_all(ema, images[~held_out]))
         metrics["train_seconds"] = clock()
         figures.curves(folder / "loss.png", {"loss": losses}, "step", "L1 + perceptual", smooth=50)
-        checkpoint.write(folder / "model.safetensors", model.state_dict(), asdict(cfg) | {"scale": scale})
+        checkpoint.write(
+            folder / "model.safetensors", model.state_dict(), asdict(cfg) | {"scale": scale}
+        )
     unseen = data.to_float(images[held_out])
     latents = encode_all(model, images[held_out])
     again = decode_all(model, latents)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     metrics |= {"held_out_l1": float((again - unseen).abs().mean()), "scale": scale}
-    metrics["held_out_psnr"] = float(-10 * (((again - unseen) / 2) ** 2).mean((1, 2, 3)).log10().mean())
+    metrics["held_out_psnr"] = float(
+        -10 * (((again - unseen) / 2) ** 2).mean((1, 2, 3)).log10().mean()
+    )
     first, second = torch.linspace(0, len(unseen) - 1, 24).long().split(12)
-    pairs = {"held out": unseen[first], "again": again[first], "held out ": unseen[second], "again ": again[second]}
+    pairs = {
+        "held out": unseen[first],
+        "again": again[first],
+        "held out ": unseen[second],
+        "again ": again[second],
+    }
     figures.rows(folder / "reconstructions.png", pairs)
-    channels = {f"channel {i}": latents[second, i : i + 1] * scale / 3 for i in range(min(4, latents.shape[1]))}
+    channels = {
+        f"channel {i}": latents[second, i : i + 1] * scale / 3
+        for i in range(min(4, latents.shape[1]))
+    }
     figures.rows(folder / "latents.png", {"held out": unseen[second]} | channels)
     return run.report(folder, metrics, then="python models/stable_diffuser.py")
 

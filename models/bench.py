@@ -58,7 +58,9 @@ def lucidrains_unet(dim, mults, colours=4):
     names += ["ema_pytorch", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"]
     with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
         try:
-            module = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+            module = importlib.import_module(
+                "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
+            )
         except ImportError:
             return None
     return module.Unet(dim, dim_mults=mults, channels=colours, flash_attn=False)
@@ -100,7 +102,9 @@ def interleaved(actions, rounds, name="bench"):
     """Run the actions in turn, after one unmeasured turn -> [seconds of each]."""
     for action in actions:
         action()
-    times = [[seconds(action) for action in actions] for _ in run.bar(range(rounds), rounds, name=name)]
+    times = [
+        [seconds(action) for action in actions] for _ in run.bar(range(rounds), rounds, name=name)
+    ]
     return list(zip(*times))
 
 
@@ -126,7 +130,12 @@ def main(cfg: Config) -> dict:
             metrics[name] = "not measured: pip install --no-deps denoising-diffusion-pytorch"
             continue
         (p, f), (p_other, f_other) = cost(model, x, t), cost(other, x, t)
-        sizes = {"parameters": p, "their_parameters": p_other, "GFLOP": f / 1e9, "their_GFLOP": f_other / 1e9}
+        sizes = {
+            "parameters": p,
+            "their_parameters": p_other,
+            "GFLOP": f / 1e9,
+            "their_GFLOP": f_other / 1e9,
+        }
         metrics[f"{name}: size"] = sizes
         for kind, bf16 in (("fp32", False), ("bf16", True)):
             steps = [training_step(m, x, t, bf16) for m in (model, other)]
@@ -151,7 +160,9 @@ def sampler_overhead(cfg, n=20):
         for _ in range(n):
             model(noise, t)
 
-    whole, calls = interleaved([lambda: ddim.last(ddim.sample(model, schedule, noise, n, "v")), bare], cfg.rounds)
+    whole, calls = interleaved(
+        [lambda: ddim.last(ddim.sample(model, schedule, noise, n, "v")), bare], cfg.rounds
+    )
     return statistics.median(a / b for a, b in zip(whole, calls)) - 1
 
 

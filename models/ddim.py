@@ -47,7 +47,10 @@ def timesteps(schedule, n, spacing="trailing"):
     pure noise, so use trailing.
     """
     run.check(1 <= n <= schedule.steps, f"cannot take {n} of {schedule.steps} steps")
-    run.check(spacing in ("leading", "trailing"), f"there is no spacing '{spacing}'; there are leading and trailing")
+    run.check(
+        spacing in ("leading", "trailing"),
+        f"there is no spacing '{spacing}'; there are leading and trailing",
+    )
     if spacing == "leading":
         return torch.arange(n).flip(0) * (schedule.steps // n)
     return (schedule.steps - torch.arange(n) * schedule.steps / n).round().long() - 1
@@ -159,7 +162,10 @@ def slerp(a, b, weight):
     angle = cosine.clamp(-1, 1).acos()
     if angle < 1e-3:  # where the formula is 0 / 0, arc and line are one
         return a + weight * (b - a)
-    run.check(angle.sin() > 1e-3, "no arc between these two noises: one is zero, or they are opposite; draw another")
+    run.check(
+        angle.sin() > 1e-3,
+        "no arc between these two noises: one is zero, or they are opposite; draw another",
+    )
     share_a = ((1 - weight) * angle).sin()
     share_b = (weight * angle).sin()
     return (share_a * a + share_b * b) / angle.sin()
@@ -170,8 +176,14 @@ def find_weights(cfg):
     if cfg.pretrained:
         return ddpm.WEIGHTS
     if not Path(cfg.weights).is_file() and cfg.weights == Config.weights:
-        print(f"no weights at {cfg.weights}: training them first with models/ddpm.py; --pretrained takes shipped ones")
-        ddpm.main(replace(ddpm.Config(), seed=cfg.seed, device=cfg.device, out=str(Path(cfg.weights).parent)))
+        print(
+            f"no weights at {cfg.weights}: training them first with models/ddpm.py; --pretrained takes shipped ones"
+        )
+        ddpm.main(
+            replace(
+                ddpm.Config(), seed=cfg.seed, device=cfg.device, out=str(Path(cfg.weights).parent)
+            )
+        )
     return cfg.weights
 
 
@@ -203,7 +215,11 @@ def main(cfg: Config) -> dict:
         digits = data.to_float(data.mnist("test")[0][:10]).to(device)
         back = {}
         for n in (20, 100):
-            found = last(run.bar(invert(model, schedule, digits, n, predict), n + 1, name=f"invert, {n} steps"))
+            found = last(
+                run.bar(
+                    invert(model, schedule, digits, n, predict), n + 1, name=f"invert, {n} steps"
+                )
+            )
             back[n] = last(sample(model, schedule, found, n, predict)).cpu()
 
         # interpolation: four walks of ten steps, each between two noises
@@ -211,20 +227,36 @@ def main(cfg: Config) -> dict:
         b = noise[4:8].repeat_interleave(10, 0)
         weights = torch.linspace(0, 1, 10).repeat(4)
         path = torch.cat([slerp(x[None], y[None], w) for x, y, w in zip(a, b, weights)])
-        between = last(run.bar(sample(model, schedule, path, 50, predict), 51, name="interpolate")).cpu()
+        between = last(
+            run.bar(sample(model, schedule, path, 50, predict), 51, name="interpolate")
+        ).cpu()
 
     # measure and draw
     digits = digits.cpu()
-    metrics |= {f"inversion_error_{n}_steps": float((x - digits).abs().mean()) for n, x in back.items()}
+    metrics |= {
+        f"inversion_error_{n}_steps": float((x - digits).abs().mean()) for n, x in back.items()
+    }
     figures.rows(folder / "steps.png", shown)
     for name, score, label in (
         ("quality", "recognised", f"share recognised, of {cfg.samples}"),
         ("frechet", "frechet", "Frechet distance to test digits"),
     ):
         values = [metrics[f"{n} steps"][score] for n in cfg.counts]
-        figures.curves(folder / f"{name}.png", {label: (cfg.counts, values)}, "DDIM steps a digit", label, log="x")
-    figures.rows(folder / "inversion.png", {"test digits": digits, **{f"{n} steps": x for n, x in back.items()}})
-    figures.rows(folder / "interpolation.png", {f"pair {i + 1}": between[10 * i : 10 * i + 10] for i in range(4)})
+        figures.curves(
+            folder / f"{name}.png",
+            {label: (cfg.counts, values)},
+            "DDIM steps a digit",
+            label,
+            log="x",
+        )
+    figures.rows(
+        folder / "inversion.png",
+        {"test digits": digits, **{f"{n} steps": x for n, x in back.items()}},
+    )
+    figures.rows(
+        folder / "interpolation.png",
+        {f"pair {i + 1}": between[10 * i : 10 * i + 10] for i in range(4)},
+    )
     return run.report(folder, metrics, then="python models/autoencoder.py")
 
 

@@ -74,12 +74,16 @@ class Schedule:
     """
 
     def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02, kind="linear"):
-        run.check(kind in ("linear", "cosine"), f"there is no schedule '{kind}'; there are linear and cosine")
+        run.check(
+            kind in ("linear", "cosine"),
+            f"there is no schedule '{kind}'; there are linear and cosine",
+        )
         self.steps = steps
         beta = linear_beta(steps, beta_start, beta_end) if kind == "linear" else cosine_beta(steps)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
-        alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])  # of t - 1; before the first step it is 1
+        # Of t - 1; before the first step it is 1
+        alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
         self.beta = beta.float()
         self.alpha = alpha.float()
@@ -125,14 +129,18 @@ def predict_x0(schedule, xt, t, eps):
 
 def posterior(schedule, x0, xt, t):
     """Posterior q(x_{t-1} | x_t, x_0), a Gaussian: its mean (B, C, H, W) and variance (B, 1, 1, 1)."""
-    mean = at(schedule.posterior_mean_coef_x0, t) * x0 + at(schedule.posterior_mean_coef_xt, t) * xt  # Eq. 7
+    # Eq. 7
+    mean = at(schedule.posterior_mean_coef_x0, t) * x0 + at(schedule.posterior_mean_coef_xt, t) * xt
     variance = at(schedule.posterior_variance, t)  # Eq. 7
     return mean, variance
 
 
 def check_prediction_type(predict):
     """Raises UserError unless a network can be asked for that."""
-    run.check(predict in ("eps", "x0", "v"), f"a network cannot predict '{predict}'; it may be eps, x0 or v")
+    run.check(
+        predict in ("eps", "x0", "v"),
+        f"a network cannot predict '{predict}'; it may be eps, x0 or v",
+    )
 
 
 def target(schedule, x0, t, eps, predict="eps"):
@@ -144,7 +152,8 @@ def target(schedule, x0, t, eps, predict="eps"):
         return x0
     sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
     sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
-    return sqrt_alpha_bar * eps - sqrt_one_minus_alpha_bar * x0  # v-prediction: Salimans & Ho 2022, App. D
+    # v-prediction: Salimans & Ho 2022, App. D
+    return sqrt_alpha_bar * eps - sqrt_one_minus_alpha_bar * x0
 
 
 def to_eps(schedule, xt, t, output, predict="eps"):
@@ -257,7 +266,10 @@ def train(model, ema, optimizer, schedule, images, cfg, start=0):
 
 def check_channels(channels):
     """Raises UserError if there is no such U-Net for digits."""
-    run.check(1 <= len(channels) <= 2, "--channels takes one or two widths: 14 x 14 positions can be halved once")
+    run.check(
+        1 <= len(channels) <= 2,
+        "--channels takes one or two widths: 14 x 14 positions can be halved once",
+    )
 
 
 def build(channels, layers, **_):
@@ -276,11 +288,20 @@ def load(path, device="cpu"):
 
 def main(cfg: Config) -> dict:
     """Train (or load), sample, measure; writes the digits, the film strip, the loss curve and the weights."""
-    run.check(min(cfg.steps, cfg.batch, cfg.layers) > 0, "--steps, --batch and --layers must be at least 1")
+    run.check(
+        min(cfg.steps, cfg.batch, cfg.layers) > 0,
+        "--steps, --batch and --layers must be at least 1",
+    )
     run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
-    run.check(0 < cfg.lr < math.inf and 0 <= cfg.ema < 1, "--lr must be above 0 and finite, --ema in [0, 1)")
+    run.check(
+        0 < cfg.lr < math.inf and 0 <= cfg.ema < 1,
+        "--lr must be above 0 and finite, --ema in [0, 1)",
+    )
     run.check(cfg.samples >= 6, "--samples must be at least 6, as many as the film shows")
-    run.check(all(c > 0 and c % 8 == 0 for c in cfg.channels), "--channels must be multiples of 8, the norm groups")
+    run.check(
+        all(c > 0 and c % 8 == 0 for c in cfg.channels),
+        "--channels must be multiples of 8, the norm groups",
+    )
     check_channels(cfg.channels)
     run.seed(cfg.seed)
     folder = run.output(cfg.out, cfg)
@@ -308,7 +329,9 @@ def main(cfg: Config) -> dict:
             clock = run.Clock(before["seconds"])
 
         def save():
-            checkpoint.save_state(state, **parts, losses=losses, seconds=clock(), config=asdict(cfg))
+            checkpoint.save_state(
+                state, **parts, losses=losses, seconds=clock(), config=asdict(cfg)
+            )
 
         # train
         images, _ = data.mnist("train")
@@ -318,7 +341,9 @@ def main(cfg: Config) -> dict:
         save()
         metrics["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
         metrics["train_seconds"] = clock()
-        figures.curves(folder / "loss.png", {"loss": losses}, "step", f"squared error of {predict}", smooth=50)
+        figures.curves(
+            folder / "loss.png", {"loss": losses}, "step", f"squared error of {predict}", smooth=50
+        )
 
         # the EMA is what is kept and sampled from
         checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
@@ -339,7 +364,8 @@ def main(cfg: Config) -> dict:
 
     # draw
     figures.grid(folder / "samples.png", digits[:64])
-    shown = [1000, 800, 600, 500, 400, 300, 200, 100, 50, 0]  # the paper's t: x_1000 is noise, x_0 the digit
+    # The paper's t: x_1000 is noise, x_0 the digit
+    shown = [1000, 800, 600, 500, 400, 300, 200, 100, 50, 0]
     strips = {f"digit {j + 1}": torch.stack([film[1000 - t][j] for t in shown]) for j in range(6)}
     figures.rows(folder / "film.png", strips, [f"t={t}" for t in shown])
     return run.report(folder, metrics, then=f"open {folder}/film.png; then python models/ddim.py")

@@ -52,10 +52,18 @@ class Config:
     lr: float = 3e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     size: str = "tiny"  # tiny, or the paper's S, B, L, XL
     patch: int = 4  # side of a patch in pixels; half of it is four times the tokens
-    dropout: float = 0.1  # share of labels hidden in training, so that the network also learns "no class"
+    # share of labels hidden in training, so that the network also learns "no class"
+    dropout: float = 0.1
     ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
     # classifier-free guidance scales to compare; 1 is no guidance
-    guidance_scale: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--guidance"])] = (1, 1.5, 2, 3, 4, 6)
+    guidance_scale: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--guidance"])] = (
+        1,
+        1.5,
+        2,
+        3,
+        4,
+        6,
+    )
     samples: int = 100  # digits to sample and measure at each guidance scale
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
@@ -71,7 +79,8 @@ def position_embedding(dim, size):
     frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(size)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # (size, dim / 2)
-    return torch.cat([line.repeat(size, 1), line.repeat_interleave(size, 0)], dim=-1)  # column first
+    # Column first
+    return torch.cat([line.repeat(size, 1), line.repeat_interleave(size, 0)], dim=-1)
 
 
 def modulate(x, shift, scale):
@@ -84,13 +93,18 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2)
+        )
         self.attention = Attention(width, width // heads, bias=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        )
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=-1)  # beta, gamma, alpha
+        # beta, gamma, alpha
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -102,7 +116,8 @@ class DiT(nn.Module):
         super().__init__()
         self.patch, self.side = patch, image // patch
         self.embed = nn.Linear(channels * patch**2, width)
-        self.register_buffer("position", position_embedding(width, self.side), persistent=False)  # not learned
+        # Not learned
+        self.register_buffer("position", position_embedding(width, self.side), persistent=False)
         self.time = TimeEmbedding(256, width)
         self.label = nn.Embedding(classes + 1, width)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
@@ -123,13 +138,17 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def forward(self, x, t, y):
-        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)  # "patchify", Fig. 4
+        # "patchify", Fig. 4
+        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         x = self.embed(x) + self.position  # (B, N, D)
         c = self.time(timestep_embedding(t, 256)) + self.label(y)  # (B, D)
         for block in self.blocks:
             x = block(x, c)
-        x = self.head(modulate(self.norm(x), *self.adaln(c)[:, None].chunk(2, dim=-1)))  # (B, N, P P C)
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch, q=self.patch)
+        # (B, N, P P C)
+        x = self.head(modulate(self.norm(x), *self.adaln(c)[:, None].chunk(2, dim=-1)))
+        return rearrange(
+            x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch, q=self.patch
+        )
 
 
 def drop_labels(y, share, null):
@@ -149,7 +168,8 @@ def classifier_free_guidance(model, y, guidance_scale):
         if guidance_scale == 1:
             return model(xt, t, y)
         # both halves in one batch: the conditional one and the unconditional one
-        output = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))  # (2 B, C, H, W)
+        # (2 B, C, H, W)
+        output = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
         conditional, unconditional = output.float().chunk(2)
         # from the unconditional answer towards the conditional one, and beyond it
         return unconditional + guidance_scale * (conditional - unconditional)
@@ -185,7 +205,10 @@ def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
 def possible(size, patch):
     """Raises UserError if there is no such network for digits."""
     run.check(size in SIZES, f"there is no --size {size}; there are: {', '.join(SIZES)}")
-    run.check(patch > 0 and 28 % patch == 0, f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14")
+    run.check(
+        patch > 0 and 28 % patch == 0,
+        f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14",
+    )
 
 
 def build(size, patch, **_):
@@ -207,12 +230,21 @@ def accuracy(classifier, images, y):
 
 def main(cfg: Config) -> dict:
     """Train (or load), sample at every guidance scale, measure; writes the digits, what guidance does, the weights."""
-    run.check(min(cfg.steps, cfg.batch, cfg.save_every) > 0, "--steps, --batch and --save-every must be at least 1")
+    run.check(
+        min(cfg.steps, cfg.batch, cfg.save_every) > 0,
+        "--steps, --batch and --save-every must be at least 1",
+    )
     run.check(cfg.samples >= 10, "--samples must be at least 10, one of each digit")
-    run.check(0 < cfg.lr < math.inf and 0 <= cfg.ema < 1, "--lr must be above 0 and finite, --ema in [0, 1)")
+    run.check(
+        0 < cfg.lr < math.inf and 0 <= cfg.ema < 1,
+        "--lr must be above 0 and finite, --ema in [0, 1)",
+    )
     run.check(0 <= cfg.dropout < 1, "--dropout must be at least 0 and less than 1")
     finite = all(0 <= scale < math.inf for scale in cfg.guidance_scale)
-    run.check(cfg.guidance_scale and finite, "--guidance-scale takes one or more scales, finite and not negative")
+    run.check(
+        cfg.guidance_scale and finite,
+        "--guidance-scale takes one or more scales, finite and not negative",
+    )
     possible(cfg.size, cfg.patch)
     run.seed(cfg.seed)
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
@@ -222,18 +254,25 @@ def main(cfg: Config) -> dict:
     else:
         schedule, model = ddpm.Schedule(kind="cosine").to(device), build(**asdict(cfg)).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)  # no decay: Sec. 4
+        # No decay: Sec. 4
+        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)
         parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
         if cfg.resume:
             before = checkpoint.load_state(state, cfg, **parts)
             losses, clock = before["losses"], run.Clock(before["seconds"])
-        save = lambda: checkpoint.save_state(state, **parts, losses=losses, seconds=clock(), config=asdict(cfg))  # noqa: E731
+
+        def save():
+            values = {"losses": losses, "seconds": clock(), "config": asdict(cfg)}
+            checkpoint.save_state(state, **parts, **values)
+
         steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, len(losses))
         for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
             losses.append(value)
         save()
         metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock()}
-        figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50)
+        figures.curves(
+            folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50
+        )
         checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
         model = ema.eval()
     clock, classifier, judge = run.Clock(), quality.load(device), quality.judge(device)
@@ -252,8 +291,15 @@ def main(cfg: Config) -> dict:
     best = min(scores, key=lambda scale: scores[scale]["frechet"])
     metrics |= {"best_guidance": best, "sample_seconds": clock()}
     figures.rows(folder / "samples.png", {str(k): digits[best][y == k][:8] for k in range(10)})
-    figures.rows(folder / "guidance.png", {f"scale {scale:g}": x[:10] for scale, x in digits.items()}, range(10))
-    labels = {"accuracy": f"share drawn as asked, of {cfg.samples}", "frechet": "Frechet distance to test digits"}
+    figures.rows(
+        folder / "guidance.png",
+        {f"scale {scale:g}": x[:10] for scale, x in digits.items()},
+        range(10),
+    )
+    labels = {
+        "accuracy": f"share drawn as asked, of {cfg.samples}",
+        "frechet": "Frechet distance to test digits",
+    }
     for name, label in labels.items():
         values = [s[name] for s in scores.values()]
         curve = {label: (list(scores), values)}

@@ -99,7 +99,9 @@ def standard_error(share, n):
 def score(model, images, real):
     """Both numbers for images (N, 1, 28, 28) in [-1, 1]; `real` are features of test digits, (M, 64)."""
     shape = tuple(images.shape)
-    run.check(shape[1:] == (1, 28, 28), f"quality is measured on (N, 1, 28, 28) digits, not on {shape}")
+    run.check(
+        shape[1:] == (1, 28, 28), f"quality is measured on (N, 1, 28, 28) digits, not on {shape}"
+    )
     run.check(len(images) > 1, "a Frechet distance needs two images or more")
     run.check(images.isfinite().all(), "the images hold numbers that are not finite")
     features, probabilities = evaluate(model, images)
@@ -110,7 +112,8 @@ def score(model, images, real):
         "recognised": share,
         "recognised_error": standard_error(share, len(images)),
         "frechet": frechet_distance(features, real),
-        "digits_seen": float(torch.tensor(entropy).exp()),  # 10 if all digits come equally often, 1 if one only
+        # 10 if all digits come equally often, 1 if one only
+        "digits_seen": float(torch.tensor(entropy).exp()),
     }
 
 
@@ -118,7 +121,9 @@ def load(device="cpu"):
     """The shipped classifier, ready to score."""
     model = Classifier().to(device).eval().requires_grad_(False)
     tensors, _ = checkpoint.read(WEIGHTS)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    model.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    )
     return model
 
 
@@ -128,10 +133,15 @@ def judge(device="cpu"):
     The distance grows as samples get fewer, for real digits too: compare it with theirs, `frechet_of_real`.
     """
     model = load(device)
-    real, (others, _) = evaluate(model, data.to_float(data.mnist("test")[0]))[0], data.mnist("train")
+    real, (others, _) = (
+        evaluate(model, data.to_float(data.mnist("test")[0]))[0],
+        data.mnist("train"),
+    )
 
     def scores(images):
-        pick = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[: len(images)]
+        pick = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[
+            : len(images)
+        ]
         floor = frechet_distance(evaluate(model, data.to_float(others[pick]))[0], real)
         return score(model, images.float(), real) | {"frechet_of_real": floor}
 
@@ -140,7 +150,8 @@ def judge(device="cpu"):
 
 # Text to image: does a picture show its prompt? Asked in the features of an ImageNet classifier, EfficientNet-lite0.
 
-HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}  # where emoji have them on the circle of colours
+# Where emoji have them on the circle of colours
+HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}
 
 
 def picture_features(images):
@@ -209,7 +220,8 @@ def train(model, images, labels, cfg):
             order = torch.randperm(len(images)).split(cfg.batch)
         pick = order[step % (len(images) // cfg.batch)]
         x = data.to_float(images[pick])
-        shift = torch.randint(-2, 3, (2,)).tolist()  # digits stand anywhere, and generated ones are rarely centred
+        # Digits stand anywhere, and generated ones are rarely centred
+        shift = torch.randint(-2, 3, (2,)).tolist()
         x = x.roll(shift, (2, 3)).to(next(model.parameters()).device)
         truth = F.one_hot(labels[pick], 10).float().to(x.device)
         spoiled = len(x) // 8
@@ -225,7 +237,10 @@ def train(model, images, labels, cfg):
 def main(cfg: Config) -> dict:
     """Train or load the classifier; score real digits and digits spoiled by noise, blur and repetition."""
     run.check(cfg.epochs > 0, "--epochs must be at least 1")
-    run.check(8 <= cfg.batch <= 60_000, "--batch must be 8 to 60 000: an eighth is no digit, and there are 60 000")
+    run.check(
+        8 <= cfg.batch <= 60_000,
+        "--batch must be 8 to 60 000: an eighth is no digit, and there are 60 000",
+    )
     run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.seed(cfg.seed)
     folder, where, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
@@ -236,9 +251,15 @@ def main(cfg: Config) -> dict:
         model = load(where)
     else:
         model = Classifier().to(where).train()
-        losses = list(run.progress(train(model, *data.mnist("train"), cfg), cfg.epochs * (60_000 // cfg.batch)))
+        losses = list(
+            run.progress(
+                train(model, *data.mnist("train"), cfg), cfg.epochs * (60_000 // cfg.batch)
+            )
+        )
         checkpoint.write(folder / "model.safetensors", model.state_dict(), {"class": "Classifier"})
-        figures.curves(folder / "loss.png", {"cross-entropy": losses}, "step", "cross-entropy, nats", smooth=50)
+        figures.curves(
+            folder / "loss.png", {"cross-entropy": losses}, "step", "cross-entropy, nats", smooth=50
+        )
         metrics["train_seconds"] = clock()
     real = data.to_float(test)
     features, probabilities = evaluate(model, real)

@@ -74,7 +74,9 @@ class TextEncoder:
         states, masks = [], []
         for i in range(0, len(captions), batch):
             part = [plain(caption, self.tokenizer) for caption in captions[i : i + batch]]
-            tokens = self.tokenizer(part, padding="max_length", max_length=self.words, verbose=False)
+            tokens = self.tokenizer(
+                part, padding="max_length", max_length=self.words, verbose=False
+            )
             for caption, ids in zip(part, tokens["input_ids"]):
                 needed = f"has {len(ids) - 2} tokens and the network reads {self.words - 2}: say it shorter"
                 run.check(len(ids) <= self.words, f'"{printable(caption)}" {needed}')
@@ -86,7 +88,9 @@ class TextEncoder:
 
 def drop_text(words, mask, empty, empty_mask, dropped):
     """Replace the caption by the empty one where `dropped` (B,) is True. Ho & Salimans 2022, Algorithm 1."""
-    return torch.where(dropped[:, None, None], empty, words), torch.where(dropped[:, None], empty_mask, mask)
+    return torch.where(dropped[:, None, None], empty, words), torch.where(
+        dropped[:, None], empty_mask, mask
+    )
 
 
 def classifier_free_guidance(model, words, mask, empty, empty_mask, guidance_scale):
@@ -102,7 +106,8 @@ def classifier_free_guidance(model, words, mask, empty, empty_mask, guidance_sca
         n = len(xt)
         both_words = torch.cat([empty.expand(n, -1, -1), words])
         both_masks = torch.cat([empty_mask.expand(n, -1), mask])
-        output = model(torch.cat([xt, xt]), torch.cat([t, t]), both_words, both_masks)  # (2 B, D, h, w)
+        # (2 B, D, h, w)
+        output = model(torch.cat([xt, xt]), torch.cat([t, t]), both_words, both_masks)
         unconditional, conditional = output.float().chunk(2)
         # from the unconditional answer towards the conditional one, and beyond it
         return unconditional + guidance_scale * (conditional - unconditional)
@@ -121,7 +126,9 @@ def loss(model, schedule, z0, words, mask, t, eps):
     return ddpm.loss(lambda xt, t: model(xt, t, words, mask), schedule, z0, "v", t, eps)
 
 
-def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, start=0, rank=0, world=1):
+def train(
+    model, ema, optimizer, schedule, latents, words, mask, empty, cfg, start=0, rank=0, world=1
+):
     """Steps `start` to cfg.steps; yields the loss of each.
 
     All processes draw the same random numbers for the whole batch and each takes its part of it; gradients are averaged
@@ -138,7 +145,8 @@ def train(model, ema, optimizer, schedule, latents, words, mask, empty, cfg, sta
         dropped = torch.rand(cfg.batch) < cfg.drop_text
         # the part of this process
         z0, w, m, t, eps, dropped = (
-            x[rank::world].to(device) for x in (latents[pick], words[pick], mask[pick], t, eps, dropped)
+            x[rank::world].to(device)
+            for x in (latents[pick], words[pick], mask[pick], t, eps, dropped)
         )
         w, m = drop_text(w, m, *empty, dropped=dropped)
         # forward pass and loss, matrix products in bf16
@@ -189,24 +197,33 @@ class Painter:
         device = self.schedule.beta.device
         text, empty = self.text(list(prompts)), self.text([negative])
         with run.autocast(device), torch.no_grad():
-            chain = sample(self.model, self.schedule, noise.to(device), *text, *empty, guidance_scale, n)
+            chain = sample(
+                self.model, self.schedule, noise.to(device), *text, *empty, guidance_scale, n
+            )
             z0 = ddim.last(run.bar(chain, n + 1, name="sample")).float()
         return autoencoder.decode_all(self.decoder, z0 / self.scale)
 
 
 def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
     """Do pictures show their prompt? -> metrics, figures {file: (rows {label: images}, titles of the columns)}."""
-    seen, unseen = (torch.tensor([i for i, h in enumerate(held_out) if h == kind]) for kind in (False, True))
+    seen, unseen = (
+        torch.tensor([i for i, h in enumerate(held_out) if h == kind]) for kind in (False, True)
+    )
     seen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:count]]
     unseen = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:count]]
     noise = torch.randn(count, *shape)
     drawn, new = (
-        painter.draw([captions[i] for i in pick], noise[: len(pick)], cfg.guidance_scale, cfg.sampling_steps)
+        painter.draw(
+            [captions[i] for i in pick], noise[: len(pick)], cfg.guidance_scale, cfg.sampling_steps
+        )
         for pick in (seen, unseen)
     )
     features = quality.emoji_features(images)
     ranks = quality.nearest_rank(quality.picture_features(drawn), features, seen)
-    truth, other = (quality.cosine(quality.picture_features(new), features[pick]) for pick in (unseen, unseen.roll(1)))
+    truth, other = (
+        quality.cosine(quality.picture_features(new), features[pick])
+        for pick in (unseen, unseen.roll(1))
+    )
     pairs = [(colour, thing) for colour in quality.HUES for thing in ("heart", "circle", "book")]
     prompts = [" ".join(pair) for pair in pairs]
     coloured = painter.draw(prompts, noise[: len(pairs)], cfg.guidance_scale, cfg.sampling_steps)
@@ -219,9 +236,18 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
     }  # fmt: skip
     true, wrapped = data.to_float(images), [textwrap.fill(c, 12) for c in captions]
     return metrics, {
-        "seen.png": ({"drawn": drawn[:12], "true": true[seen[:12]]}, [wrapped[i] for i in seen[:12]]),
-        "held_out.png": ({"drawn": new[:12], "true": true[unseen[:12]]}, [wrapped[i] for i in unseen[:12]]),
-        "colours.png": ({x: coloured[i::3] for i, x in enumerate(("heart", "circle", "book"))}, list(quality.HUES)),
+        "seen.png": (
+            {"drawn": drawn[:12], "true": true[seen[:12]]},
+            [wrapped[i] for i in seen[:12]],
+        ),
+        "held_out.png": (
+            {"drawn": new[:12], "true": true[unseen[:12]]},
+            [wrapped[i] for i in unseen[:12]],
+        ),
+        "colours.png": (
+            {x: coloured[i::3] for i, x in enumerate(("heart", "circle", "book"))},
+            list(quality.HUES),
+        ),
     }
 
 
@@ -231,26 +257,37 @@ def main(cfg: Config) -> dict:
     rank, world = processes(device)
     sizes = (cfg.steps, cfg.batch, cfg.sampling_steps)
     run.check(min(sizes) > 0, "--steps, --batch and --sampling-steps must be at least 1")
-    run.check(cfg.sampling_steps <= 1000, "--sampling-steps: the schedule has 1000 steps and no more")
+    run.check(
+        cfg.sampling_steps <= 1000, "--sampling-steps: the schedule has 1000 steps and no more"
+    )
     run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
-    run.check(not (cfg.pretrained and cfg.autoencoder), "the shipped weights belong to the shipped --autoencoder")
+    run.check(
+        not (cfg.pretrained and cfg.autoencoder),
+        "the shipped weights belong to the shipped --autoencoder",
+    )
     run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
     run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
-    run.check(0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite and not negative")
+    run.check(
+        0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite and not negative"
+    )
     needed = "--negative needs a --guidance-scale above 1: less steers towards it"
     run.check(cfg.guidance_scale > 1 or not cfg.negative, needed)
     run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
     for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
-        run.check(not words or words.strip(), f"{flag} is blank: name what to draw, or leave it out")
-    run.check(cfg.channels and all(c > 0 and c % 32 == 0 for c in cfg.channels), "--channels must be multiples of 32")
+        run.check(
+            not words or words.strip(), f"{flag} is blank: name what to draw, or leave it out"
+        )
+    run.check(
+        cfg.channels and all(c > 0 and c % 32 == 0 for c in cfg.channels),
+        "--channels must be multiples of 32",
+    )
     run.seed(cfg.seed)
     coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
     text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
     text([cfg.prompt, cfg.negative])  # too long is said now, not after the training
     shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
-    halved = (
-        f"--channels: latents of {shape[1]} x {shape[2]}, folded 2 x 2, cannot be halved {len(cfg.channels) - 1} times"
-    )
+    halvings = len(cfg.channels) - 1
+    halved = f"--channels: latents of {shape[1]} x {shape[2]}, folded 2 x 2, cannot be halved {halvings} times"
     run.check(shape[1] % 2 ** len(cfg.channels) == 0, halved)
     folder, clock = run.output(cfg.out, cfg), run.Clock()
     images, captions, _ = data.emoji(64)
@@ -269,17 +306,42 @@ def main(cfg: Config) -> dict:
             before = checkpoint.load_state(state, cfg, **parts)
             losses, clock = before["losses"], run.Clock(before["seconds"])
         values = {"losses": losses, "config": asdict(cfg)}
-        save = lambda: rank == 0 and checkpoint.save_state(state, **parts, **values, seconds=clock())  # noqa: E731
+
+        def save():
+            if rank == 0:
+                checkpoint.save_state(state, **parts, **values, seconds=clock())
+
         shared = DistributedDataParallel(model) if world > 1 else model
-        steps = train(shared, ema, optimizer, schedule, latents, words, mask, text([""]), cfg, len(losses), rank, world)
+        steps = train(
+            shared,
+            ema,
+            optimizer,
+            schedule,
+            latents,
+            words,
+            mask,
+            text([""]),
+            cfg,
+            len(losses),
+            rank,
+            world,
+        )
         for value in run.progress(steps, cfg.steps, len(losses), 500, save):
             losses.append(value)
         save()
-        metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock(), "processes": world}
+        metrics |= {
+            "final_loss": sum(losses[-100:]) / len(losses[-100:]),
+            "train_seconds": clock(),
+            "processes": world,
+        }
         model = ema
         if rank == 0:
-            figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50)
-            checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg) | {"latent": shape[0]})
+            figures.curves(
+                folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50
+            )
+            checkpoint.write(
+                folder / "model.safetensors", ema.state_dict(), asdict(cfg) | {"latent": shape[0]}
+            )
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
@@ -288,7 +350,9 @@ def main(cfg: Config) -> dict:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     noise, clock = torch.randn(8, *shape), run.Clock()
     if cfg.prompt:
-        pictures = painter.draw([cfg.prompt] * 8, noise, cfg.guidance_scale, cfg.sampling_steps, cfg.negative)
+        pictures = painter.draw(
+            [cfg.prompt] * 8, noise, cfg.guidance_scale, cfg.sampling_steps, cfg.negative
+        )
         figures.grid(folder / "prompt.png", pictures, 4, scale=3)
         metrics["sample_seconds"] = clock()
         return run.report(folder, metrics, then=f"open {folder}/prompt.png")

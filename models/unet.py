@@ -45,7 +45,9 @@ class ResBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.conv_shortcut = (
+            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        )
 
     def forward(self, x, time=None):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -87,7 +89,10 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps)
         attention = Attention(channels, head_dim, bias=True)
-        self.heads, self.to_q, self.to_k, self.to_v, self.to_out = attention.heads, *attention.children()
+        self.heads, self.to_q, self.to_k, self.to_v, self.to_out = (
+            attention.heads,
+            *attention.children(),
+        )
 
     def forward(self, x, context=None, mask=None):
         y = Attention.forward(self, rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
@@ -114,7 +119,11 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.attn1 = Attention(channels, head_dim)
         self.attn2 = Attention(channels, head_dim, context_dim)
-        feed_forward = (GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        feed_forward = (
+            GEGLU(channels, 4 * channels),
+            nn.Identity(),
+            nn.Linear(4 * channels, channels),
+        )
         self.ff = nn.ModuleDict({"net": nn.Sequential(*feed_forward)})
 
     def forward(self, x, context, mask):
@@ -144,7 +153,10 @@ class Downsample(nn.Module):
 
     def __init__(self, channels, padding=1):
         super().__init__()
-        self.conv, self.padding = nn.Conv2d(channels, channels, 3, stride=2, padding=padding), padding
+        self.conv, self.padding = (
+            nn.Conv2d(channels, channels, 3, stride=2, padding=padding),
+            padding,
+        )
 
     def forward(self, x):
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
@@ -169,7 +181,9 @@ class Stage(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(i, o, **kw) for i, o in widths)
         self.attentions = nn.ModuleList(attention(o) for _, o in widths) if attention else None
-        self.downsamplers = nn.ModuleList([Downsample(widths[-1][1], down_padding)]) if down else None
+        self.downsamplers = (
+            nn.ModuleList([Downsample(widths[-1][1], down_padding)]) if down else None
+        )
         self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])]) if up else None
 
     def forward(self, x, time=None, context=None, mask=None, memory=()):
@@ -211,13 +225,17 @@ class UNet(nn.Module):
         for i, width in enumerate(channels):
             last = i == len(channels) - 1
             widths = [(c if j == 0 else width, width) for j in range(layers)]
-            self.down_blocks.append(Stage(widths, attend if attention[i] else None, down=not last, **kw))
+            self.down_blocks.append(
+                Stage(widths, attend if attention[i] else None, down=not last, **kw)
+            )
             remembered += [width] * (layers + (not last))
             c = width
         self.mid_block = Stage([(c, c), (c, c)], **kw)
         self.mid_block.attentions = nn.ModuleList([attend(c)])
         for i, width in reversed(list(enumerate(channels))):
-            widths = [((c if j == 0 else width) + remembered.pop(), width) for j in range(layers + 1)]
+            widths = [
+                ((c if j == 0 else width) + remembered.pop(), width) for j in range(layers + 1)
+            ]
             self.up_blocks.append(Stage(widths, attend if attention[i] else None, up=i > 0, **kw))
             c = width
         self.conv_norm_out = nn.GroupNorm(groups, c)

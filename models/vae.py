@@ -33,7 +33,8 @@ from utils import checkpoint, data, figures, run
 class Config:
     """Train variational autoencoders on MNIST, whole and with parts left out; draw their latent spaces, measure all."""
 
-    latents: tuple[int, ...] = (2, 16)  # a model for each: 2 dimensions can be drawn as a map, 16 make better digits
+    # a model for each: 2 dimensions can be drawn as a map, 16 make better digits
+    latents: tuple[int, ...] = (2, 16)
     ablations: bool = True  # train the first one without the noise and without the KL term, too
     steps: int = 1000  # training steps of each model
     batch: int = 128  # images per step
@@ -60,8 +61,15 @@ def kl_divergence(mu, logvar):
 
 def reconstruction(logits, x):
     """-log p(x | z) in nats: (B, 1, H, W) log odds of white, images (B, 1, H, W) in [-1, 1] -> (B,)."""
-    run.check(x.min() >= -1 and x.max() <= 1, "images must be in [-1, 1]; data.to_float makes them so")
-    return F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none").flatten(1).sum(dim=1)  # Eq. 11
+    run.check(
+        x.min() >= -1 and x.max() <= 1, "images must be in [-1, 1]; data.to_float makes them so"
+    )
+    # Eq. 11
+    return (
+        F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
+        .flatten(1)
+        .sum(dim=1)
+    )
 
 
 def picture(logits):
@@ -102,7 +110,10 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """(B, 1, 28, 28) in [-1, 1] -> mu (B, D), logvar (B, D). Eq. 9."""
-        run.check(x.shape[1:] == (1, 28, 28), f"this network reads (B, 1, 28, 28) images, not {tuple(x.shape)}")
+        run.check(
+            x.shape[1:] == (1, 28, 28),
+            f"this network reads (B, 1, 28, 28) images, not {tuple(x.shape)}",
+        )
         return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z):
@@ -120,7 +131,10 @@ def variants(cfg):
     """{name: what is trained}."""
     chosen = {f"{n}-d": Variant(n) for n in cfg.latents}
     if cfg.ablations:
-        chosen |= {"no noise": Variant(cfg.latents[0], noise=False), "no KL": Variant(cfg.latents[0], beta=0.0)}
+        chosen |= {
+            "no noise": Variant(cfg.latents[0], noise=False),
+            "no KL": Variant(cfg.latents[0], beta=0.0),
+        }
     return chosen
 
 
@@ -166,11 +180,16 @@ def load(path, device="cpu"):
     """Weights written by this script -> {name: model}, ready to sample. Raises UserError for another network's."""
     tensors, meta = checkpoint.read(path)
     try:
-        models = {name: VAE(latent, meta["channels"], meta["hidden"]) for name, latent in meta["latent"].items()}
+        models = {
+            name: VAE(latent, meta["channels"], meta["hidden"])
+            for name, latent in meta["latent"].items()
+        }
         together = nn.ModuleDict(models).to(device).eval().requires_grad_(False)
         together.load_state_dict(tensors)
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError):
-        raise run.UserError(f"{path} holds no weights of models/vae.py; name a file that this script wrote") from None
+        raise run.UserError(
+            f"{path} holds no weights of models/vae.py; name a file that this script wrote"
+        ) from None
     return models
 
 
@@ -198,7 +217,8 @@ def sample(model, n):
 def latent_grid(model, n=20):
     """n x n images (n^2, 1, 28, 28) of a 2-d latent space, in steps of equal probability (inverse CDF). Fig. 4."""
     steps = torch.special.ndtri((torch.arange(n) + 0.5) / n)
-    z = torch.cartesian_prod(steps.flip(0), steps).flip(1)  # z_1 to the right, z_2 upwards, as in the scatter plots
+    # z_1 to the right, z_2 upwards, as in the scatter plots
+    z = torch.cartesian_prod(steps.flip(0), steps).flip(1)
     return paint(model, z)
 
 
@@ -216,7 +236,10 @@ def main(cfg: Config) -> dict:
     run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
     run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.check(cfg.samples >= 64, "--samples must be at least 64, as many as the figures show")
-    run.check(cfg.latents and min(cfg.latents) > 1, "--latents must be numbers from 2 on: a map has two axes")
+    run.check(
+        cfg.latents and min(cfg.latents) > 1,
+        "--latents must be numbers from 2 on: a map has two axes",
+    )
     folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
     images, models, curves = data.mnist("train")[0], {}, {}
     for name, variant in variants(cfg).items():
@@ -243,15 +266,22 @@ def draw(folder, cfg, curves, models, codes, samples, test, labels):
     back = {name: paint(model, codes[name][:10]) for name, model in models.items()}
     figures.rows(folder / "reconstructions.png", {"original": test[:10]} | back)
     if cfg.latents[0] == 2:
-        grey = latent_grid(VAE(2, cfg.channels, cfg.hidden), n=8)  # a weave too faint to see, alike at every point
+        # a weave too faint to see, alike at every point
+        grey = latent_grid(VAE(2, cfg.channels, cfg.hidden), n=8)
         low, high = grey.aminmax()
         before = f"before training, contrast x {2 / (high - low):.0f}"
-        maps = {before: (grey - low) / (high - low) * 2 - 1, "after training": latent_grid(models[first])}
+        maps = {
+            before: (grey - low) / (high - low) * 2 - 1,
+            "after training": latent_grid(models[first]),
+        }
         figures.panels(folder / "map.png", [maps], size=5)
     strips, weight = {}, torch.linspace(0, 1, 10)[:, None, None, None]
     for i, j in ((3, 8), (4, 9), (0, 6), (1, 7)):
         a, b = test[labels == i][1], test[labels == j][1]
-        strips |= {f"{i} to {j}, pixels": a.lerp(b, weight), f"{i} to {j}, {best}": interpolate(models[best], a, b)}
+        strips |= {
+            f"{i} to {j}, pixels": a.lerp(b, weight),
+            f"{i} to {j}, {best}": interpolate(models[best], a, b),
+        }
     figures.rows(folder / "interpolation.png", strips)
     names = [name for name in models if name == first or not name.endswith("-d")]
     figures.panels(folder / "latents.png", [
@@ -260,8 +290,14 @@ def draw(folder, cfg, curves, models, codes, samples, test, labels):
     ])  # fmt: skip
     for part in ("reconstruction", "kl"):
         log = {name: curve[part] for name, curve in curves.items()}
-        figures.curves(folder / f"{part}.png", log, "step", f"{part}, nats per image", smooth=20, log="y")
-    bound = {name: [a + b for a, b in zip(*curves[name].values())] for name in curves if name.endswith("-d")}
+        figures.curves(
+            folder / f"{part}.png", log, "step", f"{part}, nats per image", smooth=20, log="y"
+        )
+    bound = {
+        name: [a + b for a, b in zip(*curves[name].values())]
+        for name in curves
+        if name.endswith("-d")
+    }
     figures.curves(folder / "loss.png", bound, "step", "negative bound, nats per image", smooth=20)
 
 

@@ -28,7 +28,8 @@ from papers import mae, photos
 from utils import checkpoint, data, figures, pretrained, run
 from utils.run import check
 
-TEMPLATES = ("a photo of {}", "a photo of a pile of {}", "{}", "{} in a shop")  # Sec. 3.1.4: several are better
+# Sec. 3.1.4: several are better
+TEMPLATES = ("a photo of {}", "a photo of a pile of {}", "{}", "{} in a shop")
 HIDE = 0.5  # part of the image features that a step does not see: there are few pairs
 
 
@@ -45,7 +46,7 @@ class Config:
     lr: float = 1e-3
     temperature: float = 0.07  # where it begins
     learn_temperature: bool = True
-    sweep: bool = True  # train again with other temperatures, and with other batches but as many pairs
+    sweep: bool = True  # train again with other temperatures, and other batches of as many pairs
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/clip"
@@ -124,7 +125,11 @@ def cached_backward(encoders, inputs, scale, chunk):
 
 def train(towers, reader, x, captions, cfg):
     """Yields the loss of each step. x (N,D); captions (N,L) vectors, or token ids (N,T) if a reader reads them."""
-    weights = [p for p in (*towers.parameters(), *(reader.parameters() if reader else ())) if p.requires_grad]
+    weights = [
+        p
+        for p in (*towers.parameters(), *(reader.parameters() if reader else ()))
+        if p.requires_grad
+    ]
     slow = {id(p) for p in reader.parameters()} if reader else set()
     groups = [{"params": [p for p in weights if id(p) not in slow], "weight_decay": 0.1},
               {"params": [p for p in weights if id(p) in slow], "lr": cfg.lr / 50}]  # fmt: skip
@@ -138,7 +143,9 @@ def train(towers, reader, x, captions, cfg):
         pictures, texts = x[pick].to(on), captions[pick].to(on)
         optimizer.zero_grad()
         if cfg.chunk:
-            loss = cached_backward((towers.encode_image, read), (pictures, texts), towers.scale(), cfg.chunk)
+            loss = cached_backward(
+                (towers.encode_image, read), (pictures, texts), towers.scale(), cfg.chunk
+            )
         else:
             loss = clip_loss(towers.encode_image(pictures), read(texts), towers.scale())
             loss.backward()
@@ -156,7 +163,9 @@ class Reader(nn.Module):
         self.model.requires_grad_(True)
 
     def ids(self, texts):
-        return self.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].to(self.model.device)
+        return self.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].to(
+            self.model.device
+        )
 
     def forward(self, ids):
         mask = (ids != 0).long()
@@ -175,7 +184,9 @@ def recall(z, t, ks=(1, 5, 10)):
 
 def zero_shot(z, names, encode):
     """Pictures (N,E) and K names -> logits (N,K): a class is the mean of its sentences. Sec. 3.1.4."""
-    classes = [F.normalize(encode([s.format(name) for s in TEMPLATES]).mean(0), dim=0) for name in names]
+    classes = [
+        F.normalize(encode([s.format(name) for s in TEMPLATES]).mean(0), dim=0) for name in names
+    ]
     return z @ torch.stack(classes).T
 
 
@@ -218,11 +229,19 @@ def sweeps(x, t, learn, cfg):
     rows = {"temperature": {}, "batch": {}}
     with torch.enable_grad():
         for value in (0.01, 0.03, 0.07, 0.2, 0.5):
-            towers, _ = fit(x[learn], t[learn], replace(cfg, temperature=value, learn_temperature=False), None, "sweep")
+            towers, _ = fit(
+                x[learn],
+                t[learn],
+                replace(cfg, temperature=value, learn_temperature=False),
+                None,
+                "sweep",
+            )
             rows["temperature"][value] = score(towers)["text finds picture"]["recall@1"]
         for size in (32, 128, 512):
             steps = max(1, cfg.steps * cfg.batch // size)
-            towers, _ = fit(x[learn], t[learn], replace(cfg, batch=size, steps=steps), None, "sweep")
+            towers, _ = fit(
+                x[learn], t[learn], replace(cfg, batch=size, steps=steps), None, "sweep"
+            )
             rows["batch"][size] = score(towers)["text finds picture"]["recall@1"]
     return rows
 
@@ -256,14 +275,22 @@ def matrix(path, images, captions, z, t):
 
 def main(cfg: Config) -> dict:
     """Train on emoji, search among those held out, classify photos of fruit, sweep, save."""
-    check(min(cfg.steps, cfg.width) >= 1 and cfg.batch >= 2, "--steps, --width: at least 1; --batch: at least 2")
+    check(
+        min(cfg.steps, cfg.width) >= 1 and cfg.batch >= 2,
+        "--steps, --width: at least 1; --batch: at least 2",
+    )
     check(cfg.chunk >= 0 and 0 < cfg.lr < 1, "--chunk: 0 or more; --lr: above 0, below 1")
-    check(0.01 <= cfg.temperature <= 10, "--temperature: 0.01, the least that the paper allows, to 10")
+    check(
+        0.01 <= cfg.temperature <= 10, "--temperature: 0.01, the least that the paper allows, to 10"
+    )
     run.seed(cfg.seed)
     device = run.device(cfg.device)
     images, captions, _ = data.emoji(72)
     learn = ~held_out(captions)
-    check(cfg.batch <= learn.sum(), f"--batch {cfg.batch}: there are {int(learn.sum())} pairs to learn from")
+    check(
+        cfg.batch <= learn.sum(),
+        f"--batch {cfg.batch}: there are {int(learn.sum())} pairs to learn from",
+    )
     folder, x = run.output(cfg.out, cfg), look(images, cfg.tower, device)
     tokenizer, model = pretrained.minilm(device)
     embed = lambda texts: pretrained.embed(texts, tokenizer, model).cpu()  # noqa: E731
@@ -277,18 +304,29 @@ def main(cfg: Config) -> dict:
         towers, losses = fit(x[learn], t[learn], cfg)
     with torch.no_grad():
         z, words = towers.encode_image(x[~learn]), towers.encode_text(t[~learn])
-        metrics: dict[str, Any] = {"pairs to learn from": int(learn.sum()), "pairs held out": len(z)}
+        metrics: dict[str, Any] = {
+            "pairs to learn from": int(learn.sum()),
+            "pairs held out": len(z),
+        }
         metrics |= recall(z, words) | {"chance": {f"recall@{k}": k / len(z) for k in (1, 5, 10)}}
         metrics["temperature at the end"] = 1 / towers.scale().item()
         metrics |= classify(towers, embed, cfg, device)
     figures.curves(folder / "loss.png", {"loss": losses}, "step", "contrastive loss", smooth=10)
     spread = torch.linspace(0, len(z) - 1, 12).long()
     shown = (~learn).nonzero()[:, 0][spread]
-    matrix(folder / "matrix.png", images[shown], [captions[i] for i in shown], z[spread], words[spread])
+    matrix(
+        folder / "matrix.png", images[shown], [captions[i] for i in shown], z[spread], words[spread]
+    )
     if cfg.sweep and not cfg.tune_text:
         for name, row in sweeps(x, t, learn, cfg).items():
             metrics |= {f"recall@1, {name} {value:g}": score for value, score in row.items()}
-            figures.curves(folder / f"{name}.png", {"": (list(row), list(row.values()))}, name, "recall@1", log="x")
+            figures.curves(
+                folder / f"{name}.png",
+                {"": (list(row), list(row.values()))},
+                name,
+                "recall@1",
+                log="x",
+            )
     if not cfg.tune_text:
         save(towers, folder, cfg)
     return run.report(folder, metrics, then=f"open {folder}/matrix.png")
@@ -299,7 +337,10 @@ def classify(towers, embed, cfg, device):
     fruit = data.groceries(224)
     learn, judge = photos.split(fruit)
     z = towers.encode_image(look(fruit.images, cfg.tower, device)[judge])
-    group = [fruit.coarse_names[fruit.coarse[fruit.fine == k][0]].lower() for k in range(len(fruit.fine_names))]
+    group = [
+        fruit.coarse_names[fruit.coarse[fruit.fine == k][0]].lower()
+        for k in range(len(fruit.fine_names))
+    ]
     kinds = [n.lower().replace("-", " ") for n in fruit.fine_names]
     kinds = [n if g.rstrip("s") in n else f"{n} {g}" for n, g in zip(kinds, group)]
     encode = lambda texts: towers.encode_text(embed(texts))  # noqa: E731
@@ -309,7 +350,11 @@ def classify(towers, embed, cfg, device):
                                ("5 groups", [n.lower() for n in fruit.coarse_names], fruit.coarse))
     }  # fmt: skip
     chance = {"14 kinds": 1 / 14, "5 groups": 1 / 5}
-    return {"zero-shot photos": right, "by chance": chance, "by majority": photos.majority(fruit, learn, judge)}
+    return {
+        "zero-shot photos": right,
+        "by chance": chance,
+        "by majority": photos.majority(fruit, learn, judge),
+    }
 
 
 if __name__ == "__main__":

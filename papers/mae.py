@@ -28,7 +28,8 @@ from utils.run import check
 
 WEIGHTS = vit.WEIGHTS
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # that are drawn side by side
-DECODERS = {"light": (64, 2, 4), "heavy": (128, 6, 4), "paper": (512, 8, 16)}  # width E, blocks, heads
+# Width E, blocks, heads
+DECODERS = {"light": (64, 2, 4), "heavy": (128, 6, 4), "paper": (512, 8, 16)}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Config:
     image_size: int = 64  # side of a photo in pixels
     data: str = ""  # a folder of pictures of your own; empty: photos of fruit
     tune: int = 100  # steps of fine-tuning, and of training from nothing beside it; 0: neither
-    pretrained: bool = False  # begin with the weights that come with the book, and skip the training
+    pretrained: bool = False  # begin with the shipped weights, and skip the training
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/mae"
@@ -54,7 +55,10 @@ class Config:
 
 def patchify(imgs, p):
     """Images (B,C,H,W) -> patches (B,N,P*P*C), row by row; within a patch pixel by pixel, colours together."""
-    check(imgs.shape[2] % p == 0 and imgs.shape[3] % p == 0, f"{tuple(imgs.shape[2:])} pixels are no patches of {p}")
+    check(
+        imgs.shape[2] % p == 0 and imgs.shape[3] % p == 0,
+        f"{tuple(imgs.shape[2:])} pixels are no patches of {p}",
+    )
     return rearrange(imgs, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
 
 
@@ -70,7 +74,10 @@ def sincos_2d(dim, grid_h, grid_w, cls_token=False):
 
     Appendix A.1, "sine-cosine version"; column first, as in the authors' code. dim is a multiple of four.
     """
-    check(dim % 4 == 0, f"sines and cosines of two coordinates need a multiple of 4 numbers, not {dim}")
+    check(
+        dim % 4 == 0,
+        f"sines and cosines of two coordinates need a multiple of 4 numbers, not {dim}",
+    )
     frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
@@ -94,18 +101,32 @@ def random_masking(x, ratio, noise=None):
 class MAE(nn.Module):
     """images (B,C,H,W) -> loss, drawn patches (B,N,P*P*C), mask (B,N). Fig. 1."""
 
-    def __init__(self, image=64, patch=8, channels=3, width=128, depth=6, heads=4, decoder=(64, 2, 4), norm_pix=False):
+    def __init__(
+        self,
+        image=64,
+        patch=8,
+        channels=3,
+        width=128,
+        depth=6,
+        heads=4,
+        decoder=(64, 2, 4),
+        norm_pix=False,
+    ):
         super().__init__()
         narrow, blocks, eyes = decoder
         self.patch, self.norm_pix, self.grid = patch, norm_pix, (image // patch, image // patch)
         self.embed = vit.PatchEmbedding(patch, channels, width)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(sincos_2d(width, *self.grid, cls_token=True)[None], requires_grad=False)
+        self.position = nn.Parameter(
+            sincos_2d(width, *self.grid, cls_token=True)[None], requires_grad=False
+        )
         self.blocks = nn.ModuleList([vit.Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.to_decoder = nn.Linear(width, narrow)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
-        self.decoder_position = nn.Parameter(sincos_2d(narrow, *self.grid, cls_token=True)[None], requires_grad=False)
+        self.decoder_position = nn.Parameter(
+            sincos_2d(narrow, *self.grid, cls_token=True)[None], requires_grad=False
+        )
         self.decoder_blocks = nn.ModuleList([vit.Block(narrow, eyes) for _ in range(blocks)])
         self.decoder_norm = nn.LayerNorm(narrow, eps=1e-6)
         self.to_pixels = nn.Linear(narrow, patch**2 * channels)
@@ -124,7 +145,8 @@ class MAE(nn.Module):
         """Images -> states of the class token and the K visible patches (B,1+K,D), mask, ids_restore. "MAE encoder"."""
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         position = vit.resize_positions(self.position, self.grid, grid)
-        x = self.embed(x) + position[:, 1:]  # before the masking: afterwards nobody knows who stood where
+        # Before the masking: afterwards nobody knows who stood where
+        x = self.embed(x) + position[:, 1:]
         x, mask, ids_restore = random_masking(x, ratio, noise)
         x = torch.cat([(self.cls + position[:, :1]).expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
@@ -135,7 +157,8 @@ class MAE(nn.Module):
         """States (B,1+K,D) -> patches (B,N,P*P*C): fill the gaps, put all in order, read, draw. "MAE decoder"."""
         x = self.to_decoder(x)
         gaps = self.mask_token.expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], gaps], 1)  # as they were after the shuffle: visible, then hidden
+        # As they were after the shuffle: visible, then hidden
+        patches = torch.cat([x[:, 1:], gaps], 1)
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
         x = torch.cat([x[:, :1], patches], 1) + vit.resize_positions(
             self.decoder_position, self.grid, grid or self.grid
@@ -185,7 +208,9 @@ def train(model, images, cfg):
     device = next(model.parameters()).device
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, cfg.lr, betas=(0.9, 0.95), weight_decay=0.05)  # Table 8
-    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.1)
+    pace = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.1
+    )
     for _ in range(cfg.steps):
         pick = torch.randint(len(images), (cfg.batch,))
         x = photos.crops(data.to_float(images[pick]).to(device), cfg.image_size)
@@ -205,7 +230,9 @@ def features(model, images, size):
     device = next(model.parameters()).device
     parts = photos.whole(images, size).split(128)
     shown = run.bar(parts, len(parts), name="look", delay=2)
-    return torch.cat([model.forward_encoder(x.to(device), 0)[0][:, 1:].mean(1).cpu() for x in shown])
+    return torch.cat(
+        [model.forward_encoder(x.to(device), 0)[0][:, 1:].mean(1).cpu() for x in shown]
+    )
 
 
 def build(image_size, patch, size="tiny", decoder="light", norm_pix=False, **_):
@@ -230,15 +257,22 @@ def tuned(start, cfg, fruit, learn, judge):
         model.load_state_dict({k: v for k, v in start.items() if k in own}, strict=False)
     model = model.to(run.device(cfg.device))
     rules = vit.Config(steps=cfg.tune, image_size=cfg.image_size, lr=1e-3)
-    for _ in run.progress(vit.train(model, fruit.images[learn], fruit.fine[learn], rules), cfg.tune):
+    for _ in run.progress(
+        vit.train(model, fruit.images[learn], fruit.fine[learn], rules), cfg.tune
+    ):
         pass
-    return photos.accuracies(vit.predict(model.eval(), fruit.images[judge], cfg.image_size), fruit, judge)
+    return photos.accuracies(
+        vit.predict(model.eval(), fruit.images[judge], cfg.image_size), fruit, judge
+    )
 
 
 def judged(model, cfg, fruit, learn, judge):
     """What the encoder is worth on photos it has not seen, beside what needs no encoder: {name: accuracies}."""
     device = run.device(cfg.device)
-    small, seen = photos.whole(fruit.images, 32).flatten(1), features(model, fruit.images, cfg.image_size)
+    small, seen = (
+        photos.whole(fruit.images, 32).flatten(1),
+        features(model, fruit.images, cfg.image_size),
+    )
     labelled = photos.imagenet(data.groceries(224).images, device)
     rows = {"majority": photos.majority(fruit, learn, judge)}
     for name, x in {"pixels": small, "this encoder": seen, "ImageNet features": labelled}.items():
@@ -266,7 +300,10 @@ def pictures(model, images, cfg, folder):
 
 def main(cfg: Config) -> dict:
     """Train (or load), draw photos that it has not seen, probe and fine-tune."""
-    check(min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1, "--steps and --batch must be at least 1, --lr 0 to 1")
+    check(
+        min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1,
+        "--steps and --batch must be at least 1, --lr 0 to 1",
+    )
     check(cfg.image_size <= 1024, "--image-size must be at most 1024")
     check(0 < cfg.ratio < 1 and cfg.tune >= 0, "--ratio must be between 0 and 1, --tune at least 0")
     run.seed(cfg.seed)
@@ -275,7 +312,10 @@ def main(cfg: Config) -> dict:
         model, then = load(WEIGHTS, device)
         theirs = {k: then[k] for k in ("size", "decoder", "patch", "image_size", "norm_pix")}
         asked = [k for k in theirs if getattr(cfg, k) not in (theirs[k], getattr(Config(), k))]
-        check(not asked, f"--pretrained weights have {', '.join(f'--{k} {theirs[k]}' for k in asked)}; leave it out")
+        check(
+            not asked,
+            f"--pretrained weights have {', '.join(f'--{k} {theirs[k]}' for k in asked)}; leave it out",
+        )
         cfg = replace(cfg, **theirs)
     else:
         model = build(**asdict(cfg)).to(device)
@@ -287,12 +327,20 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     if not cfg.pretrained:
         losses = list(run.progress(train(model, images[learn], cfg), cfg.steps))
-        figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error of hidden pixels", smooth=20)
+        figures.curves(
+            folder / "loss.png",
+            {"loss": losses},
+            "step",
+            "squared error of hidden pixels",
+            smooth=20,
+        )
         checkpoint.write(folder / "model.safetensors", model.state_dict(), asdict(cfg))
         metrics = {"final_loss": sum(losses[-50:]) / len(losses[-50:]), "train_seconds": clock()}
     model.eval()
     unseen = images[judge]
-    pictures(model, unseen[torch.linspace(0, len(unseen) - 1, min(8, len(unseen))).long()], cfg, folder)
+    pictures(
+        model, unseen[torch.linspace(0, len(unseen) - 1, min(8, len(unseen))).long()], cfg, folder
+    )
     if fruit:
         metrics |= judged(model, cfg, fruit, learn, judge)
     return run.report(folder, metrics, then=f"open {folder}/drawn.png")

@@ -48,7 +48,10 @@ class HiddenWordsInEncoder(mae.MAE):
     def forward_encoder(self, x, ratio, noise=None):
         position = self.position
         x = self.embed(x)
-        mask, here = mae.random_masking(x, ratio, noise)[1], torch.arange(x.shape[1], device=x.device)
+        mask, here = (
+            mae.random_masking(x, ratio, noise)[1],
+            torch.arange(x.shape[1], device=x.device),
+        )
         x = torch.where(mask[..., None] == 1, self.word.to(x.dtype), x) + position[:, 1:]
         x = torch.cat([(self.cls + position[:, :1]).expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
@@ -56,7 +59,8 @@ class HiddenWordsInEncoder(mae.MAE):
         return self.norm(x), mask, here.expand(len(x), -1)  # every patch is where it was
 
 
-CLAIMS = {  # what is compared, and what the paper says of it: linear probes on ImageNet of ViT-L, in percent
+# What is compared, and what the paper says of it: linear probes on ImageNet of ViT-L, in percent
+CLAIMS = {
     "ratio": "a high ratio teaches most: 58.9 at 0.2, 69.9 at 0.5, 73.5 at 0.75, 66.1 at 0.9 (Fig. 5)",
     "decoder": "a light decoder is enough: fine-tuned 84.8 with 1 block, 84.9 with 8; probed 65.5, 73.5 (Table 1a)",
     "pixels": "patches with mean and spread taken out help: 73.9 against 73.5 (Table 1d)",
@@ -124,7 +128,9 @@ def speed(cfg, device):
     for name, work in kinds.items():
         seconds(work, 0.0)
         times = [[seconds(work, r) for r in (0.0, *RATIOS)] for _ in range(cfg.repeat)]
-        found[name] = {f"{r:g}": statistics.median(t[0] / t[i] for t in times) for i, r in enumerate(RATIOS, 1)}
+        found[name] = {
+            f"{r:g}": statistics.median(t[0] / t[i] for t in times) for i, r in enumerate(RATIOS, 1)
+        }
     torch.set_num_threads(threads)
     return found
 
@@ -139,7 +145,10 @@ def clock(device):
 
 def main(cfg: Config) -> dict:
     """Train every variant once, print each claim with what was found."""
-    check(min(cfg.steps, cfg.batch, cfg.repeat) > 0, "--steps, --batch and --repeat must be at least 1")
+    check(
+        min(cfg.steps, cfg.batch, cfg.repeat) > 0,
+        "--steps, --batch and --repeat must be at least 1",
+    )
     claims = [name for name in CLAIMS if cfg.only in name]
     check(claims, f"there is no claim {cfg.only}; there are: {', '.join(CLAIMS)}")
     run.seed(cfg.seed)
@@ -153,14 +162,23 @@ def main(cfg: Config) -> dict:
     for name, (kind, flags) in variants(cfg).items():
         if name in needed:
             curves[name], rows[name] = worth(kind, flags, fruit, learn, judge, device)
-            print(f"{name}: {rows[name]['14 kinds']:.3f} of 14 kinds, {rows[name]['5 groups']:.3f} of 5", flush=True)
+            print(
+                f"{name}: {rows[name]['14 kinds']:.3f} of 14 kinds, {rows[name]['5 groups']:.3f} of 5",
+                flush=True,
+            )
     times = speed(cfg, device) if "speed" in claims else {}
     for claim in claims:
         print(f"\n{claim}: {CLAIMS[claim]}")
         for name in COMPARED[claim]:
-            print("    " + "  ".join([f"{name:<28}", *(f"{k} {v:.3f}" for k, v in rows[name].items())]))
+            print(
+                "    "
+                + "  ".join([f"{name:<28}", *(f"{k} {v:.3f}" for k, v in rows[name].items())])
+            )
         for name, row in times.items() if claim == "speed" else ():
-            print("    " + "  ".join([f"{name:<28}", *(f"{v:.2f} times at {k}" for k, v in row.items())]))
+            print(
+                "    "
+                + "  ".join([f"{name:<28}", *(f"{v:.2f} times at {k}" for k, v in row.items())])
+            )
     print()
     draw(folder, curves, rows, times)
     return run.report(folder, rows | {f"speed, {name}": row for name, row in times.items()})
@@ -175,7 +193,9 @@ def draw(folder, curves, rows, times):
         figures.bars(folder / "probe.png", named, x="accuracy of a linear probe, 14 kinds")
     if times:
         lines = {name: ([0, *map(float, row)], [1, *row.values()]) for name, row in times.items()}
-        figures.curves(folder / "speed.png", lines, "part of the patches that is hidden", "times faster")
+        figures.curves(
+            folder / "speed.png", lines, "part of the patches that is hidden", "times faster"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def crops(images, size, smallest=0.2):
     zero = torch.zeros_like(x)
     theta = torch.stack([torch.stack([wide, zero, x], 1), torch.stack([zero, high, y], 1)], 1)
     where = F.affine_grid(theta, [b, images.shape[1], size, size], align_corners=False)
-    return F.grid_sample(images, where, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(
+        images, where, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
 
 
 def whole(images, size):
@@ -32,13 +34,17 @@ def whole(images, size):
 def split(fruit):
     """Indices of the photos to learn from and of those to be judged by: the data set's own split."""
     part = np.array(fruit.split)
-    return torch.from_numpy(np.flatnonzero(part != "test")), torch.from_numpy(np.flatnonzero(part == "test"))
+    return torch.from_numpy(np.flatnonzero(part != "test")), torch.from_numpy(
+        np.flatnonzero(part == "test")
+    )
 
 
 def accuracies(logits, fruit, chosen):
     """Share of right answers for 14 kinds and for the 5 groups they fall into, whose probabilities are added up."""
     group = torch.stack([fruit.coarse[fruit.fine == k][0] for k in range(len(fruit.fine_names))])
-    grouped = torch.zeros(len(logits), len(fruit.coarse_names)).index_add_(1, group, logits.softmax(-1))
+    grouped = torch.zeros(len(logits), len(fruit.coarse_names)).index_add_(
+        1, group, logits.softmax(-1)
+    )
     return {
         "14 kinds": float((logits.argmax(-1) == fruit.fine[chosen]).float().mean()),
         "5 groups": float((grouped.argmax(-1) == fruit.coarse[chosen]).float().mean()),
@@ -81,13 +87,16 @@ def probed(x, fruit, learn, judge):
 
 def imagenet(images, device):
     """Features (N,1280) of uint8 images by a network that ImageNet's labels taught: made once, kept by their hash."""
-    name = hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()[:16]
+    name = hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()[
+        :16
+    ]
     path = assets.cache() / "features" / f"efficientnet-{name}.safetensors"
 
     def look():
         network, parts = pretrained.efficientnet(device), images.split(32)
         shown = run.bar(parts, len(parts), name="look")
-        x = [pretrained.efficientnet_features(network, p, batch=4).cpu() for p in shown]  # larger is slower on a CPU
+        # Larger is slower on a CPU
+        x = [pretrained.efficientnet_features(network, p, batch=4).cpu() for p in shown]
         return {"features": torch.cat(x)}, None
 
     return data.cached(path, look)[0]["features"]

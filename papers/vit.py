@@ -79,7 +79,8 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def split(self, x):
-        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)  # Eq. 5
+        # Eq. 5
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
     def weights(self, q, k):
         """Who looks at whom: (B,heads,N,N), rows add up to one. Eq. 6."""
@@ -99,7 +100,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -109,7 +112,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """(B,C,H,W) -> logits (B,K). `pool`: "cls" reads the class token, "mean" the mean of the others. Eqs. 1 to 4."""
 
-    def __init__(self, image=64, patch=8, channels=3, width=128, depth=6, heads=4, classes=14, pool="cls"):
+    def __init__(
+        self, image=64, patch=8, channels=3, width=128, depth=6, heads=4, classes=14, pool="cls"
+    ):
         super().__init__()
         self.patch, self.pool, self.grid = patch, pool, (image // patch, image // patch)
         self.embed = PatchEmbedding(patch, channels, width)
@@ -184,8 +189,12 @@ def looks(model, x):
 def load_encoder(model, path):
     """Put the encoder of a file of mae.py into a ViT of the same width; positions are fitted to its grid."""
     tensors, meta = checkpoint.read(path)
-    fine = isinstance(meta, dict) and {"image_size", "patch"} <= meta.keys() and "position" in tensors
-    check(fine, f'{path} is no encoder of mae.py; name another, or --weights "" to begin with nothing')
+    fine = (
+        isinstance(meta, dict) and {"image_size", "patch"} <= meta.keys() and "position" in tensors
+    )
+    check(
+        fine, f'{path} is no encoder of mae.py; name another, or --weights "" to begin with nothing'
+    )
     own = model.state_dict()
     deeper = [k for k in tensors if k.startswith("blocks.") and k not in own]
     check(not deeper, f"{path} is of another network: it has {deeper[:1]}, this one has not")
@@ -193,9 +202,14 @@ def load_encoder(model, path):
     old = (meta["image_size"] // meta["patch"],) * 2
     found["position"] = resize_positions(found["position"], old, model.grid)
     wrong = [k for k, v in found.items() if v.shape != own[k].shape]
-    check(not wrong, f'{path} is of another network ({wrong[:1]}): --weights "" begins with nothing')
+    check(
+        not wrong, f'{path} is of another network ({wrong[:1]}): --weights "" begins with nothing'
+    )
     missing = model.load_state_dict(found, strict=False).missing_keys
-    check(set(missing) <= {"head.weight", "head.bias"}, f"{path} is no encoder: {', '.join(missing[:3])} is missing")
+    check(
+        set(missing) <= {"head.weight", "head.bias"},
+        f"{path} is no encoder: {', '.join(missing[:3])} is missing",
+    )
     return model
 
 
@@ -204,7 +218,9 @@ def train(model, images, labels, cfg):
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.05)
     # moves the first beta, too: 0.95 to 0.85 and back
-    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.15)
+    pace = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.15
+    )
     model.train()
     for _ in range(cfg.steps):
         pick = torch.randint(len(images), (cfg.batch,))
@@ -243,13 +259,17 @@ def draw(path, images, seen):
     import matplotlib.pyplot as plt
 
     pictures = [(np.clip(x.permute(1, 2, 0).numpy(), -1, 1) + 1) / 2 for x in images]
-    figure, axes = plt.subplots(1 + len(seen), len(images), figsize=(1.3 * len(images) + 1, 1.35 * (1 + len(seen))))
+    figure, axes = plt.subplots(
+        1 + len(seen), len(images), figsize=(1.3 * len(images) + 1, 1.35 * (1 + len(seen)))
+    )
     for j, picture in enumerate(pictures):
         for axis in axes[:, j]:
             axis.set(xticks=[], yticks=[])
             axis.imshow(picture)
         for i, found in enumerate(seen.values(), 1):
-            heat = F.interpolate(found[j][None, None], picture.shape[:2], mode="bicubic", align_corners=False)[0, 0]
+            heat = F.interpolate(
+                found[j][None, None], picture.shape[:2], mode="bicubic", align_corners=False
+            )[0, 0]
             axes[i, j].imshow(heat.clamp(0, 1), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     for axis, name in zip(axes[:, 0], ("photo", *seen)):
         axis.set_ylabel(name, fontsize=8)
@@ -259,11 +279,15 @@ def draw(path, images, seen):
 
 def main(cfg: Config) -> dict:
     """Train each network in turn, measure it on photos it has not seen, draw where it looks."""
-    check(min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1, "--steps and --batch must be at least 1, --lr 0 to 1")
+    check(
+        min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1,
+        "--steps and --batch must be at least 1, --lr 0 to 1",
+    )
     check(cfg.image_size <= 1024, "--image-size must be at most 1024")
     trial = build(cfg.image_size, cfg.patch, cfg.size)
     if cfg.weights:
-        load_encoder(trial, cfg.weights)  # what does not fit is better said now than after two trainings
+        # What does not fit is better said now than after two trainings
+        load_encoder(trial, cfg.weights)
     run.seed(cfg.seed)
     device, fruit = run.device(cfg.device), data.groceries(2 * cfg.image_size)
     folder = run.output(cfg.out, cfg)
@@ -279,8 +303,12 @@ def main(cfg: Config) -> dict:
             steps = train(model, fruit.images[learn], fruit.fine[learn], cfg)
             losses[name] = list(run.progress(steps, cfg.steps))
             model.eval()
-            metrics[name] = photos.accuracies(predict(model, fruit.images[judge], cfg.image_size), fruit, judge)
-            seen[name] = looks(model, photos.whole(fruit.images[shown], cfg.image_size).to(device)).cpu()
+            metrics[name] = photos.accuracies(
+                predict(model, fruit.images[judge], cfg.image_size), fruit, judge
+            )
+            seen[name] = looks(
+                model, photos.whole(fruit.images[shown], cfg.image_size).to(device)
+            ).cpu()
     figures.curves(folder / "loss.png", losses, "step", "cross entropy", smooth=10)
     draw(folder / "attention.png", photos.whole(fruit.images[shown], cfg.image_size), seen)
     return run.report(folder, metrics, then=f"open {folder}/attention.png")

@@ -6,4 +6,5 @@ import warnings
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing here calls home
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's affair
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package that nothing here needs
+# It warns of a package that nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -41,7 +41,10 @@ def family(sections, parent, child, overlap=0, titles=False):
     children = []
     for one in parents:
         for part in corpus.passages([one], child, overlap, titles):
-            metadata = part.metadata | {"parent": one.metadata["id"], "section": one.metadata["section"]}
+            metadata = part.metadata | {
+                "parent": one.metadata["id"],
+                "section": one.metadata["section"],
+            }
             children.append(Document(part.page_content, metadata=metadata))
     return parents, children
 
@@ -65,20 +68,30 @@ class ParentRetriever(BaseRetriever):
     merge: str
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         found = self.store.similarity_search_with_score(query, self.children)
-        return [raw_rag.scored(self.parents[name], score) for name, score in adopt(found, self.merge)[: self.k]]
+        return [
+            raw_rag.scored(self.parents[name], score)
+            for name, score in adopt(found, self.merge)[: self.k]
+        ]
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
     """Cut twice, index the children, keep the parents beside them."""
-    check(cfg.parent == 0 or cfg.parent > cfg.chunk, "--parent must be longer than --chunk, or 0 for whole sections")
+    check(
+        cfg.parent == 0 or cfg.parent > cfg.chunk,
+        "--parent must be longer than --chunk, or 0 for whole sections",
+    )
     check(cfg.children >= 1, "--children must be 1 or more")
     sections, _ = corpus.load(cfg)
     parents, children = family(sections, cfg.parent, cfg.chunk, cfg.overlap, cfg.titles)
     index = raw_rag.open_index(cfg, children)
     known = {p.metadata["id"]: p for p in parents}
-    return ParentRetriever(store=index, parents=known, children=cfg.children, merge=cfg.merge, k=cfg.k)
+    return ParentRetriever(
+        store=index, parents=known, children=cfg.children, merge=cfg.merge, k=cfg.k
+    )
 
 
 def main(cfg: Config) -> dict:

@@ -103,7 +103,9 @@ class CompressionRetriever(BaseRetriever):
     llm: Any
     cfg: Any
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         return self.compress(query, self.quick.invoke(query))
 
     def compress(self, query, documents):
@@ -127,7 +129,9 @@ def build_retriever(cfg: Config) -> BaseRetriever:
         check(-1 <= getattr(cfg, name) <= 1, f"--{name} is a cosine: between -1 and 1")
     llm = answer.language_model(cfg.llm, 32) if cfg.by == "llm" else None
     encoder = raw_rag.embedder(cfg.embedder)
-    return CompressionRetriever(quick=raw_rag.build_retriever(cfg), encoder=encoder, llm=llm, cfg=cfg)
+    return CompressionRetriever(
+        quick=raw_rag.build_retriever(cfg), encoder=encoder, llm=llm, cfg=cfg
+    )
 
 
 def held(context, known):
@@ -143,9 +147,15 @@ def sweep(cfg, retriever, questions):
     rows = {}
     for keep in (-1.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
         short = retriever.model_copy(update={"cfg": replace(cfg, keep=keep), "llm": None})
-        contexts = [answer.fence(short.compress(q.text, documents)) for q, documents in zip(questions, found)]
+        contexts = [
+            answer.fence(short.compress(q.text, documents))
+            for q, documents in zip(questions, found)
+        ]
         tokens = np.mean([len(ids) for ids in counts(contexts, verbose=False)["input_ids"]])
-        rows[keep] = float(tokens), float(np.mean([held(c, q.answer) for c, q in zip(contexts, questions)]))
+        rows[keep] = (
+            float(tokens),
+            float(np.mean([held(c, q.answer) for c, q in zip(contexts, questions)])),
+        )
     return rows
 
 
@@ -159,7 +169,12 @@ def main(cfg: Config) -> dict:
         tokens, held_words = zip(*rows.values())
         figures.curves(Path(cfg.out) / "sweep.png", {"sentences kept": (tokens, held_words)},
                        x=f"tokens of {cfg.k} passages", y="words of the answer in them")  # fmt: skip
-        print("\n".join(f"--keep {k:>4}: {t:7.1f} tokens hold {h:.3f} of the answer" for k, (t, h) in rows.items()))
+        print(
+            "\n".join(
+                f"--keep {k:>4}: {t:7.1f} tokens hold {h:.3f} of the answer"
+                for k, (t, h) in rows.items()
+            )
+        )
         metrics |= {"sweep": {str(k): h for k, (_, h) in rows.items()}}
         run.report(Path(cfg.out), metrics)
     return metrics

@@ -40,7 +40,8 @@ class Config(raw_rag.Config):
     merge: Literal["rrf", "round-robin", "bm25"] = "rrf"  # how; bm25: words alone
     depth: int = 50  # passages that each retriever brings to the merger
     constant: float = 60.0  # of reciprocal rank fusion: the larger, the less the first places count
-    reorder: bool = False  # the best passages at both ends, the others in the middle; scores then mean less
+    # the best passages at both ends, the others in the middle; scores then mean less
+    reorder: bool = False
     positions: int = 0  # questions for the curve of positions; 0: none
     out: str = "outputs/advanced_rag_merge_retrievers"
 
@@ -54,7 +55,9 @@ def words(text):
             found.append(word)
         else:
             found += in_scripts(word)
-    return found + [part for word in found if "_" in word.strip("_") for part in word.split("_") if part]
+    return found + [
+        part for word in found if "_" in word.strip("_") for part in word.split("_") if part
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -89,7 +92,11 @@ class BM25:
         self.postings = {}
         for word, pairs in postings.items():
             where, n = np.array(pairs).T
-            self.postings[word] = where, idf(len(where), len(texts)) * n * (k1 + 1) / (n + norm[where])  # Eq. 3.15
+            # Eq. 3.15
+            self.postings[word] = (
+                where,
+                idf(len(where), len(texts)) * n * (k1 + 1) / (n + norm[where]),
+            )
 
     def scores(self, query):
         """-> (N,): what the words of the query are worth in each passage, added up."""
@@ -113,7 +120,9 @@ class BM25Retriever(BaseRetriever):
     index: Any
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         worth = self.index.scores(query)
         best = np.argsort(-worth, kind="stable")[: self.k]
         return [raw_rag.scored(self.documents[i], worth[i]) for i in best if worth[i] > 0]
@@ -130,7 +139,12 @@ def rrf(rankings, constant=60.0):
 
 def round_robin(rankings):
     """[[id, best first]] -> [(id, 1 / place)]: the first of each, then the second of each; none twice."""
-    turns = [ranking[i] for i in range(max(map(len, rankings), default=0)) for ranking in rankings if i < len(ranking)]
+    turns = [
+        ranking[i]
+        for i in range(max(map(len, rankings), default=0))
+        for ranking in rankings
+        if i < len(ranking)
+    ]
     return [(name, 1 / place) for place, name in enumerate(dict.fromkeys(turns), 1)]
 
 
@@ -148,7 +162,9 @@ class MergedRetriever(BaseRetriever):
     reorder: bool = False
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         found = [retriever.invoke(query) for retriever in self.retrievers]
         known = {d.metadata["id"]: d for documents in found for d in documents}
         rankings = [[d.metadata["id"] for d in documents] for documents in found]
@@ -162,7 +178,9 @@ def build_retriever(cfg: Config) -> BaseRetriever:
     check(cfg.depth >= 1 and cfg.constant > 0, "--depth: 1 or more; --constant: above 0")
     passages = raw_rag.passages(cfg)
     depth = max(cfg.depth, cfg.k)
-    sparse = BM25Retriever(documents=passages, index=BM25([p.page_content for p in passages]), k=depth)
+    sparse = BM25Retriever(
+        documents=passages, index=BM25([p.page_content for p in passages]), k=depth
+    )
     if cfg.merge == "bm25":
         return sparse.model_copy(update={"k": cfg.k})
     index = raw_rag.open_index(cfg, passages)
@@ -179,11 +197,15 @@ def position_curve(cfg, llm, retriever, questions):
     sections = {s.metadata["id"]: s for s in corpus.load(cfg)[0]}
     with_it, alone = [], []
     for question in run.bar(questions, len(questions), name="positions"):
-        wrong = [d for d in retriever.invoke(question.text) if d.metadata.get("section") != question.gold]
+        wrong = [
+            d for d in retriever.invoke(question.text) if d.metadata.get("section") != question.gold
+        ]
         wrong, text = wrong[: cfg.k - 1], question.answer[: cfg.chunk]
         right = Document(text, metadata=sections[question.gold].metadata)
         lists = [wrong[:i] + [right] + wrong[i:] for i in range(len(wrong) + 1)]
-        with_it.append([llm.loss(answer.messages(question.text, passages), text[:300]) for passages in lists])
+        with_it.append(
+            [llm.loss(answer.messages(question.text, passages), text[:300]) for passages in lists]
+        )
         alone.append(llm.loss(answer.messages(question.text), text[:300]))
     return np.array(with_it), np.array(alone)
 
@@ -194,9 +216,14 @@ def main(cfg: Config) -> dict:
     metrics = raw_rag.show(cfg, build_retriever)
     if cfg.positions > 0:
         llm = answer.language_model(cfg.llm, cfg.tokens)
-        check(hasattr(llm, "loss") and not cfg.docs, "--positions needs a model in this process and the manuals")
+        check(
+            hasattr(llm, "loss") and not cfg.docs,
+            "--positions needs a model in this process and the manuals",
+        )
         questions = raw_rag.spread(corpus.load(cfg)[1], cfg.positions)
-        losses, alone = position_curve(cfg, llm, build_retriever(replace(cfg, k=2 * cfg.k)), questions)
+        losses, alone = position_curve(
+            cfg, llm, build_retriever(replace(cfg, k=2 * cfg.k)), questions
+        )
         places = {str(i): losses[:, i - 1].mean() for i in range(1, losses.shape[1] + 1)}
         figures.curves(Path(cfg.out) / "positions.png", {"loss of the answer": list(places.values())},
                        x="place of the passage that holds the answer", y="nats a token")  # fmt: skip

@@ -32,14 +32,16 @@ from utils import assets, figures, run
 from utils.run import UserError, check
 
 WEIGHTS = Path(__file__).parent / "weights" / "cross_encoder"
-SCALE = 20.0  # of the cosine beside the number of the cross-encoder: that of in-batch training in sentence-transformers
+# Of the cosine beside the number of the cross-encoder: that of in-batch training in sentence-transformers
+SCALE = 20.0
 
 
 @dataclass(frozen=True)
 class Config(raw_rag.Config):
     """Put the first candidates in a better order."""
 
-    reranker: str = "maxsim"  # maxsim, cross (trained here), a folder or a hub id of a cross-encoder
+    # maxsim, cross (trained here), a folder or a hub id of a cross-encoder
+    reranker: str = "maxsim"
     candidates: int = 30  # passages that the quick search brings
     weights: str = str(WEIGHTS)  # of --reranker cross
     train: int = 0  # steps to train them anew, into --out; 0: none
@@ -68,7 +70,10 @@ class MaxSim:
     def __call__(self, question, documents):
         [query] = self.states([question], "query")
         passages = self.states([d.page_content for d in documents], "document")
-        return [d.metadata["score"] + float(maxsim(query, p)) / len(query) for d, p in zip(documents, passages)]
+        return [
+            d.metadata["score"] + float(maxsim(query, p)) / len(query)
+            for d, p in zip(documents, passages)
+        ]
 
 
 class Cross:
@@ -115,7 +120,9 @@ def logits(model, tokenizer, question, texts, length=256):
 def loss(model, tokenizer, question, texts, cosines):
     """Cross entropy of choosing the first of N passages: -log softmax of cosine + correction."""
     found = logits(model, tokenizer, question, texts, length=128).float()
-    return F.cross_entropy((SCALE * cosines + found)[None], torch.zeros(1, dtype=torch.long, device=found.device))
+    return F.cross_entropy(
+        (SCALE * cosines + found)[None], torch.zeros(1, dtype=torch.long, device=found.device)
+    )
 
 
 def lessons(cfg, encoder):
@@ -124,7 +131,11 @@ def lessons(cfg, encoder):
     What it finds closer to the title than the right passage is often right as well, and is no lesson (Moreira et al.
     2024, arXiv:2407.15831, leave it out in the same way).
     """
-    sections = [s for s in corpus.manuals()[0] if not re.search("/faq|releases/|history/|news", s.metadata["source"])]
+    sections = [
+        s
+        for s in corpus.manuals()[0]
+        if not re.search("/faq|releases/|history/|news", s.metadata["source"])
+    ]
     passages = corpus.passages(sections, cfg.chunk, cfg.overlap)
     index = store.FaissStore(encoder)
     index.sync(passages)
@@ -134,10 +145,15 @@ def lessons(cfg, encoder):
     rights = encoder.vectors([body(s) for s in asked])
     for s, q, r, found in zip(asked, queries, rights, index.by_vector(queries, 200)):
         cosine = float(q @ r)
-        others = [(d, x) for d, x in found if d.metadata["section"] != s.metadata["id"] and x < 0.95 * cosine]
+        others = [
+            (d, x)
+            for d, x in found
+            if d.metadata["section"] != s.metadata["id"] and x < 0.95 * cosine
+        ]
         wrong = [(d, x) for d, x in others if title(s) not in d.page_content][: cfg.negatives]
         if wrong:
-            texts = [body(s), *(body(d) for d, _ in wrong)]  # none shows its title: else the right one is known by that
+            # None shows its title: else the right one is known by that
+            texts = [body(s), *(body(d) for d, _ in wrong)]
             yield title(s), texts, torch.tensor([cosine, *(x for _, x in wrong)])
 
 
@@ -154,7 +170,9 @@ def train(model, tokenizer, examples, cfg):
     """One title a step, four make an update; yields the loss."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.01)
-    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.train // 4 + 1, pct_start=0.1)
+    pace = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.lr, total_steps=cfg.train // 4 + 1, pct_start=0.1
+    )
     model.train()
     for step, (question, texts, cosines) in enumerate(examples, 1):
         with run.autocast(model.device):
@@ -175,7 +193,11 @@ def fit(cfg, folder):
     tokenizer, base = parts(cfg.embedder)
     rules = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     model: Any = get_peft_model(base, rules).to(run.device())
-    losses = list(run.progress(train(model, tokenizer, lessons(cfg, raw_rag.embedder(cfg.embedder)), cfg), cfg.train))
+    losses = list(
+        run.progress(
+            train(model, tokenizer, lessons(cfg, raw_rag.embedder(cfg.embedder)), cfg), cfg.train
+        )
+    )
     model.to(torch.bfloat16).save_pretrained(folder)
     return losses
 
@@ -187,12 +209,17 @@ class RerankRetriever(BaseRetriever):
     reranker: Any
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         documents = self.quick.invoke(query)
         if not documents:
             return []
         found = np.array(self.reranker(query, documents))
-        return [raw_rag.scored(documents[i], found[i]) for i in np.argsort(-found, kind="stable")[: self.k]]
+        return [
+            raw_rag.scored(documents[i], found[i])
+            for i in np.argsort(-found, kind="stable")[: self.k]
+        ]
 
 
 class Library:
@@ -230,7 +257,11 @@ def main(cfg: Config) -> dict:
         folder = run.output(cfg.out, cfg)
         losses = fit(cfg, folder / "cross_encoder")
         figures.curves(
-            folder / "loss.png", {"loss": losses}, x="title", y="cross entropy", smooth=max(1, len(losses) // 20)
+            folder / "loss.png",
+            {"loss": losses},
+            x="title",
+            y="cross entropy",
+            smooth=max(1, len(losses) // 20),
         )
         cfg = replace(cfg, weights=str(folder / "cross_encoder"), reranker="cross")
     return raw_rag.show(cfg, build_retriever)

@@ -52,7 +52,10 @@ def fence(passages):
 def messages(question, passages=()):
     """-> the messages of a chat, with or without passages to answer from."""
     content = f"{fence(passages)}\n\nQuestion: {question}" if passages else question
-    return [{"role": "system", "content": WITH if passages else ALONE}, {"role": "user", "content": clean(content)}]
+    return [
+        {"role": "system", "content": WITH if passages else ALONE},
+        {"role": "user", "content": clean(content)},
+    ]
 
 
 def read(llm, passages):
@@ -63,20 +66,28 @@ def read(llm, passages):
 def citations(answer, passages):
     """-> numbers in brackets that are passages, in the order of their first use, and those that are not."""
     named = list(dict.fromkeys(int(n) for n in re.findall(r"\[(\d{1,3})\]", answer)))
-    return [n for n in named if 1 <= n <= len(passages)], [n for n in named if not 1 <= n <= len(passages)]
+    return [n for n in named if 1 <= n <= len(passages)], [
+        n for n in named if not 1 <= n <= len(passages)
+    ]
 
 
 def positions(model, tokenizer):
     """How many tokens a model reads at most: the length of its table of positions, or what its tokenizer says."""
     config = getattr(model.config, "text_config", model.config)
-    named = getattr(config, "max_position_embeddings", None) or getattr(tokenizer, "model_max_length", None)
+    named = getattr(config, "max_position_embeddings", None) or getattr(
+        tokenizer, "model_max_length", None
+    )
     return min(int(named or 2048), 2**20)  # tokenizers without a limit say 10^30
 
 
 def end_tokens(model, tokenizer):
     """Every id that ends an answer: a model may have several, and its tokenizer another one, or none."""
     found = []
-    for named in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    for named in (
+        model.generation_config.eos_token_id,
+        model.config.eos_token_id,
+        tokenizer.eos_token_id,
+    ):
         found += named if isinstance(named, (list, tuple)) else [named]
     return sorted({int(i) for i in found if i is not None})
 
@@ -90,14 +101,22 @@ class Local:
     def __init__(self, name="smollm2", tokens=96, **decoding: Any):
         device = run.device()
         self.tokenizer, self.model = (
-            pretrained.smollm2(device) if name == "smollm2" else pretrained.language_model(name, device)
+            pretrained.smollm2(device)
+            if name == "smollm2"
+            else pretrained.language_model(name, device)
         )
-        check(self.tokenizer.chat_template, f"--llm {name} has no chat template: name a model made for chat")
+        check(
+            self.tokenizer.chat_template,
+            f"--llm {name} has no chat template: name a model made for chat",
+        )
         if name == "smollm2":
             self.reads = 1
         self.tokens, self.room = tokens, positions(self.model, self.tokenizer) - tokens
         most = tokens + self.room - 64
-        check(self.room >= 64, f"--tokens {tokens} leaves --llm {name} no room to read in: at most {most}")
+        check(
+            self.room >= 64,
+            f"--tokens {tokens} leaves --llm {name} no room to read in: at most {most}",
+        )
         ends, padding = end_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
         if padding is None:
             padding = ends[0] if ends else 0
@@ -120,11 +139,18 @@ class Local:
         """The chat as the model was taught to read it. Some templates know no system: its words go to the user."""
         from jinja2 import TemplateError
 
-        rest: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        rest: dict[str, Any] = {
+            "add_generation_prompt": True,
+            "return_tensors": "pt",
+            "return_dict": True,
+        }
         try:
             return self.tokenizer.apply_chat_template(chat, **rest)["input_ids"]
         except TemplateError:
-            check(len(chat) == 2, "the chat template of --llm takes no such messages: name another model")
+            check(
+                len(chat) == 2,
+                "the chat template of --llm takes no such messages: name another model",
+            )
             told = [{"role": "user", "content": "\n\n".join(turn["content"] for turn in chat)}]
             return self.tokenizer.apply_chat_template(told, **rest)["input_ids"]
 
@@ -163,10 +189,15 @@ class Local:
     def loss(self, chat, answer):
         """Mean negative log likelihood of the words of an answer after this chat, in nats a token."""
         before = self.prompt(chat)
-        told = self.tokenizer(self.letters(answer), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        told = self.tokenizer(self.letters(answer), add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
         check(told.shape[1], "an answer without words has no likelihood")
-        told = told[:, : self.tokens + self.room - before.shape[1]].to(before.device)  # what the positions hold
-        logits = self.model(torch.cat([before, told], 1), logits_to_keep=told.shape[1] + 1).logits[0, :-1]
+        # What the positions hold
+        told = told[:, : self.tokens + self.room - before.shape[1]].to(before.device)
+        logits = self.model(torch.cat([before, told], 1), logits_to_keep=told.shape[1] + 1).logits[
+            0, :-1
+        ]
         return float(torch.nn.functional.cross_entropy(logits.float(), told[0]))
 
 
@@ -189,9 +220,19 @@ class Remote:
         from openai import OpenAI, OpenAIError
 
         address, _, name = url.partition("#")
-        rest: dict[str, Any] = {"base_url": address, "api_key": os.environ.get("OPENAI_API_KEY", "none")}
+        rest: dict[str, Any] = {
+            "base_url": address,
+            "api_key": os.environ.get("OPENAI_API_KEY", "none"),
+        }
         # A server that is none answers with anything: a page, a list, half a line.
-        self.errors = (OpenAIError, httpx.HTTPError, ValueError, TypeError, AttributeError, LookupError)
+        self.errors = (
+            OpenAIError,
+            httpx.HTTPError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+        )
         try:
             name = name or OpenAI(timeout=20, max_retries=1, **rest).models.list().data[0].id
         except (*self.errors, httpx.InvalidURL) as error:
@@ -225,7 +266,11 @@ def why(error):
 def language_model(name, tokens=96, **decoding):
     """`smollm2`, a folder, a hub id or the address of a server -> what has `stream(messages)`."""
     check(tokens > 0, "--tokens must be 1 or more")
-    return Remote(name, tokens) if name.startswith(("http://", "https://")) else Local(name, tokens, **decoding)
+    return (
+        Remote(name, tokens)
+        if name.startswith(("http://", "https://"))
+        else Local(name, tokens, **decoding)
+    )
 
 
 def chain(llm, retriever=None, k=5):
@@ -233,7 +278,10 @@ def chain(llm, retriever=None, k=5):
     from langchain_core.runnables import RunnableGenerator, RunnableLambda
 
     def retrieve(question: str) -> dict:
-        return {"question": question, "passages": retriever.invoke(question)[:k] if retriever else ()}
+        return {
+            "question": question,
+            "passages": retriever.invoke(question)[:k] if retriever else (),
+        }
 
     def write(found: dict) -> list:
         return messages(found["question"], read(llm, found["passages"]))

@@ -91,9 +91,14 @@ def chat(question, passages, way):
     """The messages of one way of asking."""
     asked = f"Question: {question}"
     told = answer.fence(passages)
-    parts = {"last": [told, asked], "first": [asked, told], "both": [asked, told, asked]}[way.question]
+    parts = {"last": [told, asked], "first": [asked, told], "both": [asked, told, asked]}[
+        way.question
+    ]
     parts += [way.repeated] if way.repeated else []
-    return [{"role": "system", "content": way.instruction}, {"role": "user", "content": "\n\n".join(parts)}]
+    return [
+        {"role": "system", "content": way.instruction},
+        {"role": "user", "content": "\n\n".join(parts)},
+    ]
 
 
 @torch.no_grad()
@@ -104,7 +109,8 @@ def say(llm, chats, decoding):
         yield from ((i, "".join(llm.stream(chat)).strip()) for i, chat in enumerate(chats))
         return
     prompts = {i: llm.prompt(chat)[0] for i, chat in enumerate(chats)}
-    order = sorted(prompts, key=lambda i: len(prompts[i]))  # neighbours of equal length need little padding
+    # Neighbours of equal length need little padding
+    order = sorted(prompts, key=lambda i: len(prompts[i]))
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         wide = max(len(prompts[i]) for i in batch)
@@ -114,8 +120,12 @@ def say(llm, chats, decoding):
             ids[row, wide - len(prompts[i]) :] = prompts[i].cpu()
             mask[row, wide - len(prompts[i]) :] = 1
         on, rules = llm.model.device, llm.rules | decoding
-        told = llm.model.generate(ids.to(on), attention_mask=mask.to(on), max_new_tokens=llm.tokens, **rules)
-        for i, words in zip(batch, llm.tokenizer.batch_decode(told[:, wide:], skip_special_tokens=True)):
+        told = llm.model.generate(
+            ids.to(on), attention_mask=mask.to(on), max_new_tokens=llm.tokens, **rules
+        )
+        for i, words in zip(
+            batch, llm.tokenizer.batch_decode(told[:, wide:], skip_special_tokens=True)
+        ):
             yield i, words.strip()
 
 
@@ -124,10 +134,17 @@ def load(cfg):
     the passages that raw retrieval found for it."""
     listed = json.loads((HERE / "questions.json").read_text("utf-8"))
     out = f"{cfg.out}/index"
-    flags: dict[str, Any] = {"embedder": cfg.embedder, "distractors": cfg.distractors, "k": 5, "seed": cfg.seed}
+    flags: dict[str, Any] = {
+        "embedder": cfg.embedder,
+        "distractors": cfg.distractors,
+        "k": 5,
+        "seed": cfg.seed,
+    }
     retrievers = {
         "manuals": raw_rag.build_retriever(raw_rag.Config(**flags, out=f"{out}/manuals")),
-        "documents": raw_rag.build_retriever(raw_rag.Config(**flags, docs=str(HERE / "documents"), out=f"{out}/own")),
+        "documents": raw_rag.build_retriever(
+            raw_rag.Config(**flags, docs=str(HERE / "documents"), out=f"{out}/own")
+        ),
     }
     sets: dict[str, dict[str, list]] = {}
     for part, kinds in listed.items():
@@ -155,7 +172,9 @@ def compare(llm, rows, ways, folder):
     for name, way in ways.items():
         said[name], right = ask(llm, rows, way, name)
         run.write_json(folder, said)
-        read = [any(holds(d.page_content, row["key"]) for d in row["found"][: way.k]) for row in rows]
+        read = [
+            any(holds(d.page_content, row["key"]) for d in row["found"][: way.k]) for row in rows
+        ]
         table[name] = {
             "answers": scores.interval(right),
             "manuals": scores.interval(right[manuals]),
@@ -175,7 +194,10 @@ def abstain(sets, cut=None):
     marks = {}
     for part, kinds in sets.items():
         rows = [row for rows in kinds.values() for row in rows]
-        marks[part] = [np.array([cosine(row) for row in rows if bool(row["key"]) == there]) for there in (True, False)]
+        marks[part] = [
+            np.array([cosine(row) for row in rows if bool(row["key"]) == there])
+            for there in (True, False)
+        ]
     cut = self_rag.best_threshold(*marks["for choosing"]) if cut is None else cut
     there, missing = marks["judged"]
     return {
@@ -195,7 +217,9 @@ def main(cfg: Config) -> dict:
     llm = answer.language_model(cfg.llm, cfg.tokens)
     folder = run.output(cfg.out, cfg)
     sets = load(cfg)
-    asked = [row | {"kind": kind} for kind in ("manuals", "documents") for row in sets["judged"][kind]]
+    asked = [
+        row | {"kind": kind} for kind in ("manuals", "documents") for row in sets["judged"][kind]
+    ]
     tried = compare(llm, asked[::2], ways, folder / "choosing.json")
     print(scores.table(tried), end="\n\n")
     best = max(tried, key=lambda name: tried[name]["answers"][0])
@@ -203,14 +227,27 @@ def main(cfg: Config) -> dict:
     judged = compare(llm, asked[1::2], last, folder / "judging.json")
     print(f"best: {best}. On the other half of the questions:\n{scores.table(judged)}", end="\n\n")
     rates, usual = abstain(sets), abstain(sets, raw_rag.Config.abstain)
-    nowhere = [row for kind, rows in sets["judged"].items() if kind.startswith("not") for row in rows]
+    nowhere = [
+        row for kind, rows in sets["judged"].items() if kind.startswith("not") for row in rows
+    ]
     said, _ = ask(llm, nowhere, WAYS[best], "no answer is there")
-    rates["said by the model itself"] = scores.interval([answer.NOWHERE in normal(text) for text in said])
-    print(scores.table({"abstention by cosine": rates, "with the default of --abstain": usual}), end="\n\n")
-    figures.bars(folder / "answers.png", {n: row["answers"] for n, row in tried.items()}, x="answers with the key fact")
+    rates["said by the model itself"] = scores.interval(
+        [answer.NOWHERE in normal(text) for text in said]
+    )
+    print(
+        scores.table({"abstention by cosine": rates, "with the default of --abstain": usual}),
+        end="\n\n",
+    )
+    figures.bars(
+        folder / "answers.png",
+        {n: row["answers"] for n, row in tried.items()},
+        x="answers with the key fact",
+    )
     metrics: dict[str, Any] = {"best": best, "questions": len(asked)}
     metrics |= {f"{name}, judged": row["answers"][0] for name, row in judged.items()}
-    return run.report(folder, metrics | {k: v[0] if isinstance(v, tuple) else v for k, v in rates.items()})
+    return run.report(
+        folder, metrics | {k: v[0] if isinstance(v, tuple) else v for k, v in rates.items()}
+    )
 
 
 if __name__ == "__main__":

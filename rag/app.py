@@ -31,11 +31,20 @@ from utils import run
 from utils.run import UserError, check
 from utils.text import clean
 
-SCRIPTS: dict[str, Any] = {"raw": raw_rag, "child-parent": child_parent, "rerank": rerank, "merge": merging}
+SCRIPTS: dict[str, Any] = {
+    "raw": raw_rag,
+    "child-parent": child_parent,
+    "rerank": rerank,
+    "merge": merging,
+}
 HOST = "127.0.0.1"  # whoever wants more puts a server with passwords and https before it
 LONGEST = answer.LONGEST  # characters of a question
 WAITING, PLACES = 8, 2  # questions that wait: of all visitors, and of one
-EXAMPLES = (raw_rag.EXAMPLE, "Do I have to use your model/database layer?", "Can messages be encrypted?")
+EXAMPLES = (
+    raw_rag.EXAMPLE,
+    "Do I have to use your model/database layer?",
+    "Can messages be encrypted?",
+)
 STYLE = """
 .note {min-height: 1.5em; font-weight: 600; color: var(--body-text-color-subdued)}
 .told {font-size: 1.15em; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere}
@@ -52,7 +61,8 @@ STYLE = """
 class Config(raw_rag.Config):
     """Ask and answer on a page."""
 
-    retriever: Literal["raw", "child-parent", "rerank", "merge"] = "raw"  # which script of the chapter finds
+    # which script of the chapter finds
+    retriever: Literal["raw", "child-parent", "rerank", "merge"] = "raw"
     chunk: int = 0  # characters of a passage; 0: as many as that script takes
     port: int = 7860  # of the page, on this machine
     rate: int = 10  # questions a minute of one visitor
@@ -63,7 +73,11 @@ class Config(raw_rag.Config):
 def build_retriever(cfg: Config) -> BaseRetriever:
     """The retriever of the script that --retriever names, with the flags that all of them have."""
     script = SCRIPTS[cfg.retriever]
-    flags = {f.name: getattr(cfg, f.name) for f in fields(raw_rag.Config) if f.name != "chunk" or cfg.chunk}
+    flags = {
+        f.name: getattr(cfg, f.name)
+        for f in fields(raw_rag.Config)
+        if f.name != "chunk" or cfg.chunk
+    }
     return script.build_retriever(script.Config(**flags | {"out": f"{cfg.out}/{cfg.retriever}"}))
 
 
@@ -75,7 +89,9 @@ def wait(asked, now, limit, span=60.0):
 class Desk:
     """Where questions come in: one retriever and one model for all visitors."""
 
-    def __init__(self, retriever, llm, k=5, rate=10, clock=time.monotonic, close: Any = None, abstain=-1.0):
+    def __init__(
+        self, retriever, llm, k=5, rate=10, clock=time.monotonic, close: Any = None, abstain=-1.0
+    ):
         """`close(question, passages)` says how close they are; below `abstain` nothing is answered; -1: always."""
         self.retriever, self.llm, self.k, self.rate, self.clock = retriever, llm, k, rate, clock
         self.close, self.abstain = close, abstain
@@ -90,7 +106,10 @@ class Desk:
         now = self.clock()
         if seconds := wait(self.asked.get(visitor, []), now, self.rate):
             return f"More than {self.rate} a minute: ask again in {seconds:.1f} s."
-        self.asked = {v: times[-self.rate :] for v, times in self.asked.items() if times[-1] > now - 60}  # who stays
+        # Who stays
+        self.asked = {
+            v: times[-self.rate :] for v, times in self.asked.items() if times[-1] > now - 60
+        }
         self.asked.setdefault(visitor, []).append(now)
         return ""
 
@@ -108,11 +127,17 @@ class Desk:
             if found and self.abstain > -1 and self.close(question, found) < self.abstain:
                 told = answer.NOWHERE
             elif self.llm and found:  # without passages it would answer out of its head
-                for word in self.llm.stream(answer.messages(question, answer.read(self.llm, found))):
+                for word in self.llm.stream(
+                    answer.messages(question, answer.read(self.llm, found))
+                ):
                     told += word
                     yield "Answering ...", told, found
             self.answered += 1
-            yield "" if found else "No passage was found, so there is nothing to answer from.", told.strip(), found
+            yield (
+                "" if found else "No passage was found, so there is nothing to answer from.",
+                told.strip(),
+                found,
+            )
         except UserError as error:
             yield f"{error}.", told, found
         except Exception as error:  # of the search, say: the page goes on, and its owner sees why
@@ -123,12 +148,17 @@ class Desk:
 def show(line, told, found):
     """-> HTML of line, answer, citations and passages. Only what is written here is a tag, all else is text."""
     real, invented = answer.citations(told, found)
-    links = {n: f'<a href="#passage-{n}">[{n}]</a>' for n in real} | {n: f"<s>[{n}]</s>" for n in invented}
+    links = {n: f'<a href="#passage-{n}">[{n}]</a>' for n in real} | {
+        n: f"<s>[{n}]</s>" for n in invented
+    }
     text = re.sub(r"\[(\d{1,3})\]", lambda m: links[int(m[1])], escape(told))
     cited = [f"{links[n]} {escape(found[n - 1].metadata['source'])}" for n in real]
     cited += [f"{links[n]} is invented: there is no such passage" for n in invented]
     cited = cited or ["The answer cites no passage."] * bool(told and not line)
-    note, listed = f'<div class="note" role="status">{escape(line)}</div>', "".join(f"<li>{c}</li>" for c in cited)
+    note, listed = (
+        f'<div class="note" role="status">{escape(line)}</div>',
+        "".join(f"<li>{c}</li>" for c in cited),
+    )
     passages = "".join(
         f'<div class="passage" id="passage-{i}"><b>[{i}]</b> {m["score"]:.3f} <code>{escape(m["source"])}</code>'
         f"<small>{escape(m['title'])}</small><pre>{escape(d.page_content)}</pre></div>"
@@ -151,11 +181,18 @@ def page(desk, about, examples=()):
         gr.HTML(f"<h1>Ask the documents</h1><p>{escape(about)}</p>")
         with gr.Row():
             with gr.Column():
-                box = gr.Textbox(label="Question", placeholder=f"up to {LONGEST} characters", elem_id="question")
+                box = gr.Textbox(
+                    label="Question", placeholder=f"up to {LONGEST} characters", elem_id="question"
+                )
                 with gr.Row():
-                    go, stop = gr.Button("Ask", variant="primary", elem_id="ask"), gr.Button("Stop", elem_id="stop")
+                    go, stop = (
+                        gr.Button("Ask", variant="primary", elem_id="ask"),
+                        gr.Button("Stop", elem_id="stop"),
+                    )
                 with gr.Row():
-                    buttons = [gr.Button(text, size="sm", elem_classes="example") for text in examples]
+                    buttons = [
+                        gr.Button(text, size="sm", elem_classes="example") for text in examples
+                    ]
                 note, told, cited = gr.HTML(show("", "", [])[0]), gr.HTML(), gr.HTML()
             with gr.Column():
                 beside = gr.HTML(elem_id="passages")
@@ -163,8 +200,11 @@ def page(desk, about, examples=()):
         one = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "once"}
         parts = {"fn": ask, "inputs": box, "outputs": [note, told, cited, beside]} | quiet | one
         running = [gr.on([go.click, box.submit], **parts)]
-        running += [b.click(lambda text: text, b, box, queue=False, **quiet).then(**parts) for b in buttons]
-        halt = stop.click(None, cancels=running, queue=False, **quiet)  # first this, or a late word takes the note back
+        running += [
+            b.click(lambda text: text, b, box, queue=False, **quiet).then(**parts) for b in buttons
+        ]
+        # First this, or a late word takes the note back
+        halt = stop.click(None, cancels=running, queue=False, **quiet)
         halt.then(lambda: show("Stopped.", "", [])[0], None, note, queue=False, **quiet)
     blocks.queue(max_size=WAITING, api_open=False)
     blocks._queue.push = fair(blocks._queue)
@@ -181,7 +221,9 @@ def fair(queue):
     push = queue.push
 
     async def push_fairly(body, request, username):
-        waiting = [event for line in queue.event_queue_per_concurrency_id.values() for event in line.queue]
+        waiting = [
+            event for line in queue.event_queue_per_concurrency_id.values() for event in line.queue
+        ]
         if sum(visitor(event.request) == visitor(request) for event in waiting) >= PLACES:
             return False, f"{PLACES} of your questions wait already.", "queue_full"
         return await push(body=body, request=request, username=username)
@@ -196,18 +238,31 @@ def free(port):
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((HOST, port))
     except OSError as error:
-        raise UserError(f"--port {port}: {str(error.strerror).lower()}; choose another one") from None
+        raise UserError(
+            f"--port {port}: {str(error.strerror).lower()}; choose another one"
+        ) from None
 
 
 def serve(blocks, port):
     """Listen, and return."""
     import gradio as gr
 
-    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # or each visitor could say which address is counted
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # nothing to fetch
-    rest = {"theme": theme, "css": STYLE, "footer_links": [], "prevent_thread_lock": True, "quiet": True}
-    rest["max_file_size"] = 1  # byte: Gradio takes uploads, whether or not there is anything to upload on the page
-    rest |= dict.fromkeys(["share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"], False)
+    # Or each visitor could say which address is counted
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
+    # Nothing to fetch
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    rest = {
+        "theme": theme,
+        "css": STYLE,
+        "footer_links": [],
+        "prevent_thread_lock": True,
+        "quiet": True,
+    }
+    # byte: Gradio takes uploads, whether or not there is anything to upload on the page
+    rest["max_file_size"] = 1
+    rest |= dict.fromkeys(
+        ["share", "ssr_mode", "run_history", "enable_monitoring", "mcp_server"], False
+    )
     blocks.launch(server_name=HOST, server_port=port, **rest)
 
 
@@ -230,7 +285,9 @@ def main(cfg: Config) -> dict:
         line, told, found = list(desk.reply(question, HOST))[-1]
         check(not line, line)
         cited = dict(zip(("cited", "invented"), answer.citations(told, found)))
-        return run.report(folder, {"answer": told, **cited, "passages": [d.metadata["id"] for d in found]})
+        return run.report(
+            folder, {"answer": told, **cited, "passages": [d.metadata["id"] for d in found]}
+        )
     blocks = page(desk, about, [*filter(None, [cfg.question]), *([] if cfg.docs else EXAMPLES)])
     serve(blocks, cfg.port)
     print(f"open http://{HOST}:{cfg.port} in a browser; Ctrl-C ends it", flush=True)

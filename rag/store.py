@@ -86,7 +86,11 @@ class FaissStore(VectorStore):
         scores, keys = self.index.search(np.ascontiguousarray(queries, np.float32), depth)
         found = []
         for query, row, names in zip(queries, scores, keys):
-            pairs = [(self.documents[i], float(s)) for i, s in zip(names.tolist(), row.tolist()) if i in self.documents]
+            pairs = [
+                (self.documents[i], float(s))
+                for i, s in zip(names.tolist(), row.tolist())
+                if i in self.documents
+            ]
             passed = [(d, s) for d, s in pairs if filter is None or passes(d.metadata, filter)]
             found.append(passed[:k] if np.any(query) else [])
         return found
@@ -95,10 +99,17 @@ class FaissStore(VectorStore):
         return [document for document, _ in self.similarity_search_with_score(query, k, **kwargs)]
 
     @classmethod
-    def from_texts(cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any) -> Any:
+    def from_texts(
+        cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any
+    ) -> Any:
         known_options(kwargs)
         store = cls(embedding)
-        store.sync([Document(text, metadata=m) for text, m in zip(texts, metadatas or [{}] * len(texts), strict=True)])
+        store.sync(
+            [
+                Document(text, metadata=m)
+                for text, m in zip(texts, metadatas or [{}] * len(texts), strict=True)
+            ]
+        )
         return store
 
     def save(self, folder):
@@ -106,18 +117,26 @@ class FaissStore(VectorStore):
         the old store or the new one. Raises UserError if the folder cannot be written."""
         folder = Path(folder)
         rows = [[k, d.page_content, d.metadata] for k, d in self.documents.items()]
-        parts = {"index": faiss.serialize_index(self.index).tobytes(), "passages": json.dumps(rows).encode()}
+        parts = {
+            "index": faiss.serialize_index(self.index).tobytes(),
+            "passages": json.dumps(rows).encode(),
+        }
         names = {part: f"{part}-{hashlib.sha256(data).hexdigest()}" for part, data in parts.items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for part, data in parts.items():
                 whole(folder / names[part], data)
-            whole(folder / "store.json", json.dumps({"settings": self.settings, **names}, indent=2).encode())
+            whole(
+                folder / "store.json",
+                json.dumps({"settings": self.settings, **names}, indent=2).encode(),
+            )
             for old in folder.glob("*-" + "?" * 64):
                 if old.name not in names.values():
                     old.unlink()
         except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; what was there before is untouched") from None
+            raise UserError(
+                f"cannot write {folder}: {error.strerror}; what was there before is untouched"
+            ) from None
 
     @classmethod
     def open(cls, folder, embedder, settings):
@@ -126,24 +145,32 @@ class FaissStore(VectorStore):
         try:
             record = json.loads((Path(folder) / "store.json").read_bytes())
             then = record["settings"]
-            parts = {part: (Path(folder) / record[part]).read_bytes() for part in ("index", "passages")}
+            parts = {
+                part: (Path(folder) / record[part]).read_bytes() for part in ("index", "passages")
+            }
             for part, data in parts.items():
                 if record[part] != f"{part}-{hashlib.sha256(data).hexdigest()}":
                     raise ValueError
             if not isinstance(then, dict):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"the index in {folder} is damaged: delete it, it will be made again") from None
+            raise UserError(
+                f"the index in {folder} is damaged: delete it, it will be made again"
+            ) from None
         refuse_others(then, settings, folder)
         store.index = faiss.deserialize_index(np.frombuffer(parts["index"], np.uint8))
-        store.documents = {k: Document(text, metadata=m) for k, text, m in json.loads(parts["passages"])}
+        store.documents = {
+            k: Document(text, metadata=m) for k, text, m in json.loads(parts["passages"])
+        }
         return store
 
 
 def known_options(kwargs):
     """Raises TypeError, as a function without these options would."""
     if kwargs:
-        raise TypeError(f"this store does not know {', '.join(sorted(kwargs))}; it knows k and filter")
+        raise TypeError(
+            f"this store does not know {', '.join(sorted(kwargs))}; it knows k and filter"
+        )
 
 
 def passes(metadata, filter):
@@ -166,9 +193,14 @@ def whole(path, data):
 def refuse_others(then, settings, place):
     """Raises UserError if a store was made with other settings than those of this run."""
     changed = ", ".join(
-        f"{name} {then.get(name)}, now {now}" for name, now in settings.items() if then.get(name) != now
+        f"{name} {then.get(name)}, now {now}"
+        for name, now in settings.items()
+        if then.get(name) != now
     )
-    check(not changed, f"the index in {place} was made with {changed}: delete it, or choose another place with --out")
+    check(
+        not changed,
+        f"the index in {place} was made with {changed}: delete it, or choose another place with --out",
+    )
 
 
 class QdrantStore(VectorStore):
@@ -197,7 +229,9 @@ class QdrantStore(VectorStore):
                 shape = models.VectorParams(size=embedder.size, distance=models.Distance.COSINE)
                 client.create_collection(cls.NAME, vectors_config=shape)
         except Exception as error:  # each transport has errors of its own
-            raise UserError(f"no Qdrant at --store-url {url}: {str(error).splitlines()[0][:100]}") from None
+            raise UserError(
+                f"no Qdrant at --store-url {url}: {str(error).splitlines()[0][:100]}"
+            ) from None
         for record in client.scroll(cls.NAME, limit=1, with_payload=["metadata"])[0]:
             refuse_others((record.payload or {})["metadata"].get("settings", {}), settings, url)
         return cls(client, embedder, settings)
@@ -206,7 +240,9 @@ class QdrantStore(VectorStore):
         """{key: id of the point} of everything in the collection."""
         found, offset = {}, None
         while True:
-            records, offset = self.client.scroll(self.NAME, limit=1000, offset=offset, with_payload=False)
+            records, offset = self.client.scroll(
+                self.NAME, limit=1000, offset=offset, with_payload=False
+            )
             found |= {uuid.UUID(str(r.id)).int: r.id for r in records}
             if offset is None:
                 return found
@@ -216,15 +252,22 @@ class QdrantStore(VectorStore):
         have = self.have()
         new, gone = changes(have, documents)
         if new:
-            marked = [Document(d.page_content, metadata=d.metadata | {"settings": self.settings}) for d in new.values()]
+            marked = [
+                Document(d.page_content, metadata=d.metadata | {"settings": self.settings})
+                for d in new.values()
+            ]
             self.inner.add_documents(marked, ids=[str(uuid.UUID(int=k)) for k in new])
         if gone:
             self.inner.delete([have[k] for k in gone])
         return len(new), len(gone)
 
-    def similarity_search_with_score(self, query: str, k: int = 4, **kwargs: Any) -> list[tuple[Document, float]]:
+    def similarity_search_with_score(
+        self, query: str, k: int = 4, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
         """As FaissStore; `filter` and other options are those of langchain_qdrant."""
-        return self.similarity_search_with_score_by_vector(self.embedder.encode([query])[0].tolist(), k, **kwargs)
+        return self.similarity_search_with_score_by_vector(
+            self.embedder.encode([query])[0].tolist(), k, **kwargs
+        )
 
     def similarity_search_with_score_by_vector(
         self, embedding: list[float], k: int = 4, **kwargs: Any
@@ -239,17 +282,32 @@ class QdrantStore(VectorStore):
         return [document for document, _ in self.similarity_search_with_score(query, k, **kwargs)]
 
     @classmethod
-    def from_texts(cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any) -> Any:
+    def from_texts(
+        cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any
+    ) -> Any:
         known_options(kwargs)
         store = cls.open("", embedding, {})
-        store.sync([Document(text, metadata=m) for text, m in zip(texts, metadatas or [{}] * len(texts), strict=True)])
+        store.sync(
+            [
+                Document(text, metadata=m)
+                for text, m in zip(texts, metadatas or [{}] * len(texts), strict=True)
+            ]
+        )
         return store
 
 
 def open_store(cfg, embedder, documents, folder=None):
     """The store that --store names, holding exactly these passages; FAISS is read from and saved to `folder`."""
-    check(cfg.store == "qdrant" or not cfg.store_url, "--store-url is the address of a Qdrant: add --store qdrant")
-    settings = {"embedder": embedder.id, "chunk": cfg.chunk, "overlap": cfg.overlap, "titles": cfg.titles}
+    check(
+        cfg.store == "qdrant" or not cfg.store_url,
+        "--store-url is the address of a Qdrant: add --store qdrant",
+    )
+    settings = {
+        "embedder": embedder.id,
+        "chunk": cfg.chunk,
+        "overlap": cfg.overlap,
+        "titles": cfg.titles,
+    }
     if cfg.store == "qdrant":
         store = QdrantStore.open(cfg.store_url, embedder, settings)
         store.sync(documents)
@@ -280,13 +338,17 @@ class Config:
 def kinds(size, n):
     """{name: (what faiss.index_factory understands, efforts of the search)}; the more effort, the less is missed."""
     lists = max(1, int(4 * n**0.5))
-    parts = next(p for p in range(size // 8, 0, -1) if size % p == 0)  # 8 numbers of a vector become one byte
+    # 8 numbers of a vector become one byte
+    parts = next(p for p in range(size // 8, 0, -1) if size % p == 0)
     return {
         "flat": ("Flat", {"": None}),  # all vectors, 4 D bytes each
-        "ivf": (f"IVF{lists},Flat", {f"nprobe={p}": p for p in (1, 4, 16, 64)}),  # only the nearest of many groups
-        "hnsw": ("HNSW32", {f"efSearch={e}": e for e in (16, 64, 256)}),  # from neighbour to neighbour
+        # Only the nearest of many groups
+        "ivf": (f"IVF{lists},Flat", {f"nprobe={p}": p for p in (1, 4, 16, 64)}),
+        # From neighbour to neighbour
+        "hnsw": ("HNSW32", {f"efSearch={e}": e for e in (16, 64, 256)}),
         "sq8": ("SQ8", {"": None}),  # one byte a number
-        "pq": (f"PQ{parts}x{8 if n >= 1000 else 4}np", {"": None}),  # one byte for a group; np: no renaming of codes
+        # One byte for a group; np: no renaming of codes
+        "pq": (f"PQ{parts}x{8 if n >= 1000 else 4}np", {"": None}),
     }
 
 
@@ -320,7 +382,10 @@ def main(cfg: Config) -> dict:
     check(cfg.repeat >= 1, "--repeat: 1 or more")
     sections, questions = corpus.load(cfg)
     parts = corpus.passages(sections, cfg.chunk, cfg.overlap)
-    check(len(parts) >= 100, f"{len(parts)} passages are too few to compare kinds of index: 100 or more")
+    check(
+        len(parts) >= 100,
+        f"{len(parts)} passages are too few to compare kinds of index: 100 or more",
+    )
     embedder = Embedder(cfg.embedder)
     folder = run.output(cfg.out, cfg)
     vectors = embedder.vectors([p.page_content for p in parts])

@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers share two cores, and so do their commands
+# Before torch: two workers share two cores, and so do their commands
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil  # noqa: E402
@@ -22,15 +23,24 @@ from tests import warm  # noqa: E402
 ROOT = Path(__file__).parent.parent
 LEDGER = ROOT / "outputs" / "parity"
 PROOFS = ROOT / "docs" / "PROOFS.md"
-SPREAD = ("test_pages", "notebooks")  # modules whose tests share nothing: any worker takes any of them
+# Modules whose tests share nothing: any worker takes any of them
+SPREAD = ("test_pages", "notebooks")
 costs: dict[str, float] = {}  # test -> CPU seconds, fixtures included
 left_out = pytest.StashKey[int]()
 began = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-proofs", action="store_true", help="write the table of docs/PROOFS.md")
-    parser.addoption("--times", type=int, default=0, metavar="N", help="show the N slowest tests and sums per chapter")
+    parser.addoption(
+        "--write-proofs", action="store_true", help="write the table of docs/PROOFS.md"
+    )
+    parser.addoption(
+        "--times",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show the N slowest tests and sums per chapter",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +173,9 @@ def pytest_terminal_summary(terminalreporter, config):
     write(f"{sum(costs.values()):8.1f}  together")
     skipped = config.stash.get(left_out, 0)
     rest = f"; `make test-all` runs the other {skipped}, too" if skipped else ""
-    write(f"{len(costs)} of {len(costs) + skipped} tests ran, with {len(proofs())} of the {listed()} proofs{rest}")
+    write(
+        f"{len(costs)} of {len(costs) + skipped} tests ran, with {len(proofs())} of the {listed()} proofs{rest}"
+    )
 
 
 def listed():
@@ -187,7 +199,10 @@ def proofs():
             r = json.loads(line)
             key = (r["topic"], r["ours"], r["counterpart"])
             worst[key] = max(worst.get(key, 0.0), r["error"])
-    return [(*key, "equal" if e == 0 else f"< 1e{math.floor(math.log10(e)) + 1}") for key, e in sorted(worst.items())]
+    return [
+        (*key, "equal" if e == 0 else f"< 1e{math.floor(math.log10(e)) + 1}")
+        for key, e in sorted(worst.items())
+    ]
 
 
 def table(rows):
@@ -200,7 +215,10 @@ def pytest_sessionfinish(session, exitstatus):
     warm.stop()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = session.config.stash.get(left_out, 0)
-    whole = not session.config.args or {Path(a).name for a in session.config.args} <= {"tests", ROOT.name}
+    whole = not session.config.args or {Path(a).name for a in session.config.args} <= {
+        "tests",
+        ROOT.name,
+    }
     chosen = session.config.option.keyword or session.config.option.markexpr
     if "PYTEST_XDIST_WORKER" in os.environ or exitstatus != 0 or not whole or chosen:
         return
@@ -210,8 +228,13 @@ def pytest_sessionfinish(session, exitstatus):
     if session.config.option.write_proofs:
         path.write_text(text[: old.start(2)] + table(rows) + text[old.end(2) :])
     else:
-        named = {tuple(re.sub(r"`", "", c.strip()) for c in line.split("|")[1:4]) for line in old[2].splitlines()[2:]}
+        named = {
+            tuple(re.sub(r"`", "", c.strip()) for c in line.split("|")[1:4])
+            for line in old[2].splitlines()[2:]
+        }
         missing = named ^ {row[:3] for row in rows}
         if missing:
-            print(f"\ndocs/PROOFS.md and the tests disagree on {sorted(missing)}; run pytest --write-proofs")
+            print(
+                f"\ndocs/PROOFS.md and the tests disagree on {sorted(missing)}; run pytest --write-proofs"
+            )
             session.exitstatus = 1

@@ -50,7 +50,9 @@ def tower(kind="clip_vision_model", **more):
 
 def speaker(kind="llama", words=100):
     torch.manual_seed(1)
-    config = CONFIG_MAPPING[kind](**SPEAKERS[kind], vocab_size=words, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = CONFIG_MAPPING[kind](
+        **SPEAKERS[kind], vocab_size=words, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -70,7 +72,8 @@ def talker(folder):
     from vlm import tower as towers
 
     tokenizer, language = pretrained.language_model(llamas.folder(folder))
-    language.config.max_position_embeddings = 512  # a prompt with 196 places for a photo is longer than 128
+    # a prompt with 196 places for a photo is longer than 128
+    language.config.max_position_embeddings = 512
     eye = towers.VisionTower(tower())
     return tokenizer, llava.build(eye, "mlp2x_gelu", shake(language.float(), 0.2), tokenizer).eval()
 
@@ -80,11 +83,17 @@ def shop(photos=40, size=8):
     by; three kinds in two groups, in turns. What a test is shown, it can name."""
     from utils.data import Groceries
 
-    images = torch.arange(photos, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous()
+    images = (
+        torch.arange(photos, dtype=torch.uint8)[:, None, None, None]
+        .expand(-1, 3, size, size)
+        .contiguous()
+    )
     fine = torch.arange(photos) % 3
     coarse = torch.tensor([0, 0, 1])[fine]
     split = ["train" if i < photos // 2 else "test" for i in range(photos)]
-    return Groceries(images, coarse, fine, split, ["Apple", "Pear"], ["Pink-Lady", "Royal-Gala", "Anjou"])
+    return Groceries(
+        images, coarse, fine, split, ["Apple", "Pear"], ["Pink-Lady", "Royal-Gala", "Anjou"]
+    )
 
 
 def seen(eye, images, key=None):

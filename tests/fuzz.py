@@ -30,7 +30,23 @@ HARD = [
     b"[",
     b",",
 ]
-WRONG = [None, True, -1, 0, 2**63, 1e400, float("nan"), "", "x", "\ud800", "../..", [], [None], {}, {"x": None}]
+WRONG = [
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    1e400,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    "../..",
+    [],
+    [None],
+    {},
+    {"x": None},
+]
 
 
 def damaged(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:

@@ -37,7 +37,13 @@ def learned_positions(kind) -> Any:
     torch.manual_seed(0)
     if kind == "gpt2":
         config = GPT2Config(
-            vocab_size=120, n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, bos_token_id=1
+            vocab_size=120,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            eos_token_id=1,
+            bos_token_id=1,
         )
         model = GPT2LMHeadModel(config)
     else:

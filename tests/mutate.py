@@ -51,7 +51,9 @@ def broken(mutant: dict, root: Path = ROOT) -> str:
 
 def copy_tree(target: Path) -> None:
     """What git knows, as it lies in the working tree."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     for name in listed.stdout.splitlines():
         source = ROOT / name
         if source.is_file():
@@ -116,7 +118,9 @@ def run_all(listed: list[dict], jobs: int) -> Counter:
     size = -(-len(listed) // jobs)
     parts = [listed[i * size : (i + 1) * size] for i in range(jobs)]
     with ProcessPoolExecutor(jobs) as pool:
-        return Counter((result, mutant["kind"]) for part in pool.map(judge, parts) for mutant, result in part)
+        return Counter(
+            (result, mutant["kind"]) for part in pool.map(judge, parts) for mutant, result in part
+        )
 
 
 def table() -> str:
@@ -126,7 +130,9 @@ def table() -> str:
     for path in sorted(LISTS.glob("*.toml")):
         kinds = Counter(m["kind"] for m in mutants(path.stem))
         total += kinds
-        lines.append(f"| {path.stem} | {kinds['equation']} | {kinds['wiring']} | {sum(kinds.values())} |")
+        lines.append(
+            f"| {path.stem} | {kinds['equation']} | {kinds['wiring']} | {sum(kinds.values())} |"
+        )
     lines.append(f"| all | {total['equation']} | {total['wiring']} | {sum(total.values())} |")
     return "\n".join(lines)
 
@@ -144,7 +150,9 @@ def main() -> int:
     known = sorted(path.stem for path in LISTS.glob("*.toml"))
     unknown = set(args.chapters) - set(known)
     if unknown:
-        parser.error(f"no list of mutants for {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(
+            f"no list of mutants for {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+        )
     listed = [m for c in args.chapters or known for m in mutants(c) if args.only in m["name"]]
     counts = run_all(listed, args.jobs)
     killed = sum(n for (result, _), n in counts.items() if result == "killed")

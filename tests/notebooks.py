@@ -41,10 +41,14 @@ def run(path, forked=False):
     """The executed notebook; raises CellExecutionError at the first cell that fails."""
     here = {"metadata": {"path": str(path.parent)}}  # the folder that Jupyter starts in
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # a bar drawn with letters is fine
-    client = NotebookClient(nbformat.read(path, as_version=4), timeout=600, kernel_name="python3", resources=here)
+    client = NotebookClient(
+        nbformat.read(path, as_version=4), timeout=600, kernel_name="python3", resources=here
+    )
     if forked:
         client.km = client.create_kernel_manager()
-        client.km.provisioner = Forked(kernel_id="forked", kernel_spec=client.km.kernel_spec, parent=client.km)
+        client.km.provisioner = Forked(
+            kernel_id="forked", kernel_spec=client.km.kernel_spec, parent=client.km
+        )
     return client.execute()
 
 
@@ -56,10 +60,16 @@ def shrink(notebook):
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                full = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
-                full.quantize(256, dither=Image.Dither.NONE).save(small := io.BytesIO(), "png", optimize=True)
+                full = Image.open(
+                    io.BytesIO(base64.b64decode(output["data"]["image/png"]))
+                ).convert("RGB")
+                full.quantize(256, dither=Image.Dither.NONE).save(
+                    small := io.BytesIO(), "png", optimize=True
+                )
                 output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
+    }
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(FOLDER)))

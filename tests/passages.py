@@ -9,7 +9,8 @@ from langchain_core.embeddings import Embeddings
 
 from rag import raw_rag
 
-QUICK = {"distractors": 0, "llm": "none", "limit": 12}  # flags with which a script of the chapter takes seconds
+# Flags with which a script of the chapter takes seconds
+QUICK = {"distractors": 0, "llm": "none", "limit": 12}
 
 
 class Bag(Embeddings):
@@ -18,9 +19,13 @@ class Bag(Embeddings):
     id, size = "bag", 32
 
     def encode(self, texts, task="query"):
-        sums = [sum(self.word(w) for w in text.lower().split()) + np.zeros(self.size) for text in texts]
+        sums = [
+            sum(self.word(w) for w in text.lower().split()) + np.zeros(self.size) for text in texts
+        ]
         found = np.array(sums).reshape(-1, self.size)
-        return (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+        return (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)).astype(
+            np.float32
+        )
 
     def word(self, letters):
         seed = int.from_bytes(hashlib.sha256(letters.encode()).digest()[:4])
@@ -37,11 +42,21 @@ class Bag(Embeddings):
 
 
 def document(text, name, section=None):
-    metadata = {"source": "file.md", "id": name, "title": "file.md > Title", "section": section or name}
+    metadata = {
+        "source": "file.md",
+        "id": name,
+        "title": "file.md > Title",
+        "section": section or name,
+    }
     return Document(text, metadata=metadata)
 
 
-TEXTS = ["the cat sat on the mat", "a dog barked at the moon", "cats and dogs are friends", "the moon is far away"]
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog barked at the moon",
+    "cats and dogs are friends",
+    "the moon is far away",
+]
 
 
 def documents():
@@ -87,10 +102,14 @@ def tiny_encoder(folder, weights=None, prompts=None):
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1, "dog": 2, "moon": 3}, unk_token="[UNK]"))
+    words = Tokenizer(
+        models.WordLevel({"[UNK]": 0, "cat": 1, "dog": 2, "moon": 3}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     if weights is None:
         weights = np.eye(4, 8, k=-1, dtype=np.float32)  # row 0, the unknown word, is zero
-    model = SentenceTransformer(modules=[StaticEmbedding(words, weights)], prompts=prompts, device="cpu")
+    model = SentenceTransformer(
+        modules=[StaticEmbedding(words, weights)], prompts=prompts, device="cpu"
+    )
     model.save(str(folder))
     return str(folder)

@@ -85,7 +85,9 @@ def test_the_glossary_covers_every_chapter():
 
 def test_terms_are_sorted_and_unique():
     terms = [letters(term) for term in glossary()]
-    assert terms == sorted(set(terms)), [b for a, b in zip(terms, terms[1:], strict=False) if a >= b]
+    assert terms == sorted(set(terms)), [
+        b for a, b in zip(terms, terms[1:], strict=False) if a >= b
+    ]
 
 
 def test_a_term_is_explained_in_one_or_two_sentences():
@@ -121,7 +123,9 @@ def words(text):
 @cache
 def idioms():
     """{private idiom: what the field says}, from the table in CONTRIBUTING.md; a row may list several, with commas."""
-    section = re.search(r"^## Words$(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.S | re.M)
+    section = re.search(
+        r"^## Words$(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.S | re.M
+    )
     assert section, "CONTRIBUTING.md has no section Words"
     rows = tables(section[1])[1:]
     return {words(idiom): field for private, field in rows for idiom in private.split(",")}
@@ -144,7 +148,9 @@ def test_idioms_are_found():
 def test_headings_and_first_cells_say_what_the_field_says(path):
     text = path.read_text("utf-8")
     cells = [row[0] for row in tables(text)]
-    found = [f"{x!r}: say {idioms()[idiom]}" for x in [*headings(text), *cells] for idiom in spoken(x)]
+    found = [
+        f"{x!r}: say {idioms()[idiom]}" for x in [*headings(text), *cells] for idiom in spoken(x)
+    ]
     assert not found, "\n".join(found)
 
 

@@ -19,7 +19,10 @@ import tyro
 from tests import warm
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(p for p in ROOT.glob("[a-z]*/*.md") if p.parent.name != "outputs")]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(p for p in ROOT.glob("[a-z]*/*.md") if p.parent.name != "outputs"),
+]
 OF_CHAPTERS = [p for p in PAGES if (p.parent / "__init__.py").is_file()]
 
 
@@ -27,7 +30,11 @@ OF_CHAPTERS = [p for p in PAGES if (p.parent / "__init__.py").is_file()]
 def tiny_flags():
     """{script: flags} that make a run take seconds, from tests/tiny_flags.toml."""
     chapters = tomllib.loads((ROOT / "tests/tiny_flags.toml").read_text("utf-8"))
-    return {f"{c}/{name}.py": shlex.split(flags) for c, scripts in chapters.items() for name, flags in scripts.items()}
+    return {
+        f"{c}/{name}.py": shlex.split(flags)
+        for c, scripts in chapters.items()
+        for name, flags in scripts.items()
+    }
 
 
 def commands():
@@ -38,7 +45,9 @@ def commands():
         for block in re.findall(r"```bash\n(.*?)```", p.read_text("utf-8"), re.S)
         for line in block.splitlines()
     ]
-    return list(dict.fromkeys(x for x in lines if x.startswith(("python", "torchrun", "deepspeed"))))
+    return list(
+        dict.fromkeys(x for x in lines if x.startswith(("python", "torchrun", "deepspeed")))
+    )
 
 
 def tiny(line):
@@ -59,7 +68,9 @@ def meaning(words):
             flags[name] = value
         else:
             flags[name].append(word)
-    return tuple(words[: script + 1]), tuple(sorted((name, tuple(values)) for name, values in flags.items()))
+    return tuple(words[: script + 1]), tuple(
+        sorted((name, tuple(values)) for name, values in flags.items())
+    )
 
 
 def different():
@@ -84,7 +95,10 @@ def firsts():
 def chosen():
     """All lines, those marked as long that `make test` leaves out."""
     first = firsts()
-    return [pytest.param(line, marks=[] if line in first else pytest.mark.long, id=line) for line in different()]
+    return [
+        pytest.param(line, marks=[] if line in first else pytest.mark.long, id=line)
+        for line in different()
+    ]
 
 
 @pytest.mark.parametrize("line", chosen())
@@ -109,11 +123,23 @@ def fresh(words):
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
     if words[0] == "deepspeed":  # two of them at a time must not meet at one port
-        words = ["python", "-m", "deepspeed.launcher.runner", f"--master_port={29900 + os.getpid() % 90}", *words[1:]]
+        words = [
+            "python",
+            "-m",
+            "deepspeed.launcher.runner",
+            f"--master_port={29900 + os.getpid() % 90}",
+            *words[1:],
+        ]
     if plain_script(words):
         words = ["python", "-c", warm.OFFLINE, *words[1:]]
     port = {"MASTER_PORT": str(29700 + os.getpid() % 200)}
-    return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, env=os.environ | port)
+    return subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | port,
+    )
 
 
 def cpu_seconds(words):
@@ -122,7 +148,9 @@ def cpu_seconds(words):
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     after = os.times()
     assert done.returncode == 0, done.stderr[-3000:]
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +166,9 @@ def test_help_is_quick(script, import_torch):
     cost = cpu_seconds([script, "--help"])
     if cost > 2 * import_torch:  # perhaps the machine was busy with something else
         cost = min(cost, cpu_seconds([script, "--help"]))
-    assert cost <= 2 * import_torch, f"{script} --help: {cost:.1f} CPU s; import torch: {import_torch:.1f}"
+    assert cost <= 2 * import_torch, (
+        f"{script} --help: {cost:.1f} CPU s; import torch: {import_torch:.1f}"
+    )
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if ".py" in line])
@@ -161,7 +191,9 @@ def test_the_rule_covers_every_script_that_is_named():
 
 def test_the_socket_block_blocks():
     fetch = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')"
-    done = subprocess.run([sys.executable, "-c", f"{warm.REFUSE}\n{fetch}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{warm.REFUSE}\n{fetch}"], capture_output=True, text=True
+    )
     assert done.returncode != 0 and "a socket was opened" in done.stderr
 
 
@@ -182,7 +214,9 @@ def test_pages_are_short():
     for path in PAGES:
         limit = 150 if path.parent == ROOT else 200 if path.name == "README.md" else 160
         lines = len(path.read_text("utf-8").splitlines())
-        assert lines <= limit or path.parent.name == "docs", f"{path.relative_to(ROOT)} has {lines} lines"
+        assert lines <= limit or path.parent.name == "docs", (
+            f"{path.relative_to(ROOT)} has {lines} lines"
+        )
 
 
 @pytest.mark.parametrize("path", OF_CHAPTERS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -201,7 +235,11 @@ def words_of(chapter):
     for path in (ROOT / chapter).glob("*.py"):
         found.add(path.stem)
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            found |= {getattr(node, kind) for kind in ("name", "id", "attr", "arg", "value") if hasattr(node, kind)}
+            found |= {
+                getattr(node, kind)
+                for kind in ("name", "id", "attr", "arg", "value")
+                if hasattr(node, kind)
+            }
     return {word for word in found if isinstance(word, str)}
 
 
@@ -214,19 +252,32 @@ def test_the_function_beside_an_equation_exists(path):
         if not line.startswith("|"):
             in_table = False
         elif in_table:
-            names = [name for name in re.findall(r"`([A-Za-z_][\w.]*)`", cell) if not name.endswith(".py")]
-            lost = [part for name in names for part in name.split(".") if part not in words_of(path.parent.name)]
+            names = [
+                name
+                for name in re.findall(r"`([A-Za-z_][\w.]*)`", cell)
+                if not name.endswith(".py")
+            ]
+            lost = [
+                part
+                for name in names
+                for part in name.split(".")
+                if part not in words_of(path.parent.name)
+            ]
             assert not lost, f"{lost}: {line}"
         else:
             in_table = "function" in cell
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*/*.ipynb")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("notebooks/*/*.ipynb")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_links_of_notebooks_lead_somewhere(path):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     lost = [
-        link for link in links if not link.startswith(("http", "attachment:")) and not (path.parent / link).exists()
+        link
+        for link in links
+        if not link.startswith(("http", "attachment:")) and not (path.parent / link).exists()
     ]
     assert not lost, f"{path.name} links to {lost}"

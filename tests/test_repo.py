@@ -14,12 +14,27 @@ from tests.conftest import ROOT
 from tests.test_pages import tiny_flags
 
 CHAPTERS = ["models", "finetune", "training", "rag", "papers", "deploy", "vlm"]
-SCRIPTS = [p for chapter in CHAPTERS for p in sorted((ROOT / chapter).glob("*.py")) if "__main__" in p.read_text()]
+SCRIPTS = [
+    p
+    for chapter in CHAPTERS
+    for p in sorted((ROOT / chapter).glob("*.py"))
+    if "__main__" in p.read_text()
+]
 MEASURE = {"bench", "compare", "app", "poison", "mae_claims", "answer_study"}  # or show
-MEASURE |= {"connector_probe", "data", "decode_study", "evaluate", "flamingo_lora", "questions", "strategies"}
+MEASURE |= {
+    "connector_probe",
+    "data",
+    "decode_study",
+    "evaluate",
+    "flamingo_lora",
+    "questions",
+    "strategies",
+}
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
-SOURCES = [p for folder in (*CHAPTERS, "utils", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [
+    p for folder in (*CHAPTERS, "utils", "tests") for p in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def code_cells(path):
@@ -34,7 +49,9 @@ def test_every_topic_has_its_page_notebook_test_and_row(script):
     assert (ROOT / "tests" / chapter / f"test_{name}.py").is_file()
     assert script.with_suffix(".md").is_file()
     row = re.search(
-        rf"^\|.*{name}\.md.*{name}\.py.*{name}\.ipynb", (script.parent / "README.md").read_text("utf-8"), re.M
+        rf"^\|.*{name}\.md.*{name}\.py.*{name}\.ipynb",
+        (script.parent / "README.md").read_text("utf-8"),
+        re.M,
     )
     assert row, f"{chapter}/README.md has no row for {name}"
 
@@ -50,7 +67,12 @@ def test_a_notebook_shows_the_module_and_does_not_write_it_again(path):
     module = importlib.import_module(f"{path.parent.name}.{path.stem}")
     own = {n for n, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__}
     cells = ["".join(c["source"]) for c in code_cells(path)]
-    plain = "\n".join(line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
+    plain = "\n".join(
+        line
+        for cell in cells
+        for line in cell.splitlines()
+        if not line.lstrip().startswith(("%", "!"))
+    )
     tree = ast.parse(plain)
     made = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     assert not made & own, f"{path.name} defines {made & own} again"
@@ -73,12 +95,15 @@ def test_nothing_unsafe_or_unwanted():
     for path in SOURCES:
         chosen = (
             ()
-            if path.parts[-2:] in (("vlm", "train.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py"))
+            if path.parts[-2:]
+            in (("vlm", "train.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py"))
             else ("wandb",)
         )  # offline, and only if it is asked for
         for bad in (*unsafe, "import torchvision", *chosen) if path.name != "test_repo.py" else ():
             assert bad not in path.read_text(), f"{path}: {bad}"
-    needs = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    needs = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     assert not [x for x in needs if x.startswith("torchvision")]
     assert needs[-1] == "-e ." and "torch==2.13.0" in needs
 
@@ -91,12 +116,17 @@ def imported(path):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else node.module for name in inner}
+            found |= {
+                name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else node.module
+                for name in inner
+            }
     return {name for name in found if (ROOT / f"{name.replace('.', '/')}.py").is_file()}
 
 
 MODULES = {
-    f"{p.parent.name}.{p.stem}": imported(p) for p in SOURCES if p.parent.parent == ROOT and p.parent.name != "tests"
+    f"{p.parent.name}.{p.stem}": imported(p)
+    for p in SOURCES
+    if p.parent.parent == ROOT and p.parent.name != "tests"
 }
 
 
@@ -125,26 +155,46 @@ def test_no_circle_of_imports():
 
 def test_shipped_weights_are_small_and_have_their_record():
     weights = sorted(ROOT.glob("*/weights/*.safetensors"))
-    assert {p.stem for p in weights} >= {"quality", "ddpm", "autoencoder", "stable_diffuser", "dit", "mae"}
-    assert max(p.stat().st_size for p in weights) <= 10e6 and sum(p.stat().st_size for p in weights) <= 30e6
+    assert {p.stem for p in weights} >= {
+        "quality",
+        "ddpm",
+        "autoencoder",
+        "stable_diffuser",
+        "dit",
+        "mae",
+    }
+    assert (
+        max(p.stat().st_size for p in weights) <= 10e6
+        and sum(p.stat().st_size for p in weights) <= 30e6
+    )
     for p in weights:
         record = json.loads(p.with_suffix(".json").read_text())
         assert {"config", "metrics"} <= record.keys()
-        assert record["metrics"]["train_seconds"] > 0 and record["metrics"]["machine"] and record["metrics"]["command"]
+        assert (
+            record["metrics"]["train_seconds"] > 0
+            and record["metrics"]["machine"]
+            and record["metrics"]["command"]
+        )
         assert p.with_name(f"{p.stem}_loss.png").is_file()
 
 
 def test_make_installs_once(tmp_path):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    plan = lambda: subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True).stdout  # noqa: E731
+
+    def plan():
+        dry = ["make", "-n", "demo"]
+        return subprocess.run(dry, cwd=tmp_path, capture_output=True, text=True).stdout
+
     assert "pip install" in plan() and "utils.demo" in plan()
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "ready").touch()
     assert "pip install" not in plan() and "utils.demo" in plan()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests/mutants").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests/mutants").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_every_mutant_still_has_its_line(path):
     """A list of mutants whose lines are gone breaks nothing and proves nothing."""
     listed = mutate.mutants(path.stem)
@@ -152,7 +202,11 @@ def test_every_mutant_still_has_its_line(path):
     for mutant in listed:
         assert mutant["kind"] in mutate.KINDS
         assert mutate.broken(mutant) != (ROOT / mutant["file"]).read_text("utf-8")
-        named = [word.split("::")[0] for word in shlex.split(mutant["tests"]) if word.startswith("tests/")]
+        named = [
+            word.split("::")[0]
+            for word in shlex.split(mutant["tests"])
+            if word.startswith("tests/")
+        ]
         assert named and all((ROOT / name).is_file() for name in named), mutant["tests"]
 
 
@@ -162,8 +216,12 @@ def test_the_table_of_mutants_is_that_of_the_lists():
 
 def test_the_tour_names_every_file():
     """What a file holds is its docstring; its length may have changed by a quarter since then."""
-    listed = re.findall(r"^\| \[.*?\]\(\.\./(.*?)\) \| (\d+) \| (.*) \|$", tour.PAGE.read_text("utf-8"), re.M)
+    listed = re.findall(
+        r"^\| \[.*?\]\(\.\./(.*?)\) \| (\d+) \| (.*) \|$", tour.PAGE.read_text("utf-8"), re.M
+    )
     rows = tour.rows()
     assert [(path, what) for path, _, what in listed] == [(path, what) for path, _, what in rows]
     for (path, lines, _), (_, now, _) in zip(listed, rows):
-        assert abs(int(lines) - now) <= now / 4, f"{path} had {lines} lines and has {now}: python tests/tour.py --write"
+        assert abs(int(lines) - now) <= now / 4, (
+            f"{path} had {lines} lines and has {now}: python tests/tour.py --write"
+        )

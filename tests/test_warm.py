@@ -30,7 +30,9 @@ def script(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("word", ["nothing", "error", "two", "text", "none", "kill", "--flag=a b", "\ufffd ä 😀"])
+@pytest.mark.parametrize(
+    "word", ["nothing", "error", "two", "text", "none", "kill", "--flag=a b", "\ufffd ä 😀"]
+)
 def test_as_a_fresh_process(script, word, tmp_path):
     words = [str(script), word]
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}

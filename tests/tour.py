@@ -17,7 +17,9 @@ MARK = "<!-- files -->"
 
 def sentence(path: Path) -> str:
     """First sentence of a module's docstring, on one line."""
-    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0].split())
+    text = " ".join(
+        (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0].split()
+    )
     return re.split(r"(?<=[.?!]) (?=[A-Z(])", text)[0].rstrip(".")
 
 
@@ -40,7 +42,9 @@ def table() -> str:
         parts.append(
             f"## {folder}/, {sum(n for _, n, _ in mine)} lines\n\n| file | lines | what it holds |\n|---|---|---|"
         )
-        parts[-1] += "".join(f"\n| [{p.split('/')[1]}](../{p}) | {n} | {what} |" for p, n, what in mine)
+        parts[-1] += "".join(
+            f"\n| [{p.split('/')[1]}](../{p}) | {n} | {what} |" for p, n, what in mine
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -47,7 +47,9 @@ def ask(request: dict) -> int:
     if helper is None or helper.poll() is not None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).resolve())]
-        helper = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        helper = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     assert helper.stdin and helper.stdout
     helper.stdin.write(json.dumps(request) + "\n")
     helper.stdin.flush()
@@ -60,7 +62,13 @@ def run(
     """Run a script in a fork of the helper; as subprocess.run(..., capture_output=True, text=True)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        about = {"cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err), "network": network}
+        about = {
+            "cwd": str(cwd),
+            "env": env or {},
+            "out": str(out),
+            "err": str(err),
+            "network": network,
+        }
         code = ask({"argv": argv} | about)
         texts = [path.read_text("utf-8", "replace") for path in (out, err)]
     return subprocess.CompletedProcess(argv, code, *texts)
@@ -73,7 +81,16 @@ class Kernel:
 
     def __init__(self, connection_file: str, cwd: str) -> None:
         words = ["ipykernel_launcher", "-f", connection_file]
-        self.pid = ask({"argv": words, "cwd": cwd, "env": {}, "out": os.devnull, "err": os.devnull, "kernel": True})
+        self.pid = ask(
+            {
+                "argv": words,
+                "cwd": cwd,
+                "env": {},
+                "out": os.devnull,
+                "err": os.devnull,
+                "kernel": True,
+            }
+        )
 
     def poll(self) -> int | None:
         """None while it runs. An ended one may wait for its parent to take note of it: state Z."""

@@ -2,4 +2,5 @@
 
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package that nothing here needs
+# It warns of a package that nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

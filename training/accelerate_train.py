@@ -27,10 +27,13 @@ from utils import checkpoint, run
 class Config:
     """Fine-tune a chat model on questions and answers, with LoRA and accelerate."""
 
-    model: str = "smollm2"  # smollm2, a local folder, or a hub id; its tokenizer has a chat template
-    method: Literal["lora", "full"] = "lora"  # what moves: adapters, or every weight (then --lr 2e-5)
+    # smollm2, a local folder, or a hub id; its tokenizer has a chat template
+    model: str = "smollm2"
+    # what moves: adapters, or every weight (then --lr 2e-5)
+    method: Literal["lora", "full"] = "lora"
     lora_rank: int = 8  # r, columns of an adapter
-    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, and of weights that do not move
+    # of matrix products, and of weights that do not move
+    precision: Literal["bf16", "fp32"] = "bf16"
     batch: int = 4  # B, texts that a rank reads at a time
     accumulation: int = 1  # A, such parts before a step
     length: int = 192  # longest text, in tokens
@@ -50,7 +53,8 @@ def train(accelerator, model, optimizer, rows, cfg, ending, start=0):
         for group in optimizer.param_groups:
             group["lr"] = sft.learning_rate(cfg, step)
         parts, tokens = faq.draw(rows, cfg, step, ending)
-        weight = cfg.accumulation * accelerator.num_processes / tokens  # backward divides by A, averaging by N
+        # Backward divides by A, averaging by N
+        weight = cfg.accumulation * accelerator.num_processes / tokens
         total = 0.0
         for part in parts:
             with accelerator.accumulate(model):  # ranks exchange gradients at the last part only
@@ -69,17 +73,25 @@ def worker(cfg):
     from accelerate import Accelerator
 
     mixed, cpu = "bf16" if cfg.precision == "bf16" else "no", not torch.cuda.is_available()
-    wanted = {"LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"], "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    os.environ |= wanted | ({"DS_ACCELERATOR": "cpu"} if cpu else {}) | dict(os.environ)  # it guesses badly
+    wanted = {
+        "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"],
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    # It guesses badly
+    os.environ |= wanted | ({"DS_ACCELERATOR": "cpu"} if cpu else {}) | dict(os.environ)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # no word on tied weights at every save
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed, gradient_accumulation_steps=cfg.accumulation)
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=mixed, gradient_accumulation_steps=cfg.accumulation
+    )
     tokenizer, model = sft.prepare(cfg)
     moving = [p for p in model.parameters() if p.requires_grad]
     for p in moving:
         p.data = p.data.float()  # a bf16 weight cannot take a small step
     ending, folder = tokenizer.eos_token_id, Path(cfg.out)
     learn, held_out = faq.conversations(tokenizer, cfg.length)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(moving, cfg.lr, weight_decay=0.0))
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(moving, cfg.lr, weight_decay=0.0)
+    )
     if cfg.resume:
         last, so_far = sft.newest(cfg)
         accelerator.load_state(str(last))
@@ -108,7 +120,11 @@ def worker(cfg):
         whole.save_pretrained(target)
         tokenizer.save_pretrained(target)
     held = {k: v / 2**20 for k, v in ranks.states(model, optimizer).items() if k != "gradients"}
-    numbers = {"trained": sum(p.numel() for p in moving), "seconds_per_step": seconds, "after": after}
+    numbers = {
+        "trained": sum(p.numel() for p in moving),
+        "seconds_per_step": seconds,
+        "after": after,
+    }
     return numbers | so_far | {"held": held}
 
 

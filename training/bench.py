@@ -57,7 +57,9 @@ def predictor(cfg):
     """CPU seconds of both and what they say."""
     asked = memory.Config(cfg.model, precision="bf16")
     memory.exact.__wrapped__(asked)  # once unmeasured: imports, caches
-    times, found = zip(*(seconds(lambda: memory.exact.__wrapped__(asked)) for _ in range(cfg.rounds)))
+    times, found = zip(
+        *(seconds(lambda: memory.exact.__wrapped__(asked)) for _ in range(cfg.rounds))
+    )
     theirs, said = seconds(lambda: by_mem_tracker(asked))
     ours = statistics.median(times)
     peaks = {"GB": found[0]["peak"] / 1e9, "their_GB": said / 1e9}

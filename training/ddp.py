@@ -54,7 +54,9 @@ def ring(n):
     Rank r sends piece (that + r) mod n to rank r + 1. After n - 1 additions rank r has the whole sum of piece r + 1;
     n - 1 copies later everyone has every sum. Each rank has sent 2 (n - 1) / n of the vector: below 2, always.
     """
-    return [(-step % n, "add") for step in range(n - 1)] + [((1 - step) % n, "copy") for step in range(n - 1)]
+    return [(-step % n, "add") for step in range(n - 1)] + [
+        ((1 - step) % n, "copy") for step in range(n - 1)
+    ]
 
 
 def ring_all_reduce(x):
@@ -64,8 +66,12 @@ def ring_all_reduce(x):
     for first, action in ring(n):
         out, into = pieces[(first + me) % n], pieces[(first + me - 1) % n]
         came = torch.empty_like(into)
-        right, left = dist.P2POp(dist.isend, out.clone(), (me + 1) % n), dist.P2POp(dist.irecv, came, (me - 1) % n)
-        for work in dist.batch_isend_irecv([right, left]):  # both at once: one by one, all would wait to be received
+        right, left = (
+            dist.P2POp(dist.isend, out.clone(), (me + 1) % n),
+            dist.P2POp(dist.irecv, came, (me - 1) % n),
+        )
+        # Both at once: one by one, all would wait to be received
+        for work in dist.batch_isend_irecv([right, left]):
             work.wait()
         into.add_(came) if action == "add" else into.copy_(came)
     return x
@@ -102,7 +108,8 @@ class DataParallel(nn.Module):
         for x in [*model.parameters(), *model.buffers()]:
             dist.broadcast(x.data, 0)  # all begin with the weights of the first
         self.buckets, part = [], []
-        for p in reversed([p for p in model.parameters() if p.requires_grad]):  # about the order of the backward pass
+        # About the order of the backward pass
+        for p in reversed([p for p in model.parameters() if p.requires_grad]):
             part.append(p)
             if sum(q.numel() * q.element_size() for q in part) >= bucket * 2**20:
                 self.buckets, part = [*self.buckets, Bucket(part)], []
@@ -158,7 +165,10 @@ def wrap(model, cfg) -> Any:
 def train(parallel, backward, optimizer, text, cfg, start=0):
     """Steps `start` to cfg.steps; yields the loss over all ranks."""
     for i in range(start, cfg.steps):
-        total, parts = 0.0, tiny.share(tiny.batch(text, cfg.seed, i, cfg.batch, cfg.length)).chunk(cfg.accumulate)
+        total, parts = (
+            0.0,
+            tiny.share(tiny.batch(text, cfg.seed, i, cfg.batch, cfg.length)).chunk(cfg.accumulate),
+        )
         for part in parts[:-1]:
             with parallel.no_sync():
                 loss = tiny.loss(parallel, part) / cfg.accumulate
@@ -192,13 +202,22 @@ def worker(cfg):
 
     first = len(losses)
     for loss in train(parallel, backward, optimizer, text, cfg, first):
-        run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
+        run.check(
+            math.isfinite(loss),
+            f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr",
+        )
         losses.append(loss)
         if cfg.save_every and len(losses) % cfg.save_every == 0:
             manifest.save(cfg.out, len(losses), save)
-    found = {"losses": losses, "seconds_a_step": (time.perf_counter() - start) / max(1, cfg.steps - first)}
-    with ranks.Traffic() as traffic:  # one backward pass more, to count; PyTorch's own all-reduce is not seen
-        backward(tiny.loss(parallel, tiny.share(tiny.batch(text, cfg.seed, 0, cfg.batch, cfg.length))))
+    found = {
+        "losses": losses,
+        "seconds_a_step": (time.perf_counter() - start) / max(1, cfg.steps - first),
+    }
+    # One backward pass more, to count; PyTorch's own all-reduce is not seen
+    with ranks.Traffic() as traffic:
+        backward(
+            tiny.loss(parallel, tiny.share(tiny.batch(text, cfg.seed, 0, cfg.batch, cfg.length)))
+        )
     found |= {"held": ranks.states(model, optimizer), "sent": sum(traffic.sent.values())}
     if cfg.backend == "ours":
         found["buckets"] = [ranks.held(b.flat) for b in parallel.buckets]
@@ -222,11 +241,15 @@ def draw_ring(path, n=4):
         axis.imshow(frame, cmap="Greens", vmin=0, vmax=n * 1.3)
         for rank in range(n):
             for piece in range(n):
-                axis.text(piece, rank, f"{frame[rank, piece]:.0f}", ha="center", va="center", fontsize=9)
+                axis.text(
+                    piece, rank, f"{frame[rank, piece]:.0f}", ha="center", va="center", fontsize=9
+                )
         axis.set_title("start" if i == 0 else f"{i}: {ring(n)[i - 1][1]}", fontsize=9)
         axis.set_xticks(range(n), [f"p{k}" for k in range(n)], fontsize=8)
         axis.set_yticks(range(n), [f"rank {k}" for k in range(n)], fontsize=8)
-    figure.suptitle("ring all-reduce: from how many ranks the sum of each piece comes", fontsize=10, y=1.04)
+    figure.suptitle(
+        "ring all-reduce: from how many ranks the sum of each piece comes", fontsize=10, y=1.04
+    )
     figure.tight_layout(pad=0.3)
     return figures.close(figure, path)
 
@@ -234,13 +257,19 @@ def draw_ring(path, n=4):
 def main(cfg: Config) -> dict:
     """Train, compare with the formula, draw the ring."""
     counts = (cfg.steps, cfg.layers, cfg.batch, cfg.accumulate)
-    run.check(min(counts) > 0 and cfg.lr > 0, "--steps, --layers, --batch, --accumulate and --lr must be above 0")
+    run.check(
+        min(counts) > 0 and cfg.lr > 0,
+        "--steps, --layers, --batch, --accumulate and --lr must be above 0",
+    )
     run.check(cfg.bucket > 0, "--bucket must be above 0 MiB")
     run.check(cfg.width > 0 and cfg.width % 8 == 0, "--width must be a multiple of 8")
     run.check(1 < cfg.length <= 1024, "--length is 2 to 1024 bytes")
     n = ranks.count(cfg.ranks)
     parts = n * cfg.accumulate
-    run.check(cfg.batch % parts == 0, f"--batch {cfg.batch} does not fall into {n} ranks x {cfg.accumulate} parts")
+    run.check(
+        cfg.batch % parts == 0,
+        f"--batch {cfg.batch} does not fall into {n} ranks x {cfg.accumulate} parts",
+    )
     run.check(cfg.save_every >= 0, "--save-every must be 0 or more")
     if cfg.resume:
         manifest.load(cfg.out)

@@ -18,12 +18,16 @@ from utils.text import plain as without_control_tokens
 IGNORE = -100  # a label that is not learned
 
 UNDERLINE = {"django": "=", "celery": "-", "scrapy": "-"}  # of a question
-TITLE = re.compile(r"(?<!=\n)^(\S.*)\n(=+|-+)$", re.M)  # the title of a page has a line above it, too
-POINTER = re.compile(r"See (?:(?!\.\s).)*", re.S)  # one sentence: to another page, and no more than that
+# The title of a page has a line above it, too
+TITLE = re.compile(r"(?<!=\n)^(\S.*)\n(=+|-+)$", re.M)
+# One sentence: to another page, and no more than that
+POINTER = re.compile(r"See (?:(?!\.\s).)*", re.S)
 MARKUP = [  # what it looks like, and what a reader sees of it
     (r"^\.\. _.*:( .*)?\n(?:[ \t]+http.*\n)?", ""),  # where a link leads
-    (r"^[ \t]*\.\. [\w-]+::?( .*)?\n(?:[ \t]+:\w.*\n)*", ""),  # a directive; what stands in it stays
-    (r":[\w:+-]+:`!?(?:~[\w.]*\.)?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1"),  # :role:`words <target>`; ~a.b.c is c
+    # a directive; what stands in it stays
+    (r"^[ \t]*\.\. [\w-]+::?( .*)?\n(?:[ \t]+:\w.*\n)*", ""),
+    # :role:`words <target>`; ~a.b.c is c
+    (r":[\w:+-]+:`!?(?:~[\w.]*\.)?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1"),
     (r"`([^`<]+?)(?:\s*<[^`]*>)?`__?", r"\1"),  # `words <target>`_
     (r"\b(\w+)_(?!\w)", r"\1"),  # word_
     (r"::$", ":"),  # code follows
@@ -71,12 +75,20 @@ def conversation(tokenizer, question, answer, length):
     the tokenizer has no chat template, or one that puts the answer elsewhere.
     """
     question, answer = (without_control_tokens(text, tokenizer) for text in (question, answer))
-    check(tokenizer.chat_template, "the tokenizer of --model has no chat template: name a model made for chat")
+    check(
+        tokenizer.chat_template,
+        "the tokenizer of --model has no chat template: name a model made for chat",
+    )
     asked, told = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
     before = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([asked, told], tokenize=False).rstrip()
-    check(whole.startswith(before), "the chat template of --model does not put an answer after its question")
-    prompt, reply = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, whole[len(before) :]))
+    check(
+        whole.startswith(before),
+        "the chat template of --model does not put an answer after its question",
+    )
+    prompt, reply = (
+        tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, whole[len(before) :])
+    )
     return (prompt + reply)[:length], ([IGNORE] * len(prompt) + reply)[:length]
 
 
@@ -97,7 +109,9 @@ def conversations(tokenizer, length):
     check(all(parts), f"--length {length} leaves no room for answers")
     if cut and (not dist.is_initialized() or dist.get_rank() == 0):
         total = sum(map(len, parts)) + left_out
-        print(f"--length {length}: {cut} of {total} conversations are longer and are cut, {left_out} are left out")
+        print(
+            f"--length {length}: {cut} of {total} conversations are longer and are cut, {left_out} are left out"
+        )
     return parts
 
 

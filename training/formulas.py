@@ -63,7 +63,12 @@ def activations(V, d, L, f, heads, kv_heads, B, S, e=2, attention="sdpa", checkp
     kept = {name: L * tokens * size for name, size in layer.items()}
     if checkpointing:
         kept = {"inputs of layers": L * tokens * e * d}
-    ends = {"last norm": tokens * norm, "logits": 4 * tokens * V, "ids": 8 * tokens, "rotary": 2 * S * (d // heads) * e}
+    ends = {
+        "last norm": tokens * norm,
+        "logits": 4 * tokens * V,
+        "ids": 8 * tokens,
+        "rotary": 2 * S * (d // heads) * e,
+    }
     return kept | ends
 
 

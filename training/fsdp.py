@@ -30,7 +30,8 @@ class Config:
     """Train a small language model whose weights, gradients and optimizer states lie in slices on all ranks."""
 
     method: Literal["full", "lora"] = "full"  # train all weights, or low-rank corrections
-    wrap: Literal["layers", "root"] = "layers"  # what is gathered at once: a layer, or the whole model
+    # what is gathered at once: a layer, or the whole model
+    wrap: Literal["layers", "root"] = "layers"
     bf16: bool = False  # compute and send in bf16; slices and optimizer stay in fp32
     ranks: int = 2  # processes; under torchrun or deepspeed theirs count
     width: int = 256  # of the model
@@ -53,7 +54,8 @@ def build(cfg):
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(
-            model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            model,
+            LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
     return model.to(ranks.device())
 
@@ -68,7 +70,9 @@ def shard(model, cfg):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(ranks.device().type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cfg.bf16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cfg.bf16 else MixedPrecisionPolicy()
+    )
     llama = model.get_base_model() if cfg.method == "lora" else model
     for layer in llama.model.layers if cfg.wrap == "layers" else ():
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -109,7 +113,9 @@ def load(folder, model, optimizer):
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
     return plain_of(folder)
 
 
@@ -117,7 +123,9 @@ def export(model, cfg, folder):
     """The full checkpoint: all slices come to rank 0, which writes an ordinary folder; of LoRA adapter and base."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=cfg.method == "lora")
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=cfg.method == "lora"
+    )
     weights = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         if cfg.method == "full":
@@ -144,22 +152,35 @@ def worker(cfg):
     folder, losses = Path(cfg.out), []
     if cfg.resume:
         place = manifest.load(folder / "sharded")
-        run.same_flags(cfg, plain_of(place)["config"] | {"ranks": cfg.ranks}, folder)  # before anything is loaded
+        # Before anything is loaded
+        run.same_flags(cfg, plain_of(place)["config"] | {"ranks": cfg.ranks}, folder)
         losses = load(place, model, optimizer)["losses"]
     plain = {"config": asdict(cfg), "losses": losses}
     with ranks.Traffic() as traffic:
         start = len(losses)
         for loss in train(model, optimizer, text, cfg, start):
-            run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
+            run.check(
+                math.isfinite(loss),
+                f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr",
+            )
             losses.append(loss)
             if cfg.save_every and len(losses) % cfg.save_every == 0:
-                manifest.save(folder / "sharded", len(losses), lambda place: save(place, model, optimizer, plain))
+                manifest.save(
+                    folder / "sharded",
+                    len(losses),
+                    lambda place: save(place, model, optimizer, plain),
+                )
     found = {"losses": losses, "held": ranks.states(model, optimizer)}
     ids = tiny.share(tiny.batch(text, cfg.seed, 0, cfg.batch, cfg.length))
-    found["highest"] = sum(found["held"].values()) + ranks.allocated(lambda: tiny.loss(model, ids).backward())
+    found["highest"] = sum(found["held"].values()) + ranks.allocated(
+        lambda: tiny.loss(model, ids).backward()
+    )
     found["sent"] = {kind: size / max(1, cfg.steps - start) for kind, size in traffic.sent.items()}
-    found["parameters"] = sum(p.numel() for p in model.parameters())  # DTensors tell the whole shape
-    found["slices"] = [[name, list(p.shape), list(p.to_local().shape)] for name, p in model.named_parameters()]
+    # DTensors tell the whole shape
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    found["slices"] = [
+        [name, list(p.shape), list(p.to_local().shape)] for name, p in model.named_parameters()
+    ]
     (folder / "model").mkdir(parents=True, exist_ok=True)
     export(model, cfg, folder / "model")
     return found
@@ -170,7 +191,9 @@ def draw(path, found):
     import matplotlib.pyplot as plt
 
     kept = [
-        x for x in found[0]["slices"] if ".layers.0." in x[0] or "embed" in x[0] or x[0].endswith("model.norm.weight")
+        x
+        for x in found[0]["slices"]
+        if ".layers.0." in x[0] or "embed" in x[0] or x[0].endswith("model.norm.weight")
     ]
     figure, axes = plt.subplots(1, len(kept), figsize=(1.25 * len(kept), 2.6))
     colours = plt.get_cmap("Set2")
@@ -178,21 +201,35 @@ def draw(path, found):
         top = 0
         for rank, row in enumerate(found):
             rows = next(mine[0] for other, _, mine in row["slices"] if other == name)
-            axis.barh(top, 1, rows, align="edge", color=colours(rank % 8), label=f"rank {rank}" if i == 0 else None)
+            axis.barh(
+                top,
+                1,
+                rows,
+                align="edge",
+                color=colours(rank % 8),
+                label=f"rank {rank}" if i == 0 else None,
+            )
             top += rows
         axis.set(ylim=(top, 0), xlim=(0, 1), xticks=[], yticks=[0, top])
         axis.tick_params(labelsize=6)
-        axis.set_title(name.removesuffix(".weight").split(".")[-1].replace("_layernorm", "\nnorm"), fontsize=7)
+        axis.set_title(
+            name.removesuffix(".weight").split(".")[-1].replace("_layernorm", "\nnorm"), fontsize=7
+        )
         axis.set_xlabel(" x ".join(map(str, whole)), fontsize=7)
     figure.suptitle("who holds which rows", fontsize=10)
-    figure.legend(ncols=len(found), loc="lower center", frameon=False, fontsize=8, bbox_to_anchor=(0.5, -0.08))
+    figure.legend(
+        ncols=len(found), loc="lower center", frameon=False, fontsize=8, bbox_to_anchor=(0.5, -0.08)
+    )
     figure.tight_layout(pad=0.4)
     return figures.close(figure, path)
 
 
 def main(cfg: Config) -> dict:
     """Train in slices, count, save in three ways."""
-    run.check(min(cfg.steps, cfg.layers, cfg.batch) > 0 and cfg.lr > 0, "--steps, --layers, --batch, --lr: above 0")
+    run.check(
+        min(cfg.steps, cfg.layers, cfg.batch) > 0 and cfg.lr > 0,
+        "--steps, --layers, --batch, --lr: above 0",
+    )
     run.check(cfg.width > 0 and cfg.width % 8 == 0, "--width must be a multiple of 8")
     run.check(1 < cfg.length <= 1024, "--length is 2 to 1024 bytes")
     n = ranks.count(cfg.ranks)
@@ -207,7 +244,10 @@ def main(cfg: Config) -> dict:
     mine, psi = found[0], found[0]["parameters"]
     metrics = {"loss": mine["losses"][-1], "parameters": psi, "ranks": n}
     metrics |= {f"{kind}_MiB": size / 2**20 for kind, size in mine["held"].items()}
-    metrics |= {"total_MiB": sum(mine["held"].values()) / 2**20, "highest_MiB": mine["highest"] / 2**20}
+    metrics |= {
+        "total_MiB": sum(mine["held"].values()) / 2**20,
+        "highest_MiB": mine["highest"] / 2**20,
+    }
     if cfg.method == "full":
         metrics["formula_MiB"] = 16 * psi / n / 2**20
     metrics |= {f"{kind}_sent_MiB": size / 2**20 for kind, size in mine["sent"].items()}

@@ -36,11 +36,15 @@ from utils import checkpoint, figures, pretrained, run
 class Config:
     """Fine-tune a chat model on questions and answers, with LoRA and ZeRO."""
 
-    model: str = "smollm2"  # smollm2, a local folder, or a hub id; its tokenizer has a chat template
-    method: Literal["lora", "full"] = "lora"  # what moves: adapters, or every weight (then --lr 2e-5)
+    # smollm2, a local folder, or a hub id; its tokenizer has a chat template
+    model: str = "smollm2"
+    # what moves: adapters, or every weight (then --lr 2e-5)
+    method: Literal["lora", "full"] = "lora"
     lora_rank: int = 8  # r, columns of an adapter
-    zero_stage: Literal[0, 1, 2, 3] = 2  # shard nothing; the optimizer; gradients, too; weights, too
-    offload: Literal["none", "optimizer", "parameters"] = "none"  # into the CPU's memory: nothing; optimizer; both
+    # shard nothing; the optimizer; gradients, too; weights, too
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    # into the CPU's memory: nothing; optimizer; both
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     config: str = ""  # a DeepSpeed configuration of your own; its stage counts, not --zero-stage
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"  # of weights and gradients; fp16 is refused
     batch: int = 4  # B, texts that a rank reads at a time
@@ -59,18 +63,27 @@ class Config:
 
 def prepare(cfg):
     """-> tokenizer, model: a frozen one with adapters, or one of which all moves; in the precision asked for."""
-    tokenizer, model = pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+    tokenizer, model = (
+        pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+    )
     table = getattr(model.config, "max_position_embeddings", None) or cfg.length
-    run.check(cfg.length <= table, f"--length {cfg.length}: --model knows {table} positions, and no more")
-    run.check(tokenizer.eos_token_id is not None, "the tokenizer of --model has no end token: name one made for chat")
+    run.check(
+        cfg.length <= table, f"--length {cfg.length}: --model knows {table} positions, and no more"
+    )
+    run.check(
+        tokenizer.eos_token_id is not None,
+        "the tokenizer of --model has no end token: name one made for chat",
+    )
     model = model.to(torch.float32 if cfg.precision == "fp32" else torch.bfloat16)
     if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # on texts as short as these faster than the fused kernel
+        # On texts as short as these faster than the fused kernel
+        model.set_attn_implementation("eager")
     run.seed(cfg.seed)
     if cfg.method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT still uses that name
+        # PEFT still uses that name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
         r = cfg.lora_rank  # all-linear: every matrix of every layer, not the head
         lora = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules="all-linear")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
@@ -108,7 +121,8 @@ def loss(model, ids, mask, labels):
     """
     on = next(model.parameters()).device
     ids, mask, labels = ids.to(on), mask.to(on), labels[:, 1:].to(on)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, L-1, V)
+    # (B, L-1, V)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     learned = labels != faq.IGNORE
     return F.cross_entropy(logits[learned].float(), labels[learned], reduction="sum")
 
@@ -131,7 +145,10 @@ def score(model, rows, batch, ending):
     for i in range(rank, n * math.ceil(len(parts) / n), n):
         value = loss(model, *faq.pad(parts[i % len(parts)], ending)).item()
         if i < len(parts):
-            total, tokens = total + value, tokens + sum(faq.learned(labels) for _, labels in parts[i])
+            total, tokens = (
+                total + value,
+                tokens + sum(faq.learned(labels) for _, labels in parts[i]),
+            )
     model.train()
     total, tokens = add(total, tokens)
     return total / tokens
@@ -145,10 +162,13 @@ def learning_rate(cfg, step):
 
 def engine_of(model, cfg, config):
     """DeepSpeed's engine around model and AdamW: it casts, shards, sums parts, averages over ranks, clips and steps."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], cfg.lr, weight_decay=0.0
+    )
     engine = zero_config.quiet().initialize(model=model, optimizer=optimizer, config=config)[0]
     for state in optimizer.state.values():
-        state["step"].zero_()  # stage 0 in bf16 has made a step of zeros, and would begin AdamW's count at 1
+        # Stage 0 in bf16 has made a step of zeros, and would begin AdamW's count at 1
+        state["step"].zero_()
     assert engine.train_batch_size() == cfg.batch * cfg.accumulation * dist.get_world_size()
     return engine
 
@@ -159,7 +179,8 @@ def train(engine, rows, cfg, ending, start=0):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         parts, tokens = faq.draw(rows, cfg, step, ending)
-        weight = cfg.accumulation * dist.get_world_size() / tokens  # the engine divides by A and by N
+        # The engine divides by A and by N
+        weight = cfg.accumulation * dist.get_world_size() / tokens
         total = 0.0
         for part in parts:
             value = loss(engine, *part)
@@ -176,10 +197,17 @@ def account(engine, part):
     a forward pass; ZeRO-3 brings whole ones together before they are used.
     """
     params, most = list(engine.module.parameters()), []
-    weights = lambda: [x for p in params for x in (p.data, getattr(p, "ds_tensor", None)) if x is not None]  # noqa: E731
+
+    def weights():
+        both = [x for p in params for x in (p.data, getattr(p, "ds_tensor", None))]
+        return [x for x in both if x is not None]
+
     leaves = [m for m in engine.module.modules() if not list(m.children())]
-    hooks = [m.register_forward_pre_hook(lambda *_: most.append(ranks.held(*weights()))) for m in leaves]
-    engine.set_gradient_accumulation_boundary(False)  # more is to come: stage 1 keeps whole gradients, stage 2 a share
+    hooks = [
+        m.register_forward_pre_hook(lambda *_: most.append(ranks.held(*weights()))) for m in leaves
+    ]
+    # More is to come: stage 1 keeps whole gradients, stage 2 a share
+    engine.set_gradient_accumulation_boundary(False)
     engine.backward(loss(engine, *part))
     _ = [hook.remove() for hook in hooks]
     states = getattr(engine.optimizer, "optimizer", engine.optimizer).state.items()
@@ -187,9 +215,14 @@ def account(engine, part):
     gc.collect()
     _ = [p.grad for p in params]  # what Python never saw is not found below
     alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    groups = [[x for x in group if x.device.type == engine.device.type] for group in (weights(), kept, alive)]
+    groups = [
+        [x for x in group if x.device.type == engine.device.type]
+        for group in (weights(), kept, alive)
+    ]
     sums = [ranks.held(*(x for group in groups[:i] for x in group)) / 2**20 for i in range(4)]
-    return dict(zip(("weights", "optimizer", "gradients"), np.diff(sums).tolist())) | {"gathered": max(most) / 2**20}
+    return dict(zip(("weights", "optimizer", "gradients"), np.diff(sums).tolist())) | {
+        "gathered": max(most) / 2**20
+    }
 
 
 def whole(engine):
@@ -212,7 +245,9 @@ def save(engine, cfg, config, so_far):
         what = {"save_latest": False, "exclude_frozen_parameters": cfg.method == "lora"}
         engine.save_checkpoint(folder.parent, folder.name, **what)
         flags = asdict(cfg) | {"ranks": dist.get_world_size()}
-        checkpoint.save_state(folder / f"rank{dist.get_rank()}.safetensors", config=flags, deepspeed=config, **so_far)
+        checkpoint.save_state(
+            folder / f"rank{dist.get_rank()}.safetensors", config=flags, deepspeed=config, **so_far
+        )
 
     manifest.save(Path(cfg.out) / "checkpoints", len(so_far["losses"]), put)
 
@@ -227,7 +262,10 @@ def newest(cfg, config=None):
     run.check(wrote == n, f"--resume: {folder} was written by {wrote} ranks, here are {n}")
     state = checkpoint.load_state(folder / f"rank{dist.get_rank()}.safetensors")
     run.same_flags(replace(cfg, ranks=n), state["config"], folder)
-    run.check(state["deepspeed"] == config, f"--resume: {folder} was made with another configuration of DeepSpeed")
+    run.check(
+        state["deepspeed"] == config,
+        f"--resume: {folder} was made with another configuration of DeepSpeed",
+    )
     return folder, {"losses": state["losses"], "before": state["before"]}
 
 
@@ -254,7 +292,9 @@ def worker(cfg):
     engine = engine_of(model, cfg, config)
     if first:
         parts = f"{cfg.batch} x {cfg.accumulation} x {dist.get_world_size()} ranks"
-        print(f"ZeRO-{engine.zero_optimization_stage()}: {engine.train_batch_size()} texts a step = {parts}")
+        print(
+            f"ZeRO-{engine.zero_optimization_stage()}: {engine.train_batch_size()} texts a step = {parts}"
+        )
     if cfg.resume:
         last, so_far = newest(cfg, config)
         engine.load_checkpoint(last.parent, last.name, load_module_strict=cfg.method == "full")
@@ -267,7 +307,9 @@ def worker(cfg):
 
         board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
     steps = train(engine, learn, cfg, ending, start)
-    for value in run.progress(steps, cfg.steps, start, cfg.save_every, lambda: save(engine, cfg, config, so_far)):
+    for value in run.progress(
+        steps, cfg.steps, start, cfg.save_every, lambda: save(engine, cfg, config, so_far)
+    ):
         losses.append(value)
         if board:
             board.add_scalar("loss", value, len(losses))
@@ -282,7 +324,11 @@ def worker(cfg):
         network.save_pretrained(target, state_dict=trained)
         tokenizer.save_pretrained(target)
         run.write_json(folder / "config.json", asdict(cfg))
-    numbers = {"trained": sum(x.numel() for x in trained.values()), "seconds_per_step": seconds, "after": after}
+    numbers = {
+        "trained": sum(x.numel() for x in trained.values()),
+        "seconds_per_step": seconds,
+        "after": after,
+    }
     trained.clear()  # copies, which are not to be counted
     held = account(engine, faq.draw(learn, cfg, 0, ending)[0][0])
     engine.destroy()
@@ -292,22 +338,42 @@ def worker(cfg):
 def sane(cfg):
     """Raises UserError for flags that make no sense, before anything is loaded."""
     above = min(cfg.batch, cfg.accumulation, cfg.steps, cfg.lora_rank, cfg.length - 1, cfg.lr) > 0
-    run.check(above, "--batch, --accumulation, --steps, --lora-rank and --lr must be above 0, --length above 1")
+    run.check(
+        above,
+        "--batch, --accumulation, --steps, --lora-rank and --lr must be above 0, --length above 1",
+    )
     run.check(cfg.seed >= 0 and cfg.save_every >= 0, "--seed and --save-every must be 0 or more")
-    run.check(cfg.precision != "fp16", "--precision fp16 is refused: its range is too small for training; take bf16")
-    run.check(find_spec("tensorboard") or not getattr(cfg, "tensorboard", 0), "--tensorboard: pip install tensorboard")
+    run.check(
+        cfg.precision != "fp16",
+        "--precision fp16 is refused: its range is too small for training; take bf16",
+    )
+    run.check(
+        find_spec("tensorboard") or not getattr(cfg, "tensorboard", 0),
+        "--tensorboard: pip install tensorboard",
+    )
 
 
 def summary(cfg, found, then):
     """What the ranks found -> the metrics of the run, written and printed; the losses in a file of their own."""
     r = found[0]
-    metrics: dict[str, Any] = {"trained": r["trained"], "texts_per_step": cfg.batch * cfg.accumulation * len(found)}
-    metrics |= {"seconds_per_step": r["seconds_per_step"], "final_loss": float(np.mean(r["losses"][-10:]))}
+    metrics: dict[str, Any] = {
+        "trained": r["trained"],
+        "texts_per_step": cfg.batch * cfg.accumulation * len(found),
+    }
+    metrics |= {
+        "seconds_per_step": r["seconds_per_step"],
+        "final_loss": float(np.mean(r["losses"][-10:])),
+    }
     scores = {"before": r["before"], "after": r["after"]}
-    metrics |= {"held-out loss": scores, "held-out perplexity": {k: math.exp(v) for k, v in scores.items()}}
+    metrics |= {
+        "held-out loss": scores,
+        "held-out perplexity": {k: math.exp(v) for k, v in scores.items()},
+    }
     metrics |= {f"MiB on rank {i}": r["held"] for i, r in enumerate(found)}
     run.write_json(Path(cfg.out) / "losses.json", r["losses"])
-    figures.curves(Path(cfg.out) / "loss.png", {"loss": r["losses"]}, "step", "-log p(token of an answer)")
+    figures.curves(
+        Path(cfg.out) / "loss.png", {"loss": r["losses"]}, "step", "-log p(token of an answer)"
+    )
     result = run.report(Path(cfg.out), metrics, then) | {"losses": r["losses"]}
     print(f"use it:\n{usage(cfg)}")
     return result

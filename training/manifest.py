@@ -26,7 +26,9 @@ def hashes(folder):
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # what is hashed is on the disk
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
     return found
 
 
@@ -40,11 +42,21 @@ def verify(folder):
     folder = Path(folder)
     try:
         listed, there = json.loads((folder / LIST).read_text("utf-8")), hashes(folder)
-        check(isinstance(listed, dict) and listed, f"{folder / LIST} is not a list of hashes; train again")
+        check(
+            isinstance(listed, dict) and listed,
+            f"{folder / LIST} is not a list of hashes; train again",
+        )
     except (OSError, ValueError):
-        raise UserError(f"{folder} is no whole checkpoint: its {LIST} is missing or damaged; train again") from None
-    wrong = [name for name in sorted(listed.keys() | there.keys()) if listed.get(name) != there.get(name)]
-    check(not wrong, f"{folder}/{wrong[0] if wrong else ''} is damaged, missing or foreign: take a copy or train again")
+        raise UserError(
+            f"{folder} is no whole checkpoint: its {LIST} is missing or damaged; train again"
+        ) from None
+    wrong = [
+        name for name in sorted(listed.keys() | there.keys()) if listed.get(name) != there.get(name)
+    ]
+    check(
+        not wrong,
+        f"{folder}/{wrong[0] if wrong else ''} is damaged, missing or foreign: take a copy or train again",
+    )
 
 
 def save(root, step, put):
@@ -73,7 +85,9 @@ def save(root, step, put):
                     shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {folder}: {reason}; the checkpoint before it is kept") from error
+        raise UserError(
+            f"cannot write {folder}: {reason}; the checkpoint before it is kept"
+        ) from error
     wait()
     return folder
 
@@ -89,14 +103,18 @@ def newest(root):
 def load(root) -> Path:
     """-> the folder of the last whole checkpoint, after a look at every byte. Raises UserError if there is none."""
     folder: Any = newest(root)
-    check(folder and folder.parent == Path(root), f"no checkpoint in {root} to go on from; leave out --resume")
+    check(
+        folder and folder.parent == Path(root),
+        f"no checkpoint in {root} to go on from; leave out --resume",
+    )
     verify(folder)
     return folder
 
 
 def replace(path, text):
     """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}")  # one writer: what a killed one left is written over
+    # One writer: what a killed one left is written over
+    temporary = path.with_name(f".{path.name}")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -45,7 +45,8 @@ from utils import figures, run
 class Config:
     """Predict the memory of one training step on one device. Presets: see presets.py."""
 
-    model: str = "llama2-7b"  # a preset (see below), a config.json, a folder that has one, or a hub id
+    # a preset (see below), a config.json, a folder that has one, or a hub id
+    model: str = "llama2-7b"
     method: Literal["full", "lora", "qlora"] = (
         "full"  # all weights; low-rank corrections; the same beside 4-bit weights
     )
@@ -53,9 +54,11 @@ class Config:
     world_size: int = 1  # devices
     batch: int = 1  # texts per device and step
     seq_len: int = 512  # tokens of a text
-    precision: Literal["bf16-mixed", "bf16", "fp32", "autocast"] = "bf16-mixed"  # see training/memory.md
+    # see training/memory.md
+    precision: Literal["bf16-mixed", "bf16", "fp32", "autocast"] = "bf16-mixed"
     optimizer: Literal["adamw", "sgd"] = "adamw"  # what moves the weights; sgd keeps nothing
-    checkpointing: bool = False  # keep the inputs of layers only and compute them again in the backward pass
+    # keep the inputs of layers only and compute them again in the backward pass
+    checkpointing: bool = False
     offload: Literal["none", "optimizer", "parameters"] = "none"  # what waits in the host's memory
     attention: Literal["sdpa", "eager"] = "sdpa"  # fused, or with all attention weights written out
     fit: Literal["", "batch", "seq-len", "model"] = ""  # what is the largest that fits in --budget?
@@ -105,8 +108,14 @@ def fake_ranks(n):
 def moments(moving):
     """The optimizer's numbers that this rank holds."""
     adams = [moving.optimizer] if isinstance(moving, Plain) else moving.adams
-    masters = [] if isinstance(moving, Plain) else [f.master for f in moving.trained if f.master.dtype != f.full.dtype]
-    return masters + [x for adam in adams for s in adam.state.values() for x in s.values() if x.dim()]
+    masters = (
+        []
+        if isinstance(moving, Plain)
+        else [f.master for f in moving.trained if f.master.dtype != f.full.dtype]
+    )
+    return masters + [
+        x for adam in adams for s in adam.state.values() for x in s.values() if x.dim()
+    ]
 
 
 def shards(moving):
@@ -129,7 +138,11 @@ def two_steps(model, batch, moving, cfg, tracker=None, steps=2):
     tell.mark(shards(moving), "offloaded" if cfg.offload == "parameters" else "weights")
     for _ in range(steps):
         tell.at["start"], tell.tag = len(tell.events) - 1, "activations"
-        with run.autocast(batch["input_ids"].device) if cfg.precision == "autocast" else nullcontext():
+        with (
+            run.autocast(batch["input_ids"].device)
+            if cfg.precision == "autocast"
+            else nullcontext()
+        ):
             loss = model(**batch, use_cache=False).loss
         tell.at["forward"], tell.tag = len(tell.events) - 1, "temporary"
         moving.backward(loss)
@@ -154,13 +167,20 @@ def drop(moving, model):
 
 def things(model, batch, moving):
     """All tensors that are there before the first step."""
-    return [*model.parameters(), *model.buffers(), *moments(moving), *shards(moving), *batch.values()]
+    return [
+        *model.parameters(),
+        *model.buffers(),
+        *moments(moving),
+        *shards(moving),
+        *batch.values(),
+    ]
 
 
 def set_up(cfg):
     """-> model, batch, engine. Within FakeTensorMode they are fake, and so is everything that they make."""
     run.seed(0)
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # it would count the places of a picture: look at numbers
+    # It would count the places of a picture: look at numbers
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
     config = configuration(cfg.model)
     model, batch = build(cfg, config), inputs(cfg, config)
     return model, batch, engine(cfg, model)
@@ -175,11 +195,15 @@ def exact(cfg):
     """
     with fake_ranks(cfg.world_size), FakeTensorMode():
         model, batch, moving = set_up(cfg)
-        adapters = [p for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)]
+        adapters = [
+            p for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)
+        ]
         count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapters)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if cfg.method == "qlora":
-            count += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
+            count += sum(
+                m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)
+            )
         tracker = Tracker(*things(model, batch, moving))
         with tracker:
             two_steps(model, batch, moving, cfg, tracker)
@@ -209,27 +233,50 @@ def sizes(config):
     """V, d, L, f, H, K of the language model behind a configuration."""
     text = getattr(config, "text_config", config)
     kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+    )
     return *(getattr(text, name) for name in names), kv
 
 
 def textbook(cfg, found):
     """The same by formula -> {"weights", "gradients", "optimizer", "activations", "peak"} in bytes on one device."""
     V, d, L, f, heads, kv = sizes(configuration(cfg.model))
-    e, n, trained = 4 if cfg.precision in ("fp32", "autocast") else 2, cfg.world_size, found["trained"]
+    e, n, trained = (
+        4 if cfg.precision in ("fp32", "autocast") else 2,
+        cfg.world_size,
+        found["trained"],
+    )
     adapters = found["trained"] if cfg.method != "full" else 0
     weights = e * (found["parameters"] + adapters)
-    if cfg.method == "qlora":  # half a byte, and 4 bytes for 64 weights, for all matrices of the layers
+    # Half a byte, and 4 bytes for 64 weights, for all matrices of the layers
+    if cfg.method == "qlora":
         matrices = formulas.parameters(0, d, L, f, heads, kv) - (2 * L + 1) * d
         weights += matrices * (0.5 + 4 / 64 - e)
     moments = 0 if cfg.optimizer == "sgd" else 2 * (2 if cfg.precision == "bf16" else 4)
     copy = 4 if cfg.precision == "bf16-mixed" else 0
-    shape = dict(B=cfg.batch, S=cfg.seq_len, e=2 if cfg.precision == "autocast" else e, attention=cfg.attention)
-    kept = sum(formulas.activations(V, d, L, f, heads, kv, **shape, checkpointing=cfg.checkpointing).values())
+    shape = dict(
+        B=cfg.batch,
+        S=cfg.seq_len,
+        e=2 if cfg.precision == "autocast" else e,
+        attention=cfg.attention,
+    )
+    kept = sum(
+        formulas.activations(
+            V, d, L, f, heads, kv, **shape, checkpointing=cfg.checkpointing
+        ).values()
+    )
     kept += formulas.one_layer(V, d, L, f, heads, kv, **shape) if cfg.checkpointing else 0
     states = {
         "weights": weights / (n if cfg.zero == 3 else 1) * (cfg.offload != "parameters"),
-        "gradients": e * trained / (n if cfg.zero >= 2 else 1) * (cfg.offload == "none" or cfg.zero < 2),
+        "gradients": e
+        * trained
+        / (n if cfg.zero >= 2 else 1)
+        * (cfg.offload == "none" or cfg.zero < 2),
         "optimizer": (moments + copy) * trained / (n if cfg.zero else 1) * (cfg.offload == "none"),
         "activations": kept,
     }
@@ -249,7 +296,9 @@ def table(cfg, found):
     """Three ways to say it, in GB (1e9 bytes) on one device."""
     book, engine_says = textbook(cfg, found), deepspeed(cfg)
     cell = lambda size: f"{size / 1e9:12.3f}" if size is not None else " " * 11 + "-"  # noqa: E731
-    lines = [f"{'GB on one device':<26}{'textbook':>12}{'DeepSpeed':>12}{'exact':>12}{'at the peak':>13}"]
+    lines = [
+        f"{'GB on one device':<26}{'textbook':>12}{'DeepSpeed':>12}{'exact':>12}{'at the peak':>13}"
+    ]
     for name in ("weights", "gradients", "optimizer", "activations"):
         here = found["at_peak"].get(name, 0)
         lines.append(f"{name:<26}{cell(book[name])}{cell(None)}{cell(found[name])} {cell(here)}")
@@ -258,8 +307,13 @@ def table(cfg, found):
         sum(x[name] for name in states)
         for x in (book, found, found["at_peak"] | {s: found["at_peak"].get(s, 0) for s in states})
     ]
-    lines.insert(4, f"{'the three together':<26}{cell(sums[0])}{cell(engine_says)}{cell(sums[1])} {cell(sums[2])}")
-    lines.append(f"{'temporary':<26}{cell(None)}{cell(None)}{cell(None)} {cell(found['at_peak'].get('temporary', 0))}")
+    lines.insert(
+        4,
+        f"{'the three together':<26}{cell(sums[0])}{cell(engine_says)}{cell(sums[1])} {cell(sums[2])}",
+    )
+    lines.append(
+        f"{'temporary':<26}{cell(None)}{cell(None)}{cell(None)} {cell(found['at_peak'].get('temporary', 0))}"
+    )
     lines.append(
         f"{'total, the highest moment':<26}{cell(book['peak'])}{cell(None)}{cell(found['peak'])} {cell(found['peak'])}"
     )
@@ -289,7 +343,9 @@ def fit(cfg):
     budget = cfg.budget * 1e9
     if cfg.fit == "model":
         best: dict[str, Any] = {"largest": 0, "name": "none of the presets", "peak": 0}
-        for name in sorted(PRESETS, key=lambda name: formulas.parameters(*sizes(configuration(name))[:4])):
+        for name in sorted(
+            PRESETS, key=lambda name: formulas.parameters(*sizes(configuration(name))[:4])
+        ):
             at_least = 577 if name.startswith("llava") else 1  # the places of a picture and a word
             found = exact(replace(cfg, model=name, seq_len=max(cfg.seq_len, at_least + 1)))
             if found["peak"] <= budget and found["parameters"] > best["largest"]:
@@ -300,7 +356,10 @@ def fit(cfg):
     if field == "seq_len" and hasattr(config, "vision_config"):  # a picture must find its place
         start = 64 * (places(config) // 64 + 1)
     least = exact(replace(cfg, **{field: start}))["peak"]
-    run.check(least <= budget, f"not even --{cfg.fit} {start} fits: it takes {least / 1e9:.2f} GB of {cfg.budget:g}")
+    run.check(
+        least <= budget,
+        f"not even --{cfg.fit} {start} fits: it takes {least / 1e9:.2f} GB of {cfg.budget:g}",
+    )
     x, peak = largest(lambda x: exact(replace(cfg, **{field: x}))["peak"], budget, start, step)
     return {"largest": x, "peak": peak, "budget": budget}
 
@@ -322,7 +381,11 @@ def draw(path, cfg):
             bottom += size
         left.text(stage, bottom, f"{bottom:.0f}", ha="center", va="bottom", fontsize=9)
     left.axhline(cfg.budget, color="black", linestyle=":", linewidth=1)
-    left.set(title=f"{cfg.model}, {cfg.method}, {n} devices", ylabel="GB on one device", xlabel="stage of ZeRO")
+    left.set(
+        title=f"{cfg.model}, {cfg.method}, {n} devices",
+        ylabel="GB on one device",
+        xlabel="stage of ZeRO",
+    )
     left.set_xticks(range(4))
     lengths = [256, 512, 1024, 2048, 4096]
     ways = {
@@ -330,7 +393,15 @@ def draw(path, cfg):
         "fused attention": {},
         "fused, checkpointed": dict(checkpointing=True),
     }
-    plain = replace(cfg, method="lora", zero=0, world_size=1, precision="bf16", checkpointing=False, attention="sdpa")
+    plain = replace(
+        cfg,
+        method="lora",
+        zero=0,
+        world_size=1,
+        precision="bf16",
+        checkpointing=False,
+        attention="sdpa",
+    )
     for name, flags in ways.items():
         peaks = [exact(replace(plain, seq_len=length, **flags))["peak"] / 1e9 for length in lengths]
         right.plot(lengths, peaks, marker="o", markersize=3, label=name)
@@ -339,7 +410,11 @@ def draw(path, cfg):
     right.set_yscale("log", base=2)
     right.set_xticks(lengths, lengths)
     right.yaxis.set_major_formatter("{x:.0f}")
-    right.set(title=f"{cfg.model}, LoRA, bf16, {cfg.batch} a batch", xlabel="tokens of a text", ylabel="GB")
+    right.set(
+        title=f"{cfg.model}, LoRA, bf16, {cfg.batch} a batch",
+        xlabel="tokens of a text",
+        ylabel="GB",
+    )
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -349,28 +424,43 @@ def draw(path, cfg):
 def allow(cfg):
     """Raises UserError for flags that cannot be meant."""
     run.check(
-        min(cfg.world_size, cfg.batch) > 0 and cfg.seq_len > 1, "--world-size, --batch: 1 or more; --seq-len: 2 or more"
+        min(cfg.world_size, cfg.batch) > 0 and cfg.seq_len > 1,
+        "--world-size, --batch: 1 or more; --seq-len: 2 or more",
     )
     run.check(0 < cfg.budget < 1e6, "--budget must be above 0 and below a million GB")
     run.check(
-        cfg.zero == 0 or cfg.precision in ("bf16-mixed", "fp32"), "ZeRO keeps an fp32 copy: --precision bf16-mixed"
+        cfg.zero == 0 or cfg.precision in ("bf16-mixed", "fp32"),
+        "ZeRO keeps an fp32 copy: --precision bf16-mixed",
     )
-    run.check(cfg.offload == "none" or cfg.zero, "--offload is a part of ZeRO: choose --zero 1, 2 or 3")
+    run.check(
+        cfg.offload == "none" or cfg.zero, "--offload is a part of ZeRO: choose --zero 1, 2 or 3"
+    )
     run.check(cfg.offload != "parameters" or cfg.zero == 3, "--offload parameters needs --zero 3")
     config = configuration(cfg.model)
     check_picture(config, cfg.model)
     text = getattr(config, "text_config", config)
-    run.check(text.model_type in KNOWN, f"--model {cfg.model} is a {text.model_type}; known are {', '.join(KNOWN)}")
+    run.check(
+        text.model_type in KNOWN,
+        f"--model {cfg.model} is a {text.model_type}; known are {', '.join(KNOWN)}",
+    )
     usual = text.hidden_size // text.num_attention_heads
     run.check(
-        getattr(text, "head_dim", usual) in (None, usual), f"--model {cfg.model}: heads of another size than d / H"
+        getattr(text, "head_dim", usual) in (None, usual),
+        f"--model {cfg.model}: heads of another size than d / H",
     )
-    run.check(not cfg.plot or not (cfg.fit or cfg.json), "--plot goes with neither --fit nor --json")
+    run.check(
+        not cfg.plot or not (cfg.fit or cfg.json), "--plot goes with neither --fit nor --json"
+    )
     if hasattr(config, "vision_config") and cfg.fit != "seq-len":
         picture = places(config)
-        run.check(cfg.seq_len > picture, f"a picture takes {picture} tokens: --seq-len must be above that")
+        run.check(
+            cfg.seq_len > picture, f"a picture takes {picture} tokens: --seq-len must be above that"
+        )
     run.check(not (cfg.measure and cfg.fit), "--measure and --fit: one at a time")
-    run.check(not cfg.measure or cfg.offload == "none", "--measure cannot tell host from device: leave out --offload")
+    run.check(
+        not cfg.measure or cfg.offload == "none",
+        "--measure cannot tell host from device: leave out --offload",
+    )
 
 
 def main(cfg: Config) -> dict:
@@ -388,18 +478,31 @@ def main(cfg: Config) -> dict:
     if cfg.measure:
         import psutil
 
-        room = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+        room = (
+            torch.cuda.mem_get_info()[0]
+            if torch.cuda.is_available()
+            else psutil.virtual_memory().available
+        )
         run.check(
-            found["peak"] < 0.9 * room, f"--measure needs {found['peak'] / 1e9:.0f} GB, here are {room / 1e9:.0f}"
+            found["peak"] < 0.9 * room,
+            f"--measure needs {found['peak'] / 1e9:.0f} GB, here are {room / 1e9:.0f}",
         )
         found["measured"] = measured(cfg)
     if cfg.json:
         print(json.dumps(found))
         run.write_json(folder / "metrics.json", found)
         return found
-    where = f"ZeRO-{cfg.zero} on {cfg.world_size} devices" if cfg.world_size > 1 or cfg.zero else "one device"
-    print(f"{cfg.model}, {cfg.method}, {cfg.precision}, {where}, {cfg.batch} x {cfg.seq_len} tokens a device:")
-    print(f"{found['parameters']:,} parameters, {found['trained']:,} trained\n\n{table(cfg, found)}\n")
+    where = (
+        f"ZeRO-{cfg.zero} on {cfg.world_size} devices"
+        if cfg.world_size > 1 or cfg.zero
+        else "one device"
+    )
+    print(
+        f"{cfg.model}, {cfg.method}, {cfg.precision}, {where}, {cfg.batch} x {cfg.seq_len} tokens a device:"
+    )
+    print(
+        f"{found['parameters']:,} parameters, {found['trained']:,} trained\n\n{table(cfg, found)}\n"
+    )
     if cfg.measure:
         error = found["peak"] - found["measured"]
         print(f"measured on this machine: {found['measured']:,} bytes; the prediction is {error:+,} bytes away "

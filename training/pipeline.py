@@ -37,9 +37,11 @@ class Config:
     micro: int = 8  # m, micro-batches
     batch: int = 8  # texts of a step, a multiple of --micro
     length: int = 64  # tokens a text
-    model: str = "bytes"  # bytes: a small random Llama over bytes; or smollm2, a local folder, a hub id
+    # bytes: a small random Llama over bytes; or smollm2, a local folder, a hub id
+    model: str = "bytes"
     layers: int = 8  # of the model, the first ones
-    pace: float = 0.1  # seconds that a forward lasts at the least, a backward twice that: ranks may share cores
+    # seconds that a forward lasts at the least, a backward twice that: ranks may share cores
+    pace: float = 0.1
     seed: int = 0  # same seed, same numbers
     out: str = "outputs/pipeline"  # where the results go
 
@@ -66,7 +68,8 @@ def one_f_one_b(stage, stages, micro):
 
 UNITS = {"forward": 1, "backward": 2}  # time: twice as many products
 COLOURS = {"forward": "lightskyblue", "backward": "sandybrown"}
-SCHEDULES = {"gpipe": (gpipe, "ScheduleGPipe"), "1f1b": (one_f_one_b, "Schedule1F1B")}  # ours, torch's
+# ours, torch's
+SCHEDULES = {"gpipe": (gpipe, "ScheduleGPipe"), "1f1b": (one_f_one_b, "Schedule1F1B")}
 
 
 def bubble(stages, micro):
@@ -97,14 +100,20 @@ def simulate(schedule, stages, micro, seconds=None):
         for stage, queue in enumerate(todo):
             while queue:
                 kind, i = queue[0]
-                before = stage - 1 if kind == "forward" else stage + 1  # who sends what this action needs
+                # Who sends what this action needs
+                before = stage - 1 if kind == "forward" else stage + 1
                 if 0 <= before < stages and (before, kind, i) not in done:
                     break
-                begin = max(done.get((before, kind, i), 0), lines[stage][-1][3] if lines[stage] else 0)
+                begin = max(
+                    done.get((before, kind, i), 0), lines[stage][-1][3] if lines[stage] else 0
+                )
                 done[stage, kind, i] = begin + (seconds[stage, kind, i] if seconds else UNITS[kind])
                 lines[stage].append((kind, i, begin, done[stage, kind, i]))
                 queue.pop(0)
-        run.check(sum(map(len, todo)) < left, f"in {schedule.__name__} the ranks wait for each other for ever")
+        run.check(
+            sum(map(len, todo)) < left,
+            f"in {schedule.__name__} the ranks wait for each other for ever",
+        )
     return lines
 
 
@@ -133,7 +142,9 @@ class Stage(nn.Module):
 
     def blank(self, ids):
         """A tensor to receive the states of (B, L) ids into: (B, L, D)."""
-        return torch.empty(*ids.shape, self.width, dtype=next(self.parameters()).dtype, device=ids.device)
+        return torch.empty(
+            *ids.shape, self.width, dtype=next(self.parameters()).dtype, device=ids.device
+        )
 
     def forward(self, x):
         x = self.words(x) if self.words else x
@@ -156,7 +167,8 @@ class Lane:
 
     def send(self, x):
         x = x.detach().contiguous()
-        work = dist.isend(x, dist.get_rank() + self.step, group=self.group)  # to wait here would be to wait for ever
+        # To wait here would be to wait for ever
+        work = dist.isend(x, dist.get_rank() + self.step, group=self.group)
         self.under_way.append((work, x))
 
     def receive(self, blank):
@@ -214,7 +226,8 @@ class Watch:
     def __init__(self, module, pace):
         self.pace, self.line, self.seconds, self.most, self.one = pace, [], {}, 0, 0
         self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
-        self.kept = weakref.WeakSet()  # autograd alone holds what is in here, as long as it needs it
+        # Autograd alone holds what is in here, as long as it needs it
+        self.kept = weakref.WeakSet()
         dist.barrier()
         self.start = time.perf_counter()
 
@@ -261,7 +274,9 @@ def through_torch(schedule, module, ids, labels, micro):
 def check(config):
     """Raises UserError unless `Stage` can go through the layers of a model of this configuration."""
     kind, known = config.model_type, ("llama", "mistral", "qwen2")
-    run.check(kind in known, f"--model is a {kind}; stages are made of the layers of {', '.join(known)}")
+    run.check(
+        kind in known, f"--model is a {kind}; stages are made of the layers of {', '.join(known)}"
+    )
     window = getattr(config, "sliding_window", None)
     run.check(not window or kind == "qwen2" and not config.use_sliding_window,
               f"--model looks {window} tokens back only; stages have no mask for that")  # fmt: skip
@@ -270,30 +285,50 @@ def check(config):
 def read(cfg):
     """The first layers of the model, fp32, and real text for it: -> model, ids (B, L + 1)."""
     if cfg.model == "bytes":
-        model, ids = tiny.llama(layers=cfg.layers), tiny.batch(tiny.corpus(), cfg.seed, 0, cfg.batch, cfg.length + 1)
+        model, ids = (
+            tiny.llama(layers=cfg.layers),
+            tiny.batch(tiny.corpus(), cfg.seed, 0, cfg.batch, cfg.length + 1),
+        )
     else:
-        tokenizer, model = pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+        tokenizer, model = (
+            pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+        )
         check(model.config)
-        run.check(cfg.layers <= len(model.model.layers), f"--layers: the model has {len(model.model.layers)}")
+        run.check(
+            cfg.layers <= len(model.model.layers),
+            f"--layers: the model has {len(model.model.layers)}",
+        )
         del model.model.layers[cfg.layers :]
         text = "\n\n".join(page for _, page in data.docs()[: cfg.batch])
         ids = torch.tensor(tokenizer(text)["input_ids"])[: cfg.batch * (cfg.length + 1)]
-        run.check(len(ids) == cfg.batch * (cfg.length + 1), "there is not so much text: lower --length")
+        run.check(
+            len(ids) == cfg.batch * (cfg.length + 1), "there is not so much text: lower --length"
+        )
     model.set_attn_implementation("sdpa")  # causal without a mask, so that a stage needs none
-    return model.float().requires_grad_().to(ranks.device()), ids.view(cfg.batch, -1).to(ranks.device())
+    return model.float().requires_grad_().to(ranks.device()), ids.view(cfg.batch, -1).to(
+        ranks.device()
+    )
 
 
 def difference(ours, theirs):
     """The largest difference of two lists of gradients, as a share of the largest number of the tensor at hand."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def worker(cfg):
     """What every rank does: the step in both orders, by us and by torch, and whole -> what was found."""
     torch.manual_seed(cfg.seed)
     rank, stages = dist.get_rank(), dist.get_world_size()
-    run.check(cfg.layers >= stages, f"{cfg.layers} layers cannot be dealt to {stages} stages; raise --layers")
-    run.check(cfg.micro >= stages, f"--micro must be at least {stages}, the stages: torch's 1F1B asks for it")
+    run.check(
+        cfg.layers >= stages,
+        f"{cfg.layers} layers cannot be dealt to {stages} stages; raise --layers",
+    )
+    run.check(
+        cfg.micro >= stages,
+        f"--micro must be at least {stages}, the stages: torch's 1F1B asks for it",
+    )
     model, ids = read(cfg)
     ids, labels = ids[:, :-1], ids[:, 1:]
     some_ids, some_labels = ([part.clone() for part in x.chunk(cfg.micro)] for x in (ids, labels))
@@ -307,18 +342,28 @@ def worker(cfg):
                 actions = schedule(rank, stages, cfg.micro)
                 value = execute(actions, module, some_ids, some_labels, lanes, watch)
                 seconds = [[*action, s] for action, s in watch.seconds.items()]
-                found[name] |= {"line": watch.line, "seconds": seconds, "most": watch.most, "one": watch.one}
+                found[name] |= {
+                    "line": watch.line,
+                    "seconds": seconds,
+                    "most": watch.most,
+                    "one": watch.one,
+                }
             else:
                 value = through_torch(name, module, ids, labels, cfg.micro)
             if model.config.tie_word_embeddings and stages > 1:
                 tie(module, ends)
-            found[name][f"{by} loss"], gradients[name, by] = value, [p.grad for p in module.parameters()]
+            found[name][f"{by} loss"], gradients[name, by] = (
+                value,
+                [p.grad for p in module.parameters()],
+            )
     value = loss(model(input_ids=ids, use_cache=False).logits, labels)
     value.backward()
     whole = [p.grad for p in Stage(model, rank, stages).parameters()]
     for name in SCHEDULES:
         found[name]["gradients"] = difference(gradients[name, "ours"], whole)
-        found[name]["torch gradients"] = difference(gradients[name, "ours"], gradients[name, "torch"])
+        found[name]["torch gradients"] = difference(
+            gradients[name, "ours"], gradients[name, "torch"]
+        )
     return found | {"loss": value.item()}
 
 
@@ -326,7 +371,9 @@ def gantt(axis, lines, title):
     """Ranks down, time across, a box an action with the number of its micro-batch."""
     for rank, line in enumerate(lines):
         for kind, i, begin, end in line:
-            axis.barh(rank, end - begin, left=begin, height=0.9, color=COLOURS[kind], edgecolor="white")
+            axis.barh(
+                rank, end - begin, left=begin, height=0.9, color=COLOURS[kind], edgecolor="white"
+            )
             axis.text((begin + end) / 2, rank, i, ha="center", va="center", fontsize=7)
     axis.set(yticks=range(len(lines)), yticklabels=[f"rank {rank}" for rank in range(len(lines))])
     axis.set_title(title, fontsize=9, loc="left")
@@ -337,8 +384,14 @@ def main(cfg: Config) -> dict:
     """One step in both orders, compared; writes the timeline."""
     import matplotlib.pyplot as plt
 
-    run.check(min(cfg.micro, cfg.batch, cfg.length, cfg.layers) > 0, "--micro, --batch, --length, --layers: at least 1")
-    run.check(cfg.batch % cfg.micro == 0, "--batch must be a multiple of --micro: unequal parts have another mean")
+    run.check(
+        min(cfg.micro, cfg.batch, cfg.length, cfg.layers) > 0,
+        "--micro, --batch, --length, --layers: at least 1",
+    )
+    run.check(
+        cfg.batch % cfg.micro == 0,
+        "--batch must be a multiple of --micro: unequal parts have another mean",
+    )
     run.check(cfg.pace >= 0, "--pace must be at least 0")
     found = ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
@@ -363,19 +416,32 @@ def main(cfg: Config) -> dict:
         }  # fmt: skip
         planned = {f"rank {r}": max_in_flight(order(r, stages, cfg.micro)) for r in range(stages)}
         metrics[f"{name}, in flight, planned"] = planned
-        metrics[f"{name}, in flight, measured"] = {f"rank {r}": x["most"] / x["one"] for r, x in enumerate(one)}
+        metrics[f"{name}, in flight, measured"] = {
+            f"rank {r}": x["most"] / x["one"] for r, x in enumerate(one)
+        }
         metrics[f"{name}, kept, MiB"] = {f"rank {r}": x["most"] / 2**20 for r, x in enumerate(one)}
         share = metrics[f"{name}, idle share"]
         says = "in units of a forward (blue; a backward, orange, takes two)"
         gantt(axes[2 * k], plan, f"{name} as planned, {says}: {share['planned']:.1%} idle")
-        gantt(axes[2 * k + 1], measured, f"{name} as measured, in seconds: {share['measured']:.1%} idle")
-        where, kept = [r + 0.4 * k - 0.2 for r in range(stages)], metrics[f"{name}, kept, MiB"].values()
+        gantt(
+            axes[2 * k + 1],
+            measured,
+            f"{name} as measured, in seconds: {share['measured']:.1%} idle",
+        )
+        where, kept = (
+            [r + 0.4 * k - 0.2 for r in range(stages)],
+            metrics[f"{name}, kept, MiB"].values(),
+        )
         axes[4].bar(where, kept, 0.38, label=name, color=f"{0.4 + 0.3 * k}")
-    axes[4].set(xticks=range(stages), xticklabels=[f"rank {r}" for r in range(stages)], ylabel="MiB")
+    axes[4].set(
+        xticks=range(stages), xticklabels=[f"rank {r}" for r in range(stages)], ylabel="MiB"
+    )
     axes[4].set_title("activations kept at once, at the most", fontsize=9, loc="left")
     axes[4].legend(fontsize=8, frameon=False)
     figures.close(figure, folder / "timeline.png")
-    return run.report(folder, metrics, then=f"open {folder}/timeline.png; then python training/tensor_parallel.py")
+    return run.report(
+        folder, metrics, then=f"open {folder}/timeline.png; then python training/tensor_parallel.py"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ PRESETS = {  # model type, and what its configuration says
         text_config=dict(model_type="llama", vocab_size=32064, hidden_size=4096, intermediate_size=11008,
                          num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32))),
 }  # fmt: skip
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # what LoRA corrects, as in finetune/llama2_lora.py
+# What LoRA corrects, as in finetune/llama2_lora.py
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK = 8  # of the corrections
 
 
@@ -64,14 +65,16 @@ class NF4(torch.autograd.Function):
     def forward(ctx, x, packed, absmax, shape):
         ctx.save_for_backward(packed, absmax)
         ctx.shape, ctx.dtype = shape, x.dtype
-        return F.linear(x, torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", shape, x.dtype))
+        return F.linear(
+            x, torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", shape, x.dtype)
+        )
 
     @staticmethod
     def backward(ctx, grad):  # ty: ignore
         packed, absmax = ctx.saved_tensors
-        return grad @ torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", ctx.shape, ctx.dtype), *[
-            None
-        ] * 3
+        return grad @ torch.ops.bitsandbytes.dequantize_4bit(
+            packed, absmax, 64, "nf4", ctx.shape, ctx.dtype
+        ), *[None] * 3
 
 
 class Linear4bit(nn.Module):
@@ -80,7 +83,9 @@ class Linear4bit(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.register_buffer("packed", torch.zeros(-(-base.weight.numel() // 2), 1, dtype=torch.uint8))
+        self.register_buffer(
+            "packed", torch.zeros(-(-base.weight.numel() // 2), 1, dtype=torch.uint8)
+        )
         self.register_buffer("absmax", torch.ones(-(-base.weight.numel() // 64)))
         self.bias = base.bias
 
@@ -107,7 +112,10 @@ def configuration(name):
     # a hub id has an owner: without one nobody need be asked
     near = difflib.get_close_matches(name, PRESETS, 1)
     hint = f"do you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"
-    run.check("/" in name, f"--model {printable(name)} is no preset, no folder and no hub id OWNER/NAME; {hint}")
+    run.check(
+        "/" in name,
+        f"--model {printable(name)} is no preset, no folder and no hub id OWNER/NAME; {hint}",
+    )
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name)
@@ -118,9 +126,25 @@ def configuration(name):
 
 
 # what transformers raises over a configuration that makes no sense
-ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RecursionError)
-KNOWN = ("llama", "qwen2", "mistral")  # language models whose sizes and projections have these names
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ZeroDivisionError,
+    RecursionError,
+)
+# Language models whose sizes and projections have these names
+KNOWN = ("llama", "qwen2", "mistral")
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 LARGEST = {"vocab_size": 10**7, "hidden_size": 10**6, "intermediate_size": 10**7, "num_hidden_layers": 500,
            "num_attention_heads": 10**4, "num_key_value_heads": 10**4}  # fmt: skip
 
@@ -153,7 +177,9 @@ def from_file(path):
     kind = values.get("model_type") if isinstance(values, dict) else None
     run.check(isinstance(kind, str) and kind in CONFIG_MAPPING, f"{name}: no known model_type")
     language = values.get("text_config", values)
-    run.check(isinstance(language, dict), f"{name}: text_config is {{...}}, not {printable(language)}")
+    run.check(
+        isinstance(language, dict), f"{name}: text_config is {{...}}, not {printable(language)}"
+    )
     for part, made_by in ((values, kind), (language, language.get("model_type", kind))):
         known_keys(name, part, made_by)
     for key in NEEDED if kind in KNOWN else ():
@@ -188,12 +214,27 @@ def known_keys(name, values, kind):
     known = {key for key in dir(CONFIG_MAPPING[kind]()) if not key.startswith("__")} | OTHER_KEYS
     for key in values.keys() - known:
         near = difflib.get_close_matches(key, known, 1, 0.75)
-        run.check(not near, f"{name}: a {kind} knows no '{printable(key)}', perhaps you mean '{near and near[0]}'")
+        run.check(
+            not near,
+            f"{name}: a {kind} knows no '{printable(key)}', perhaps you mean '{near and near[0]}'",
+        )
 
 
 # of config.json files, but no attributes of a configuration in transformers 5
-OTHER_KEYS = {"_name_or_path", "auto_map", "rope_theta", "rope_scaling", "torch_dtype", "quantization_config"}
-OTHER_KEYS |= {"transformers_version", "tie_word_embeddings", "architectures", "partial_rotary_factor"}
+OTHER_KEYS = {
+    "_name_or_path",
+    "auto_map",
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+    "quantization_config",
+}
+OTHER_KEYS |= {
+    "transformers_version",
+    "tie_word_embeddings",
+    "architectures",
+    "partial_rotary_factor",
+}
 
 
 def check_sizes(config, name):
@@ -207,15 +248,27 @@ def check_sizes(config, name):
         if size is None:  # of another kind of model, or as many as heads of queries
             continue
         whole = isinstance(size, int) and not isinstance(size, bool)
-        run.check(whole and 0 < size <= most, f"--model {name}: {key} is {printable(size)}; 1 to {most:,} make sense")
+        run.check(
+            whole and 0 < size <= most,
+            f"--model {name}: {key} is {printable(size)}; 1 to {most:,} make sense",
+        )
     heads, kv = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None)
-    run.check(heads % (kv or heads) == 0, f"--model {name}: {heads} heads cannot share {kv} of keys and values")
+    run.check(
+        heads % (kv or heads) == 0,
+        f"--model {name}: {heads} heads cannot share {kv} of keys and values",
+    )
     act = getattr(text, "hidden_act", "silu")
-    run.check(isinstance(act, str) and act in ACT2FN, f"--model {name}: no known hidden_act: {printable(act)}")
+    run.check(
+        isinstance(act, str) and act in ACT2FN,
+        f"--model {name}: no known hidden_act: {printable(act)}",
+    )
     rope = getattr(text, "rope_parameters", None)
     rope = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     known = {"default", *ROPE_INIT_FUNCTIONS}
-    run.check(isinstance(rope, str) and rope in known, f"--model {name}: no known rope_type: {printable(rope)}")
+    run.check(
+        isinstance(rope, str) and rope in known,
+        f"--model {name}: no known rope_type: {printable(rope)}",
+    )
 
 
 def check_picture(config, name):
@@ -223,13 +276,24 @@ def check_picture(config, name):
     if not hasattr(config, "vision_config"):
         return
     kind, vision = config.model_type, config.vision_config
-    run.check(kind == "llava", f"--model {name} is a {kind}: of models that see only a llava is weighed")
-    run.check(vision.model_type == "clip_vision_model", f"--model {name} sees by a {vision.model_type}, not by CLIP")
+    run.check(
+        kind == "llava", f"--model {name} is a {kind}: of models that see only a llava is weighed"
+    )
+    run.check(
+        vision.model_type == "clip_vision_model",
+        f"--model {name} sees by a {vision.model_type}, not by CLIP",
+    )
     layer = config.vision_feature_layer
-    run.check(isinstance(layer, int), f"--model {name}: vision_feature_layer {printable(layer)}: one layer is weighed")
+    run.check(
+        isinstance(layer, int),
+        f"--model {name}: vision_feature_layer {printable(layer)}: one layer is weighed",
+    )
     sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
     whole = all(isinstance(size, int) and 0 < size <= 10**5 for size in sizes)
-    run.check(whole and sizes[0] % sizes[1] == 0, f"--model {name}: the sizes {sizes} of its tower make no sense")
+    run.check(
+        whole and sizes[0] % sizes[1] == 0,
+        f"--model {name}: the sizes {sizes} of its tower make no sense",
+    )
 
 
 def places(config):
@@ -249,7 +313,9 @@ def build(cfg, config):
     # and to find that out it would have to look at numbers
     AttentionInterface.register("fused", sdpa_attention_forward)
     config._attn_implementation = "fused" if cfg.attention == "sdpa" else "eager"
-    make: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    make: Any = (
+        AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    )
     model = make.from_config(config)
     dtype = torch.float32 if cfg.precision in ("fp32", "autocast") else torch.bfloat16
     for p in model.parameters():
@@ -267,7 +333,8 @@ def adapt(model, quantize):
     """Adapters around the projections of attention; with `quantize`, all matrices of the layers go to 4 bits."""
     if quantize:
         import bitsandbytes  # noqa: F401  (its operators)
-    language = model.model.language_model if hasattr(model.config, "vision_config") else model.model  # not the eye
+    # Not the eye
+    language = model.model.language_model if hasattr(model.config, "vision_config") else model.model
     for name, base in [(n, m) for n, m in language.named_modules() if isinstance(m, nn.Linear)]:
         parent, _, child = name.rpartition(".")
         layer = Linear4bit(base) if quantize else base
@@ -282,5 +349,7 @@ def inputs(cfg, config):
     if hasattr(config, "vision_config"):
         vision = config.vision_config
         ids[:, 1 : 1 + places(config)] = config.image_token_index
-        batch["pixel_values"] = torch.zeros(cfg.batch, 3, vision.image_size, vision.image_size, dtype=torch.float32)
+        batch["pixel_values"] = torch.zeros(
+            cfg.batch, 3, vision.image_size, vision.image_size, dtype=torch.float32
+        )
     return batch

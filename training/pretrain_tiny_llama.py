@@ -41,15 +41,19 @@ class Config:
     steps: int = 4500  # training steps
     batch: int = 8  # pieces of text per step, of all ranks together
     length: int = 64  # tokens of a piece
-    vocabulary: int = 4096  # tokens, found by byte-pair encoding; 257: every byte is one, and the end
+    # tokens, found by byte-pair encoding; 257: every byte is one, and the end
+    vocabulary: int = 4096
     width: int = 128  # of the model, a multiple of 64
     layers: int = 2  # of the model
-    lr: float = 8e-3  # peak learning rate: up in a line over a twentieth of the steps, then a cosine to zero
+    # peak learning rate: up in a line over a twentieth of the steps, then a cosine to zero
+    lr: float = 8e-3
     decay: float = 0.1  # weight decay, of matrices only
     order: int = 6  # bytes that the longest n-gram looks back, at most 7
-    prompt: str = "How do I"  # what the samples begin with; no space at its end, which would be a rare token
+    # what the samples begin with; no space at its end, which would be a rare token
+    prompt: str = "How do I"
     bf16: bool = True  # matrix products in bf16, weights in fp32; else all in fp32
-    resume: bool = False  # go on from the last checkpoint in --out, bit for bit; the number of ranks may change
+    # go on from the last checkpoint in --out, bit for bit; the number of ranks may change
+    resume: bool = False
     save_every: int = 500  # steps between checkpoints; 0: one at the end
     seed: int = 0  # same seed, same numbers
     out: str = "outputs/pretrain_tiny_llama"  # where the results go
@@ -61,7 +65,9 @@ class Config:
 def split(pages):
     """Pages [(path, text)] -> texts to learn, texts held out: one page in 32, by a hash of its path."""
     held = [int(hashlib.sha256(path.encode()).hexdigest(), 16) % 32 == 0 for path, _ in pages]
-    return [t for (_, t), h in zip(pages, held) if not h], [t for (_, t), h in zip(pages, held) if h]
+    return [t for (_, t), h in zip(pages, held) if not h], [
+        t for (_, t), h in zip(pages, held) if h
+    ]
 
 
 def learn_tokens(texts, size):
@@ -75,7 +81,9 @@ def learn_tokens(texts, size):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -87,11 +95,18 @@ def tokens(cfg):
     def make():
         texts = dict(zip(("learn", "held"), split(data.docs())))
         tokenizer = learn_tokens(texts["learn"], cfg.vocabulary)
-        ids = {k: [i for e in tokenizer.encode_batch(v) for i in (0, *e.ids)] for k, v in texts.items()}
+        ids = {
+            k: [i for e in tokenizer.encode_batch(v) for i in (0, *e.ids)] for k, v in texts.items()
+        }
         size = sum(len(t.encode()) for t in texts["held"])
-        return {k: torch.tensor(v, dtype=torch.int32) for k, v in ids.items()}, [tokenizer.to_str(), size]
+        return {k: torch.tensor(v, dtype=torch.int32) for k, v in ids.items()}, [
+            tokenizer.to_str(),
+            size,
+        ]
 
-    ids, (tokenizer, size) = data.cached(Path(cfg.out) / f"tokens_{cfg.vocabulary}.safetensors", make)
+    ids, (tokenizer, size) = data.cached(
+        Path(cfg.out) / f"tokens_{cfg.vocabulary}.safetensors", make
+    )
     return ids, (Tokenizer.from_str(tokenizer), size)
 
 
@@ -114,7 +129,8 @@ class NGrams:
 
     def __init__(self, texts, order):
         self.order, grams = order, windows(texts, order)
-        self.seen = [table(grams & MASKS[k]) for k in range(order + 1)]  # how often each gram is in the text
+        # How often each gram is in the text
+        self.seen = [table(grams & MASKS[k]) for k in range(order + 1)]
         # how many different bytes it was seen after: what counts once the longer gram has failed
         self.after = [table(self.seen[k + 1][0] & MASKS[k]) for k in range(order)]
 
@@ -122,11 +138,14 @@ class NGrams:
         """p of the last byte of each gram (n,), given the `order` bytes before it."""
         p = np.full(len(grams), 1 / 256)
         for k in range(order + 1):
-            known, count, contexts, total, kinds, discount = self.seen[k] if k == order else self.after[k]
+            known, count, contexts, total, kinds, discount = (
+                self.seen[k] if k == order else self.after[k]
+            )
             gram = grams & MASKS[k]
             context = gram >> np.uint64(8)
             mass = find(contexts, total, context)
-            own = np.maximum(find(known, count, gram) - discount, 0)  # what is taken from every gram ...
+            # What is taken from every gram ...
+            own = np.maximum(find(known, count, gram) - discount, 0)
             lower = discount * find(contexts, kinds, context)  # ... is given to the order below
             p = np.where(mass > 0, (own + lower * p) / np.maximum(mass, 1), p)
         return p
@@ -138,9 +157,12 @@ class NGrams:
 
 def windows(texts, order):
     """The gram of every byte: (bytes,)."""
-    text = b"".join(bytes(order) + t.encode() for t in texts)  # zeros stand before every page, and nowhere else
+    # Zeros stand before every page, and nowhere else
+    text = b"".join(bytes(order) + t.encode() for t in texts)
     x = np.frombuffer(text, np.uint8).astype(np.uint64)
-    grams = np.bitwise_or.reduce([x[order - j : len(x) - j] << np.uint64(8 * j) for j in range(order + 1)])
+    grams = np.bitwise_or.reduce(
+        [x[order - j : len(x) - j] << np.uint64(8 * j) for j in range(order + 1)]
+    )
     return grams[x[order:] != 0]
 
 
@@ -149,7 +171,14 @@ def table(grams):
     known, count = np.unique(grams, return_counts=True)
     contexts, first, kinds = np.unique(known >> np.uint64(8), return_index=True, return_counts=True)
     once, twice = (count == 1).sum(), (count == 2).sum()
-    return known, count, contexts, np.add.reduceat(count, first), kinds, once / max(1, once + 2 * twice)
+    return (
+        known,
+        count,
+        contexts,
+        np.add.reduceat(count, first),
+        kinds,
+        once / max(1, once + 2 * twice),
+    )
 
 
 def find(keys, values, wanted):
@@ -166,9 +195,18 @@ def llama(cfg):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     run.seed(cfg.seed)
-    sizes = {"hidden_size": cfg.width, "intermediate_size": 64 * round(cfg.width / 24), "vocab_size": cfg.vocabulary}
+    sizes = {
+        "hidden_size": cfg.width,
+        "intermediate_size": 64 * round(cfg.width / 24),
+        "vocab_size": cfg.vocabulary,
+    }
     sizes |= {"num_hidden_layers": cfg.layers, "num_attention_heads": cfg.width // 64}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": cfg.length, "tie_word_embeddings": True}
+    ends = {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "max_position_embeddings": cfg.length,
+        "tie_word_embeddings": True,
+    }
     config = LlamaConfig(**sizes, **ends)
     config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
@@ -177,15 +215,18 @@ def llama(cfg):
 def forward_flops(config, rows, length):
     """Of all matrix products of a forward pass; multiply and add are two."""
     c, d = config, config.hidden_size
-    layer = 2 * d**2 + 2 * d * c.num_key_value_heads * c.head_dim + 3 * d * c.intermediate_size  # q o, k v, the MLP
-    layer += 2 * d * length  # queries with keys, weights with values: those that the mask hides are computed, too
+    # q o, k v, the MLP
+    layer = 2 * d**2 + 2 * d * c.num_key_value_heads * c.head_dim + 3 * d * c.intermediate_size
+    # Queries with keys, weights with values: those that the mask hides are computed, too
+    layer += 2 * d * length
     token = 2 * (c.num_hidden_layers * layer + d * c.vocab_size)
     return rows * length * token
 
 
 def flops_per_token(model, length):
     """Forward and backward, 6 N + 12 L D T: two products backward for each one forward. N: weights of the matrices."""
-    n = sum(p.numel() for p in model.parameters() if p.dim() > 1)  # the embedding is here as the last layer
+    # The embedding is here as the last layer
+    n = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     return 6 * n + 12 * model.config.num_hidden_layers * model.config.hidden_size * length
 
 
@@ -223,7 +264,10 @@ def adamw(model, cfg):
     """Sec. 2.3. Weight decay shortens matrices. A gain of a norm has nothing to say but its size: it is left alone."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     gains = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.95))
 
 
@@ -255,7 +299,8 @@ def train(model, optimizer, ids, cfg, on, start=0):
     for i in range(start, cfg.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, i)
-        pieces = draw(ids, cfg, i).chunk(n)[rank].to(on)  # equal shares, so that the mean of means is the mean
+        # Equal shares, so that the mean of means is the mean
+        pieces = draw(ids, cfg, i).chunk(n)[rank].to(on)
         with run.autocast(on) if cfg.bf16 else nullcontext():
             value = losses(model, pieces).mean()
         value.backward()
@@ -275,11 +320,13 @@ def bits_per_byte(model, ids, size, cfg, on):
     rank, n = here()
     half = cfg.length // 2
     ids = torch.cat([ids.long(), ids.new_zeros(2 * cfg.length).long()])
-    pieces = ids.unfold(0, cfg.length + 1, half)[: -(-(len(ids) - 2 * cfg.length - 1) // half)]  # none of zeros alone
+    # None of zeros alone
+    pieces = ids.unfold(0, cfg.length + 1, half)[: -(-(len(ids) - 2 * cfg.length - 1) // half)]
     total = torch.zeros((), dtype=torch.float64, device=on)
     for first in range(64 * rank, len(pieces), 64 * n):
         part = pieces[first : first + 64]
-        counts = part[:, 1:] != 0  # the end token stands for no byte; n-grams do not have to foresee it either
+        # The end token stands for no byte; n-grams do not have to foresee it either
+        counts = part[:, 1:] != 0
         counts[1 if first == 0 else 0 :, : cfg.length - half] = False
         with run.autocast(on) if cfg.bf16 else nullcontext():
             total += losses(model, part.to(on)).double()[counts.to(on)].sum()
@@ -292,8 +339,14 @@ def sample(model, tokenizer, cfg, on, length=100, temperature=0.8):
     """The prompt and `length` tokens that the model draws one by one, each from the T before it."""
     ids, random = [0, *tokenizer.encode(cfg.prompt).ids], torch.Generator().manual_seed(cfg.seed)
     for _ in range(length):
-        logits = model(input_ids=torch.tensor([ids[-cfg.length :]], device=on), use_cache=False).logits[0, -1]
-        ids.append(torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=random).item())
+        logits = model(
+            input_ids=torch.tensor([ids[-cfg.length :]], device=on), use_cache=False
+        ).logits[0, -1]
+        ids.append(
+            torch.multinomial(
+                (logits.float().cpu() / temperature).softmax(-1), 1, generator=random
+            ).item()
+        )
     return tokenizer.decode(ids)
 
 
@@ -303,13 +356,17 @@ def worker(cfg):
     on = ranks.device() if dist.is_initialized() else run.device()
     ids, (tokenizer, size) = tokens(cfg)
     model = llama(cfg).to(on)
-    found = {"parameters": sum(p.numel() for p in model.parameters()), "before": sample(model, tokenizer, cfg, on)}
+    found = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "before": sample(model, tokenizer, cfg, on),
+    }
     found["flops_per_token"] = flops_per_token(model, cfg.length)
     found["counted"] = counted_flops(model, draw(ids["learn"], cfg, 0)[:1].to(on)) / cfg.length
     peak = torch.tensor(peak_flops(on, torch.bfloat16 if cfg.bf16 else torch.float32), device=on)
     average([peak])
     if on.type == "cuda":
-        model.set_attn_implementation("sdpa")  # on a CPU, with pieces as short as ours, it is no faster
+        # On a CPU, with pieces as short as ours, it is no faster
+        model.set_attn_implementation("sdpa")
     parts, done = {"model": model, "optimizer": adamw(model, cfg)}, {}
     if cfg.resume:
         done = checkpoint.load_state(folder / "state.safetensors", cfg, **parts)
@@ -320,18 +377,34 @@ def worker(cfg):
             checkpoint.save_state(folder / "state.safetensors", **parts, **kept, config=asdict(cfg))
 
     start = len(kept["losses"])
-    steps, then = train(model, parts["optimizer"], ids["learn"], cfg, on, start), time.perf_counter()
-    for i, value in enumerate(run.progress(steps, cfg.steps, start, cfg.save_every, save), start + 1):
+    steps, then = (
+        train(model, parts["optimizer"], ids["learn"], cfg, on, start),
+        time.perf_counter(),
+    )
+    for i, value in enumerate(
+        run.progress(steps, cfg.steps, start, cfg.save_every, save), start + 1
+    ):
         kept["seconds"].append(time.perf_counter() - then)
         kept["losses"].append(value)
-        if i in {cfg.steps >> k for k in range(6)}:  # after a 32nd of the run, a 16th, ... and all of it
+        # After a 32nd of the run, a 16th, ... and all of it
+        if i in {cfg.steps >> k for k in range(6)}:
             kept["scores"].append([i, bits_per_byte(model, ids["held"], size, cfg, on)])
         then = time.perf_counter()
     save()
     if rank == 0:
         pretrained.save(model, as_transformers(tokenizer), folder / "model")
-    found["after"], found["bytes_per_token"] = sample(model, tokenizer, cfg, on), size / int((ids["held"] != 0).sum())
-    return found | kept | {"peak": n * peak.item(), "speed": cfg.batch * cfg.length / float(np.median(kept["seconds"]))}
+    found["after"], found["bytes_per_token"] = (
+        sample(model, tokenizer, cfg, on),
+        size / int((ids["held"] != 0).sum()),
+    )
+    return (
+        found
+        | kept
+        | {
+            "peak": n * peak.item(),
+            "speed": cfg.batch * cfg.length / float(np.median(kept["seconds"])),
+        }
+    )
 
 
 def as_transformers(tokenizer):
@@ -346,11 +419,17 @@ def draw_curve(path, found, ngrams, cfg):
 
     figure, axis = plt.subplots(figsize=(6.2, 4.6))
     million = cfg.batch * cfg.length / 1e6
-    axis.plot([i * million for i, _ in found["scores"]], [bits for _, bits in found["scores"]], "o-")
+    axis.plot(
+        [i * million for i, _ in found["scores"]], [bits for _, bits in found["scores"]], "o-"
+    )
     for name, value in ngrams.items():
         axis.axhline(value, color="gray", linestyle="--", linewidth=0.8)
-        axis.annotate(name, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-    axis.set(xscale="log", yscale="log", xlabel="million tokens", ylabel="bits per byte, pages held out")
+        axis.annotate(
+            name, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="center"
+        )
+    axis.set(
+        xscale="log", yscale="log", xlabel="million tokens", ylabel="bits per byte, pages held out"
+    )
     rate = found["speed"] / 1e6
     above = axis.secondary_xaxis("top", functions=(lambda x: x / rate, lambda x: x * rate))
     above.set_xlabel("seconds of training, at the median pace")
@@ -365,13 +444,23 @@ def draw_curve(path, found, ngrams, cfg):
 def main(cfg: Config) -> dict:
     """Train on one process, or on those that torchrun started; then count n-grams, draw and write."""
     n = int(os.environ.get("WORLD_SIZE", 1))
-    run.check(min(cfg.steps, cfg.batch, cfg.layers) > 0, "--steps, --batch and --layers must be at least 1")
+    run.check(
+        min(cfg.steps, cfg.batch, cfg.layers) > 0,
+        "--steps, --batch and --layers must be at least 1",
+    )
     run.check(cfg.lr > 0 and cfg.decay >= 0, "--lr must be above 0, --decay at least 0")
     run.check(cfg.length > 1, "--length must be at least 2")
-    run.check(cfg.width > 0 and cfg.width % 64 == 0, "--width must be a multiple of 64, the size of a head")
-    run.check(cfg.vocabulary > 256, "--vocabulary must be at least 257: all bytes, and the end of a page")
+    run.check(
+        cfg.width > 0 and cfg.width % 64 == 0,
+        "--width must be a multiple of 64, the size of a head",
+    )
+    run.check(
+        cfg.vocabulary > 256, "--vocabulary must be at least 257: all bytes, and the end of a page"
+    )
     run.check(0 <= cfg.order <= 7, "--order must be from 0 to 7: a gram is one number of 64 bits")
-    run.check(cfg.batch % n == 0, f"--batch {cfg.batch} cannot be dealt out in equal shares to {n} ranks")
+    run.check(
+        cfg.batch % n == 0, f"--batch {cfg.batch} cannot be dealt out in equal shares to {n} ranks"
+    )
     if os.environ.get("RANK", "0") == "0":
         run.output(cfg.out, cfg)
         tokens(cfg)
@@ -396,7 +485,9 @@ def main(cfg: Config) -> dict:
         "difference": one["flops_per_token"] / one["counted"] - 1, "GFLOPs_per_second": rate / 1e9,
         "matmul_GFLOPs_per_second": one["peak"] / 1e9, "utilisation": rate / one["peak"],
     }  # fmt: skip
-    return run.report(folder, metrics, then=f"open {folder}/bits.png; then --resume with more --steps")
+    return run.report(
+        folder, metrics, then=f"open {folder}/bits.png; then --resume with more --steps"
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.run import UserError, check
 
-TIMEOUT = timedelta(minutes=5)  # a rank that waits longer than this for the others gives up, with an error
-PRELOADED = ["torch.distributed", "transformers.models.llama.modeling_llama", "training.ranks"]  # by the fork server
+# a rank that waits longer than this for the others gives up, with an error
+TIMEOUT = timedelta(minutes=5)
+# By the fork server
+PRELOADED = ["torch.distributed", "transformers.models.llama.modeling_llama", "training.ranks"]
 
 
 def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
@@ -39,7 +41,10 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
         return found if os.environ["RANK"] == "0" else None
     check(ranks > 0, "--ranks must be at least 1")
     gpus = torch.cuda.device_count()
-    check(not gpus or ranks <= gpus, f"--ranks {ranks}: there are {gpus} GPUs; CUDA_VISIBLE_DEVICES= takes the CPU")
+    check(
+        not gpus or ranks <= gpus,
+        f"--ranks {ranks}: there are {gpus} GPUs; CUDA_VISIBLE_DEVICES= takes the CPU",
+    )
     method = start_method()
     queue, found = mp.get_context(method).SimpleQueue(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +97,11 @@ def _enter(rank, environment, worker, cfg, ranks, meet, timeout, queue):
     environment: the parent's; the fork server has that of the moment in which it was started.
     """
     os.environ.clear()
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= environment | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+    }
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
@@ -153,7 +162,9 @@ def allocated(action):
         action()
     results: Any = trace.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max(initial=0))
+    return int(
+        np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max(initial=0)
+    )
 
 
 def held(*tensors):
@@ -168,7 +179,8 @@ def states(model, optimizer=None):
     return {
         "weights": held(*model.parameters(), *model.buffers()),
         "gradients": held(*(p.grad for p in model.parameters() if p.grad is not None)),
-        "optimizer": held(*(x for x in kept if isinstance(x, torch.Tensor) and x.dim())),  # not the count of steps
+        # Not the count of steps
+        "optimizer": held(*(x for x in kept if isinstance(x, torch.Tensor) and x.dim())),
     }
 
 
@@ -196,7 +208,9 @@ class Traffic(TorchDispatchMode):
         if func.namespace == "c10d" and kind in self.NAMES:
             name, times, whole = self.NAMES[kind]
             x, ranks = args[whole], dist.get_world_size()
-            size = sum(t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x]))
+            size = sum(
+                t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x])
+            )
             self.sent[name] = self.sent.get(name, 0) + times * size * (ranks - 1) / ranks
             self.calls += 1
         return func(*args, **(kwargs or {}))

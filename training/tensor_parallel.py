@@ -35,7 +35,8 @@ class Config:
 
     model: str = "smollm2"  # smollm2, a local folder, or a hub id such as meta-llama/Llama-2-7b-hf
     layers: int = 2  # how many of its layers, from the first; 0: all
-    ranks: int = 3  # processes; they must divide its heads: SmolLM2 has 9 of queries, 3 of keys and values
+    # processes; they must divide its heads: SmolLM2 has 9 of queries, 3 of keys and values
+    ranks: int = 3
     batch: int = 2  # B, texts
     length: int = 32  # L, tokens a text
     side: int = 2  # ranks along each side of the square grid, for the two-dimensional form
@@ -83,7 +84,8 @@ COLUMNS, ROWS = 0, 1
 SHARD_DIM = dict.fromkeys(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], COLUMNS)
 SHARD_DIM |= dict.fromkeys(["embed_tokens", "lm_head"], COLUMNS)  # vocabulary-parallel
 SHARD_DIM |= dict.fromkeys(["o_proj", "down_proj"], ROWS)
-WORDS = 5  # all-reduces that are no layer's: after the embedding, before the head (backward), three in the loss
+# all-reduces that are no layer's: after the embedding, before the head (backward), three in the loss
+WORDS = 5
 
 
 def local_shard(name, x):
@@ -115,7 +117,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = f(x)  # once for both matrices: each use would be an all-reduce of its own
-        y = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, L, M/N); Eq. 3: the nonlinearity needs no other rank
+        # (B, L, M/N); Eq. 3: the nonlinearity needs no other rank
+        y = F.silu(self.gate_proj(x)) * self.up_proj(x)
         return g(self.down_proj(y))  # Y_1 B_1 + Y_2 B_2
 
 
@@ -137,10 +140,12 @@ class Attention(nn.Module):
 
         x = f(hidden_states)
         q, k, v = (
-            rearrange(p(x), "b l (h d) -> b h l d", d=self.size) for p in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(p(x), "b l (h d) -> b h l d", d=self.size)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H/N, L, d)
+        # (B, H/N, L, d)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return g(self.o_proj(rearrange(y, "b h l d -> b l (h d)"))), None
 
 
@@ -185,11 +190,24 @@ def cross_entropy(states, weight, labels):
 def check(config):
     """Raises UserError unless a Llama of this configuration can be dealt to the ranks there are."""
     c, n = config, dist.get_world_size()
-    run.check(c.model_type == "llama", f"--model is a {c.model_type}; only a Llama can be sharded here")
-    run.check(not c.attention_bias and not c.mlp_bias, "--model has biases; only a Llama without can be sharded here")
-    sizes = {"query heads": c.num_attention_heads, "heads of keys and values": c.num_key_value_heads}
-    for what, size in (sizes | {"hidden units": c.intermediate_size, "words": c.vocab_size}).items():
-        run.check(size % n == 0, f"{size} {what} cannot be dealt to {n} ranks; take --ranks that divide {size}")
+    run.check(
+        c.model_type == "llama", f"--model is a {c.model_type}; only a Llama can be sharded here"
+    )
+    run.check(
+        not c.attention_bias and not c.mlp_bias,
+        "--model has biases; only a Llama without can be sharded here",
+    )
+    sizes = {
+        "query heads": c.num_attention_heads,
+        "heads of keys and values": c.num_key_value_heads,
+    }
+    for what, size in (
+        sizes | {"hidden units": c.intermediate_size, "words": c.vocab_size}
+    ).items():
+        run.check(
+            size % n == 0,
+            f"{size} {what} cannot be dealt to {n} ranks; take --ranks that divide {size}",
+        )
 
 
 def apply_tensor_parallel(model):
@@ -220,12 +238,20 @@ def through_torch(model, once=True):
         parallelize_module,
     )
 
-    plan: dict = {f"self_attn.{x}_proj": ColwiseParallel() for x in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
-    plan |= {f"mlp.{x}_proj": ColwiseParallel() for x in ("gate", "up")} | {"mlp.down_proj": RowwiseParallel()}
+    plan: dict = {f"self_attn.{x}_proj": ColwiseParallel() for x in "qkv"} | {
+        "self_attn.o_proj": RowwiseParallel()
+    }
+    plan |= {f"mlp.{x}_proj": ColwiseParallel() for x in ("gate", "up")} | {
+        "mlp.down_proj": RowwiseParallel()
+    }
     if once:
         here = {"hidden_states": Replicate()}
-        plan["self_attn"] = PrepareModuleInput(input_kwarg_layouts=here, desired_input_kwarg_layouts=here)
-        plan["mlp"] = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
+        plan["self_attn"] = PrepareModuleInput(
+            input_kwarg_layouts=here, desired_input_kwarg_layouts=here
+        )
+        plan["mlp"] = PrepareModuleInput(
+            input_layouts=Replicate(), desired_input_layouts=Replicate()
+        )
     mesh = init_device_mesh(ranks.device().type, (dist.get_world_size(),))
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
@@ -243,14 +269,17 @@ class Summa(torch.autograd.Function):
     def forward(ctx, a, b, mesh):
         ctx.save_for_backward(a, b)
         ctx.row, ctx.column, ctx.side = mesh.get_group(1), mesh.get_group(0), mesh.size(0)
-        return sum(share(a, k, ctx.row) @ share(b, k, ctx.column) for k in range(ctx.side))  # C_ij = sum A_ik B_kj
+        # C_ij = sum A_ik B_kj
+        return sum(share(a, k, ctx.row) @ share(b, k, ctx.column) for k in range(ctx.side))
 
     @staticmethod
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
         for k in range(ctx.side):
-            for_a = grad @ share(b, k, ctx.column).T  # dA_ik = sum over j of dC_ij B_kj^T: added up along the row
-            for_b = share(a, k, ctx.row).T @ grad  # dB_kj = sum over i of A_ik^T dC_ij: along the column
+            # dA_ik = sum over j of dC_ij B_kj^T: added up along the row
+            for_a = grad @ share(b, k, ctx.column).T
+            # dB_kj = sum over i of A_ik^T dC_ij: along the column
+            for_b = share(a, k, ctx.row).T @ grad
             dist.reduce(for_a, group_dst=k, group=ctx.row)
             dist.reduce(for_b, group_dst=k, group=ctx.column)
             if ctx.row.rank() == k:
@@ -272,11 +301,16 @@ def on_a_grid(cfg):
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.manual_seed(cfg.seed)
-    run.check(dist.get_world_size() == cfg.side**2, f"a grid of side {cfg.side} takes {cfg.side**2} ranks")
+    run.check(
+        dist.get_world_size() == cfg.side**2, f"a grid of side {cfg.side} takes {cfg.side**2} ranks"
+    )
     mesh = init_device_mesh(ranks.device().type, (cfg.side, cfg.side))
     i, j = mesh.get_local_rank(0), mesh.get_local_rank(1)
     rows, width = cfg.batch * cfg.length, 96 * cfg.side
-    whole = [torch.randn(n, m, device=ranks.device()) for n, m in ((rows, width), (width, width), (rows, width))]
+    whole = [
+        torch.randn(n, m, device=ranks.device())
+        for n, m in ((rows, width), (width, width), (rows, width))
+    ]
     block = lambda x: x.chunk(cfg.side, 0)[i].chunk(cfg.side, 1)[j].clone()  # noqa: E731
     a, b, grad = whole[0].requires_grad_(), whole[1].requires_grad_(), whole[2]
     mine_a, mine_b = block(a.detach()).requires_grad_(), block(b.detach()).requires_grad_()
@@ -288,16 +322,27 @@ def on_a_grid(cfg):
         "gradient of A": (mine_a.grad, a.grad),
         "gradient of B": (mine_b.grad, b.grad),
     }
-    found = {"held": ranks.held(mine_a, mine_b, mine_c), "whole": ranks.held(a, b, c), "place": [i, j]}
-    return found | {"differences": {name: difference(part, block(x)) for name, (part, x) in pairs.items()}}
+    found = {
+        "held": ranks.held(mine_a, mine_b, mine_c),
+        "whole": ranks.held(a, b, c),
+        "place": [i, j],
+    }
+    return found | {
+        "differences": {name: difference(part, block(x)) for name, (part, x) in pairs.items()}
+    }
 
 
 def read(cfg):
     """The first layers of the model, fp32, with gradients, and real text for it: -> model, ids (B, L + 1)."""
-    tokenizer, model = pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+    tokenizer, model = (
+        pretrained.smollm2() if cfg.model == "smollm2" else pretrained.language_model(cfg.model)
+    )
     check(model.config)
     depth = len(model.model.layers)
-    run.check(0 <= cfg.layers <= depth, f"--layers must be at most {depth}, those of the model, or 0 for all")
+    run.check(
+        0 <= cfg.layers <= depth,
+        f"--layers must be at most {depth}, those of the model, or 0 for all",
+    )
     del model.model.layers[cfg.layers or depth :]
     text = "\n\n".join(page for _, page in data.docs()[: cfg.batch])
     ids = torch.tensor(tokenizer(text)["input_ids"])[: cfg.batch * (cfg.length + 1)]
@@ -319,7 +364,12 @@ def step(model, ids, loss):
     value = loss(states, model.lm_head.weight, ids[:, 1:])
     value.backward()
     gradients = {k: p.grad for k, p in model.named_parameters()}
-    return {"loss": value.detach(), "states": states.detach(), "input gradient": x.grad, "gradients": gradients}
+    return {
+        "loss": value.detach(),
+        "states": states.detach(),
+        "input gradient": x.grad,
+        "gradients": gradients,
+    }
 
 
 def difference(ours, theirs):
@@ -338,19 +388,24 @@ def worker(cfg):
     whole = step(model, ids, plain)
     whole["gradients"] = {name: local_shard(name, x) for name, x in whole["gradients"].items()}
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
-    matrices = {k: list(p.shape) for k, p in model.model.layers[0].named_parameters() if p.dim() == 2}
+    matrices = {
+        k: list(p.shape) for k, p in model.model.layers[0].named_parameters() if p.dim() == 2
+    }
     model.zero_grad()
     calls = []
     for once in (False, True):
         theirs = None  # of the first time: let go before the second
         twin = through_torch(copy.deepcopy(model), once)
-        with warnings.catch_warnings(action="ignore"), CommDebugMode() as counted:  # of hooks that it would like to set
+        # Of hooks that it would like to set
+        with warnings.catch_warnings(action="ignore"), CommDebugMode() as counted:
             theirs = step(twin, ids, plain)
         calls.append(counted.get_total_counts() / len(twin.model.layers))
         del twin
     with ranks.Traffic() as traffic:
         ours = step(apply_tensor_parallel(model), ids, cross_entropy)
-    layers = ours | {"gradients": {name: x for name, x in ours["gradients"].items() if ".layers." in name}}
+    layers = ours | {
+        "gradients": {name: x for name, x in ours["gradients"].items() if ".layers." in name}
+    }
     return {
         "loss": ours["loss"].item(), "layers": len(model.model.layers), "message": ours["states"].nbytes,
         "width": model.config.hidden_size,
@@ -368,7 +423,10 @@ def picture(path, found):
     figure, axis = plt.subplots(figsize=(11, 5.2), layout="constrained")
     say = lambda x, y, what: axis.text(x, y, what, ha="center", va="center", fontsize=9)  # noqa: E731
     shapes = lambda one, of: [n / one["width"] for n in one[of][key]]  # noqa: E731
-    for block, names, top in (("self_attn", ["q", "k", "v", "o"], 0), ("mlp", ["gate", "up", "down"], 1.8)):
+    for block, names, top in (
+        ("self_attn", ["q", "k", "v", "o"], 0),
+        ("mlp", ["gate", "up", "down"], 1.8),
+    ):
         x = 0.0  # in widths of the model
         for name in names:
             key = f"{block}.{name}_proj.weight"
@@ -379,15 +437,28 @@ def picture(path, found):
             across, down = x, top
             for rank, one in enumerate(found):
                 out, size = shapes(one, "pieces")
-                box = plt.Rectangle((across, down), out, size, facecolor=f"C{rank}", alpha=0.7, edgecolor="white")
+                box = plt.Rectangle(
+                    (across, down), out, size, facecolor=f"C{rank}", alpha=0.7, edgecolor="white"
+                )
                 axis.add_patch(box)
                 say(across + out / 2, down + size / 2, rank)
-                across, down = (across + out, down) if SHARD_DIM[f"{name}_proj"] == COLUMNS else (across, down + size)
+                across, down = (
+                    (across + out, down)
+                    if SHARD_DIM[f"{name}_proj"] == COLUMNS
+                    else (across, down + size)
+                )
             x += shapes(found[0], "matrices")[0] + 0.4
         say(-0.55, top + 0.5, "$\\bf{f}$\nbackward:\nall-reduce")
         say(x + 0.05, top + 0.5, "$\\bf{g}$\nforward:\nall-reduce")
-    axis.set(xlim=(-1, x + 0.5), ylim=(top + shapes(found[0], "matrices")[1] + 0.1, -0.3), aspect="equal")
-    axis.text(0, 1.35, "attention above, MLP below; a number is the rank that holds the shard", fontsize=10)
+    axis.set(
+        xlim=(-1, x + 0.5), ylim=(top + shapes(found[0], "matrices")[1] + 0.1, -0.3), aspect="equal"
+    )
+    axis.text(
+        0,
+        1.35,
+        "attention above, MLP below; a number is the rank that holds the shard",
+        fontsize=10,
+    )
     axis.axis("off")
     figures.close(figure, path)
 
@@ -402,19 +473,33 @@ def main(cfg: Config) -> dict:
     held = (one["whole"] - one["norms"]) / n + one["norms"]
     three = 3 * one["message"] / one["width"]  # numbers a token, of the loss
     sent = 2 * (n - 1) / n * ((4 * one["layers"] + 2) * one["message"] + three)
-    worst = [{what: max(x["differences"][i][what] for x in found) for what in one["differences"][i]} for i in (0, 1)]
+    worst = [
+        {what: max(x["differences"][i][what] for x in found) for what in one["differences"][i]}
+        for i in (0, 1)
+    ]
     mib = lambda **sizes: {name: size / 2**20 for name, size in sizes.items()}  # noqa: E731
     metrics = {"loss": one["loss"], "layers": one["layers"], "ranks": n}
     metrics |= {"ours and the whole": worst[0], "ours and torch": worst[1]}
     metrics["weights, MiB"] = mib(whole=one["whole"], rank=one["held"], formula=held)
-    metrics["sent by a rank, MiB"] = mib(measured=one["sent"], formula=sent, layer=8 * (n - 1) / n * one["message"])
-    metrics["errors of the formulas"] = {"weights": one["held"] / held - 1, "sent": one["sent"] / sent - 1}
+    metrics["sent by a rank, MiB"] = mib(
+        measured=one["sent"], formula=sent, layer=8 * (n - 1) / n * one["message"]
+    )
+    metrics["errors of the formulas"] = {
+        "weights": one["held"] / held - 1,
+        "sent": one["sent"] / sent - 1,
+    }
     ours, naive, once = one["calls"]
     ours = (ours - WORDS) / one["layers"]
-    metrics["all-reduces a layer"] = {"ours": ours, "torch": once, "torch, each matrix its own": naive}
+    metrics["all-reduces a layer"] = {
+        "ours": ours,
+        "torch": once,
+        "torch, each matrix its own": naive,
+    }
     folder = run.output(cfg.out, cfg)
     picture(folder / "slices.png", found)
-    return run.report(folder, metrics, then=f"open {folder}/slices.png; then python training/pipeline.py")
+    return run.report(
+        folder, metrics, then=f"open {folder}/slices.png; then python training/pipeline.py"
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,15 @@ def llama(width=256, layers=4, heads=4, tied=True, dtype=torch.float32, **more):
     """A Llama over bytes, its weights drawn anew: ids (B,T) -> logits (B,T,256). Its MLP is four times as wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
-    config = LlamaConfig(vocab_size=256, tie_word_embeddings=tied, max_position_embeddings=1024, **sizes | more)
+    sizes = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    config = LlamaConfig(
+        vocab_size=256, tie_word_embeddings=tied, max_position_embeddings=1024, **sizes | more
+    )
     config._attn_implementation = "eager"  # on sequences as short as ours faster on a CPU
     model = LlamaForCausalLM(config).train()
     for p in model.parameters():  # the parameters only: rotary frequencies stay exact
@@ -46,7 +53,8 @@ def share(x):
 def loss(model, ids):
     """Mean of -log p(byte | all before it): ids (B,T) -> ()."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    wide = torch.promote_types(logits.dtype, torch.float32)  # bf16 is too coarse for the sum over all bytes
+    # bf16 is too coarse for the sum over all bytes
+    wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.flatten(0, 1).to(wide), ids[:, 1:].flatten())
 
 

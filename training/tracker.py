@@ -30,7 +30,11 @@ class Tracker(TorchDispatchMode):
             entry = len(self.entries)
             self.entries.append(self.tag)
             self.events.append((entry, storage.nbytes()))
-            self.known[key] = entry, weakref.ref(storage, lambda _: self.gone(key)), storage.nbytes()
+            self.known[key] = (
+                entry,
+                weakref.ref(storage, lambda _: self.gone(key)),
+                storage.nbytes(),
+            )
 
     def gone(self, key):
         entry, _, size = self.known.pop(key)

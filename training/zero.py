@@ -37,7 +37,8 @@ from utils import checkpoint, figures, run
 class Config:
     """Train a small language model with sharded states; count the bytes that each rank holds and sends."""
 
-    stages: tuple[int, ...] = (0, 1, 2, 3)  # which stages of ZeRO, one after the other; 0 is plain data parallel
+    # which stages of ZeRO, one after the other; 0 is plain data parallel
+    stages: tuple[int, ...] = (0, 1, 2, 3)
     ranks: int = 2  # processes; under torchrun or deepspeed theirs count
     width: int = 256  # of the model
     layers: int = 6  # of the model
@@ -46,7 +47,8 @@ class Config:
     accumulate: int = 2  # gradient accumulation: micro-batches of a rank in a step
     length: int = 128  # bytes of a piece
     lr: float = 1e-3  # learning rate
-    bf16: bool = True  # weights and gradients in bf16, the optimizer's numbers in fp32; else all in fp32
+    # weights and gradients in bf16, the optimizer's numbers in fp32; else all in fp32
+    bf16: bool = True
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
     save_every: int = 0  # steps between checkpoints; 0: none are written
     seed: int = 0  # same seed, same numbers
@@ -110,7 +112,12 @@ def flatten(model, shards, index, keep_shard=False):
             if p not in seen:  # tied weights are met twice
                 seen.add(p)
                 kinds.setdefault((p.dtype, p.requires_grad), []).append(p)
-        found.append((module, [FlatParameter(params, shards, index, keep_shard) for params in kinds.values()]))
+        found.append(
+            (
+                module,
+                [FlatParameter(params, shards, index, keep_shard) for params in kinds.values()],
+            )
+        )
     return found
 
 
@@ -163,11 +170,16 @@ class DataParallel:
 
     def state_dict(self):
         """What this rank alone knows: the master copies of its shards and the optimizer's numbers for them."""
-        return {"masters": [f.master.data for f in self.trained], "adams": [adam.state_dict() for adam in self.adams]}
+        return {
+            "masters": [f.master.data for f in self.trained],
+            "adams": [adam.state_dict() for adam in self.adams],
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        for flat, adam, master, numbers in zip(self.trained, self.adams, state["masters"], state["adams"]):
+        for flat, adam, master, numbers in zip(
+            self.trained, self.adams, state["masters"], state["adams"]
+        ):
             flat.master.copy_(master)
             adam.load_state_dict(numbers)
             flat.shard.copy_(master)
@@ -203,7 +215,9 @@ class ZeRO2(ZeRO1):
         super().__init__(model, lr, **adam)
         # The order in which gradients are reduced: as the backward pass meets the layers, from the last to the first.
         *layers, root = self.modules
-        self.order = [flat for _, group in [*reversed(layers), root] for flat in group if flat.trained]
+        self.order = [
+            flat for _, group in [*reversed(layers), root] for flat in group if flat.trained
+        ]
         self.next = 0
         for flat in self.trained:
             for p in flat.params:
@@ -225,7 +239,10 @@ class ZeRO2(ZeRO1):
         dist.reduce_scatter_single(grad_shard, flat.take_gradients())
         grad_shard.div_(self.ranks)
         # Gradient accumulation: shards of micro-batches add up.
-        flat.grad_shard = grad_shard if flat.grad_shard is None else flat.grad_shard.add_(grad_shard)
+        if flat.grad_shard is None:
+            flat.grad_shard = grad_shard
+        else:
+            flat.grad_shard.add_(grad_shard)
         flat.pending = len(flat.params)
 
     def backward(self, loss):
@@ -264,7 +281,9 @@ class ZeRO3(ZeRO2):
             # the root, are needed first and last, so they stay.
             if group is not self.root:
                 module.register_full_backward_pre_hook(lambda *_, group=group: self.unshard(group))
-                module.register_forward_hook(lambda *_, group=group: self.reshard_after_forward(group))
+                module.register_forward_hook(
+                    lambda *_, group=group: self.reshard_after_forward(group)
+                )
         for flat in self.flat_params:
             flat.full.untyped_storage().resize_(0)
 
@@ -272,7 +291,9 @@ class ZeRO3(ZeRO2):
     def unshard(self, group):
         """All-gather the parameters of a layer before it computes. In the backward pass the layer before is done."""
         if self.in_backward:
-            self.reshard([flat for flat in self.gathered if flat not in group and flat not in self.root])
+            self.reshard(
+                [flat for flat in self.gathered if flat not in group and flat not in self.root]
+            )
         for flat in group:
             if flat not in self.gathered:
                 flat.full.untyped_storage().resize_(flat.nbytes)
@@ -334,7 +355,9 @@ def bytes_held(engine, model):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += [f.grad_shard for f in engine.trained if f.grad_shard is not None]
     masters = [f.master for f in engine.trained if f.master.dtype != f.full.dtype]
-    moments = [x for adam in engine.adams for s in adam.state.values() for x in s.values() if x.dim()]
+    moments = [
+        x for adam in engine.adams for s in adam.state.values() for x in s.values() if x.dim()
+    ]
     return {
         "weights": ranks.held(*weights, *model.parameters()),
         "gradients": ranks.held(*gradients),
@@ -392,7 +415,10 @@ def run_stage(cfg, stage, text):
     held = bytes_held(engine, model)
     with ranks.Traffic() as traffic:
         for loss, held in train(model, engine, text, cfg, start):  # noqa: B007
-            run.check(math.isfinite(loss), f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr")
+            run.check(
+                math.isfinite(loss),
+                f"the loss is {loss}; the last checkpoint is kept. Try a lower --lr",
+            )
             losses.append(loss)
             if cfg.save_every and len(losses) % cfg.save_every == 0:
                 manifest.save(folder, len(losses), save)
@@ -429,7 +455,9 @@ def picture(path, found, cfg, psi, n):
         expected_sent = volume(weights, n, stage, cfg.accumulate) / 2**20
         right.plot(line, [expected_sent] * 2, color="black", linewidth=1)
     left.set(ylabel="MiB", title=f"held by one of {n} ranks; lines: the formula")
-    right.set(ylabel="MiB", title=f"sent in a step of {cfg.accumulate} micro-batches; lines: the formula")
+    right.set(
+        ylabel="MiB", title=f"sent in a step of {cfg.accumulate} micro-batches; lines: the formula"
+    )
     for axis in (left, right):
         axis.set_xticks(range(len(found)), [f"stage {s}" if s else "data parallel" for s in found])
         axis.legend(frameon=False)
@@ -441,12 +469,18 @@ def main(cfg: Config) -> dict:
     """Every stage in turn, on the same texts -> bytes and losses."""
     run.check(cfg.stages and set(cfg.stages) <= set(range(4)), "--stages are numbers from 0 to 3")
     counts = (cfg.steps, cfg.layers, cfg.batch, cfg.accumulate)
-    run.check(min(counts) > 0 and cfg.lr > 0, "--steps, --layers, --batch, --accumulate and --lr must be above 0")
+    run.check(
+        min(counts) > 0 and cfg.lr > 0,
+        "--steps, --layers, --batch, --accumulate and --lr must be above 0",
+    )
     run.check(1 < cfg.length <= 1024, "--length is 2 to 1024 bytes")
     run.check(cfg.width > 0 and cfg.width % 8 == 0, "--width must be a multiple of 8")
     n = ranks.count(cfg.ranks)
     parts = n * cfg.accumulate
-    run.check(cfg.batch % parts == 0, f"--batch {cfg.batch} does not fall into {n} ranks x {cfg.accumulate} parts")
+    run.check(
+        cfg.batch % parts == 0,
+        f"--batch {cfg.batch} does not fall into {n} ranks x {cfg.accumulate} parts",
+    )
     run.check(cfg.save_every >= 0, "--save-every must be 0 or more")
     for stage in cfg.stages if cfg.resume else ():
         manifest.load(Path(cfg.out) / f"stage{stage}")
@@ -469,7 +503,9 @@ def main(cfg: Config) -> dict:
         }
     picture(folder / "zero.png", rows, cfg, psi, n)
     figures.curves(folder / "loss.png", {f"stage {s}": row["losses"] for s, row in rows.items()})
-    return run.report(folder, metrics | {"parameters": psi, "ranks": n}, then="python training/memory.py")
+    return run.report(
+        folder, metrics | {"parameters": psi, "ranks": n}, then="python training/memory.py"
+    )
 
 
 if __name__ == "__main__":

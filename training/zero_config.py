@@ -14,13 +14,15 @@ from utils.run import UserError, check
 from utils.text import read_text
 
 CONFIGS = Path(__file__).parent / "configs"
-OURS = {"fp16", "optimizer", "scheduler", "train_batch_size", "tensorboard"}  # the script sees to these
+# The script sees to these
+OURS = {"fp16", "optimizer", "scheduler", "train_batch_size", "tensorboard"}
 
 
 def quiet():
     """Import DeepSpeed without its news, and so that nothing is compiled -> the module. Raises UserError without it."""
     logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of old names that libraries use among themselves
+    # Of old names that libraries use among themselves
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         import deepspeed
     except ImportError:
@@ -39,9 +41,15 @@ def read(cfg):
     itself, a value that it does not take or that contradicts a flag.
     """
     deepspeed = quiet()
-    path = Path(cfg.config or CONFIGS / f"zero{cfg.zero_stage}{'' if cfg.offload == 'none' else '_offload'}.json")
+    path = Path(
+        cfg.config
+        or CONFIGS / f"zero{cfg.zero_stage}{'' if cfg.offload == 'none' else '_offload'}.json"
+    )
     check(cfg.config or path.is_file(), f"--offload {cfg.offload} goes with --zero-stage 2 or 3")
-    check(cfg.config or cfg.offload != "parameters" or cfg.zero_stage == 3, "--offload parameters: --zero-stage 3")
+    check(
+        cfg.config or cfg.offload != "parameters" or cfg.zero_stage == 3,
+        "--offload parameters: --zero-stage 3",
+    )
     try:
         config = json.loads(read_text(path))
         check(isinstance(config, dict), f"{path} holds no JSON object")
@@ -53,9 +61,15 @@ def read(cfg):
     fill(config, path, "gradient_accumulation_steps", cfg.accumulation)
     zero = config.setdefault("zero_optimization", {})
     for part in ("bf16", "zero_optimization"):
-        check(isinstance(config.setdefault(part, {}), dict), f"{path}: {part} is {{...}}, not {config[part]!r}")
+        check(
+            isinstance(config.setdefault(part, {}), dict),
+            f"{path}: {part} is {{...}}, not {config[part]!r}",
+        )
     fill(config["bf16"], path, "enabled", cfg.precision == "bf16")
-    for part, when in (("offload_optimizer", ("optimizer", "parameters")), ("offload_param", ("parameters",))):
+    for part, when in (
+        ("offload_optimizer", ("optimizer", "parameters")),
+        ("offload_param", ("parameters",)),
+    ):
         if isinstance(zero.get(part), dict):
             fill(zero[part], path, "device", "cpu" if cfg.offload in when else "none")
     refuse(deepspeed, config, path)
@@ -65,7 +79,10 @@ def read(cfg):
 def fill(part, path, key, value):
     """Put the value of a flag where the file says "auto" or nothing."""
     there = part.get(key, "auto")
-    check(there in ("auto", value), f'{path}: {key} is {there}, by the flags {value}; make them agree or write "auto"')
+    check(
+        there in ("auto", value),
+        f'{path}: {key} is {there}, by the flags {value}; make them agree or write "auto"',
+    )
     part[key] = value
 
 
@@ -73,7 +90,8 @@ def refuse(deepspeed, config, path):
     """Let DeepSpeed read the configuration. Raises UserError where it fails, or did not look at a key."""
     from pydantic import ValidationError
 
-    models = every(deepspeed.runtime.config_utils.DeepSpeedConfigModel)  # parts that DeepSpeed checks itself
+    # Parts that DeepSpeed checks itself
+    models = every(deepspeed.runtime.config_utils.DeepSpeedConfigModel)
     fields = {field.alias or name for model in models for name, field in model.model_fields.items()}
     watched = Asked(config)
     try:
@@ -84,7 +102,14 @@ def refuse(deepspeed, config, path):
         if first["type"] == "extra_forbidden":
             raise stranger(path, key, fields) from None
         raise UserError(f"{path}: {key}: {first['msg']}") from None
-    except (AssertionError, ValueError, TypeError, KeyError, AttributeError, deepspeed.DeepSpeedConfigError) as error:
+    except (
+        AssertionError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        deepspeed.DeepSpeedConfigError,
+    ) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     for key in config.keys() - watched.asked:
         raise stranger(path, key, watched.asked)
@@ -95,7 +120,9 @@ def refuse(deepspeed, config, path):
 
 def stranger(path, key, known):
     near = difflib.get_close_matches(key, known, 1)
-    return UserError(f"{path}: DeepSpeed knows no '{key}'" + (f", perhaps you mean '{near[0]}'" if near else ""))
+    return UserError(
+        f"{path}: DeepSpeed knows no '{key}'" + (f", perhaps you mean '{near[0]}'" if near else "")
+    )
 
 
 def every(kind):

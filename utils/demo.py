@@ -116,13 +116,18 @@ def run(result: Result, number: int, folder: Path) -> tuple[str, float]:
     words = [sys.executable, *shlex.split(result.command)[1:], "--out", str(folder)]
     print(f"\n[{number}/{len(RESULTS)}] {result.title}\n$ {result.command}", flush=True)
     start = time.monotonic()
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8", bufsize=1)
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8", bufsize=1
+    )
     lines = []
     assert process.stdout
     for line in process.stdout:  # progress bars go to stderr, which is the reader's own
         print(f"    {line}", end="", flush=True)
         lines.append(line)
-    check(process.wait() == 0, f"`{result.command}` failed, see above; the results before it are in {folder.parent}")
+    check(
+        process.wait() == 0,
+        f"`{result.command}` failed, see above; the results before it are in {folder.parent}",
+    )
     return "".join(lines), time.monotonic() - start
 
 
@@ -150,7 +155,10 @@ def main(cfg: Config) -> dict:
     for number, result in enumerate(RESULTS, 1):
         said, took = run(result, number, folder / str(number))
         if result.figure:
-            check((folder / str(number) / result.figure).is_file(), f"{result.command} drew no {result.figure}")
+            check(
+                (folder / str(number) / result.figure).is_file(),
+                f"{result.command} drew no {result.figure}",
+            )
         sections.append(section(result, number, said, took))
         seconds[result.title] = round(took, 1)
         (folder / "index.html").write_text(page(sections), "utf-8")

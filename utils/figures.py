@@ -14,14 +14,18 @@ from einops import rearrange
 from PIL import Image
 
 
-def tile(images: torch.Tensor, columns: int = 8, pad: int = 2, scale: int = 1, ground: int = 255) -> np.ndarray:
+def tile(
+    images: torch.Tensor, columns: int = 8, pad: int = 2, scale: int = 1, ground: int = 255
+) -> np.ndarray:
     """(N, C, H, W) in [-1, 1] -> one uint8 picture (H', W', 3), row by row, with `pad` pixels between."""
     x = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
     x = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     x = torch.cat([x, torch.full((-len(x) % columns, *x.shape[1:]), ground, dtype=torch.uint8)])
     x = torch.nn.functional.pad(x, (0, pad, 0, pad), value=ground)
-    return rearrange(x, "(r c) d h w -> (r h) (c w) d", c=columns)[: -pad or None, : -pad or None].numpy()
+    return rearrange(x, "(r c) d h w -> (r h) (c w) d", c=columns)[
+        : -pad or None, : -pad or None
+    ].numpy()
 
 
 def grid(path: str | Path, images: torch.Tensor, columns: int = 8, scale: int = 2) -> Path:
@@ -30,7 +34,9 @@ def grid(path: str | Path, images: torch.Tensor, columns: int = 8, scale: int = 
     return Path(path)
 
 
-def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any] = (), scale: float = 0.7) -> Path:
+def rows(
+    path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any] = (), scale: float = 0.7
+) -> Path:
     """One labelled row of pictures an entry: {"label": (N, C, H, W) in [-1, 1]}; `titles` stand over the columns."""
     import matplotlib.pyplot as plt
 
@@ -46,12 +52,18 @@ def rows(path: str | Path, named: dict[str, torch.Tensor], titles: Sequence[Any]
                 axes[i, j].imshow(tile(images[j : j + 1], 1, pad=0), interpolation="nearest")
             if i == 0 and j < len(titles):
                 axes[i, j].set_title(str(titles[j]), fontsize=size)
-        axes[i, 0].text(-0.15, 0.5, label, transform=axes[i, 0].transAxes, ha="right", va="center", fontsize=9)
-    figure.subplots_adjust(left=1.2 / width, right=0.99, bottom=0.02, top=1 - 0.35 / height, wspace=0.06, hspace=0.06)
+        axes[i, 0].text(
+            -0.15, 0.5, label, transform=axes[i, 0].transAxes, ha="right", va="center", fontsize=9
+        )
+    figure.subplots_adjust(
+        left=1.2 / width, right=0.99, bottom=0.02, top=1 - 0.35 / height, wspace=0.06, hspace=0.06
+    )
     return close(figure, path)
 
 
-def show(named: dict[str, torch.Tensor], titles: Sequence[Any] = (), title: str = "", size: float = 0.8) -> None:
+def show(
+    named: dict[str, torch.Tensor], titles: Sequence[Any] = (), title: str = "", size: float = 0.8
+) -> None:
     """For notebooks: one labelled row of pictures an entry, {"label": (N, C, H, W) in [-1, 1]}, `size` inches each."""
     import matplotlib.pyplot as plt
 
@@ -72,7 +84,13 @@ def show(named: dict[str, torch.Tensor], titles: Sequence[Any] = (), title: str 
 
 
 def curves(
-    path: str | Path, named: dict[str, Any], x: str = "", y: str = "", smooth: int = 0, log: str = "", size=(5.2, 3.2)
+    path: str | Path,
+    named: dict[str, Any],
+    x: str = "",
+    y: str = "",
+    smooth: int = 0,
+    log: str = "",
+    size=(5.2, 3.2),
 ) -> Path:
     """One line an entry: a sequence of y, or a pair (xs, ys).
 
@@ -92,7 +110,8 @@ def curves(
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if len(named) > 1:
-        axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # hides no curve
+        # Hides no curve
+        axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return close(figure, path)
 
 
@@ -101,8 +120,12 @@ def panels(path: str | Path, layout: list[dict[str, Any]], size: float = 3.0) ->
     import matplotlib.pyplot as plt
 
     shape = len(layout), len(layout[0])
-    figure, axes = plt.subplots(*shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False)
-    for axis, (title, content) in zip(axes.flat, (panel for row in layout for panel in row.items())):
+    figure, axes = plt.subplots(
+        *shape, figsize=(size * shape[1], (size + 0.25) * shape[0]), squeeze=False
+    )
+    for axis, (title, content) in zip(
+        axes.flat, (panel for row in layout for panel in row.items())
+    ):
         axis.set_title(title, fontsize=9)
         if isinstance(content, tuple):
             scatter(axis, *content)
@@ -113,7 +136,9 @@ def panels(path: str | Path, layout: list[dict[str, Any]], size: float = 3.0) ->
     return close(figure, path)
 
 
-def bars(path: str | Path, named: dict[str, tuple[float, float, float]], x: str = "accuracy") -> Path:
+def bars(
+    path: str | Path, named: dict[str, tuple[float, float, float]], x: str = "accuracy"
+) -> Path:
     """A horizontal bar an entry: {"label": (value, low, high)}, with the interval drawn on it."""
     import matplotlib.pyplot as plt
 
@@ -135,7 +160,9 @@ def scatter(axis: Any, codes: torch.Tensor, labels: torch.Tensor) -> None:
     for k in labels.unique():
         middle = codes[labels == k].median(0).values
         axis.text(*middle, str(int(k)), ha="center", va="center", weight="bold", fontsize=9)
-    axis.add_patch(plt.Circle((0, 0), math.sqrt(-2 * math.log(0.05)), fill=False, color="black", linewidth=1))
+    axis.add_patch(
+        plt.Circle((0, 0), math.sqrt(-2 * math.log(0.05)), fill=False, color="black", linewidth=1)
+    )
     reach = max(3.0, 1.1 * float(codes.abs().quantile(0.998)))
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 

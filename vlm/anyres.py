@@ -35,7 +35,8 @@ def select_best_resolution(size, candidates):
 
     def worth(candidate):
         scale = min(candidate[0] / size[0], candidate[1] / size[1])
-        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])  # enlarging shows nothing new
+        # Enlarging shows nothing new
+        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
         return shown, shown - candidate[0] * candidate[1]
 
     return tuple(max(candidates, key=worth))
@@ -43,7 +44,9 @@ def select_best_resolution(size, candidates):
 
 def resize(image, size):
     """uint8 (C,H,W) -> uint8 (C,*size), bicubic and antialiased."""
-    x = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True, align_corners=False)[0]
+    x = F.interpolate(
+        image[None].float(), size, mode="bicubic", antialias=True, align_corners=False
+    )[0]
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -84,7 +87,10 @@ def pack(features, size, side, candidates, newline=None):
         return whole if newline is None else torch.cat([whole, newline[None].to(whole)])
     rows, columns = (x // side for x in select_best_resolution(size, candidates))
     g = round(whole.shape[0] ** 0.5)
-    check(rows * columns == len(parts) and g * g == whole.shape[0], "these are not the features of tiles of this size")
+    check(
+        rows * columns == len(parts) and g * g == whole.shape[0],
+        "these are not the features of tiles of this size",
+    )
     large = rearrange(parts, "(r k) (p q) d -> d (r p) (k q)", r=rows, p=g)
     large = unpad(large, size)
     if newline is not None:

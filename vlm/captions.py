@@ -28,7 +28,8 @@ from utils.run import check
 class Config:
     """Damage real captions in known ways and see what each score makes of it."""
 
-    least_words: int = 4  # use the names of emoji that have so many words or more: four make one 4-gram
+    # use the names of emoji that have so many words or more: four make one 4-gram
+    least_words: int = 4
     draws: int = 5  # random damages that a point is the mean of
     seed: int = 0  # same seed, same numbers
     out: str = "outputs/captions"  # where the results go
@@ -46,8 +47,14 @@ def ngrams(tokens, n):
 
 def pairs(candidates, references):
     """Sentences -> [(words of the candidate, [words of each reference])], one entry an image."""
-    check(len(candidates) == len(references) > 0, "one candidate and one list of references for each image")
-    check(not any(isinstance(r, str) for r in references), "the references of an image are a list, even if it is one")
+    check(
+        len(candidates) == len(references) > 0,
+        "one candidate and one list of references for each image",
+    )
+    check(
+        not any(isinstance(r, str) for r in references),
+        "the references of an image are a list, even if it is one",
+    )
     check(all(references), "every image needs at least one reference")
     return [(words(c), [words(r) for r in rs]) for c, rs in zip(candidates, references)]
 
@@ -60,14 +67,18 @@ def bleu(candidates, references, n=4):
             counts, most = ngrams(candidate, k), Counter()
             for ref in refs:
                 most |= ngrams(ref, k)  # the largest count in any one reference
-            match[k - 1] += (counts & most).total()  # clipped: "the the the" gets no more than is there. Sec. 2.1
+            # clipped: "the the the" gets no more than is there. Sec. 2.1
+            match[k - 1] += (counts & most).total()
             total[k - 1] += counts.total()
         length += len(candidate)
-        reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in refs)[1]  # the closest, or shorter
+        # The closest, or shorter
+        reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in refs)[1]
     p = match / np.maximum(total, 1)
-    penalty = 1 if length > reference_length else math.exp(1 - reference_length / max(length, 1e-9))  # Sec. 2.2
+    # Sec. 2.2
+    penalty = 1 if length > reference_length else math.exp(1 - reference_length / max(length, 1e-9))
     with np.errstate(divide="ignore"):  # log 0: one order without any match makes it 0
-        return penalty * np.exp(np.log(p).cumsum() / np.arange(1, n + 1))  # Sec. 2.3, uniform weights
+        # Sec. 2.3, uniform weights
+        return penalty * np.exp(np.log(p).cumsum() / np.arange(1, n + 1))
 
 
 def common(a, b):
@@ -88,7 +99,8 @@ def rouge_l(candidates, references, beta=1.2):
         found = [common(candidate, r) for r in refs]
         recall = max(f / max(len(r), 1) for f, r in zip(found, refs))  # Lin 2004, Eq. 2
         precision = max(found) / max(len(candidate), 1)  # Eq. 3
-        scores.append((1 + beta**2) * recall * precision / max(recall + beta**2 * precision, 1e-12))  # Eq. 4
+        # Eq. 4
+        scores.append((1 + beta**2) * recall * precision / max(recall + beta**2 * precision, 1e-12))
     return np.array(scores)
 
 
@@ -101,14 +113,19 @@ def cider(candidates, references, n=4, sigma=6.0):
     check(len(corpus) > 1, "CIDEr counts in how many images an n-gram occurs: give at least two")
     scores = np.zeros(len(corpus))
     for k in range(1, n + 1):
-        images = Counter(gram for _, refs in corpus for gram in set().union(*(ngrams(r, k) for r in refs)))
+        images = Counter(
+            gram for _, refs in corpus for gram in set().union(*(ngrams(r, k) for r in refs))
+        )
         idf = lambda gram: math.log(len(corpus) / max(images[gram], 1))  # noqa: B023, E731
         vector = lambda tokens: {gram: tf * idf(gram) for gram, tf in ngrams(tokens, k).items()}  # noqa: B023, E731  Eq. 1
         for i, (candidate, refs) in enumerate(corpus):
             g, score = vector(candidate), 0.0
             for ref in refs:
                 r = vector(ref)
-                clipped = sum(min(weight, r.get(gram, 0)) * r.get(gram, 0) for gram, weight in g.items())  # CIDEr-D
+                # CIDEr-D
+                clipped = sum(
+                    min(weight, r.get(gram, 0)) * r.get(gram, 0) for gram, weight in g.items()
+                )
                 norm = math.hypot(*g.values()) * math.hypot(*r.values())
                 length = math.exp(-((len(candidate) - len(ref)) ** 2) / (2 * sigma**2))  # CIDEr-D
                 score += length * clipped / norm if norm else 0.0  # Eq. 2
@@ -119,13 +136,19 @@ def cider(candidates, references, n=4, sigma=6.0):
 def scores(candidates, references):
     """{"BLEU-1", "BLEU-4", "ROUGE-L" in 0..1, "CIDEr" in 0..10} of a corpus."""
     b = bleu(candidates, references)
-    mean = {"ROUGE-L": rouge_l(candidates, references).mean(), "CIDEr": cider(candidates, references).mean()}
+    mean = {
+        "ROUGE-L": rouge_l(candidates, references).mean(),
+        "CIDEr": cider(candidates, references).mean(),
+    }
     return {name: float(x) for name, x in ({"BLEU-1": b[0], "BLEU-4": b[3]} | mean).items()}
 
 
 # Short answers. The tables are those of the official VQA evaluation.
 
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS = {
+    word: str(i)
+    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
 NUMBERS["none"] = "0"
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -150,7 +173,8 @@ def normalise(answer):
     """An answer as the VQA evaluation compares it: "Two dogs." -> "2 dogs", "the t-shirt" -> "t shirt"."""
     text = re.sub(r"[\n\t]", " ", answer).strip()
     number, out = re.search(r"\d,\d", text), text
-    for mark in PUNCTUATION:  # it goes where it stands beside a space or a number has a comma, else becomes a space
+    # It goes where it stands beside a space or a number has a comma, else becomes a space
+    for mark in PUNCTUATION:
         out = out.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
     out = re.sub(r"\.(?!\d)", "", out)  # the point of 3.5 stays
     found = [NUMBERS.get(word, word) for word in out.lower().split()]
@@ -163,7 +187,9 @@ def vqa_accuracy(answer, answers):
     Ten people: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who gave this answer. Both sides are normalised; the
     official code changes only the punctuation of the people's answers, and only if they differ.
     """
-    check(len(answers) > 1, "VQA accuracy leaves one of the people out: it needs two answers or more")
+    check(
+        len(answers) > 1, "VQA accuracy leaves one of the people out: it needs two answers or more"
+    )
     same = [normalise(a) == normalise(answer) for a in answers]
     return sum(min((sum(same) - own) / 3, 1) for own in same) / len(same)
 
@@ -175,7 +201,9 @@ def direct_answer_accuracy(answer, answers):
 
 def likeliest(log_p, lengths=None):
     """Index of the choice with the highest log-likelihood; with lengths (in tokens), of the highest mean per token."""
-    return int(np.argmax(np.asarray(log_p, float) / (1 if lengths is None else np.asarray(lengths))))
+    return int(
+        np.argmax(np.asarray(log_p, float) / (1 if lengths is None else np.asarray(lengths)))
+    )
 
 
 NEGATIONS = {"not", "no", "nor", "neither", "never", "without", "cannot"}
@@ -195,15 +223,23 @@ def match_choice(text, choices):
         return ord(letter[1]) - ord("a")
     said = f" {normalise(text)} "
     wanted = [f" {normalise(c)} " for c in choices]
-    inside = sorted((-len(c), i) for i, c in enumerate(wanted) if c.strip() and c in said and not denied(text, c))
-    return None if not inside or (len(inside) > 1 and inside[0][0] == inside[1][0]) else inside[0][1]
+    inside = sorted(
+        (-len(c), i)
+        for i, c in enumerate(wanted)
+        if c.strip() and c in said and not denied(text, c)
+    )
+    return (
+        None if not inside or (len(inside) > 1 and inside[0][0] == inside[1][0]) else inside[0][1]
+    )
 
 
 def denied(text, choice):
     """Does a negation stand before the choice in every clause that has it? Clauses end at , . ; : ! ? and "but"."""
     clauses = [f" {normalise(part)} " for part in re.split(r"[,.;:!?](?:\s|$)|\bbut\b", text)]
     before = [clause.partition(choice)[0].split() for clause in clauses if choice in clause]
-    return bool(before) and all(any(w in NEGATIONS or w.endswith("n't") for w in words) for words in before)
+    return bool(before) and all(
+        any(w in NEGATIONS or w.endswith("n't") for w in words) for words in before
+    )
 
 
 # Damage: words that say the same, words that say something else, and words that are lost.
@@ -241,7 +277,9 @@ def shuffled(tokens, hit, rng, vocabulary):
 def damage(captions, how, share, rng):
     """Each word is hit with probability `share`: [str] -> [str]."""
     vocabulary = sorted({word for c in captions for word in words(c)})
-    spoiled = (how(tokens := words(c), rng.random(len(tokens)) < share, rng, vocabulary) for c in captions)
+    spoiled = (
+        how(tokens := words(c), rng.random(len(tokens)) < share, rng, vocabulary) for c in captions
+    )
     return [" ".join(tokens) for tokens in spoiled]
 
 
@@ -271,7 +309,13 @@ def draw(path, shares, curves, table, examples):
     for i, (name, rows) in enumerate(curves.items()):
         axis = figure.add_subplot(grid[0, i])
         for score in perfect:
-            axis.plot(shares, [row[score] / perfect[score] for row in rows], marker="o", markersize=3, label=score)
+            axis.plot(
+                shares,
+                [row[score] / perfect[score] for row in rows],
+                marker="o",
+                markersize=3,
+                label=score,
+            )
         axis.set(title=f"words {name}", xlabel="share of words", ylim=(-0.04, 1.04))
         axis.set_ylabel("share of the perfect score" if i == 0 else "")
         axis.grid(alpha=0.3)
@@ -290,7 +334,11 @@ def draw(path, shares, curves, table, examples):
 def main(cfg: Config) -> dict:
     """Damage the names of the emoji, score them against the names; writes the table and the figure."""
     check(cfg.least_words >= 1 and cfg.draws >= 1, "--least-words and --draws must be at least 1")
-    known = [c for c in data.emoji()[1] if len(words(c)) >= cfg.least_words and set(words(c)) & OTHER_WORDS.keys()]
+    known = [
+        c
+        for c in data.emoji()[1]
+        if len(words(c)) >= cfg.least_words and set(words(c)) & OTHER_WORDS.keys()
+    ]
     check(len(known) > 1, f"no two captions have {cfg.least_words} words; lower --least-words")
     run.seed(cfg.seed)
     folder, rng = run.output(cfg.out, cfg), np.random.default_rng(cfg.seed)
@@ -299,13 +347,28 @@ def main(cfg: Config) -> dict:
     table, i = {name: scores(some, references) for name, some in spoiled.items()}, len(known) // 2
     shares, curves = [0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1], {}
     for name, how in {"dropped": dropped, "replaced": replaced, "shuffled": shuffled}.items():
-        draws = [[scores(damage(known, how, s, rng), references) for _ in range(cfg.draws)] for s in shares]
-        curves[name] = [{k: float(np.mean([d[k] for d in some])) for k in some[0]} for some in draws]
-    draw(folder / "captions.png", shares, curves, table, {name: some[i] for name, some in spoiled.items()})
+        draws = [
+            [scores(damage(known, how, s, rng), references) for _ in range(cfg.draws)]
+            for s in shares
+        ]
+        curves[name] = [
+            {k: float(np.mean([d[k] for d in some])) for k in some[0]} for some in draws
+        ]
+    draw(
+        folder / "captions.png",
+        shares,
+        curves,
+        table,
+        {name: some[i] for name, some in spoiled.items()},
+    )
     people = ["two"] * 3 + ["2 dogs"] * 2 + ["dogs"] * 5  # how ten people answered "how many dogs?"
-    answers = {f"VQA accuracy of '{a}'": vqa_accuracy(a, people) for a in ("Two.", "the 2 dogs", "Dog")}
+    answers = {
+        f"VQA accuracy of '{a}'": vqa_accuracy(a, people) for a in ("Two.", "the 2 dogs", "Dog")
+    }
     half = {f"{name} 0.45": rows[4] for name, rows in curves.items()}
-    return run.report(folder, {"captions": len(known)} | table | half | answers, f"open {folder}/captions.png")
+    return run.report(
+        folder, {"captions": len(known)} | table | half | answers, f"open {folder}/captions.png"
+    )
 
 
 if __name__ == "__main__":

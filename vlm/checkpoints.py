@@ -49,8 +49,13 @@ def engine_of(learner, every, cfg):
     """
     tower = learner.model.vision
     learns = any(p.requires_grad for p in tower.parameters())
-    alike = cfg.precision == "fp32" or not any(isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules())
-    check(alike or not learns, "--train_type none: under DeepSpeed this tower learns in --precision fp32 only")
+    alike = cfg.precision == "fp32" or not any(
+        isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules()
+    )
+    check(
+        alike or not learns,
+        "--train_type none: under DeepSpeed this tower learns in --precision fp32 only",
+    )
     config = zero_config.read(SimpleNamespace(
         zero_stage=cfg.zero_stage, config="", offload="none", precision=cfg.precision,
         batch=cfg.per_device_train_batch_size, accumulation=cfg.gradient_accumulation_steps,
@@ -68,25 +73,36 @@ def save(cfg, model, optimizer, losses, engine=None):
     if engine:
 
         def put(folder):
-            engine.save_checkpoint(folder.parent, folder.name, save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(
+                folder.parent, folder.name, save_latest=False, exclude_frozen_parameters=True
+            )
             if dist.get_rank() == 0:
                 ranks = {"ranks": dist.get_world_size()}
-                checkpoint.save_state(folder / "run.safetensors", config=asdict(cfg) | ranks, losses=losses)
+                checkpoint.save_state(
+                    folder / "run.safetensors", config=asdict(cfg) | ranks, losses=losses
+                )
 
         manifest.save(Path(cfg.out) / "checkpoints", len(losses), put)
     elif not dist.is_initialized() or dist.get_rank() == 0:
         kept = {"weights": llama2_full.Trained(model), "optimizer": optimizer}
-        checkpoint.save_state(Path(cfg.out) / "state.safetensors", **kept, config=asdict(cfg), losses=losses)
+        checkpoint.save_state(
+            Path(cfg.out) / "state.safetensors", **kept, config=asdict(cfg), losses=losses
+        )
 
 
 def load(cfg, model, optimizer, engine=None):
     """Put the last checkpoint back -> the losses so far. Raises UserError: there is none, or it is of another run."""
     if not engine:
         found = Path(cfg.out) / "state.safetensors"
-        return checkpoint.load_state(found, cfg, weights=llama2_full.Trained(model), optimizer=optimizer)["losses"]
+        return checkpoint.load_state(
+            found, cfg, weights=llama2_full.Trained(model), optimizer=optimizer
+        )["losses"]
     folder = manifest.load(Path(cfg.out) / "checkpoints")
     state, n = checkpoint.load_state(folder / "run.safetensors"), dist.get_world_size()
-    check(state["config"]["ranks"] == n, f"--resume: {folder} was written by {state['config']['ranks']} ranks, not {n}")
+    check(
+        state["config"]["ranks"] == n,
+        f"--resume: {folder} was written by {state['config']['ranks']} ranks, not {n}",
+    )
     same_flags(replace(cfg, ranks=n), state["config"], folder)
     engine.load_checkpoint(folder.parent, folder.name, load_module_strict=False)
     return state["losses"]

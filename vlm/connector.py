@@ -97,13 +97,16 @@ class SwiGLU(nn.Module):
 class PerceiverLayer(nn.Module):
     """Cross-attention from latents (B,M,E) to image tokens (B,N,E), then a feed-forward network -> latents (B,M,E)."""
 
-    def __init__(self, width, heads, kv_heads, head_dim, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu):
+    def __init__(
+        self, width, heads, kv_heads, head_dim, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu
+    ):
         super().__init__()
         check(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} keys evenly")
         self.heads = heads
         self.kv_heads = kv_heads
         self.concat_latents_kv = concat_latents_kv
-        norm = partial(nn.RMSNorm, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm  # Idefics2, or Flamingo
+        # Idefics2, or Flamingo
+        norm = partial(nn.RMSNorm, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm
         self.norm_latents = norm(width)
         self.norm_context = norm(width)
         self.norm_mlp = norm(width)
@@ -127,7 +130,8 @@ class PerceiverLayer(nn.Module):
         latents = self.norm_latents(latents)  # (B,M,E)
         context = self.norm_context(context)  # (B,N,E)
         # keys and values: the image tokens, and the latents too. Flamingo, Fig. 5
-        kv_input = torch.cat([context, latents], dim=1) if self.concat_latents_kv else context  # (B,N+M,E) or (B,N,E)
+        # (B,N+M,E) or (B,N,E)
+        kv_input = torch.cat([context, latents], dim=1) if self.concat_latents_kv else context
         q = rearrange(self.q_proj(latents), "b m (h d) -> b h m d", h=self.heads)
         k = rearrange(self.k_proj(kv_input), "b n (h d) -> b h n d", h=self.kv_heads)
         v = rearrange(self.v_proj(kv_input), "b n (h d) -> b h n d", h=self.kv_heads)
@@ -173,7 +177,8 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(latents, dim_out))
         sizes = (dim_out, heads, kv_heads, head_dim)
         self.layers = nn.ModuleList(
-            PerceiverLayer(*sizes, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu) for _ in range(depth)
+            PerceiverLayer(*sizes, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu)
+            for _ in range(depth)
         )
         self.norm = nn.RMSNorm(dim_out, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm(dim_out)
         self.register_load_state_dict_pre_hook(rename_old_parameters)
@@ -218,18 +223,26 @@ def build(name, dim_in, dim_out, **options):
     if kind == "mlp":
         return mlp(int(number), dim_in, dim_out)
     if kind == "identity":
-        check(dim_in == dim_out, f"identity: the eye has {dim_in} numbers a token, the language model {dim_out}")
+        check(
+            dim_in == dim_out,
+            f"identity: the eye has {dim_in} numbers a token, the language model {dim_out}",
+        )
         return nn.Identity()
     if kind == "concat":
         side = round(int(number) ** 0.5)
-        check(side * side == int(number), f"{name}: neighbours are joined in squares: concat4, concat9 ...")
+        check(
+            side * side == int(number),
+            f"{name}: neighbours are joined in squares: concat4, concat9 ...",
+        )
         return Concat(side, dim_in, dim_out)
     if kind in ("pool", "bilinear"):
         return Pool(int(number), dim_in, dim_out, kind)
     if kind == "perceiver":
         return PerceiverResampler(dim_in, dim_out, **options)
     names = "linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver"
-    raise UserError(f"there is no connector '{name}'; known are {names}, with numbers for N, R and S")
+    raise UserError(
+        f"there is no connector '{name}'; known are {names}, with numbers for N, R and S"
+    )
 
 
 def tokens(connector: Any, n):

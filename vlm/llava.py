@@ -38,11 +38,13 @@ class Config:
 
     image: str = ""  # a photo of your own; empty: photos of fruit that no training saw
     prompt: str = "What fruit is this?"
-    model: str = str(WEIGHTS)  # weights of vlm/train.py, a folder of --save, or LLaVA's own: folder or hub id
+    # weights of vlm/train.py, a folder of --save, or LLaVA's own: folder or hub id
+    model: str = str(WEIGHTS)
     tiles: int = 1  # cut the photo into so many tiles at most, as LLaVA-1.6 does; 1: none
     samples: int = 8  # photos, if none is named
     max_new_tokens: int = 30  # longest answer
-    max_prompt: int = 512  # tokens of the longest prompt that is read, photo and all; two cores read 300 a second
+    # tokens of the longest prompt that is read, photo and all; two cores read 300 a second
+    max_prompt: int = 512
     save: str = ""  # write the whole model there, as an ordinary folder
     seed: int = 0
     device: str = "auto"
@@ -60,7 +62,8 @@ class Llava(nn.Module):
         super().__init__()
         self.vision, self.connector, self.language, self.image_id = vision, join, language, image_id
         width = language.config.get_text_config().hidden_size
-        self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None  # 1.6: ends a row of tiles
+        # 1.6: ends a row of tiles
+        self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None
         self.grids: list[tuple] = []  # 1.6: the sizes that a picture is tiled to; none: every grid
 
     @property
@@ -83,8 +86,13 @@ class Llava(nn.Module):
         Raises UserError for a connector whose tokens have no place, and so cannot be put together again.
         """
         is_map = not isinstance(self.connector, connector.PerceiverResampler)
-        check(is_map, "tiles are put together by place, and a perceiver's latents have none: leave out --tiles")
-        return anyres.pack(self.image_features(pixels), size, self.vision.size, candidates, self.newline)[None]
+        check(
+            is_map,
+            "tiles are put together by place, and a perceiver's latents have none: leave out --tiles",
+        )
+        return anyres.pack(
+            self.image_features(pixels), size, self.vision.size, candidates, self.newline
+        )[None]
 
     def merge(self, text_embeds, image_features, input_ids):
         """Put features into the places of <image>, in order: (B,T,E), (any number of photos, N,E), (B,T) -> (B,T,E).
@@ -93,7 +101,10 @@ class Llava(nn.Module):
         """
         places, features = input_ids == self.image_id, image_features.flatten(0, -2)
         seen, there = int(places.sum()), len(features)
-        check(seen == there, f"the text has {seen} places for a picture's tokens, the pictures have {there}")
+        check(
+            seen == there,
+            f"the text has {seen} places for a picture's tokens, the pictures have {there}",
+        )
         return text_embeds.masked_scatter(places[..., None], features.to(text_embeds.dtype))
 
     def embed(self, input_ids, features=None):
@@ -114,7 +125,17 @@ class Llava(nn.Module):
         return self.language.generate(inputs_embeds=embeds, **GREEDY | more)
 
 
-def build(vision, join, language, tokenizer, layer=-2, select="patch", words=(IMAGE,), newline=False, on="cpu"):
+def build(
+    vision,
+    join,
+    language,
+    tokenizer,
+    layer=-2,
+    select="patch",
+    words=(IMAGE,),
+    newline=False,
+    on="cpu",
+):
     """Names of a tower and a connector, and a language model -> Llava; the words are added to its vocabulary."""
     parts = llava_io.build(vision, join, language, tokenizer, layer, select, words, on)
     return Llava(parts.vision, parts.connector, parts.language, parts.image_id, newline)
@@ -151,16 +172,22 @@ def see(model, image, tiles=1):
     eye, on = model.vision, next(model.language.parameters()).device
     if tiles > 1:
         most = tiles * eye.size**2
-        sizes = [s for s in model.grids or anyres.candidates(eye.size, tiles) if s[0] * s[1] <= most]
+        sizes = [
+            s for s in model.grids or anyres.candidates(eye.size, tiles) if s[0] * s[1] <= most
+        ]
         pixels = eye.pixels(anyres.tiles(image, eye.size, sizes).to(on))
         return model.tile_features(pixels, image.shape[1:], sizes)
     return model.image_features(eye.pixels(anyres.resize(image, (eye.size, eye.size))[None].to(on)))
 
 
 @torch.no_grad()
-def answer(tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512):
+def answer(
+    tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
+):
     """What the model says about a photo, uint8 (3,H,W)."""
-    return answer_and_probability(tokenizer, model, image, prompt, max_new_tokens, tiles, streamer, max_prompt)[0]
+    return answer_and_probability(
+        tokenizer, model, image, prompt, max_new_tokens, tiles, streamer, max_prompt
+    )[0]
 
 
 @torch.no_grad()
@@ -183,21 +210,37 @@ def answer_and_probability(
 def sizes(model):
     """Parameters by part, one line."""
     parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
-    return ", ".join(f"{k} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for k, m in parts.items())
+    return ", ".join(
+        f"{k} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for k, m in parts.items()
+    )
 
 
 def main(cfg: Config) -> dict:
     """Answer about a photo, or about some that no training saw; write the model, if asked to."""
-    check(cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles > 0, "--samples, --tiles and the like: at least 1")
-    check(cfg.prompt.strip() and IMAGE not in cfg.prompt, f"--prompt is a question; {IMAGE} is put before it")
-    check(not cfg.save or not Path(cfg.save).exists(), f"--save {cfg.save} is there already: name another")
+    check(
+        cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles > 0,
+        "--samples, --tiles and the like: at least 1",
+    )
+    check(
+        cfg.prompt.strip() and IMAGE not in cfg.prompt,
+        f"--prompt is a question; {IMAGE} is put before it",
+    )
+    check(
+        not cfg.save or not Path(cfg.save).exists(),
+        f"--save {cfg.save} is there already: name another",
+    )
     if cfg.image:  # as it is if it is cut into tiles; else its middle, as in training
         photos, truths = [data.read_image(Path(cfg.image), 0 if cfg.tiles > 1 else 448)], [""]
     else:
         fruit = data.groceries(348)
         unseen = [i for i, part in enumerate(fruit.split) if part == "test"]
-        chosen = fruit_photos.one_of_each(fruit, np.random.default_rng(cfg.seed).permutation(unseen))[: cfg.samples]
-        photos, truths = [fruit.images[i] for i in chosen], [fruit_photos.name_of(fruit, i) for i in chosen]
+        chosen = fruit_photos.one_of_each(
+            fruit, np.random.default_rng(cfg.seed).permutation(unseen)
+        )[: cfg.samples]
+        photos, truths = (
+            [fruit.images[i] for i in chosen],
+            [fruit_photos.name_of(fruit, i) for i in chosen],
+        )
     tokenizer, model = load(cfg.model, run.device(cfg.device))
     tokens = see(model, photos[0], cfg.tiles).shape[1]
     asked = question(tokenizer, model, cfg.prompt, tokens).shape[1]
@@ -205,7 +248,9 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     print(sizes(model))
     if cfg.model == str(WEIGHTS):
-        print("It was taught fruit only: fourteen kinds. Of anything else it talks as if it were fruit.")
+        print(
+            "It was taught fruit only: fourteen kinds. Of anything else it talks as if it were fruit."
+        )
     print(cfg.prompt)
     answers, sure = [], []
     for photo, truth in zip(photos, truths):
@@ -218,7 +263,11 @@ def main(cfg: Config) -> dict:
     fruit_photos.draw(folder / "answers.png", photos, answers, truths, cfg.prompt)
     if cfg.save:
         llava_io.save(model, tokenizer, cfg.save)
-    metrics = {"prompt": cfg.prompt, "tokens_of_a_photo": tokens, "p of the answer": sum(sure) / len(sure)}
+    metrics = {
+        "prompt": cfg.prompt,
+        "tokens_of_a_photo": tokens,
+        "p of the answer": sum(sure) / len(sure),
+    }
     return run.report(folder, metrics, "python vlm/train.py")
 
 

@@ -20,8 +20,10 @@ from utils.text import printable, read_text
 from vlm import connector, tower
 from vlm.prompts import IMAGE, add_words
 
-KINDS = ("llava", "llava_next")  # model types of transformers that are read here; others only look alike
-OURS = {"model_type", "vision", "connector", "layer", "select"}  # keys of config.json of a folder of parts
+# Model types of transformers that are read here; others only look alike
+KINDS = ("llava", "llava_next")
+# Keys of config.json of a folder of parts
+OURS = {"model_type", "vision", "connector", "layer", "select"}
 
 
 class Parts(NamedTuple):
@@ -54,9 +56,13 @@ def correct(language, tensors, scale):
     for name in [k.removesuffix(".A") for k in tensors if k.endswith(".A")]:
         try:
             weight = language.get_parameter(f"{name}.weight")
-            weight.add_((scale * tensors[f"{name}.B"].float() @ tensors[f"{name}.A"].float()).to(weight))
+            weight.add_(
+                (scale * tensors[f"{name}.B"].float() @ tensors[f"{name}.A"].float()).to(weight)
+            )
         except (AttributeError, KeyError, RuntimeError):
-            raise UserError(f"the corrections are for another language model: {name} does not fit") from None
+            raise UserError(
+                f"the corrections are for another language model: {name} does not fit"
+            ) from None
 
 
 def restore(path, on="cpu"):
@@ -65,14 +71,28 @@ def restore(path, on="cpu"):
     try:
         tokenizer, language = speaker(meta["language"], on)
         run.seed(0)
-        model = build(meta["vision"], meta["connector"], language, tokenizer, meta["layer"], meta["select"], on=on)
-        part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+        model = build(
+            meta["vision"],
+            meta["connector"],
+            language,
+            tokenizer,
+            meta["layer"],
+            meta["select"],
+            on=on,
+        )
+
+        def part(name):
+            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
         model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
         correct(language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
         for name, parts in (("vision.", model.vision), ("language.", language)):  # trained whole
             if part(name):  # what did not learn is not in the file
                 unknown = parts.load_state_dict(part(name), strict=False).unexpected_keys
-                check(not unknown, f"{path} holds weights that its {name[:-1]} model lacks: {printable(unknown)}")
+                check(
+                    not unknown,
+                    f"{path} holds weights that its {name[:-1]} model lacks: {printable(unknown)}",
+                )
     except (TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} holds no LLaVA of this kind ({first_line(error)})") from None
     return tokenizer, model
@@ -86,20 +106,49 @@ def first_line(error):
 def check_supported(config, name):
     """Raises UserError, naming the key, for what a configuration of transformers asks and this project does not do."""
     kind = getattr(config, "model_type", None)
-    check(kind in KINDS, f"'{name}' is a {printable(kind)}: only {', '.join(KINDS)} and folders of --save are read")
+    check(
+        kind in KINDS,
+        f"'{name}' is a {printable(kind)}: only {', '.join(KINDS)} and folders of --save are read",
+    )
     from transformers import LlavaConfig, LlavaNextConfig
 
     usual = set((LlavaConfig if kind == "llava" else LlavaNextConfig)().to_dict())
-    usual |= {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "ignore_index"}
-    usual |= {"image_token_index", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "hidden_size"}
-    usual |= {"use_image_newline_parameter", "use_cache", "initializer_range", "text_config", "vision_config"}
+    usual |= {
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "ignore_index",
+    }
+    usual |= {
+        "image_token_index",
+        "vocab_size",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "hidden_size",
+    }
+    usual |= {
+        "use_image_newline_parameter",
+        "use_cache",
+        "initializer_range",
+        "text_config",
+        "vision_config",
+    }
     unknown = sorted(set(config.to_dict()) - usual)
-    check(not unknown, f"'{name}' has {printable(', '.join(unknown))} in its config.json, which is not known here")
-    one_layer = isinstance(config.vision_feature_layer, int) and not isinstance(config.vision_feature_layer, bool)
+    check(
+        not unknown,
+        f"'{name}' has {printable(', '.join(unknown))} in its config.json, which is not known here",
+    )
+    one_layer = isinstance(config.vision_feature_layer, int) and not isinstance(
+        config.vision_feature_layer, bool
+    )
     wanted = {
         "projector_hidden_act": config.projector_hidden_act == "gelu",
         "vision_feature_layer": one_layer,  # a list: several layers side by side
-        "vision_feature_select_strategy": config.vision_feature_select_strategy in ("default", "full"),
+        "vision_feature_select_strategy": config.vision_feature_select_strategy
+        in ("default", "full"),
         "use_image_newline_parameter": getattr(config, "use_image_newline_parameter", True) is True,
     }
     for key, fine in wanted.items():
@@ -139,12 +188,17 @@ def to_transformers(model):
     )
 
     eye, join = model.vision, model.connector
-    known = hasattr(getattr(eye.network, "config", None), "patch_size") and [type(m) for m in join.children()] == [
+    known = hasattr(getattr(eye.network, "config", None), "patch_size") and [
+        type(m) for m in join.children()
+    ] == [
         nn.Linear,
         nn.GELU,
         nn.Linear,
     ]
-    check(known and eye.lead < 2, "transformers' LLaVA has an encoder of its own kind and a connector mlp2x_gelu")
+    check(
+        known and eye.lead < 2,
+        "transformers' LLaVA has an encoder of its own kind and a connector mlp2x_gelu",
+    )
     next_one = model.newline is not None
     kind = LlavaNextConfig if next_one else LlavaConfig
     config = kind(
@@ -155,7 +209,9 @@ def to_transformers(model):
     )  # fmt: skip
     if next_one and model.grids:
         config.image_grid_pinpoints = [list(size) for size in model.grids]
-    theirs: Any = (LlavaNextForConditionalGeneration if next_one else LlavaForConditionalGeneration)(config)
+    theirs: Any = (
+        LlavaNextForConditionalGeneration if next_one else LlavaForConditionalGeneration
+    )(config)
     theirs.to(model.language.dtype)  # before anything is copied: a configuration may ask for bf16
     inner = theirs.model
     inner.vision_tower.load_state_dict(eye.network.state_dict())
@@ -194,7 +250,10 @@ def save(model, tokenizer, folder, join="mlp2x_gelu"):
                     eye.network.save_pretrained(ready / "vision")
                     image_processor(eye).save_pretrained(ready / "vision")
                 checkpoint.write(ready / "connector.safetensors", model.connector.state_dict())
-                about = {"model_type": "llava-of-parts", "vision": "vision" if own else "efficientnet"}
+                about = {
+                    "model_type": "llava-of-parts",
+                    "vision": "vision" if own else "efficientnet",
+                }
                 about |= {"connector": join, "layer": eye.layer, "select": eye.select}
                 run.write_json(ready / "config.json", about)
             shutil.move(ready, folder)
@@ -208,7 +267,10 @@ def image_processor(eye):
 
     side = {"height": eye.size, "width": eye.size}
     return CLIPImageProcessorPil(
-        size={"shortest_edge": eye.size}, crop_size=side, image_mean=list(eye.mean), image_std=list(eye.std)
+        size={"shortest_edge": eye.size},
+        crop_size=side,
+        image_mean=list(eye.mean),
+        image_std=list(eye.std),
     )
 
 
@@ -231,7 +293,10 @@ def load(name, on="cpu"):
     path = Path(name)
     if path.suffix == ".safetensors":
         return restore(path, on)
-    check(not path.is_file(), f"{path} holds no weights: name a .safetensors file, a folder or a hub id")
+    check(
+        not path.is_file(),
+        f"{path} holds no weights: name a .safetensors file, a folder or a hub id",
+    )
     about = described(path) if path.is_dir() else {}
     if about.get("model_type") == "llava-of-parts":
         return of_parts(path, about, on)
@@ -241,10 +306,16 @@ def load(name, on="cpu"):
     more = {"dtype": torch.bfloat16, "output_loading_info": True}
     theirs, info = from_pretrained(AutoModelForImageTextToText, name, **more)
     lost = sorted(info["missing_keys"])
-    check(not lost, f"'{name}' lacks {len(lost)} weights, {printable(lost[:1])} first: fetch or write it again")
+    check(
+        not lost,
+        f"'{name}' lacks {len(lost)} weights, {printable(lost[:1])} first: fetch or write it again",
+    )
     shown: Any = from_pretrained(AutoProcessor, name)
     model = from_transformers(pretrained.frozen(theirs, on), name)
-    model.vision.mean, model.vision.std = shown.image_processor.image_mean, shown.image_processor.image_std
+    model.vision.mean, model.vision.std = (
+        shown.image_processor.image_mean,
+        shown.image_processor.image_std,
+    )
     return shown.tokenizer, model
 
 
@@ -267,7 +338,9 @@ def transformers_config(name):
 
 def described(path):
     """config.json of a folder. Raises UserError: none, no JSON object, one of ours with keys missing or unknown."""
-    check((path / "config.json").is_file(), f"{path} is no folder of a model: it has no config.json")
+    check(
+        (path / "config.json").is_file(), f"{path} is no folder of a model: it has no config.json"
+    )
     try:
         about = json.loads(read_text(path / "config.json"))
     except (ValueError, RecursionError) as error:
@@ -279,7 +352,9 @@ def described(path):
         texts = all(isinstance(about[k], str) for k in ("vision", "connector", "select"))
         whole = isinstance(about["layer"], int) and not isinstance(about["layer"], bool)
         fine = texts and whole and about["vision"] in ("efficientnet", "vision")
-        check(fine, f"{path}/config.json: vision, connector, layer or select is not what save writes")
+        check(
+            fine, f"{path}/config.json: vision, connector, layer or select is not what save writes"
+        )
     return about
 
 
@@ -287,9 +362,13 @@ def of_parts(path, about, on="cpu"):
     """A folder of ours, in which every part is a folder of its own -> tokenizer, Parts."""
     tokenizer, language = speaker(path / "language", on)
     eye = about["vision"] if about["vision"] == "efficientnet" else str(path / "vision")
-    model = build(eye, about["connector"], language, tokenizer, about["layer"], about["select"], on=on)
+    model = build(
+        eye, about["connector"], language, tokenizer, about["layer"], about["select"], on=on
+    )
     try:
         model.connector.load_state_dict(checkpoint.read(path / "connector.safetensors")[0])
     except RuntimeError as error:
-        raise UserError(f"{path}/connector.safetensors is not a {about['connector']}: {first_line(error)}") from None
+        raise UserError(
+            f"{path}/connector.safetensors is not a {about['connector']}: {first_line(error)}"
+        ) from None
     return tokenizer, model

@@ -35,7 +35,16 @@ from vlm.prompts import IGNORE
 from vlm.samplers import Mixture, by_length
 
 # What reading a bad file raises; a bug stays loud
-BROKEN = (OSError, EOFError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError, UserError)
+BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    UserError,
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,18 @@ class Config:
 def pad(samples, pad_id):
     """-> {"ids", "mask", "labels", "positions"}, each (B,T): as long as the longest, filled up on the right."""
     check(samples, "a batch needs at least one sample")
-    check(all(len(s["ids"]) == len(s["labels"]) > 0 for s in samples), "every id of a sample needs a label")
+    check(
+        all(len(s["ids"]) == len(s["labels"]) > 0 for s in samples),
+        "every id of a sample needs a label",
+    )
     lengths = torch.tensor([len(s["ids"]) for s in samples])
     shape = len(samples), int(lengths.max())
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     for i, s in enumerate(samples):
-        ids[i, : lengths[i]], labels[i, : lengths[i]] = torch.tensor(s["ids"]), torch.tensor(s["labels"])
+        ids[i, : lengths[i]], labels[i, : lengths[i]] = (
+            torch.tensor(s["ids"]),
+            torch.tensor(s["labels"]),
+        )
     places = torch.arange(shape[1])
     mask = (places < lengths[:, None]).long()  # 1: a token, 0: padding
     return {"ids": ids, "mask": mask, "labels": labels, "positions": places.repeat(shape[0], 1)}
@@ -72,7 +87,10 @@ def pack(samples, length):
     full and long-winded first, crumbs last: shuffle them before training.
     """
     longest = max((len(s["ids"]) for s in samples), default=0)
-    check(longest <= length, f"a sample of {longest} tokens does not fit into rows of {length}: cut it, or take longer")
+    check(
+        longest <= length,
+        f"a sample of {longest} tokens does not fit into rows of {length}: cut it, or take longer",
+    )
     rows, rooms = [], []  # rooms: (tokens left, number of the row), sorted
     for s in sorted(samples, key=lambda s: -len(s["ids"])):
         n = len(s["ids"])
@@ -98,7 +116,8 @@ def packed(rows, pad_id):
         start = 0
         for number, s in enumerate(row, 1):
             span = slice(start, start + len(s["ids"]))
-            batch["segments"][i, span], batch["positions"][i, span] = number, torch.arange(len(s["ids"]))
+            batch["segments"][i, span] = number
+            batch["positions"][i, span] = torch.arange(len(s["ids"]))
             batch["labels"][i, start] = IGNORE  # no prediction across the border
             start = span.stop
         batch["positions"][i, start:] = 0
@@ -115,7 +134,9 @@ def block_mask(segments, dtype=None):
     mask = same.tril()[:, None]
     if dtype is None:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 def positions_of(model):
@@ -126,7 +147,10 @@ def positions_of(model):
 def check_positions(model, batch):
     """Raises UserError for a position beyond the model's last: a table ends in a crash, rotary ones in noise."""
     room, last = positions_of(model), int(batch["positions"].max())
-    check(room is None or last < room, f"a sample of {last + 1} tokens, but the model has {room} positions: cut it")
+    check(
+        room is None or last < room,
+        f"a sample of {last + 1} tokens, but the model has {room} positions: cut it",
+    )
 
 
 def attention_mask(model, batch):
@@ -137,8 +161,13 @@ def attention_mask(model, batch):
     check_positions(model, batch)
     if "mask" in batch:
         return batch["mask"]
-    check(model.config._attn_implementation in ("eager", "sdpa"), "packed rows need eager or sdpa attention")
-    return block_mask(batch["segments"], model.dtype if model.config._attn_implementation == "eager" else None)
+    check(
+        model.config._attn_implementation in ("eager", "sdpa"),
+        "packed rows need eager or sdpa attention",
+    )
+    return block_mask(
+        batch["segments"], model.dtype if model.config._attn_implementation == "eager" else None
+    )
 
 
 class Collator:
@@ -153,7 +182,8 @@ class Collator:
     def __init__(self, load, samples, pad_id, length=0, tries=10):
         self.load, self.pad_id, self.length, self.tries = load, pad_id, length, tries
         self.pool = [s for s in samples if s["images"] and (not length or len(s["ids"]) <= length)]
-        self.counts = torch.zeros(256, dtype=torch.long).share_memory_()  # one a worker: nobody writes into another's
+        # One a worker: nobody writes into another's
+        self.counts = torch.zeros(256, dtype=torch.long).share_memory_()
 
     @property
     def broken(self):
@@ -175,7 +205,9 @@ class Collator:
             except BROKEN as error:
                 self.counts[worker.id % 255 + 1 if worker else 0] += 1
                 why = printable(f"{one['images']}: {error}")
-        raise UserError(f"no picture that can be read in {self.tries} tries or less; the last one was {why}")
+        raise UserError(
+            f"no picture that can be read in {self.tries} tries or less; the last one was {why}"
+        )
 
     def __call__(self, samples):
         """-> what `pad` or `packed` give, and "images" (N,...) in the order of the rows, or None."""
@@ -183,7 +215,8 @@ class Collator:
         if self.length:
             pictures = {id(s): images for s, images in found}
             rows = pack([s for s, _ in found], self.length)
-            batch, found = packed(rows, self.pad_id), [(s, pictures[id(s)]) for row in rows for s in row]
+            batch = packed(rows, self.pad_id)
+            found = [(s, pictures[id(s)]) for row in rows for s in row]
         else:
             batch = pad([s for s, _ in found], self.pad_id)
         images = [image for _, several in found for image in several]
@@ -193,9 +226,14 @@ class Collator:
 def conversation(tokenizer, question, answer, image, tokens=49):
     """A photo, a question and an answer, of which the answer and the word that ends it are learned."""
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    question, answer = plain(question, tokenizer), plain(answer, tokenizer)  # commands written in them are no commands
+    # Commands written in them are no commands
+    question, answer = plain(question, tokenizer), plain(answer, tokenizer)
     place = tokenizer.convert_tokens_to_ids("<file_sep>")  # so this word stands for pictures only
-    asked = encode("<|im_start|>user\n") + [place] * tokens + encode(f"\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    asked = (
+        encode("<|im_start|>user\n")
+        + [place] * tokens
+        + encode(f"\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    )
     said = encode(f"{answer}<|im_end|>")
     return {"ids": asked + said, "labels": [IGNORE] * len(asked) + said, "images": [image]}
 
@@ -205,14 +243,18 @@ def collect(tokenizer, count, length, seed=0):
     manuals = []
     for k, (_, page) in enumerate(data.docs()):
         paragraphs = page.split("\n\n")
-        manuals += ["\n\n".join(paragraphs[i : i + 1 + k % 8]) for i in range(0, len(paragraphs), 1 + k % 8)]
+        manuals += [
+            "\n\n".join(paragraphs[i : i + 1 + k % 8]) for i in range(0, len(paragraphs), 1 + k % 8)
+        ]
     sources = {
         "pictures": [*enumerate(data.emoji()[1])],
         "tweets": [text for text, _ in data.tweets()],
         "manuals": [text for text in manuals if len(text) > 80],
     }
     samples = []
-    for _, item in zip(range(count), Mixture(sources, {"pictures": 2, "tweets": 1, "manuals": 1}, seed)):
+    for _, item in zip(
+        range(count), Mixture(sources, {"pictures": 2, "tweets": 1, "manuals": 1}, seed)
+    ):
         if isinstance(item, tuple):
             samples.append(conversation(tokenizer, "What does the picture show?", item[1], item[0]))
         else:
@@ -224,7 +266,9 @@ def collect(tokenizer, count, length, seed=0):
 def loss(model, batch):
     """Sum of -log p over all tokens that are learned; the head is asked there only."""
     mask = attention_mask(model, batch)
-    states = model.model(batch["ids"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)[0]
+    states = model.model(
+        batch["ids"], attention_mask=mask, position_ids=batch["positions"], use_cache=False
+    )[0]
     labels = batch["labels"][:, 1:]
     logits = model.lm_head(states[:, :-1][labels != IGNORE])
     return F.cross_entropy(logits.float(), labels[labels != IGNORE], reduction="sum")
@@ -247,12 +291,25 @@ def three_ways(samples, cfg):
 
 def measure(model, ways, pad_id):
     """Forward and backward over every batch of every way in turn -> {way: tokens, padding, CPU seconds, loss}."""
-    found = {name: {"tokens": 0, "places": 0, "steps": 0, "cpu_seconds": 0.0, "loss": 0.0} for name in ways}
-    turns = [(name, k) for k in range(max(map(len, ways.values()))) for name in ways if k < len(ways[name])]
-    loss(model, packed(ways["packed"][0][:1], pad_id)).backward()  # a first step is slower, and counts for nobody
+    found = {
+        name: {"tokens": 0, "places": 0, "steps": 0, "cpu_seconds": 0.0, "loss": 0.0}
+        for name in ways
+    }
+    turns = [
+        (name, k)
+        for k in range(max(map(len, ways.values())))
+        for name in ways
+        if k < len(ways[name])
+    ]
+    # a first step is slower, and counts for nobody
+    loss(model, packed(ways["packed"][0][:1], pad_id)).backward()
     for name, k in run.bar(turns, len(turns), name="batches"):
         rows = ways[name][k]
-        batch = packed(rows, pad_id) if name == "packed" else pad([s for row in rows for s in row], pad_id)
+        batch = (
+            packed(rows, pad_id)
+            if name == "packed"
+            else pad([s for row in rows for s in row], pad_id)
+        )
         start = time.process_time()
         value = loss(model, batch)
         value.backward()
@@ -268,8 +325,13 @@ def draw(path, ways, titles, length):
     """The batches as pictures on one scale: rows are sequences, colours samples, grey is padding; the area is work."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(ways), figsize=(3.7 * len(ways), 4.6), sharex=True, sharey=True)
-    shades = {True: plt.get_cmap("Oranges")(np.linspace(0.45, 0.75, 4)), False: plt.get_cmap("Blues")([0.4, 0.6, 0.8])}
+    figure, axes = plt.subplots(
+        1, len(ways), figsize=(3.7 * len(ways), 4.6), sharex=True, sharey=True
+    )
+    shades = {
+        True: plt.get_cmap("Oranges")(np.linspace(0.45, 0.75, 4)),
+        False: plt.get_cmap("Blues")([0.4, 0.6, 0.8]),
+    }
     for axis, (name, batches) in zip(axes, ways.items()):
         y, k = 0.0, 0
         for rows in batches:
@@ -279,7 +341,14 @@ def draw(path, ways, titles, length):
                 x = 0
                 for s in row:
                     colours = shades[bool(s["images"])]
-                    axis.barh(y, len(s["ids"]), 0.84, left=x, color=colours[k % len(colours)], align="edge")
+                    axis.barh(
+                        y,
+                        len(s["ids"]),
+                        0.84,
+                        left=x,
+                        color=colours[k % len(colours)],
+                        align="edge",
+                    )
                     x, k = x + len(s["ids"]), k + 1
                 y += 1
             y += 0.9  # a gap between batches
@@ -297,12 +366,21 @@ def draw(path, ways, titles, length):
 
 def main(cfg: Config) -> dict:
     """The same samples in three ways: useful tokens a second, the share of padding, and a picture of the batches."""
-    check(cfg.samples > 1 and cfg.batch > 0 and cfg.rank > 0, "--samples must be at least 2, --batch and --rank 1")
-    check(cfg.length >= 96, "--length must be at least 96: a picture has 49 tokens, and a question stands beside it")
+    check(
+        cfg.samples > 1 and cfg.batch > 0 and cfg.rank > 0,
+        "--samples must be at least 2, --batch and --rank 1",
+    )
+    check(
+        cfg.length >= 96,
+        "--length must be at least 96: a picture has 49 tokens, and a question stands beside it",
+    )
     run.seed(cfg.seed)
     tokenizer, model = pretrained.smollm2()
     room = positions_of(model)
-    check(room is None or cfg.length <= room, f"--length {cfg.length}: the model has {room} positions, take no more")
+    check(
+        room is None or cfg.length <= room,
+        f"--length {cfg.length}: the model has {room} positions, take no more",
+    )
     folder = run.output(cfg.out, cfg)
     llama2_lora.inject(model, ("q_proj", "v_proj"), cfg.rank, 2 * cfg.rank)
     model.set_attn_implementation(cfg.attention)
@@ -315,7 +393,9 @@ def main(cfg: Config) -> dict:
         metrics[name] = {"useful tokens a CPU second": rate, "padding": waste, **x}
         titles[name] = f"{name}: {waste:.0%} padding\n{rate:.0f} useful tokens a CPU second"
     speed = {name: metrics[name]["useful tokens a CPU second"] for name in found}
-    metrics |= {f"{name} against naive": speed[name] / speed["naive"] for name in ("grouped", "packed")}
+    metrics |= {
+        f"{name} against naive": speed[name] / speed["naive"] for name in ("grouped", "packed")
+    }
     draw(folder / "batching.png", ways, titles, cfg.length)
     return run.report(folder, metrics, then="python vlm/train.py --packing")
 

@@ -11,7 +11,8 @@ from utils.text import plain
 
 IGNORE = -100  # the label of a token that is not learned
 IMAGE, START, END = "<image>", "<im_patch_start>", "<im_patch_end>"
-STYLES = {  # what stands before a question and after it, and after an answer: learned, and not learned
+# What stands before a question and after it, and after an answer: learned, and not learned
+STYLES = {
     "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
     "llama2": ("[INST] ", " [/INST]", "</s>", ""),
     "vicuna": ("USER: ", " ASSISTANT:", "</s>", ""),  # LLaVA's own
@@ -23,7 +24,9 @@ def add_words(tokenizer, language, words=(IMAGE,)):
 
     Many models have more rows than their tokenizer has words: cutting the table to the tokenizer's length loses them.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": list(words)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(words)}, replace_extra_special_tokens=False
+    )
     rows = language.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         moves = language.get_input_embeddings().weight.requires_grad
@@ -38,7 +41,10 @@ def add_words(tokenizer, language, words=(IMAGE,)):
 
 def has(tokenizer, word):
     """Is it one word of the vocabulary? (Asking for the whole vocabulary takes 30 ms, each time.)"""
-    return word == tokenizer.unk_token or tokenizer.convert_tokens_to_ids(word) not in (None, tokenizer.unk_token_id)
+    return word == tokenizer.unk_token or tokenizer.convert_tokens_to_ids(word) not in (
+        None,
+        tokenizer.unk_token_id,
+    )
 
 
 def style(tokenizer):

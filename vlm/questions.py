@@ -26,7 +26,8 @@ from utils.run import UserError, check
 from utils.text import clean, plain, printable, read_text
 from vlm import captions, evaluate, fruit_photos, llava, prompts, tower
 
-LONGEST = 2000  # letters of a question, a choice or an answer: a page of text is no question about a picture
+# Letters of a question, a choice or an answer: a page of text is no question about a picture
+LONGEST = 2000
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Config:
     images: str = ""  # folder of the pictures
     model: str = str(llava.WEIGHTS)  # weights, or a folder or hub id
     count: int = 100  # questions, drawn at random; 0: all
-    per_token: bool = False  # choose by the mean log-likelihood of a choice's tokens, not by their sum
+    # choose by the mean log-likelihood of a choice's tokens, not by their sum
+    per_token: bool = False
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/questions"
@@ -50,13 +52,17 @@ def fruit(folder, count, seed=0):
     _, chosen = fruit_photos.split(photos, count, seed)
     for i in chosen.tolist():
         name = fruit_photos.name_of(photos, i)
-        others = random.choice([n for n in fruit_photos.NAMES.values() if n != name], 3, replace=False).tolist()
+        others = random.choice(
+            [n for n in fruit_photos.NAMES.values() if n != name], 3, replace=False
+        ).tolist()
         choices = random.permutation([name, *others]).tolist()
         rows.append({
             "question_id": f"fruit-{i:04}", "image": f"{i:04}.jpg", "question": fruit_photos.QUESTION,
             "choices": choices, "correct_choice_idx": choices.index(name), "direct_answers": [name] * 10,
         })  # fmt: skip
-        Image.fromarray(photos.images[i].permute(1, 2, 0).numpy()).save(folder / rows[-1]["image"], quality=95)
+        Image.fromarray(photos.images[i].permute(1, 2, 0).numpy()).save(
+            folder / rows[-1]["image"], quality=95
+        )
     run.write_json(folder / "questions.json", rows)
     return folder / "questions.json"
 
@@ -77,7 +83,10 @@ def read(path, annotations="", images=""):
     """
     found = parse(path)
     if isinstance(found, dict):
-        check(isinstance(found.get("questions"), list), f"{path} has no list 'questions': it is not of VQA v2")
+        check(
+            isinstance(found.get("questions"), list),
+            f"{path} has no list 'questions': it is not of VQA v2",
+        )
         check(annotations, f"{path} is of VQA v2: name the file of its answers by --annotations")
         found = joined(found["questions"], parse(annotations), path, annotations)
     else:
@@ -91,7 +100,9 @@ def joined(questions, listed, path, annotations):
     whole = isinstance(listed, dict) and isinstance(listed.get("annotations"), list)
     check(whole, f"{annotations} holds no answers")
     try:
-        said = {a["question_id"]: [x["answer"] for x in a["answers"]] for a in listed["annotations"]}
+        said = {
+            a["question_id"]: [x["answer"] for x in a["answers"]] for a in listed["annotations"]
+        }
         both = [q | {"direct_answers": said.get(q["question_id"])} for q in questions]
         ids = {q["question_id"] for q in questions}
     except (TypeError, KeyError) as error:
@@ -113,18 +124,31 @@ def is_text(x):
 def known(one, number, images=""):
     """A row of A-OKVQA, checked -> what is used of it."""
     at = f"question {number}"
-    check(isinstance(one, dict) and isinstance(one.get("question"), str), f"{at} has no text 'question'")
+    check(
+        isinstance(one, dict) and isinstance(one.get("question"), str),
+        f"{at} has no text 'question'",
+    )
     question = one["question"]
-    check(is_text(question) and prompts.IMAGE not in question, f"{at}: 'question' is no text of 1 to {LONGEST} letters")
-    choices, right, answers = (one.get(k) for k in ("choices", "correct_choice_idx", "direct_answers"))
+    check(
+        is_text(question) and prompts.IMAGE not in question,
+        f"{at}: 'question' is no text of 1 to {LONGEST} letters",
+    )
+    choices, right, answers = (
+        one.get(k) for k in ("choices", "correct_choice_idx", "direct_answers")
+    )
     for name, several in (("choices", choices), ("direct_answers", answers)):
         check(several is None or isinstance(several, list), f"{at}: '{name}' is no list")
     check(choices or answers, f"{at} has neither 'choices' nor answers")
     fine = choices is None or (is_number(right) and right in range(len(choices)))
-    check(fine, f"{at}: 'correct_choice_idx' is {printable(right)}, of {len(choices or [])} choices")
+    check(
+        fine, f"{at}: 'correct_choice_idx' is {printable(right)}, of {len(choices or [])} choices"
+    )
     texts = [*(choices or []), *(answers or [])]
     fine = all(is_text(x) for x in texts)
-    check(fine, f"{at}: choices and answers are texts that are not empty, of at most {LONGEST} letters")
+    check(
+        fine,
+        f"{at}: choices and answers are texts that are not empty, of at most {LONGEST} letters",
+    )
     check(answers is None or len(answers) > 1, f"{at}: answers of two people or more are needed")
     return {
         "image": picture(one, at, images), "question": clean(question).strip(), "right": right,
@@ -138,10 +162,16 @@ def picture(one, at, images):
     number = one.get("image_id")
     names = [one["image"]] if isinstance(one.get("image"), str) else []
     if is_number(number) and 0 <= number < 10**12:
-        names += [f"{number:012}.jpg", *(f"COCO_{part}2014_{number:012}.jpg" for part in ("val", "train"))]
+        names += [
+            f"{number:012}.jpg",
+            *(f"COCO_{part}2014_{number:012}.jpg" for part in ("val", "train")),
+        ]
     there = [Path(images) / name for name in names if is_file(Path(images) / name)]
     listed = printable(", ".join(names) or "no name")
-    check(there, f"{at}: there is none of {listed} in {printable(images or 'this folder')}; see --images")
+    check(
+        there,
+        f"{at}: there is none of {listed} in {printable(images or 'this folder')}; see --images",
+    )
     return there[0]
 
 
@@ -170,7 +200,9 @@ def answer(tokenizer, model, rows, features, per_token=False):
             said = evaluate.spoken(tokenizer, model, seen.to(on), one["question"])[0]
             mine = {"said": said}
             if one["choices"]:
-                mine["chosen"] = choose(tokenizer, model, seen.to(on), one["question"], one["choices"], per_token)
+                mine["chosen"] = choose(
+                    tokenizer, model, seen.to(on), one["question"], one["choices"], per_token
+                )
                 mine["matched"] = captions.match_choice(said, one["choices"])
         done.append(one | mine)
     return done
@@ -188,10 +220,14 @@ def score(done):
     metrics = {"questions": len(done)}
     if several:
         metrics["chosen by likelihood"] = float(np.mean([is_right(r, "chosen") for r in several]))
-        metrics["named in what was said"] = float(np.mean([is_right(r, "matched") for r in several]))
+        metrics["named in what was said"] = float(
+            np.mean([is_right(r, "matched") for r in several])
+        )
         metrics["chance"] = float(np.mean([1 / len(r["choices"]) for r in several]))
     if free:
-        metrics["VQA accuracy"] = float(np.mean([captions.vqa_accuracy(r["said"], r["answers"]) for r in free]))
+        metrics["VQA accuracy"] = float(
+            np.mean([captions.vqa_accuracy(r["said"], r["answers"]) for r in free])
+        )
         direct = [captions.direct_answer_accuracy(r["said"], r["answers"]) for r in free]
         metrics["A-OKVQA direct answer"] = float(np.mean(direct))
     return metrics
@@ -200,7 +236,9 @@ def score(done):
 def main(cfg: Config) -> dict:
     """Read or make the questions, answer them, score the answers."""
     check(cfg.count >= 0, "--count must be 0 or more")
-    check(cfg.file or not (cfg.annotations or cfg.images), "--annotations and --images go with --file")
+    check(
+        cfg.file or not (cfg.annotations or cfg.images), "--annotations and --images go with --file"
+    )
     rows = read(cfg.file, cfg.annotations, cfg.images) if cfg.file else []
     tokenizer, model = llava.load(cfg.model, run.device(cfg.device))
     run.seed(cfg.seed)
@@ -214,8 +252,12 @@ def main(cfg: Config) -> dict:
     done = answer(tokenizer, model, rows, tower.said(model.vision, pictures), cfg.per_token)
     run.write_json(folder / "answers.json", [r | {"image": str(r["image"])} for r in done])
     for r in done[:5]:
-        print(f"{r['question']} said: {r['said']}; people: {', '.join(sorted(set(r['answers'] or [])))}")
-    return run.report(folder, score(done), 'python vlm/llava.py --image PHOTO --prompt "What fruit is this?"')
+        print(
+            f"{r['question']} said: {r['said']}; people: {', '.join(sorted(set(r['answers'] or [])))}"
+        )
+    return run.report(
+        folder, score(done), 'python vlm/llava.py --image PHOTO --prompt "What fruit is this?"'
+    )
 
 
 if __name__ == "__main__":

@@ -37,17 +37,30 @@ def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
     next collective. Every sample once, about equally long ones in a step; sizes differ by one on the ranks, and by
     little over the steps. Raises UserError where some rank would have nothing in some step.
     """
-    check(len(samples) > 0 and batch > 0 and ranks > 0, "there must be samples, and --batch and ranks at least 1")
+    check(
+        len(samples) > 0 and batch > 0 and ranks > 0,
+        "there must be samples, and --batch and ranks at least 1",
+    )
     random, steps = np.random.default_rng([seed, epoch]), []
     for kind in (True, False):
-        chosen = np.array([i for i, s in enumerate(samples) if bool(s["images"]) == kind], dtype=int)
+        chosen = np.array(
+            [i for i, s in enumerate(samples) if bool(s["images"]) == kind], dtype=int
+        )
         count = -(-len(chosen) // (batch * ranks))  # steps, rounded up
         what = f"{len(chosen)} samples {'with' if kind else 'without'} pictures on {ranks} ranks, --batch {batch}"
         left = len(chosen) % ranks if len(chosen) >= ranks else len(chosen)
-        check(count * ranks <= len(chosen), f"{what}: some rank would have none in a step; leave out {left} of them")
+        check(
+            count * ranks <= len(chosen),
+            f"{what}: some rank would have none in a step; leave out {left} of them",
+        )
         if count:
-            order = chosen[shuffled([len(samples[i]["ids"]) for i in chosen], batch * ranks, random)]
-            steps += [[part[rank::ranks].tolist() for rank in range(ranks)] for part in np.array_split(order, count)]
+            order = chosen[
+                shuffled([len(samples[i]["ids"]) for i in chosen], batch * ranks, random)
+            ]
+            steps += [
+                [part[rank::ranks].tolist() for rank in range(ranks)]
+                for part in np.array_split(order, count)
+            ]
     order = random.permutation(len(steps))
     return [[steps[i][rank] for i in order] for rank in range(ranks)]
 
@@ -59,14 +72,21 @@ class Mixture:
     """
 
     def __init__(self, sources, weights, seed=0):
-        check(sources and sources.keys() == weights.keys(), f"weights are for {[*weights]}, sources are {[*sources]}")
+        check(
+            sources and sources.keys() == weights.keys(),
+            f"weights are for {[*weights]}, sources are {[*sources]}",
+        )
         values = np.array([weights[name] for name in sources], dtype=float)
         good = np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0
         check(good, f"weights must be numbers of 0 or more, and not all 0: {weights}")
         empty = [name for name in sources if weights[name] > 0 and not len(sources[name])]
         check(not empty, f"nothing to draw from in {empty}; give it weight 0")
         self.sources, self.seed, self.bounds = sources, seed, (values / values.sum()).cumsum()
-        self.fixed = {"seed": seed, "weights": values.tolist(), "sizes": {k: len(v) for k, v in sources.items()}}
+        self.fixed = {
+            "seed": seed,
+            "weights": values.tolist(),
+            "sizes": {k: len(v) for k, v in sources.items()},
+        }
         self.drawn, self.orders = dict.fromkeys(sources, 0), {}
 
     def source(self, draw):
@@ -82,7 +102,10 @@ class Mixture:
         items, number = self.sources[name], [*self.sources].index(name)
         epoch, place = divmod(self.drawn[name], len(items))
         if self.orders.get(name, (-1,))[0] != epoch:
-            self.orders[name] = epoch, np.random.default_rng([self.seed, 1, number, epoch]).permutation(len(items))
+            self.orders[name] = (
+                epoch,
+                np.random.default_rng([self.seed, 1, number, epoch]).permutation(len(items)),
+            )
         self.drawn[name] += 1
         return items[self.orders[name][1][place]]
 
@@ -97,5 +120,8 @@ class Mixture:
     def load_state_dict(self, state):
         """Go on where the state was taken. Raises UserError if sources, weights or seed are others."""
         other = [k for k in self.fixed if state.get(k) != self.fixed[k]]
-        check(not other, f"the state is of another mixture: {', '.join(f'{k} {state.get(k)}' for k in other)}")
+        check(
+            not other,
+            f"the state is of another mixture: {', '.join(f'{k} {state.get(k)}' for k in other)}",
+        )
         self.drawn, self.orders = dict(state["drawn"]), {}

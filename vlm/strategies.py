@@ -19,7 +19,8 @@ STRATEGIES = {  # name: what vision, connector and language model do, flags
     "projector": ("frozen, trained, frozen", ["--train_type", "projector"]),
     "lora": ("frozen, trained, LoRA on q v", ["--lora_targets", "q_proj", "v_proj"]),
     "lora-all": ("frozen, trained, LoRA on all matrices", ["--train_type", "use_lora"]),
-    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", ["--align_steps"]),  # a third of the steps
+    # a third of the steps
+    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", ["--align_steps"]),
     "language": (
         "frozen, trained, trained",
         ["--train_type", "freeze_vision", "--learning_rate_pretraining_components", "5e-5"],
@@ -49,7 +50,12 @@ def command(name, cfg, folder):
     flags = list(STRATEGIES[name][1])
     if flags[-1] == "--align_steps":
         flags.append(str(cfg.steps // 3))
-    every = {"max_steps": cfg.steps, "per_device_train_batch_size": cfg.batch, "views": cfg.views, "judged": cfg.judged}
+    every = {
+        "max_steps": cfg.steps,
+        "per_device_train_batch_size": cfg.batch,
+        "views": cfg.views,
+        "judged": cfg.judged,
+    }
     every |= {"text_share": 0.1}
     every |= {"num_warmup_steps": max(1, cfg.steps // 10), "seed": cfg.seed, "out": folder / name}
     more = [x for flag, value in every.items() for x in (f"--{flag}", str(value))]
@@ -73,7 +79,12 @@ def draw(path, rows):
     for name, r in rows.items():
         ax.scatter(r["CPU s a step"], r["14 kinds"], s=r["MiB"] / 15, alpha=0.6)
         ax.annotate(
-            name, (r["CPU s a step"], r["14 kinds"]), (0, 12), textcoords="offset points", ha="center", fontsize=8
+            name,
+            (r["CPU s a step"], r["14 kinds"]),
+            (0, 12),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
         )
     ax.set(xlabel="CPU seconds a step", ylabel="right of 14 kinds, unseen photos")
     ax.set_xlim(0, 1.15 * max(r["CPU s a step"] for r in rows.values()))
@@ -85,7 +96,10 @@ def main(cfg: Config) -> dict:
     """Run what was asked for, one after the other."""
     unknown = set(cfg.only) - STRATEGIES.keys()
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}")
-    check(cfg.steps >= 3 and min(cfg.batch, cfg.views, cfg.judged) > 0, "--steps must be 3 or more, the rest above 0")
+    check(
+        cfg.steps >= 3 and min(cfg.batch, cfg.views, cfg.judged) > 0,
+        "--steps must be 3 or more, the rest above 0",
+    )
     folder, rows = run.output(cfg.out, cfg), {}
     for name in cfg.only or STRATEGIES:
         print(f"{name}: {STRATEGIES[name][0]}", flush=True)

@@ -19,8 +19,10 @@ from torch import nn
 from utils import assets, checkpoint, pretrained, run
 from utils.run import UserError, check
 
-VERSION = 1  # of what this file makes of pictures: raise it with any change that moves a feature, or old ones are read
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, where a folder names no others
+# Of what this file makes of pictures: raise it with any change that moves a feature, or old ones are read
+VERSION = 1
+# Of ImageNet, where a folder names no others
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class EfficientNetMaps(nn.Module):
@@ -74,7 +76,10 @@ class VisionTower(nn.Module):
             return self.network(pixels)
         found = self.network(pixel_values=pixels, output_hidden_states=True).hidden_states
         found = () if found is None else found
-        check(-len(found) <= self.layer < len(found), f"--layer {self.layer}: the encoder has {len(found)} states")
+        check(
+            -len(found) <= self.layer < len(found),
+            f"--layer {self.layer}: the encoder has {len(found)} states",
+        )
         return found[self.layer]
 
     def tokens(self, states):
@@ -90,7 +95,9 @@ class VisionTower(nn.Module):
         """Pictures uint8 (B,3,S,S) -> as the encoder was trained to see them."""
         if isinstance(self.network, EfficientNetMaps):
             return pretrained.efficientnet_input(images)
-        mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(x, device=images.device).view(3, 1, 1) for x in (self.mean, self.std)
+        )
         return (images / 255 - mean) / std
 
 
@@ -111,7 +118,10 @@ def interpolate_positions(network, size):
     """Give the encoder (CLIP, SigLIP, ViT, DeiT and the like) positions for pictures of size x size, in place."""
     parts: Any = getattr(network, "embeddings", None)
     patch = getattr(getattr(network, "config", None), "patch_size", None)
-    check(patch and size >= patch and size % patch == 0, f"--size {size}: a multiple of the patch, {patch}, is needed")
+    check(
+        patch and size >= patch and size % patch == 0,
+        f"--size {size}: a multiple of the patch, {patch}, is needed",
+    )
     grid = (size // patch, size // patch)
     if hasattr(parts, "position_embedding"):  # CLIP, SigLIP: a table
         old = parts.position_embedding.weight[None]
@@ -120,14 +130,17 @@ def interpolate_positions(network, size):
         parts.position_embedding = nn.Embedding.from_pretrained(new.detach(), freeze=False)
         parts.position_ids = torch.arange(len(new), device=new.device)[None]
         parts.image_size = size
-    elif isinstance(getattr(parts, "position_embeddings", None), nn.Parameter):  # ViT, DeiT: a parameter
+    # ViT, DeiT: a parameter
+    elif isinstance(getattr(parts, "position_embeddings", None), nn.Parameter):
         old = parts.position_embeddings
         lead = old.shape[1] - parts.patch_embeddings.num_patches
         parts.position_embeddings = nn.Parameter(interpolate(old, lead, grid).detach())
         parts.image_size = parts.patch_embeddings.image_size = (size, size)
         parts.patch_embeddings.num_patches = grid[0] * grid[1]
     else:
-        raise UserError(f"--size {size}: of {type(network).__name__} it is not known where its positions are")
+        raise UserError(
+            f"--size {size}: of {type(network).__name__} it is not known where its positions are"
+        )
     network.config.image_size = size
 
 
@@ -140,7 +153,15 @@ def fingerprint(eye):
     weights = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     config: Any = getattr(network, "config", None)
     described = config.to_json_string(use_diff=False) if config is not None else ""
-    settings = (eye.layer, eye.select, eye.size, eye.lead, tuple(eye.mean), tuple(eye.std), network.training)
+    settings = (
+        eye.layer,
+        eye.select,
+        eye.size,
+        eye.lead,
+        tuple(eye.mean),
+        tuple(eye.std),
+        network.training,
+    )
     return checkpoint.digest(weights, repr((VERSION, type(network).__name__, described, settings)))
 
 
@@ -158,7 +179,10 @@ def said(eye, images, key=None, batch=4):
         return checkpoint.read(path)[0]["features"]
     # larger batches are slower on a CPU
     on, parts = device(eye.network), (images() if key else images).split(batch)
-    found = [eye(eye.pixels(part.to(on))).bfloat16().cpu() for part in run.bar(parts, len(parts), name="look")]
+    found = [
+        eye(eye.pixels(part.to(on))).bfloat16().cpu()
+        for part in run.bar(parts, len(parts), name="look")
+    ]
     checkpoint.write(path, {"features": torch.cat(found)})
     return torch.cat(found)
 
@@ -171,7 +195,9 @@ def load(name, layer=-2, select="patch", size=None, on="cpu"):
     if name == "efficientnet":
         check(not size or size == 224, "--size: EfficientNet looks at 224 x 224")
         check(layer == -2, f"--layer {layer}: of EfficientNet the last maps are read; leave it out")
-        return VisionTower(pretrained.frozen(EfficientNetMaps(pretrained.efficientnet(on)), on), layer, select)
+        return VisionTower(
+            pretrained.frozen(EfficientNetMaps(pretrained.efficientnet(on)), on), layer, select
+        )
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModel
 

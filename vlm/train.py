@@ -39,17 +39,30 @@ from utils import checkpoint, figures, run
 from utils.data import read_image
 from utils.run import check
 from utils.text import plain
-from vlm import checkpoints, data, evaluate, fruit_photos, llava, llava_io, packing, probe, samplers, tower
+from vlm import (
+    checkpoints,
+    data,
+    evaluate,
+    fruit_photos,
+    llava,
+    llava_io,
+    packing,
+    probe,
+    samplers,
+    tower,
+)
 from vlm.prompts import IGNORE
 
-JUDGED_PAGES = 40  # pages of manuals by which it is judged what the language model has forgotten: none is learned
+# Pages of manuals by which it is judged what the language model has forgotten: none is learned
+JUDGED_PAGES = 40
 
 
 @dataclass(frozen=True)
 class Config:
     """Train a LLaVA on conversations about photos."""
 
-    train_type: Literal["use_lora", "projector", "freeze_vision", "none"] = "use_lora"  # none: nothing is frozen
+    # none: nothing is frozen
+    train_type: Literal["use_lora", "projector", "freeze_vision", "none"] = "use_lora"
     vision: str = "efficientnet"  # the tower: efficientnet, or a folder or hub id
     language: str = "smollm2"  # the language model: smollm2, or a folder or hub id
     connector: str = "pool3"  # see vlm/connector.py
@@ -64,16 +77,28 @@ class Config:
     per_device_train_batch_size: int = 16  # B
     gradient_accumulation_steps: int = 1  # A
     learning_rate: float = 1e-3  # of new parts: the connector
-    learning_rate_pretraining_components: float = 1e-3  # of what was trained before, or is added to it by LoRA
+    # of what was trained before, or is added to it by LoRA
+    learning_rate_pretraining_components: float = 1e-3
     weight_decay: float = 0.0
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     num_warmup_steps: int = 12  # the rates go up in a line
     lora_rank: int = 8
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    text_share: float = 0.05  # of samples: paragraphs of manuals, so that it does not forget how to read
-    model_max_length: int = 0  # tokens of the longest conversation; 0: as many as the language model has positions
+    lora_targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    # of samples: paragraphs of manuals, so that it does not forget how to read
+    text_share: float = 0.05
+    # tokens of the longest conversation; 0: as many as the language model has positions
+    model_max_length: int = 0
     packing: bool = True  # several conversations in one row, none sees another
-    group_by_modality_length: bool = False  # all of a step with pictures or all without, about equally long
+    # all of a step with pictures or all without, about equally long
+    group_by_modality_length: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products and of what is frozen
     gradient_checkpointing: bool = False  # keep no activations, compute them again
     zero_stage: Literal[-1, 0, 1, 2] = -1  # train by DeepSpeed; -1: without
@@ -103,17 +128,25 @@ class Learner(nn.Module):
         """
         model, seen = self.model, None
         if features is not None:
-            seen = model.image_features(features) if features.dim() == 4 and features.shape[1] == 3 else None
+            seen = (
+                model.image_features(features)
+                if features.dim() == 4 and features.shape[1] == 3
+                else None
+            )
             seen = model.project(features) if seen is None else seen
         embeds = model.embed(batch["ids"], seen)
         states = model.language.base_model(
-            inputs_embeds=embeds, attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=batch["mask"],
+            position_ids=batch["positions"],
+            use_cache=False,
         ).last_hidden_state
         labels = batch["labels"][:, 1:]
         learned = labels != IGNORE  # the head is asked there only: it has 49 152 words
         logits = model.language.get_output_embeddings()(states[:, :-1][learned])
         value = F.cross_entropy(logits.float(), labels[learned], reduction="sum")
-        if features is None:  # the connector has gradients of zero, not none: it may be all that learns
+        # The connector has gradients of zero, not none: it may be all that learns
+        if features is None:
             value = value + 0 * sum(p.sum() for p in model.connector.parameters())
         return value
 
@@ -128,7 +161,9 @@ def freeze(model, cfg):
     if model.newline is not None:
         model.newline.requires_grad_(True)
     if cfg.train_type == "use_lora":
-        llama2_lora.inject(model.language, cfg.lora_targets, cfg.lora_rank, checkpoints.LORA_SCALE * cfg.lora_rank)
+        llama2_lora.inject(
+            model.language, cfg.lora_targets, cfg.lora_rank, checkpoints.LORA_SCALE * cfg.lora_rank
+        )
     if cfg.train_type in ("freeze_vision", "none"):
         model.language.float().requires_grad_(True)
     if cfg.train_type == "none":
@@ -141,9 +176,15 @@ def rates(cfg, step):
     The first stage moves new parts only; each stage warms up and comes down by itself.
     """
     align = step < cfg.align_steps
-    i, n = (step, cfg.align_steps) if align else (step - cfg.align_steps, cfg.max_steps - cfg.align_steps)
+    i, n = (
+        (step, cfg.align_steps)
+        if align
+        else (step - cfg.align_steps, cfg.max_steps - cfg.align_steps)
+    )
     warm, share = min(1.0, (i + 1) / max(1, min(cfg.num_warmup_steps, n))), i / n
-    way = {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "constant": 1.0}[cfg.lr_scheduler_type]
+    way = {"cosine": (1 + math.cos(math.pi * share)) / 2, "linear": 1 - share, "constant": 1.0}[
+        cfg.lr_scheduler_type
+    ]
     return warm * way, 0.0 if align else warm * way
 
 
@@ -196,7 +237,9 @@ def draw(samples, cfg, step, rank, n):
     chosen = []
     for k in range(first, first + a_step):
         epoch, place = divmod(k, len(samples))
-        chosen.append(samples[np.random.default_rng([cfg.seed, 3, epoch]).permutation(len(samples))[place]])
+        chosen.append(
+            samples[np.random.default_rng([cfg.seed, 3, epoch]).permutation(len(samples))[place]]
+        )
     size = cfg.per_device_train_batch_size
     return [chosen[i : i + size] for i in range(0, a_step, size)]
 
@@ -204,7 +247,9 @@ def draw(samples, cfg, step, rank, n):
 def grouped(samples, cfg, step, rank, n):
     """The same, but no part mixes pictures with words alone, on no rank of a step."""
     parts, size = [], cfg.per_device_train_batch_size
-    for k in range(step * cfg.gradient_accumulation_steps, (step + 1) * cfg.gradient_accumulation_steps):
+    for k in range(
+        step * cfg.gradient_accumulation_steps, (step + 1) * cfg.gradient_accumulation_steps
+    ):
         count = len(samplers.by_modality(samples, size, cfg.seed, 0, n)[rank])
         epoch, place = divmod(k, count)
         numbers = samplers.by_modality(samples, size, cfg.seed, epoch, n)[rank][place]
@@ -269,7 +314,8 @@ def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=
                 (value / tokens).backward()
         if not engine:
             for p in moving:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without pictures, one with
+                # a rank without pictures, one with
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 if n > 1:
                     dist.all_reduce(p.grad)
             torch.nn.utils.clip_grad_norm_(moving, 1.0)
@@ -284,15 +330,20 @@ def prepare(cfg, on):
     room = packing.positions_of(language)
     longest = cfg.model_max_length or room
     fits = room is None or longest <= room
-    check(fits, f"--model_max_length {longest}: the language model has {room} positions, take no more")
+    check(
+        fits, f"--model_max_length {longest}: the language model has {room} positions, take no more"
+    )
     if on.type == "cpu":
-        language.set_attn_implementation("eager")  # on rows as short as these faster than the fused kernel
+        # On rows as short as these faster than the fused kernel
+        language.set_attn_implementation("eager")
     eye = tower.load(cfg.vision, cfg.layer, cfg.select, on=on)
     run.seed(cfg.seed)
     model = llava.build(eye, cfg.connector, language, tokenizer, on=on)
     freeze(model, cfg)
     if cfg.gradient_checkpointing:
-        language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        language.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     rows, folder = rows_of(cfg)
     rows, broken = data.mend(rows, folder) if cfg.data else (rows, 0)
     names = sorted({row["image"] for row in rows if row.get("image")})
@@ -304,15 +355,22 @@ def prepare(cfg, on):
     samples, shortened, left_out = data.samples(tokenizer, rows, model.count, number, longest)
     if cfg.text_share:
         count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))
-        pages = evaluate.paragraphs(JUDGED_PAGES + count)[JUDGED_PAGES:]  # others than those it is judged by
+        # Others than those it is judged by
+        pages = evaluate.paragraphs(JUDGED_PAGES + count)[JUDGED_PAGES:]
         samples += [words_alone(tokenizer, text, longest) for text in pages]
-    counts = {"broken pictures": broken, "conversations shortened": shortened, "conversations left out": left_out}
+    counts = {
+        "broken pictures": broken,
+        "conversations shortened": shortened,
+        "conversations left out": left_out,
+    }
     return tokenizer, model, samples, photos, counts
 
 
 def words_alone(tokenizer, text, longest=None):
     """A paragraph as a sample: all of it is learned, so that the language model stays what it was."""
-    ids = tokenizer(plain(text, tokenizer), truncation=True, max_length=min(128, longest or 128)).input_ids
+    ids = tokenizer(
+        plain(text, tokenizer), truncation=True, max_length=min(128, longest or 128)
+    ).input_ids
     return {"ids": ids, "labels": list(ids), "images": []}
 
 
@@ -326,7 +384,9 @@ def worker(cfg):
     model.vision.train(cfg.train_type == "none")
     every = groups(model, cfg)
     engine = checkpoints.engine_of(learner, every, cfg) if cfg.zero_stage >= 0 else None
-    optimizer = engine.optimizer if engine else torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
+    optimizer = (
+        engine.optimizer if engine else torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
+    )
     losses = checkpoints.load(cfg, model, optimizer, engine) if cfg.resume else []
     if first and not cfg.resume:
         run.output(folder, cfg)
@@ -336,7 +396,9 @@ def worker(cfg):
     save = partial(checkpoints.save, cfg, model, optimizer, losses, engine)
     start, clock, cpu = len(losses), time.perf_counter(), time.process_time()
     listeners = checkpoints.speak_up(cfg, folder) if first else []
-    steps = train(learner, optimizer, samples, photos, tokenizer.pad_token_id, cfg, on, engine, start)
+    steps = train(
+        learner, optimizer, samples, photos, tokenizer.pad_token_id, cfg, on, engine, start
+    )
     for value in run.progress(steps, cfg.max_steps, start, cfg.save_every, save):
         losses.append(value)
         for tell in listeners:
@@ -359,8 +421,14 @@ def report_length(counts, cfg):
     """One line, if there were conversations longer than the model can read."""
     shortened, left_out = counts["conversations shortened"], counts["conversations left out"]
     if shortened or left_out:
-        most = f"--model_max_length {cfg.model_max_length}" if cfg.model_max_length else "the model's positions"
-        print(f"longer than {most}: {shortened} conversations lost turns at their end, {left_out} are left out")
+        most = (
+            f"--model_max_length {cfg.model_max_length}"
+            if cfg.model_max_length
+            else "the model's positions"
+        )
+        print(
+            f"longer than {most}: {shortened} conversations lost turns at their end, {left_out} are left out"
+        )
 
 
 def scored(cfg, tokenizer, model, folder):
@@ -377,11 +445,14 @@ def scored(cfg, tokenizer, model, folder):
     truth = [fruit_photos.name_of(fruit, i) for i in chosen]
     shown = fruit_photos.spread(torch.arange(len(chosen)))
     said, are = ([x[i] for i in shown] for x in (texts, truth))
-    fruit_photos.draw(folder / "answers.png", fruit.images[chosen[shown]], said, are, fruit_photos.QUESTION)
+    fruit_photos.draw(
+        folder / "answers.png", fruit.images[chosen[shown]], said, are, fruit_photos.QUESTION
+    )
     metrics = {"photos": len(chosen), "LLaVA": found}
     if cfg.train_type != "none":
         metrics |= probe.yardsticks(model.vision, fruit, learn, chosen)
-    pages = evaluate.paragraphs(min(JUDGED_PAGES, cfg.judged or JUDGED_PAGES))  # a small trial needs few of them
+    # a small trial needs few of them
+    pages = evaluate.paragraphs(min(JUDGED_PAGES, cfg.judged or JUDGED_PAGES))
     metrics["text loss"] = {"after": evaluate.text_loss(tokenizer, model.language, pages)}
     before, language = llava_io.speaker(cfg.language, on)
     metrics["text loss"]["before"] = evaluate.text_loss(before, language, pages)
@@ -390,12 +461,30 @@ def scored(cfg, tokenizer, model, folder):
 
 def sane(cfg):
     """Raises UserError for flags that make no sense, before anything is loaded."""
-    above = (cfg.max_steps, cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, cfg.views, cfg.lora_rank)
-    check(min(above) > 0, "--max_steps, --per_device_train_batch_size, ..accumulation.., --views, --lora_rank: above 0")
+    above = (
+        cfg.max_steps,
+        cfg.per_device_train_batch_size,
+        cfg.gradient_accumulation_steps,
+        cfg.views,
+        cfg.lora_rank,
+    )
+    check(
+        min(above) > 0,
+        "--max_steps, --per_device_train_batch_size, ..accumulation.., --views, --lora_rank: above 0",
+    )
     check(cfg.learning_rate > 0, "--learning_rate must be above 0")
-    check(cfg.learning_rate_pretraining_components >= 0, "--learning_rate_pretraining_components must be 0 or more")
-    check(0 <= cfg.align_steps < cfg.max_steps, "--align_steps must be 0 or more and below --max_steps")
-    check(min(cfg.judged, cfg.save_every, cfg.num_warmup_steps, cfg.emoji, cfg.weight_decay) >= 0, "a flag is below 0")
+    check(
+        cfg.learning_rate_pretraining_components >= 0,
+        "--learning_rate_pretraining_components must be 0 or more",
+    )
+    check(
+        0 <= cfg.align_steps < cfg.max_steps,
+        "--align_steps must be 0 or more and below --max_steps",
+    )
+    check(
+        min(cfg.judged, cfg.save_every, cfg.num_warmup_steps, cfg.emoji, cfg.weight_decay) >= 0,
+        "a flag is below 0",
+    )
     check(cfg.model_max_length >= 0, "--model_max_length must be 0 or more")
     check(0 <= cfg.text_share < 1, "--text_share must be at least 0 and below 1")
     check(not cfg.image_folder or cfg.data, "--image_folder goes with --data")
@@ -407,7 +496,8 @@ def main(cfg: Config) -> dict:
     """Train, write what was learned, score it on photos that no training saw."""
     sane(cfg)
     if cfg.learning_rate_pretraining_components == 0:
-        cfg = replace(cfg, train_type="projector")  # what may not move needs no gradient, no fp32, no optimizer
+        # What may not move needs no gradient, no fp32, no optimizer
+        cfg = replace(cfg, train_type="projector")
     alone = cfg.ranks == 1 and cfg.zero_stage < 0 and "RANK" not in os.environ
     found = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
@@ -415,7 +505,9 @@ def main(cfg: Config) -> dict:
     r, folder = found[0], Path(cfg.out)
     losses = r.pop("losses")
     run.write_json(folder / "losses.json", losses)
-    figures.curves(folder / "loss.png", {"loss": losses}, "step", "-log p(token of an answer)", smooth=5)
+    figures.curves(
+        folder / "loss.png", {"loss": losses}, "step", "-log p(token of an answer)", smooth=5
+    )
     metrics: dict[str, Any] = {"final_loss": float(np.mean(losses[-10:]))} | r
     then = f'python vlm/llava.py --model {folder}/model.safetensors --image PHOTO --prompt "What fruit is this?"'
     return run.report(folder, metrics, then) | {"losses": losses}

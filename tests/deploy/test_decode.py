@@ -6,15 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from deploy import decode
 from tests import llamas
 from utils import pretrained
 from utils.run import UserError
 
-PAD = 2  # not 0: transformers takes a pad id of 0 for none and fills up what beam search found with the end token
-END = [1, 5, 9, 20, 21, 22, 23]  # several ids end a text, so that some texts are short and some are long
+# Not 0: transformers takes a pad id of 0 for none and fills up what beam search found with the end token
+PAD = 2
+# Several ids end a text, so that some texts are short and some are long
+END = [1, 5, 9, 20, 21, 22, 23]
 
 
 def talker(vocabulary=120, seed=0):
@@ -22,7 +28,8 @@ def talker(vocabulary=120, seed=0):
     made = llamas.tiny(vocabulary=vocabulary, seed=seed)
     for name, p in made.model.layers.named_parameters():
         p.data *= 1 if "norm" in name else 10
-    made.lm_head.weight = torch.nn.Parameter(0.5 * torch.randn(vocabulary, 32))  # no longer that of the embeddings
+    # No longer that of the embeddings
+    made.lm_head.weight = torch.nn.Parameter(0.5 * torch.randn(vocabulary, 32))
     return made
 
 
@@ -45,7 +52,11 @@ def padded(ids):
 
 def generate(model, new=16, eos=1, **options):
     """What transformers makes: new tokens, and the scores of beam search."""
-    options = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} | options if options.get("do_sample") else options
+    options = (
+        {"top_k": 0, "top_p": 1.0, "temperature": 1.0} | options
+        if options.get("do_sample")
+        else options
+    )
     options = {
         "do_sample": False,
         "pad_token_id": PAD,
@@ -72,10 +83,21 @@ def test_greedy_is_that_of_generate(model, ids, parity, eos):
 def test_left_padded_prompts_are_those_of_generate_and_as_if_alone(model, ids, parity):
     batch = padded(ids)
     mine = decode.greedy(model, max_new_tokens=16, eos=END, pad=PAD, **batch)
-    same(parity, "decode.greedy, padded", "transformers generate, padded", mine, generate(model, eos=END, **batch)[0])
+    same(
+        parity,
+        "decode.greedy, padded",
+        "transformers generate, padded",
+        mine,
+        generate(model, eos=END, **batch)[0],
+    )
     for row, start in ((1, 3), (2, 1)):
-        alone = decode.greedy(model, input_ids=ids[row : row + 1, start:], max_new_tokens=16, eos=END, pad=PAD)[0]
-        assert mine[row, : len(alone)].tolist() == alone.tolist() and (mine[row, len(alone) :] == PAD).all()
+        alone = decode.greedy(
+            model, input_ids=ids[row : row + 1, start:], max_new_tokens=16, eos=END, pad=PAD
+        )[0]
+        assert (
+            mine[row, : len(alone)].tolist() == alone.tolist()
+            and (mine[row, len(alone) :] == PAD).all()
+        )
     wrong = decode.greedy(model, input_ids=batch["input_ids"], max_new_tokens=16, eos=END, pad=PAD)
     assert not torch.equal(mine, wrong)  # without the mask the padding is read as text
 
@@ -83,10 +105,18 @@ def test_left_padded_prompts_are_those_of_generate_and_as_if_alone(model, ids, p
 def test_positions_count_from_the_first_word_and_not_from_the_padding(ids, parity):
     """Llama would not notice, its positions are relative; GPT-2 has a vector for each."""
     shape = {"vocab_size": 120, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=1, initializer_range=0.6)).eval()
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(**shape, bos_token_id=None, eos_token_id=1, initializer_range=0.6)
+    ).eval()
     batch, end = padded(ids), {"eos": END, "pad": PAD, "max_new_tokens": 16}
     mine = decode.greedy(gpt2, **end, **batch)
-    same(parity, "decode.greedy, GPT-2", "transformers generate, GPT-2", mine, generate(gpt2, eos=END, **batch)[0])
+    same(
+        parity,
+        "decode.greedy, GPT-2",
+        "transformers generate, GPT-2",
+        mine,
+        generate(gpt2, eos=END, **batch)[0],
+    )
     alone = decode.greedy(gpt2, input_ids=ids[1:2, 3:], **end)[0]
     assert mine[1, : len(alone)].tolist() == alone.tolist()
     tokens, scores = decode.beam(gpt2, beams=3, **end, **batch)
@@ -110,7 +140,9 @@ def test_embeddings_are_as_good_as_ids(model, ids, parity, padding):
     assert torch.equal(mine, decode.greedy(model, max_new_tokens=12, **batch))
     theirs, _ = generate(model, new=12, inputs_embeds=x, **rest)
     same(parity, "decode.greedy, embeddings", "transformers generate, embeddings", mine, theirs)
-    tokens, scores = decode.beam(model, beams=3, inputs_embeds=x, max_new_tokens=12, eos=END, pad=PAD, **rest)
+    tokens, scores = decode.beam(
+        model, beams=3, inputs_embeds=x, max_new_tokens=12, eos=END, pad=PAD, **rest
+    )
     theirs, their_scores = generate(model, new=12, eos=END, num_beams=3, inputs_embeds=x, **rest)
     assert torch.equal(tokens[:, 0], theirs)
     torch.testing.assert_close(scores[:, 0], their_scores)
@@ -119,7 +151,9 @@ def test_embeddings_are_as_good_as_ids(model, ids, parity, padding):
 @pytest.mark.parametrize("early_stopping", [False, True])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -1.0])
 @pytest.mark.parametrize("eos", [None, 1, END])
-def test_beams_and_their_scores_are_those_of_generate(model, ids, parity, eos, length_penalty, early_stopping):
+def test_beams_and_their_scores_are_those_of_generate(
+    model, ids, parity, eos, length_penalty, early_stopping
+):
     options = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     for batch in ({"input_ids": ids}, padded(ids)):
         tokens, scores = decode.beam(
@@ -127,13 +161,21 @@ def test_beams_and_their_scores_are_those_of_generate(model, ids, parity, eos, l
         )
         theirs = generate(model, eos=eos, num_beams=4, num_return_sequences=3, **options, **batch)
         same(parity, "decode.beam", "transformers beam search", tokens.flatten(0, 1), theirs[0])
-        parity("Decoding", "decode.beam scores", "transformers sequences_scores", scores.flatten(), theirs[1])
+        parity(
+            "Decoding",
+            "decode.beam scores",
+            "transformers sequences_scores",
+            scores.flatten(),
+            theirs[1],
+        )
     if eos == END and length_penalty < 1:
         assert (tokens == PAD).any()  # some ended early and were filled up
 
 
 def test_one_beam_is_greedy_and_the_score_is_the_log_probability(model, ids):
-    tokens, scores = decode.beam(model, beams=1, max_new_tokens=10, length_penalty=0.0, input_ids=ids)
+    tokens, scores = decode.beam(
+        model, beams=1, max_new_tokens=10, length_penalty=0.0, input_ids=ids
+    )
     assert torch.equal(tokens[:, 0], decode.greedy(model, input_ids=ids, max_new_tokens=10))
     log_p = decode.log_probs(model, tokens[:, 0], input_ids=ids)
     torch.testing.assert_close(scores[:, 0], log_p.sum(1))
@@ -142,8 +184,13 @@ def test_one_beam_is_greedy_and_the_score_is_the_log_probability(model, ids):
 def test_a_wide_search_finds_the_likeliest_of_all_texts():
     """Six words, three tokens: 216 texts. A search as wide as that misses none; greedy is not always the best."""
     model = talker(vocabulary=6)
-    prompts, every = torch.cartesian_prod(*[torch.arange(6)] * 2), torch.cartesian_prod(*[torch.arange(6)] * 3)
-    tokens, scores = decode.beam(model, beams=36, max_new_tokens=3, length_penalty=0.0, input_ids=prompts)
+    prompts, every = (
+        torch.cartesian_prod(*[torch.arange(6)] * 2),
+        torch.cartesian_prod(*[torch.arange(6)] * 3),
+    )
+    tokens, scores = decode.beam(
+        model, beams=36, max_new_tokens=3, length_penalty=0.0, input_ids=prompts
+    )
     first, worse = decode.greedy(model, input_ids=prompts, max_new_tokens=3), 0
     for i, prompt in enumerate(prompts):
         log_p = decode.log_probs(model, every, input_ids=prompt.expand(216, -1)).sum(1)
@@ -171,7 +218,10 @@ def test_log_probs_do_not_depend_on_the_padding_or_on_the_form_of_the_prompt(mod
 def test_top_k_is_the_warper(parity, k):
     logits = torch.randn(4, 120).round(decimals=1)  # with ties
     same(
-        parity, "decode.top_k", "TopKLogitsWarper", *finite(decode.top_k(logits, k), TopKLogitsWarper(k)(None, logits))
+        parity,
+        "decode.top_k",
+        "TopKLogitsWarper",
+        *finite(decode.top_k(logits, k), TopKLogitsWarper(k)(None, logits)),
     )
 
 
@@ -179,7 +229,10 @@ def test_top_k_is_the_warper(parity, k):
 def test_top_p_is_the_warper(parity, p):
     logits = 3 * torch.randn(50, 120)
     same(
-        parity, "decode.top_p", "TopPLogitsWarper", *finite(decode.top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+        parity,
+        "decode.top_p",
+        "TopPLogitsWarper",
+        *finite(decode.top_p(logits, p), TopPLogitsWarper(p)(None, logits)),
     )
 
 
@@ -211,8 +264,12 @@ def test_with_the_penalty_whole_texts_are_those_of_generate(model, ids, parity):
     theirs, _ = generate(model, eos=None, repetition_penalty=1.4, input_ids=ids)
     same(parity, "decode.greedy, penalty", "transformers repetition_penalty", mine, theirs)
     assert not torch.equal(mine, decode.greedy(model, input_ids=ids, max_new_tokens=16))
-    tokens, scores = decode.beam(model, beams=3, max_new_tokens=16, repetition=1.4, eos=END, pad=PAD, input_ids=ids)
-    theirs, their_scores = generate(model, eos=END, num_beams=3, repetition_penalty=1.4, input_ids=ids)
+    tokens, scores = decode.beam(
+        model, beams=3, max_new_tokens=16, repetition=1.4, eos=END, pad=PAD, input_ids=ids
+    )
+    theirs, their_scores = generate(
+        model, eos=END, num_beams=3, repetition_penalty=1.4, input_ids=ids
+    )
     same(parity, "decode.beam, penalty", "transformers beam search, penalty", tokens[:, 0], theirs)
     torch.testing.assert_close(scores[:, 0], their_scores)
 
@@ -227,19 +284,38 @@ def test_padding_is_no_repetition(model, ids, parity):
     mine = decode.greedy(model, **end, **batch)
     assert torch.equal(mine[1:2], alone)
     theirs, _ = generate(model, eos=None, repetition_penalty=50.0, **batch)
-    same(parity, "decode.greedy, penalty, padded", "transformers repetition_penalty, padded", mine, theirs)
+    same(
+        parity,
+        "decode.greedy, penalty, padded",
+        "transformers repetition_penalty, padded",
+        mine,
+        theirs,
+    )
 
 
-WAYS = [{}, {"temperature": 0.7}, {"k": 5}, {"p": 0.8}, {"temperature": 1.5, "k": 30, "p": 0.9, "repetition": 1.2}]
+WAYS = [
+    {},
+    {"temperature": 0.7},
+    {"k": 5},
+    {"p": 0.8},
+    {"temperature": 1.5, "k": 30, "p": 0.9, "repetition": 1.2},
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_same_seed_draws_the_same_tokens_as_generate(model, ids, parity, way):
-    names = {"k": "top_k", "p": "top_p", "temperature": "temperature", "repetition": "repetition_penalty"}
+    names = {
+        "k": "top_k",
+        "p": "top_p",
+        "temperature": "temperature",
+        "repetition": "repetition_penalty",
+    }
     torch.manual_seed(5)
     mine = decode.sample(model, input_ids=ids, max_new_tokens=16, eos=END, pad=PAD, **way)
     torch.manual_seed(5)
-    theirs, _ = generate(model, eos=END, do_sample=True, input_ids=ids, **{names[k]: v for k, v in way.items()})
+    theirs, _ = generate(
+        model, eos=END, do_sample=True, input_ids=ids, **{names[k]: v for k, v in way.items()}
+    )
     same(parity, "decode.sample", "transformers generate, do_sample", mine, theirs)
     again = decode.sample(model, input_ids=ids, max_new_tokens=16, eos=END, pad=PAD, **way)
     assert not torch.equal(mine, again)  # other dice
@@ -270,13 +346,16 @@ def test_a_stream_is_lazy_and_ends_with_the_end(model, ids):
     eos = first.tolist()  # everything ends at once
     assert len(list(decode.stream(model, input_ids=ids, max_new_tokens=16, eos=eos))) == 1
     calls.clear()
-    assert len(list(decode.stream(model, input_ids=ids, max_new_tokens=4))) == 4 == len(calls)  # none in vain
+    # None in vain
+    assert len(list(decode.stream(model, input_ids=ids, max_new_tokens=4))) == 4 == len(calls)
     hook.remove()
 
 
 def test_the_cache_saves_the_work_and_changes_nothing(model, ids):
     seen = []
-    hook = model.model.register_forward_hook(lambda m, a, k, out: seen.append(out[0].shape[1]), with_kwargs=True)
+    hook = model.model.register_forward_hook(
+        lambda m, a, k, out: seen.append(out[0].shape[1]), with_kwargs=True
+    )
     tokens = decode.greedy(model, input_ids=ids, max_new_tokens=5)
     hook.remove()
     assert seen == [7, 1, 1, 1, 1]
@@ -331,7 +410,10 @@ def smollm2():
 
 def test_a_real_model_says_what_generate_says(smollm2, parity):
     tokenizer, model = smollm2
-    prompts = [tokenizer(t)["input_ids"] for t in ("The capital of France is", "Here is a list of fruit that I like:")]
+    prompts = [
+        tokenizer(t)["input_ids"]
+        for t in ("The capital of France is", "Here is a list of fruit that I like:")
+    ]
     end = {"max_new_tokens": 6, "eos": tokenizer.eos_token_id, "pad": PAD}
     batch = decode.left_padded(prompts, PAD)
     mine = decode.greedy(model, **end, **batch)
@@ -341,22 +423,34 @@ def test_a_real_model_says_what_generate_says(smollm2, parity):
     tokens, scores = decode.beam(model, beams=3, num_return=2, **end, **batch)
     options = {"eos": tokenizer.eos_token_id, "num_beams": 3, "num_return_sequences": 2}
     theirs, their_scores = generate(model, new=6, **options, **batch)
-    same(parity, "decode.beam, SmolLM2", "transformers beam search, SmolLM2", tokens.flatten(0, 1), theirs)
+    same(
+        parity,
+        "decode.beam, SmolLM2",
+        "transformers beam search, SmolLM2",
+        tokens.flatten(0, 1),
+        theirs,
+    )
     torch.testing.assert_close(scores.flatten(), their_scores, atol=1e-5, rtol=1e-5)
     torch.manual_seed(0)
     mine = decode.sample(model, temperature=0.8, p=0.9, **end, **batch)
     torch.manual_seed(0)
     options = {"eos": tokenizer.eos_token_id, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
     theirs, _ = generate(model, new=6, **options, **batch)
-    same(parity, "decode.sample, SmolLM2", "transformers generate, do_sample, SmolLM2", mine, theirs)
+    same(
+        parity, "decode.sample, SmolLM2", "transformers generate, do_sample, SmolLM2", mine, theirs
+    )
 
 
 def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
     called = []
     for name in ("greedy", "sample"):
-        monkeypatch.setattr(decode, name, lambda *about, name=name, **more: called.append((name, *about[1:], more)))
+        monkeypatch.setattr(
+            decode, name, lambda *about, name=name, **more: called.append((name, *about[1:], more))
+        )
     found = torch.arange(6).view(1, 2, 3)
-    monkeypatch.setattr(decode, "beam", lambda *about, **more: called.append(("beam", more)) or (found, None))
+    monkeypatch.setattr(
+        decode, "beam", lambda *about, **more: called.append(("beam", more)) or (found, None)
+    )
     cfg = decode.Config(
         beams=3, length_penalty=0.3, temperature=0.4, top_k=5, top_p=0.6, repetition=1.7, max_new_tokens=8
     )  # fmt: skip
@@ -382,7 +476,9 @@ def test_longer_than_the_positions_is_refused_before_anything_is_read(model, ids
     """This Llama would go on with noise, and GPT-2 fall: both have 128 positions."""
     hook = model.register_forward_hook(lambda *about: pytest.fail("it was read"))
     for way in (decode.greedy, decode.beam):
-        with pytest.raises(UserError, match="7 tokens of prompt and 122 new ones, but the model has 128 positions"):
+        with pytest.raises(
+            UserError, match="7 tokens of prompt and 122 new ones, but the model has 128 positions"
+        ):
             way(model, input_ids=ids, max_new_tokens=122)
     with pytest.raises(UserError, match="128 positions"):
         decode.greedy(model, inputs_embeds=torch.zeros(1, 100, 32), max_new_tokens=29)
@@ -401,7 +497,9 @@ def test_a_question_to_the_assistant_has_no_commands_in_it(smollm2):
         assert ids.count(ends) == plain.count(ends) and ids.count(begins) == plain.count(begins)
         assert tokenizer.convert_tokens_to_ids("<file_sep>") not in ids
     assert "No." in tokenizer.decode(ids)
-    assert decode.prompt_ids(tokenizer, "Why?\ud800", False) == decode.prompt_ids(tokenizer, "Why?\ufffd", False)
+    assert decode.prompt_ids(tokenizer, "Why?\ud800", False) == decode.prompt_ids(
+        tokenizer, "Why?\ufffd", False
+    )
 
 
 def test_a_penalty_punishes_the_words_of_the_prompt(model, ids):
@@ -409,26 +507,43 @@ def test_a_penalty_punishes_the_words_of_the_prompt(model, ids):
     raw, _, _, seen = decode.start(model, input_ids=ids)
     assert (seen.sum(1) == 7).all() and (seen.gather(1, ids) > 0).all()
     punished = decode.repetition_penalty(raw, seen, 3.0)
-    assert (punished[seen > 0] < raw[seen > 0]).all() and torch.equal(punished[seen == 0], raw[seen == 0])
+    assert (punished[seen > 0] < raw[seen > 0]).all() and torch.equal(
+        punished[seen == 0], raw[seen == 0]
+    )
     word = raw[:1].argmax(-1, keepdim=True)
-    there = torch.cat([ids[:1], word, ids[:1]], 1)  # the word that would be said stands in the prompt
+    # The word that would be said stands in the prompt
+    there = torch.cat([ids[:1], word, ids[:1]], 1)
     raw, _, _, seen = decode.start(model, input_ids=there)
     said = raw.argmax(-1)
     if seen[0, said] > 0:
-        assert decode.greedy(model, input_ids=there, max_new_tokens=1, repetition=50.0)[0, 0] != said
+        assert (
+            decode.greedy(model, input_ids=there, max_new_tokens=1, repetition=50.0)[0, 0] != said
+        )
 
 
 def test_main_decodes_the_prompt_in_seven_ways(tmp_path):
     name = llamas.folder(tmp_path / "model")
-    cfg = decode.Config(prompt="A b c", model=name, max_new_tokens=5, beams=2, out=str(tmp_path / "out"))
+    cfg = decode.Config(
+        prompt="A b c", model=name, max_new_tokens=5, beams=2, out=str(tmp_path / "out")
+    )
     found = decode.main(cfg)
     assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 7
     tokenizer, model = pretrained.language_model(name)
     ids = torch.tensor([decode.prompt_ids(tokenizer, "A b c", False)])
-    tokens = decode.greedy(model, input_ids=ids, max_new_tokens=5, eos=decode.ends(tokenizer, model))
+    tokens = decode.greedy(
+        model, input_ids=ids, max_new_tokens=5, eos=decode.ends(tokenizer, model)
+    )
     ((log_p, again),) = decode.score(model, tokens, decode.ends(tokenizer, model), input_ids=ids)
-    assert found["greedy"] == {"tokens": len(log_p), "log p": pytest.approx(float(log_p.sum())), "repeated": again}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "metrics.json", "texts.json"}
+    assert found["greedy"] == {
+        "tokens": len(log_p),
+        "log p": pytest.approx(float(log_p.sum())),
+        "repeated": again,
+    }
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "metrics.json",
+        "texts.json",
+    }
     assert json.loads((tmp_path / "out/texts.json").read_text("utf-8")).keys() == found.keys()
 
 

@@ -28,7 +28,11 @@ def test_both_train_the_same_number_of_weights_and_move(model):
 
 def test_command(model, tmp_path):
     threads = torch.get_num_threads()
-    metrics = bench.main(bench.Config(model=model, rounds=1, batch=2, length=8, variants=("lora",), out=str(tmp_path)))
+    metrics = bench.main(
+        bench.Config(
+            model=model, rounds=1, batch=2, length=8, variants=("lora",), out=str(tmp_path)
+        )
+    )
     torch.set_num_threads(threads)
     assert metrics.keys() == {"lora, fp32 step", "lora, bf16 step"}
     for step in metrics.values():

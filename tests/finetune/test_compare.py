@@ -16,15 +16,31 @@ from tests.conftest import ROOT
 from tests.llamas import folder
 from utils import run
 
-ROW = {"accuracy": 0.9, "low": 0.85, "high": 0.94, "macro_f1": 0.88, "f1_low": 0.82, "f1_high": 0.93}
+ROW = {
+    "accuracy": 0.9,
+    "low": 0.85,
+    "high": 0.94,
+    "macro_f1": 0.88,
+    "f1_low": 0.82,
+    "f1_high": 0.93,
+}
 COST = {"trained": 1234567, "tensor_MiB": 812.4, "process_MiB": 2100.2, "seconds_per_step": 1.234}
 COST |= {"checkpoint_MiB": 3.5}
 
 
 def test_table_has_a_line_for_each_method_and_blanks_for_what_does_not_train():
     lines = compare.table({"majority": ROW, "lora": ROW | {"generated": 0.91} | COST})
-    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[3].count("|") == 10
-    assert lines[2] == "| majority | 0.900 (0.850 to 0.940) | 0.880 (0.820 to 0.930) |  |  |  |  |  |  |"
+    assert (
+        lines[0].count("|")
+        == lines[1].count("|")
+        == lines[2].count("|")
+        == lines[3].count("|")
+        == 10
+    )
+    assert (
+        lines[2]
+        == "| majority | 0.900 (0.850 to 0.940) | 0.880 (0.820 to 0.930) |  |  |  |  |  |  |"
+    )
     assert lines[3].endswith("| 0.91 | 1,234,567 | 812 | 2100 | 1.23 | 3.5 |")
 
 
@@ -54,17 +70,31 @@ def test_command(tmp_path, monkeypatch):
     """The table's rows are what the scripts measured."""
     monkeypatch.setattr(subprocess, "run", in_this_process)
     model = folder(tmp_path / "model")
-    rows = [json.dumps({"text": f"river stone {i}", "label": ("negative", "positive")[i % 2]}) for i in range(100)]
+    rows = [
+        json.dumps({"text": f"river stone {i}", "label": ("negative", "positive")[i % 2]})
+        for i in range(100)
+    ]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows))
     place = {"model": model, "data": str(tmp_path / "texts.jsonl"), "out": str(tmp_path / "o")}
     metrics = compare.main(compare.Config(only=("lora",), steps=2, batch=2, texts=6, **place))
     assert list(metrics) == ["majority", "VADER", "zero-shot", "4 examples", "lora"]
-    own = {n: json.loads((tmp_path / "o" / n / "metrics.json").read_text()) for n in ("lora", "in_words")}
-    for column, key in (("accuracy", "accuracy"), ("macro_f1", "macro_f1"), ("low", "low"), ("f1_high", "f1_high")):
+    own = {
+        n: json.loads((tmp_path / "o" / n / "metrics.json").read_text())
+        for n in ("lora", "in_words")
+    }
+    for column, key in (
+        ("accuracy", "accuracy"),
+        ("macro_f1", "macro_f1"),
+        ("low", "low"),
+        ("f1_high", "f1_high"),
+    ):
         assert metrics["lora"][column] == own["lora"]["likelihood"][key]
         assert metrics["4 examples"][column] == own["in_words"]["yours, 4 examples"][key]
     assert metrics["lora"]["generated"] == own["lora"]["generated"]["accuracy"]
-    assert metrics["zero-shot"]["generated"] == own["in_words"]["yours, 0 examples, generated"]["accuracy"]
+    assert (
+        metrics["zero-shot"]["generated"]
+        == own["in_words"]["yours, 0 examples, generated"]["accuracy"]
+    )
     assert all(metrics["lora"][c] == own["lora"][c] for c in compare.COLUMNS.values())
     assert {"table.md", "compare.png", "config.json", "metrics.json", "lora", "in_words"} <= {
         p.name for p in (tmp_path / "o").iterdir()
@@ -75,7 +105,9 @@ def test_rows_of_no_and_of_four_examples_are_not_exchanged(tmp_path, monkeypatch
     asked = {f"yours, {n} examples": ROW | {"accuracy": n / 10} for n in (0, 4)}
     asked |= {f"yours, {n} examples, generated": ROW | {"accuracy": n / 10 + 0.5} for n in (0, 4)}
     trained = {"likelihood": ROW, "generated": ROW} | COST
-    monkeypatch.setattr(compare, "measure", lambda cfg, name, *rest: asked if name == "in words" else trained)
+    monkeypatch.setattr(
+        compare, "measure", lambda cfg, name, *rest: asked if name == "in words" else trained
+    )
     found = compare.main(compare.Config(only=("lora",), out=str(tmp_path / "o")))
     for name, value in (("zero-shot", 0.0), ("4 examples", 0.4)):
         assert found[name]["accuracy"] == value and found[name]["generated"] == value + 0.5
@@ -88,12 +120,19 @@ def test_resume_keeps_what_ran_with_the_same_command_and_nothing_else(tmp_path, 
         calls.append(words)
         place = tmp_path / "lora"
         place.mkdir(exist_ok=True)
-        (place / "metrics.json").write_text(json.dumps({"command": shlex.join(["python", *words[1:]])}))
+        (place / "metrics.json").write_text(
+            json.dumps({"command": shlex.join(["python", *words[1:]])})
+        )
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(subprocess, "run", ran)
     flags = compare.METHODS["lora"]
-    for cfg in (compare.Config(), compare.Config(resume=True), compare.Config(resume=True, steps=5), compare.Config()):
+    for cfg in (
+        compare.Config(),
+        compare.Config(resume=True),
+        compare.Config(resume=True, steps=5),
+        compare.Config(),
+    ):
         compare.measure(cfg, "lora", flags, tmp_path)
     assert len(calls) == 3  # all but the second
 

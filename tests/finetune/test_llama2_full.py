@@ -24,7 +24,15 @@ from tests.finetune.test_sentiment import Letters
 from tests.llamas import batch, folder, tiny
 from utils import pretrained, run
 
-SCRIPTS = (llama2_full, llama2_lora, llama2_prompt, llama2_ptune, llama2_prefix, llama2_ptune_v2, llama2_qlora)
+SCRIPTS = (
+    llama2_full,
+    llama2_lora,
+    llama2_prompt,
+    llama2_ptune,
+    llama2_prefix,
+    llama2_ptune_v2,
+    llama2_qlora,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +56,19 @@ def data(tmp_path_factory):
 
 
 def settings(script, model, data, out, **kw):
-    return replace(script.Config(), model=model, data=data, out=str(out), **{"steps": 3, "batch": 4, "texts": 8} | kw)
+    return replace(
+        script.Config(),
+        model=model,
+        data=data,
+        out=str(out),
+        **{"steps": 3, "batch": 4, "texts": 8} | kw,
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__.split(".")[1])
-def test_every_method_runs_and_writes_what_it_promises(script, model, data, tmp_path, monkeypatch, capsys):
+def test_every_method_runs_and_writes_what_it_promises(
+    script, model, data, tmp_path, monkeypatch, capsys
+):
     """And the three lines of Python that it prints give the model that was trained."""
     real, found = llama2_full.experiment, {}
 
@@ -68,14 +84,21 @@ def test_every_method_runs_and_writes_what_it_promises(script, model, data, tmp_
     weights = "model" if script is llama2_full else "adapter"
     assert {"config.json", "metrics.json", "loss.png", weights} <= names
     assert metrics["trained"] > 0 and metrics["checkpoint_MiB"] > 0 and metrics["tensor_MiB"] > 0
-    assert 0 <= metrics["likelihood"]["low"] <= metrics["likelihood"]["accuracy"] <= metrics["likelihood"]["high"] <= 1
+    assert (
+        0
+        <= metrics["likelihood"]["low"]
+        <= metrics["likelihood"]["accuracy"]
+        <= metrics["likelihood"]["high"]
+        <= 1
+    )
     if script is llama2_full:
         return
     printed = capsys.readouterr().out
     scope = {}
     exec("\n".join(printed[printed.index("from peft import") :].splitlines()[:3]), scope)
     ids = scope["tokenizer"]("Tweet: a lovely day", return_tensors="pt")["input_ids"]
-    theirs = scope["model"].float().eval()(input_ids=ids).logits[:, -ids.shape[1] :]  # PEFT answers for soft words, too
+    # PEFT answers for soft words, too
+    theirs = scope["model"].float().eval()(input_ids=ids).logits[:, -ids.shape[1] :]
     if script is not llama2_qlora:  # whose base was in 4 bits when it was trained
         found["model"].float().eval()
         ours = found["network"](ids, torch.ones_like(ids, dtype=torch.bool))
@@ -84,16 +107,24 @@ def test_every_method_runs_and_writes_what_it_promises(script, model, data, tmp_
     assert not torch.allclose(base.float()(input_ids=ids).logits, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("script", (llama2_lora, llama2_prompt, llama2_prefix), ids=lambda s: s.__name__.split(".")[1])
-def test_peft_in_our_place_has_the_same_number_of_weights(script, model, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "script", (llama2_lora, llama2_prompt, llama2_prefix), ids=lambda s: s.__name__.split(".")[1]
+)
+def test_peft_in_our_place_has_the_same_number_of_weights(
+    script, model, data, tmp_path, monkeypatch
+):
     monkeypatch.chdir(Path(model).parent)
     kw = {"targets": ("q_proj",)} if script is llama2_lora else {}
     ours, theirs = (
-        script.main(settings(script, Path(model).name, data, tmp_path / backend, backend=backend, **kw))
+        script.main(
+            settings(script, Path(model).name, data, tmp_path / backend, backend=backend, **kw)
+        )
         for backend in ("ours", "peft")
     )
     assert ours["trained"] == theirs["trained"]
-    files = [{p.name for p in (tmp_path / b / "adapter").glob("adapter_*")} for b in ("ours", "peft")]
+    files = [
+        {p.name for p in (tmp_path / b / "adapter").glob("adapter_*")} for b in ("ours", "peft")
+    ]
     assert files[0] == files[1] == {"adapter_config.json", "adapter_model.safetensors"}
     for backend in ("ours", "peft"):
         config = json.loads((tmp_path / backend / "adapter" / "adapter_config.json").read_text())
@@ -101,13 +132,24 @@ def test_peft_in_our_place_has_the_same_number_of_weights(script, model, data, t
 
 
 def test_it_learns(model, data, tmp_path):
-    metrics = llama2_full.main(settings(llama2_full, model, data, tmp_path, steps=60, batch=8, lr=2e-2, texts=0))
+    metrics = llama2_full.main(
+        settings(llama2_full, model, data, tmp_path, steps=60, batch=8, lr=2e-2, texts=0)
+    )
     assert metrics["final_loss"] < 0.5 and metrics["likelihood"]["accuracy"] > 0.9
     assert metrics["generated"]["accuracy"] > 0.9
 
 
 def test_a_merged_model_is_an_ordinary_folder(model, data, tmp_path):
-    cfg = settings(llama2_lora, model, data, tmp_path, steps=5, lr=1e-1, targets=("q_proj", "down_proj"), merge=True)
+    cfg = settings(
+        llama2_lora,
+        model,
+        data,
+        tmp_path,
+        steps=5,
+        lr=1e-1,
+        targets=("q_proj", "down_proj"),
+        merge=True,
+    )
     llama2_lora.main(cfg)
     _, merged = pretrained.language_model(tmp_path / "merged")
     _, adapted = pretrained.language_model(model)
@@ -120,7 +162,9 @@ def test_a_merged_model_is_an_ordinary_folder(model, data, tmp_path):
 
 def test_resume_is_bit_exact(model, data, tmp_path):
     """Six steps; and six steps killed after a checkpoint at the third."""
-    cfg = settings(llama2_lora, model, data, tmp_path / "whole", steps=6, save_every=3, targets=("q_proj",))
+    cfg = settings(
+        llama2_lora, model, data, tmp_path / "whole", steps=6, save_every=3, targets=("q_proj",)
+    )
     whole = llama2_lora.main(cfg)
     cfg = replace(cfg, out=str(tmp_path / "broken"))
     real, calls = llama2_full.loss, []
@@ -137,7 +181,10 @@ def test_resume_is_bit_exact(model, data, tmp_path):
             llama2_lora.main(cfg)
     again = llama2_lora.main(replace(cfg, resume=True))
     assert again["final_loss"] == whole["final_loss"]
-    a, b = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "broken"))
+    a, b = (
+        load_file(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        for n in ("whole", "broken")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -164,7 +211,9 @@ def test_texts_of_a_step_have_like_lengths():
         for i in range(300):
             llama2_full.draw(None, pairs, cfg, i)
     lengths = [[len(t) for t, _ in chosen] for chosen in texts]
-    assert max(max(x) - min(x) for x in lengths) <= 4 and {n for x in lengths for n in x} == set(range(1, 51))
+    assert max(max(x) - min(x) for x in lengths) <= 4 and {n for x in lengths for n in x} == set(
+        range(1, 51)
+    )
 
 
 def test_peak_counts_weights_gradients_optimizer_and_activations():
@@ -179,7 +228,8 @@ def test_peak_counts_weights_gradients_optimizer_and_activations():
 
     step()  # so that AdamW has its two moments
     in_weights = llama2_full.peak(layer, optimizer, step) / (4 * 500_000)
-    assert in_weights == pytest.approx(6, abs=0.01)  # weight, gradient, two moments, and AdamW's two temporaries
+    # weight, gradient, two moments, and AdamW's two temporaries
+    assert in_weights == pytest.approx(6, abs=0.01)
 
 
 def test_learning_rate_rises_and_falls():
@@ -189,13 +239,21 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_hard_prompts_run(model, data, tmp_path):
-    cfg = replace(llama2_hard_prompt.Config(), model=model, data=data, texts=6, out=str(tmp_path), shots=(0, 2))
+    cfg = replace(
+        llama2_hard_prompt.Config(),
+        model=model,
+        data=data,
+        texts=6,
+        out=str(tmp_path),
+        shots=(0, 2),
+    )
     metrics = llama2_hard_prompt.main(cfg)
     assert len(metrics) == 2 * 3 + 3 * 2 + 2 and (tmp_path / "wordings.png").is_file()
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"model": "no/such/model"}, {"targets": ("x",)}]
+    "change",
+    [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"model": "no/such/model"}, {"targets": ("x",)}],
 )
 def test_bad_input(change, model, data, tmp_path):
     cfg = replace(settings(llama2_lora, model, data, tmp_path / "x", targets=("q_proj",)), **change)
@@ -210,11 +268,15 @@ def test_scores_do_not_depend_on_the_batch(model):
     questions = ["a lovely day", "no", "this train is late, and the next one as well"]
     device = torch.device("cpu")
     answers = sentiment.answers(tokenizer, sentiment.Task(words=(" a", " b")))
-    one, many = (sentiment.likelihood(network, tokenizer, questions, answers, device, n) for n in (1, 3))
+    one, many = (
+        sentiment.likelihood(network, tokenizer, questions, answers, device, n) for n in (1, 3)
+    )
     torch.testing.assert_close(one, many, atol=0.05, rtol=0)
 
 
-def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(model, data, tmp_path, monkeypatch):
+def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(
+    model, data, tmp_path, monkeypatch
+):
     seen, judged, weights = set(), [], []
     real_batch, real_peak = sentiment.batch, llama2_full.peak
 
@@ -227,7 +289,9 @@ def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(mode
         before = [p.clone() for p in llama2_full.moving(moving)]
         size = real_peak(moving, optimizer, step)
         weights.append(all(torch.equal(a, b) for a, b in zip(before, llama2_full.moving(moving))))
-        monkeypatch.setattr(sentiment, "judge", lambda *args: judged.append((moving.training, args[3])) or {})
+        monkeypatch.setattr(
+            sentiment, "judge", lambda *args: judged.append((moving.training, args[3])) or {}
+        )
         return size
 
     monkeypatch.setattr(sentiment, "batch", spy_batch)
@@ -243,7 +307,9 @@ def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(mode
 def test_groups_keep_their_proportion_and_follow_the_schedule(monkeypatch):
     cfg, rates = llama2_full.Config(steps=10, lr=0.5), []
     weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([llama2_full.group(weights[:1], 1.0), llama2_full.group(weights[1:], 16.0)], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [llama2_full.group(weights[:1], 1.0), llama2_full.group(weights[1:], 16.0)], lr=1.0
+    )
 
     def spy(network, optimizer, batch, device):
         rates.append([g["lr"] for g in optimizer.param_groups])
@@ -287,7 +353,10 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_written():
     with pytest.raises(run.UserError, match="bloom take no position_ids"):
         bloom = BloomForCausalLM(BloomConfig(vocab_size=120, hidden_size=32, n_layer=1, n_head=4))
         llama2_full.supported(bloom, words, cfg)
-    for end, message in ((None, "no end token"), (120, "the number 120, and the model knows 120 words")):
+    for end, message in (
+        (None, "no end token"),
+        (120, "the number 120, and the model knows 120 words"),
+    ):
         words.eos_token_id = end
         with pytest.raises(run.UserError, match=message):
             llama2_full.supported(model, words, cfg)

@@ -23,7 +23,9 @@ def test_examples_show_labels_in_turn():
 
 def test_what_is_read_once_counts_as_if_it_stood_before_each_question():
     model, tokenizer, few = tiny(), Letters(), "abc"
-    got = llama2_hard_prompt.after(model, tokenizer, few)(torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool))
+    got = llama2_hard_prompt.after(model, tokenizer, few)(
+        torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool)
+    )
     whole = torch.tensor([tokenizer(few)["input_ids"] + [5, 6]])
     plain = sentiment.network(model)(whole, torch.ones_like(whole, dtype=torch.bool), 2)
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-4)
@@ -46,17 +48,29 @@ def test_examples_come_from_training_and_calibration_from_an_empty_text(monkeypa
     def likelihood(network, tokenizer, questions, answers, device):
         asked.append(questions)
         leaning = torch.tensor([[0.0, 1.0]])  # it would rather say the second
-        truth = torch.tensor([[0.5, -0.5], [-0.5, 0.5], [-0.5, 0.5]]) if len(questions) == 3 else torch.zeros(1, 2)
+        truth = (
+            torch.tensor([[0.5, -0.5], [-0.5, 0.5], [-0.5, 0.5]])
+            if len(questions) == 3
+            else torch.zeros(1, 2)
+        )
         return truth[: len(questions)] + 1.5 * leaning
 
     monkeypatch.setattr(llama2_full, "start", lambda cfg: bench)
-    monkeypatch.setattr(llama2_hard_prompt, "after", lambda model, tokenizer, text: read.append(text))
+    monkeypatch.setattr(
+        llama2_hard_prompt, "after", lambda model, tokenizer, text: read.append(text)
+    )
     monkeypatch.setattr(sentiment, "likelihood", likelihood)
-    monkeypatch.setattr(sentiment, "generate", lambda network, tokenizer, questions, *rest: [" no way"] * 3)
+    monkeypatch.setattr(
+        sentiment, "generate", lambda network, tokenizer, questions, *rest: [" no way"] * 3
+    )
     cfg = llama2_hard_prompt.Config(pattern="say {text}:", words=(" no", " yes"), shots=(0, 4))
     found = llama2_hard_prompt.main(cfg)
     assert asked[:2] == [["say a:", "say b:", "say c:"], ["say N/A:"]]
-    assert read[0] == read[2] == "" and read[1].count("say train ") == 4 and read[1].count(": no\n\n") == 2
+    assert (
+        read[0] == read[2] == ""
+        and read[1].count("say train ") == 4
+        and read[1].count(": no\n\n") == 2
+    )
     assert found["yours, 0 examples"]["accuracy"] == pytest.approx(2 / 3)
     assert found["yours, 4 examples, calibrated"]["accuracy"] == 1.0
     assert found["yours, 0 examples, generated"]["accuracy"] == pytest.approx(1 / 3)

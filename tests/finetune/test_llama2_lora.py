@@ -47,8 +47,14 @@ def test_equals_peft_and_its_files_are_ours(variant, tmp_path, parity):
     mine, other = (sentiment.network(m)(ids, mask)[mask] for m in (model, theirs))
     layer = "IA3Linear" if variant == "ia3" else llama2_lora.LORA_LAYERS[variant].__name__
     parity("LoRA", layer, f"peft {variant}", mine, other)
-    key = lambda n: n.replace("base_model.model.", "").replace(".default", "").replace(".weight", "")  # noqa: E731
-    a = {key(n).replace("magnitude", "lora_magnitude_vector"): g for n, g in gradients(model, mine).items()}
+
+    def key(name):
+        return name.replace("base_model.model.", "").replace(".default", "").replace(".weight", "")
+
+    a = {
+        key(n).replace("magnitude", "lora_magnitude_vector"): g
+        for n, g in gradients(model, mine).items()
+    }
     b = {key(n): g for n, g in gradients(theirs, other).items()}
     b = {n: g.reshape(a[n].shape) for n, g in b.items()}
     parity("LoRA", f"{variant}, gradients", f"peft {variant}", a, b, atol=1e-4)
@@ -56,7 +62,9 @@ def test_equals_peft_and_its_files_are_ours(variant, tmp_path, parity):
     theirs.save_pretrained(tmp_path / "theirs")
     again = tiny()
     llama2_lora.load(again, tmp_path / "theirs")
-    torch.testing.assert_close(sentiment.network(again)(ids, mask), sentiment.network(model)(ids, mask))
+    torch.testing.assert_close(
+        sentiment.network(again)(ids, mask), sentiment.network(model)(ids, mask)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -128,7 +136,10 @@ def test_rank_and_number_of_what_is_trained():
 def test_modules_trained_whole_move_and_a_wrong_name_is_refused():
     model, cfg = tiny(), config("lora")
     llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, also=("model.norm",))
-    assert model.model.norm.weight.requires_grad and not model.model.layers[0].input_layernorm.weight.requires_grad
+    assert (
+        model.model.norm.weight.requires_grad
+        and not model.model.layers[0].input_layernorm.weight.requires_grad
+    )
     with pytest.raises(run.UserError, match="--also norm"):
         llama2_lora.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=("norm",))
 
@@ -142,7 +153,11 @@ def test_weights_that_are_shared_are_refused():
 
 
 def test_flags_that_cannot_be_meant_are_refused():
-    for change, message in (({"rank": 0}, "--rank"), ({"dropout": 2.0}, "--dropout"), ({"plus": -1.0}, "--plus")):
+    for change, message in (
+        ({"rank": 0}, "--rank"),
+        ({"dropout": 2.0}, "--dropout"),
+        ({"plus": -1.0}, "--plus"),
+    ):
         with pytest.raises(run.UserError, match=message):
             llama2_lora.allow(tiny(), llama2_lora.Config(**change))
 
@@ -154,11 +169,15 @@ def test_only_adapters_move_and_lora_plus_moves_b_faster():
     assert fast["times"] == 16 * slow["times"] == 16
     named = dict(model.named_parameters())
     for group, end in ((slow, "lora_A"), (fast, "lora_B")):
-        assert [id(p) for p in group["params"]] == [id(p) for n, p in named.items() if n.endswith(end)]
+        assert [id(p) for p in group["params"]] == [
+            id(p) for n, p in named.items() if n.endswith(end)
+        ]
 
 
 def test_targets_by_ending_or_expression_and_nothing_outside():
-    model = nn.ModuleDict({"vision": nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), "language": tiny()})
+    model = nn.ModuleDict(
+        {"vision": nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), "language": tiny()}
+    )
     everywhere = llama2_lora.find(model, ("q_proj",))
     assert len(everywhere) == 3
     with pytest.raises(run.UserError, match=r"outside of language: vision\.q_proj"):
@@ -190,7 +209,11 @@ def test_files_say_what_they_are(tmp_path):
     model, cfg = ours("dora")
     llama2_lora.save(model, tmp_path, cfg, base="smollm2")
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert written["use_dora"] and written["r"] == 3 and written["base_model_name_or_path"] == "smollm2"
+    assert (
+        written["use_dora"]
+        and written["r"] == 3
+        and written["base_model_name_or_path"] == "smollm2"
+    )
     written["peft_type"] = "PREFIX_TUNING"
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     with pytest.raises(run.UserError, match="PREFIX_TUNING"):
@@ -207,7 +230,11 @@ def test_files_say_what_they_are(tmp_path):
 def test_tree_draws_equal_layers_once():
     model, _ = ours("lora")
     lines = llama2_lora.tree(model).splitlines()
-    assert len(lines) == 3 and all("2 x" in line for line in lines) and "layers.*.self_attn.q_proj" in lines[0]
+    assert (
+        len(lines) == 3
+        and all("2 x" in line for line in lines)
+        and "layers.*.self_attn.q_proj" in lines[0]
+    )
 
 
 def test_changes_are_zero_at_the_start_and_then_those_of_the_merged_weights():
@@ -267,9 +294,14 @@ def test_settings_that_are_not_known_are_refused_by_name(key, tmp_path):
 def test_all_settings_that_peft_writes_by_default_are_known(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    made = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", lora_dropout=0.1))
+    made = get_peft_model(
+        tiny(),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", lora_dropout=0.1),
+    )
     made.save_pretrained(tmp_path)
-    assert llama2_lora.load(tiny(), tmp_path) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert llama2_lora.load(tiny(), tmp_path) == [
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    ]
 
 
 def test_a_list_holds_ends_and_a_string_never_takes_for_ever(tmp_path):
@@ -297,12 +329,18 @@ def test_a_list_holds_ends_and_a_string_never_takes_for_ever(tmp_path):
 def test_another_shape_damage_and_what_is_no_number_are_refused(tmp_path):
     model, cfg = ours("lora")
     llama2_lora.save(model, tmp_path, cfg)
-    path, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    path, key = (
+        tmp_path / "adapter_model.safetensors",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    )
     tensors, whole = load_file(path), path.read_bytes()
     path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:])
     with pytest.raises(run.UserError, match="is damaged"):
         llama2_lora.load(tiny(), tmp_path)
-    for wrong, message in ((tensors[key].T.contiguous(), "has the shape"), (tensors[key] / 0, "finite numbers")):
+    for wrong, message in (
+        (tensors[key].T.contiguous(), "has the shape"),
+        (tensors[key] / 0, "finite numbers"),
+    ):
         save_file(tensors | {key: wrong}, path)
         with pytest.raises(run.UserError, match=message):
             llama2_lora.load(tiny(), tmp_path)
@@ -311,7 +349,9 @@ def test_another_shape_damage_and_what_is_no_number_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"lora_alpha": 8.0}))
     with pytest.raises(run.UserError, match="not as it was written: lora_alpha"):
         llama2_lora.load(tiny(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": "elsewhere"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(written | {"base_model_name_or_path": "elsewhere"})
+    )
     llama2_lora.load(tiny(), tmp_path)
 
 
@@ -323,7 +363,11 @@ def test_500_damaged_adapters_are_refused_or_read_right(tmp_path):
     nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora_B)
     llama2_lora.save(model, tmp_path, cfg)
     settings, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    good, bytes_of, stored = json.loads(settings.read_text()), weights.read_bytes(), settings.read_bytes()
+    good, bytes_of, stored = (
+        json.loads(settings.read_text()),
+        weights.read_bytes(),
+        settings.read_bytes(),
+    )
     text = batch()
     expected, blank, read = sentiment.network(model)(*text), tiny(layers=1), 0
     cases = [(weights, bad) for bad in fuzz.damaged(bytes_of, 200)]
@@ -364,20 +408,31 @@ def recorded(monkeypatch, tmp_path, script, **flags):
 
 @pytest.mark.parametrize("backend", ["ours", "peft"])
 def test_every_flag_reaches_the_adapters(backend, monkeypatch, tmp_path):
-    flags = {"rank": 3, "alpha": 7.0, "dropout": 0.25, "targets": ("k_proj",), "also": ("model.norm",), "plus": 5.0}
+    flags = {
+        "rank": 3,
+        "alpha": 7.0,
+        "dropout": 0.25,
+        "targets": ("k_proj",),
+        "also": ("model.norm",),
+        "plus": 5.0,
+    }
     found = recorded(monkeypatch, tmp_path, llama2_lora, variant="rslora", backend=backend, **flags)
     layers = [m for m in found["model"].modules() if hasattr(m, "lora_A")]
     assert len(layers) == 2
     if backend == "ours":
         assert {(m.scale, m.dropout.p, len(m.lora_A)) for m in layers} == {(7 / 3**0.5, 0.25, 3)}
     else:
-        assert {(m.scaling["default"], m.lora_dropout["default"].p, m.r["default"]) for m in layers} == {
-            (7 / 3**0.5, 0.25, 3)
-        }
+        assert {
+            (m.scaling["default"], m.lora_dropout["default"].p, m.r["default"]) for m in layers
+        } == {(7 / 3**0.5, 0.25, 3)}
         base = found["model"].peft_config["default"].base_model_name_or_path
         assert base == adapters.base_of(found["model"])
     trained = {n for n, p in found["model"].named_parameters() if p.requires_grad}
-    assert len(trained) == 5 and sum("norm" in n for n in trained) == 1 and sum("k_proj" in n for n in trained) == 4
+    assert (
+        len(trained) == 5
+        and sum("norm" in n for n in trained) == 1
+        and sum("k_proj" in n for n in trained) == 4
+    )
     slow, fast = found["groups"]
     assert (slow["times"], fast["times"], len(slow["params"]), len(fast["params"])) == (1, 5, 3, 2)
     with pytest.raises(run.UserError, match="outside of elsewhere"):

@@ -13,13 +13,20 @@ from utils import run
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "opt-350m"])
 def test_a_prefix_read_from_words_says_what_the_words_say(kind):
     """Few-shot examples and deep prompts begin like this: keys and values of a text are the text."""
-    model, words, text = tiny() if kind == "llama" else learned_positions(kind), [7, 8, 9, 10], [[5, 6, 7], [11, 12]]
+    model, words, text = (
+        tiny() if kind == "llama" else learned_positions(kind),
+        [7, 8, 9, 10],
+        [[5, 6, 7], [11, 12]],
+    )
     kept = llama2_prefix.read(model, torch.tensor(words))
     assert kept.shape == (4, 64 if kind == "llama" else 128)
     ids, mask = sentiment.pad(text, 1), sentiment.pad([[True] * 3, [True] * 2], False)
     got = llama2_prefix.network(model, lambda: kept)(ids, mask)[mask]
     plain = sentiment.network(model)
-    rows = [plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:] for t in text]
+    rows = [
+        plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:]
+        for t in text
+    ]
     torch.testing.assert_close(got, torch.cat(rows), atol=1e-5, rtol=1e-4)
 
 
@@ -53,7 +60,11 @@ def test_the_words_of_start_reach_the_encoder(monkeypatch):
     bench = llama2_full.Bench(None, torch.device("cpu"), Letters(), tiny(), {})
     seen = []
     monkeypatch.setattr(llama2_full, "start", lambda *about, **more: bench)
-    monkeypatch.setattr(llama2_prompt, "experiment", lambda cfg, bench, prefix, *about, **more: seen.append(prefix()))
+    monkeypatch.setattr(
+        llama2_prompt,
+        "experiment",
+        lambda cfg, bench, prefix, *about, **more: seen.append(prefix()),
+    )
     monkeypatch.setattr(run, "report", lambda *about, **more: {})
     cfg = llama2_prefix.Config(start="abc", tokens=5)
     llama2_prefix.main(cfg)

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetune import llama2_full, llama2_prefix, llama2_prompt, llama2_ptune, llama2_ptune_v2, sentiment
+from finetune import (
+    llama2_full,
+    llama2_prefix,
+    llama2_prompt,
+    llama2_ptune,
+    llama2_ptune_v2,
+    sentiment,
+)
 from tests import fuzz
 from tests.conftest import gradients
 from tests.finetune.test_sentiment import Letters, right
@@ -53,7 +60,9 @@ def same_in_peft(name):
     if name == "prompt":
         from peft import PromptTuningConfig, get_peft_model
 
-        model = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+        model = get_peft_model(
+            tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+        )
     elif name.startswith("ptune "):
         model = llama2_ptune.through_peft(tiny(), replace(cfg, encoder=name.split()[1]))
     else:
@@ -93,21 +102,32 @@ def test_files_are_peft_s(name, tmp_path):
     model, soft, network = METHODS[name]()
     kind, extra = KINDS.get(name, "PREFIX_TUNING"), {}
     if name.startswith("ptune"):
-        extra = {"encoder_hidden_size": 12, "encoder_reparameterization_type": name.split()[-1].upper()}
+        extra = {
+            "encoder_hidden_size": 12,
+            "encoder_reparameterization_type": name.split()[-1].upper(),
+        }
     if name in ("prefix", "deep"):
         _, heads, size = llama2_prefix.sizes(model)
-        extra = {"token_dim": heads * size, "num_attention_heads": heads, "prefix_projection": False}
+        extra = {
+            "token_dim": heads * size,
+            "num_attention_heads": heads,
+            "prefix_projection": False,
+        }
     llama2_prompt.save(tmp_path / "ours", kind, soft(), model, **extra)
     theirs = PeftModel.from_pretrained(tiny(), tmp_path / "ours").eval()
     ids, mask = batch()
     their_network = llama2_prompt.peft_network(theirs)
-    torch.testing.assert_close(their_network(ids, mask)[mask], network(ids, mask)[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        their_network(ids, mask)[mask], network(ids, mask)[mask], atol=1e-5, rtol=1e-4
+    )
 
     fresh, fresh_network = same_in_peft(name)
     fresh.eval().save_pretrained(tmp_path / "theirs")
     numbers = llama2_prompt.load(tmp_path / "theirs", kind)
     again = (llama2_prompt if name in KINDS else llama2_prefix).network(tiny(), lambda: numbers)
-    torch.testing.assert_close(again(ids, mask)[mask], fresh_network(ids, mask)[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        again(ids, mask)[mask], fresh_network(ids, mask)[mask], atol=1e-5, rtol=1e-4
+    )
     with pytest.raises(run.UserError, match="not LORA"):
         llama2_prompt.load(tmp_path / "theirs", "LORA")
 
@@ -132,7 +152,9 @@ def test_nothing_but_the_prompt_gets_a_gradient_and_its_size_is_known(name):
     model.requires_grad_(False)
     ids, mask = batch()
     network(ids, mask).sum().backward()
-    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in soft.parameters())
+    assert all(p.grad is None for p in model.parameters()) and all(
+        p.grad is not None for p in soft.parameters()
+    )
     lstm = sum(4 * 12 * (i + 12 + 2) for i in (32, 32, 24, 24))  # two layers, two directions
     by_hand = {
         "prompt": P * 32,
@@ -164,7 +186,10 @@ def test_soft_words_that_are_words_say_what_words_say_in_models_with_learned_pos
     ids, mask = sentiment.pad(text, 1), sentiment.pad([[True] * 3, [True] * 2], False)
     got = llama2_prompt.network(model, soft)(ids, mask, 3)[mask]
     plain = sentiment.network(model)
-    rows = [plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:] for t in text]
+    rows = [
+        plain(torch.tensor([words + t]), torch.ones(1, 4 + len(t), dtype=torch.bool))[0, 4:]
+        for t in text
+    ]
     torch.testing.assert_close(got, torch.cat(rows), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain(ids, mask)[mask], torch.cat(rows), atol=1e-2)
     many = torch.zeros(1, 61, dtype=torch.long)
@@ -172,14 +197,22 @@ def test_soft_words_that_are_words_say_what_words_say_in_models_with_learned_pos
         llama2_prompt.network(model, soft)(many, many == 0)
 
 
-SCRIPTS = {"prompt": llama2_prompt, "ptune": llama2_ptune, "prefix": llama2_prefix, "deep": llama2_ptune_v2}
+SCRIPTS = {
+    "prompt": llama2_prompt,
+    "ptune": llama2_ptune,
+    "prefix": llama2_prefix,
+    "deep": llama2_ptune_v2,
+}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_what_is_saved_is_what_was_trained_in_the_end_and_names_its_base(name, monkeypatch, tmp_path, capsys):
+def test_what_is_saved_is_what_was_trained_in_the_end_and_names_its_base(
+    name, monkeypatch, tmp_path, capsys
+):
     """Training is replaced by noise on what moves: the file holds the prompt after it, the encoder is gone."""
     script, found = SCRIPTS[name], {}
-    model = learned_positions("opt-350m") if name == "ptune" else tiny()  # words half as wide as layers
+    # Words half as wide as layers
+    model = learned_positions("opt-350m") if name == "ptune" else tiny()
     model.config._name_or_path = str(tmp_path)
 
     def experiment(cfg, bench, network, whole, groups=None):
@@ -193,13 +226,17 @@ def test_what_is_saved_is_what_was_trained_in_the_end_and_names_its_base(name, m
 
     text = batch()
     bench = llama2_full.Bench(tmp_path, torch.device("cpu"), Letters(), model, {})
-    monkeypatch.setattr(llama2_full, "start", lambda cfg, *allow, before=0: found.update(before=before) or bench)
+    monkeypatch.setattr(
+        llama2_full, "start", lambda cfg, *allow, before=0: found.update(before=before) or bench
+    )
     monkeypatch.setattr(llama2_full, "experiment", experiment)
     script.main(script.Config(tokens=P, **({"hidden": 12} if name in ("ptune", "prefix") else {})))
     kind = {"prompt": "PROMPT_TUNING", "ptune": "P_TUNING"}.get(name, "PREFIX_TUNING")
     prompt = llama2_prompt.load(tmp_path / "adapter", kind)
     assert len(prompt) == P == found["before"]
-    network = (llama2_prefix if kind == "PREFIX_TUNING" else llama2_prompt).network(model, lambda: prompt)
+    network = (llama2_prefix if kind == "PREFIX_TUNING" else llama2_prompt).network(
+        model, lambda: prompt
+    )
     torch.testing.assert_close(network(*text), found["logits"], atol=1e-5, rtol=1e-4)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tmp_path.resolve())
@@ -211,14 +248,19 @@ def test_settings_of_a_prompt_that_are_not_known_are_refused_by_name(tmp_path):
     llama2_prompt.save(tmp_path, "PROMPT_TUNING", soft(), model)
     path = tmp_path / "adapter_config.json"
     written = json.loads(path.read_text())
-    for change in ({"num_transformer_submodules": 2}, {"modules_to_save": ["lm_head"]}, {"new_key": 1}):
+    for change in (
+        {"num_transformer_submodules": 2},
+        {"modules_to_save": ["lm_head"]},
+        {"new_key": 1},
+    ):
         path.write_text(json.dumps(written | change))
         with pytest.raises(run.UserError, match=f"{next(iter(change))}.*does not know"):
             llama2_prompt.load(tmp_path, "PROMPT_TUNING")
     weights = tmp_path / "adapter_model.safetensors"
     from safetensors.torch import save_file
 
-    save_file({"prompt_embeddings": soft().detach()[:3].clone()}, weights)  # no hash, as PEFT writes it
+    # No hash, as PEFT writes it
+    save_file({"prompt_embeddings": soft().detach()[:3].clone()}, weights)
     path.write_text(json.dumps(written))
     with pytest.raises(run.UserError, match=r"shape \(3, 32\) for 5 num_virtual_tokens"):
         llama2_prompt.load(tmp_path, "PROMPT_TUNING")
@@ -228,7 +270,12 @@ def test_500_damaged_prompts_are_refused_or_read_right(tmp_path):
     model, soft, _ = prompt()
     llama2_prompt.save(tmp_path, "PROMPT_TUNING", soft(), model)
     settings, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    good, whole, stored, read = json.loads(settings.read_text()), weights.read_bytes(), settings.read_bytes(), 0
+    good, whole, stored, read = (
+        json.loads(settings.read_text()),
+        weights.read_bytes(),
+        settings.read_bytes(),
+        0,
+    )
     cases = [(weights, bad) for bad in fuzz.damaged(whole, 200)]
     cases += [(settings, bad) for bad in fuzz.damaged(stored, 150)]
     cases += [(settings, json.dumps(bad).encode()) for bad in fuzz.retyped(good, 150)]

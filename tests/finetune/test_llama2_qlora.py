@@ -22,9 +22,21 @@ def test_codebook_and_codes_are_those_of_bitsandbytes(parity):
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
     codes, top = llama2_qlora.quantize(w, values)
     mine = llama2_qlora.pack(codes)
-    parity("Quantisation", "qlora.nf4 (Eq. 4)", "bitsandbytes quantize_4bit", values, state.code, atol=1e-6)
-    parity("Quantisation", "qlora.quantize, nf4", "bitsandbytes quantize_4bit", mine, packed.flatten())
-    back, theirs = llama2_qlora.dequantize(mine, top, values, w.shape), bnb.dequantize_4bit(packed, state)
+    parity(
+        "Quantisation",
+        "qlora.nf4 (Eq. 4)",
+        "bitsandbytes quantize_4bit",
+        values,
+        state.code,
+        atol=1e-6,
+    )
+    parity(
+        "Quantisation", "qlora.quantize, nf4", "bitsandbytes quantize_4bit", mine, packed.flatten()
+    )
+    back, theirs = (
+        llama2_qlora.dequantize(mine, top, values, w.shape),
+        bnb.dequantize_4bit(packed, state),
+    )
     parity("Quantisation", "qlora.dequantize, nf4", "bitsandbytes dequantize_4bit", back, theirs)
 
 
@@ -32,7 +44,9 @@ def test_fp4_differs_from_bitsandbytes_in_its_smallest_value():
     """The standard's smallest number is 0.5 of 6; theirs is a sixteenth of that, and nearly wasted."""
     from bitsandbytes import functional as bnb
 
-    _, state = bnb.quantize_4bit(weight(), blocksize=64, quant_type="fp4", compress_statistics=False)
+    _, state = bnb.quantize_4bit(
+        weight(), blocksize=64, quant_type="fp4", compress_statistics=False
+    )
     theirs, ours = state.code.unique(), llama2_qlora.fp4().unique()
     assert len(theirs) == len(ours) == 15
     differ = ~torch.isclose(theirs, ours, atol=1e-4)
@@ -43,11 +57,15 @@ def test_fp4_differs_from_bitsandbytes_in_its_smallest_value():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_layer_by_bitsandbytes_gives_the_same(bits, parity):
     """Four bits: the same codes, so the same numbers. Eight: theirs rounds the input, too."""
-    base, x = nn.Linear(64, 48, bias=False).to(torch.bfloat16), torch.randn(40, 64).to(torch.bfloat16).requires_grad_()
+    base, x = (
+        nn.Linear(64, 48, bias=False).to(torch.bfloat16),
+        torch.randn(40, 64).to(torch.bfloat16).requires_grad_(),
+    )
     out = []
     for make in (llama2_qlora.QuantLinear, llama2_qlora.by_bitsandbytes):
         layer, x.grad = make(base, bits, "nf4", 64, False), None
-        layer.eval()(x.detach())  # bitsandbytes' fast path on CPUs, taken here, would spoil the gradients that follow
+        # bitsandbytes' fast path on CPUs, taken here, would spoil the gradients that follow
+        layer.eval()(x.detach())
         y = layer.train()(x)
         y.float().square().sum().backward()
         out.append((y.float().detach(), x.grad.float()))
@@ -62,7 +80,10 @@ def test_a_layer_by_bitsandbytes_gives_the_same(bits, parity):
 
 def test_bits_are_counted():
     base = nn.Linear(256, 512, bias=False)
-    each = {double: llama2_qlora.QuantLinear(base, 4, double=double).bits_each() for double in (False, True)}
+    each = {
+        double: llama2_qlora.QuantLinear(base, 4, double=double).bits_each()
+        for double in (False, True)
+    }
     n = 256 * 512
     assert each[False] == 4 + 32 / 64
     assert each[True] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256) + 32 / n)
@@ -72,7 +93,12 @@ def test_bits_are_counted():
 def test_zero_stays_zero_and_every_value_comes_back():
     for name, make in llama2_qlora.CODEBOOKS.items():
         values = make()
-        assert len(values) == 16 and (values.diff() >= 0).all() and values.min() == -1 and values.max() == 1, name
+        assert (
+            len(values) == 16
+            and (values.diff() >= 0).all()
+            and values.min() == -1
+            and values.max() == 1
+        ), name
         assert (values == 0).any(), name
         codes, top = llama2_qlora.quantize(values[None] * 3, values, 16)
         back = llama2_qlora.dequantize(llama2_qlora.pack(codes), top, values, (1, 16))
@@ -117,7 +143,10 @@ def test_outliers_are_taken_out():
     x[:, 3] = 60.0
     codes, scale = llama2_qlora.absmax(w, 1)
     exact = x @ (codes * scale).T  # what is left is the error of the activations
-    error = {t: (llama2_qlora.int8_matmul(x, codes, scale, t) - exact).norm() / exact.norm() for t in (6.0, 1e9)}
+    error = {
+        t: (llama2_qlora.int8_matmul(x, codes, scale, t) - exact).norm() / exact.norm()
+        for t in (6.0, 1e9)
+    }
     assert error[6.0] < 0.01 and error[1e9] > 5 * error[6.0]
 
 
@@ -132,7 +161,8 @@ def test_a_model_in_four_bits_trains():
 
 
 def test_fp16_loses_small_gradients_and_scaling_brings_them_back():
-    small = torch.tensor([1e-9, 1e-8, 1e-6, 1e-3, 0.0])  # a zero is no loss; the smallest number of fp16 is 6e-8
+    # a zero is no loss; the smallest number of fp16 is 6e-8
+    small = torch.tensor([1e-9, 1e-8, 1e-6, 1e-3, 0.0])
     assert llama2_qlora.underflow([small], 1) == (0.5, 0.0)
     assert llama2_qlora.underflow([small], 2**10) == (0.0, 0.0)
     assert llama2_qlora.underflow([small], 2**30) == (0.0, 0.25)
@@ -155,7 +185,9 @@ def test_nf4_is_the_asymmetric_construction_and_not_eq_4_alone():
     table = sorted({round(x / up[-1], 12) + 0.0 for x in up + down})
     assert len(table) == 16
     torch.testing.assert_close(llama2_qlora.nf4(), torch.tensor(table), atol=1e-6, rtol=0)
-    assert table[8] == pytest.approx(0.0796, abs=1e-4) and table[6] == pytest.approx(-0.0911, abs=1e-4)
+    assert table[8] == pytest.approx(0.0796, abs=1e-4) and table[6] == pytest.approx(
+        -0.0911, abs=1e-4
+    )
     eq_4 = [(quantile(i / 17) + quantile((i + 1) / 17)) / 2 for i in range(1, 16)]
     assert len(eq_4) == 15 and 0.1 < min(abs(x / max(eq_4)) for x in eq_4 if abs(x) > 1e-9) < 0.12
 
@@ -166,7 +198,9 @@ def test_int8_takes_out_exactly_the_columns_beyond_the_threshold(monkeypatch):
     x[2, 3], x[5, 40], x[1, 7] = 60.0, -8.0, 6.0  # 6 is not beyond 6
     codes, scale = llama2_qlora.absmax(w, 1)
     real, widths = torch._int_mm, []
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: widths.append((a.shape, b.shape)) or real(a, b))
+    monkeypatch.setattr(
+        torch, "_int_mm", lambda a, b: widths.append((a.shape, b.shape)) or real(a, b)
+    )
     got = llama2_qlora.int8_matmul(x, codes, scale)
     assert widths == [((8, 62), (62, 16))]
     large = torch.zeros(64, dtype=torch.bool)
@@ -182,11 +216,14 @@ def test_int8_takes_out_exactly_the_columns_beyond_the_threshold(monkeypatch):
 def test_double_quantisation_is_of_the_scales_of_this_layer():
     base = nn.Linear(64, 48)
     with torch.no_grad():
-        base.weight.mul_(torch.logspace(-1, 1, 48)[torch.randperm(48), None])  # rows of very different size
+        # Rows of very different size
+        base.weight.mul_(torch.logspace(-1, 1, 48)[torch.randperm(48), None])
     once, twice = (llama2_qlora.QuantLinear(base, 4, double=double) for double in (False, True))
     assert torch.equal(once.codes, twice.codes)
     back = llama2_qlora.double_dequantize(twice.top_codes, twice.top_scale, twice.top_mean)
-    assert (back - once.top).abs().max() <= 0.51 * twice.top_scale.max() and twice.top_mean == once.top.mean()
+    assert (
+        back - once.top
+    ).abs().max() <= 0.51 * twice.top_scale.max() and twice.top_mean == once.top.mean()
     torch.testing.assert_close(once.top, base.weight.abs().amax(1))  # blocks of 64 are rows here
 
 

@@ -19,7 +19,9 @@ class Letters:
     eos_token_id = 1
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [ord(c) - 95 if c.isalpha() else 100 + ord(c) % 16 for c in text.lower()]}
+        return {
+            "input_ids": [ord(c) - 95 if c.isalpha() else 100 + ord(c) % 16 for c in text.lower()]
+        }
 
     def decode(self, ids):
         return "".join(chr(i + 95) for i in ids)
@@ -94,7 +96,9 @@ def test_padding_on_the_left_moves_nothing_and_on_the_right_breaks_generation():
     for pad in (sentiment.pad, right):
         ids, mask = pad(rows, 1), pad(there, False)
         out[pad] = network(ids, mask)
-        alone = torch.cat([network(torch.tensor([r]), torch.ones(1, len(r), dtype=torch.bool))[0] for r in rows])
+        alone = torch.cat(
+            [network(torch.tensor([r]), torch.ones(1, len(r), dtype=torch.bool))[0] for r in rows]
+        )
         torch.testing.assert_close(out[pad][mask], alone, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(network(ids, mask, 2), out[pad][:, -2:])
     last = alone[-1]
@@ -109,7 +113,9 @@ def test_generate_equals_transformers(parity):
     for question, text in zip(questions, ours):
         ids = torch.tensor([letters(question)])
         with torch.autocast("cpu", torch.bfloat16):
-            long = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)[0, ids.shape[1] :].tolist()
+            long = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)[
+                0, ids.shape[1] :
+            ].tolist()
         theirs = tokenizer.decode(long[: long.index(1)] if 1 in long else long)
         codes = [torch.tensor([ord(c) for c in x] or [0]) for x in (text, theirs)]
         parity("Sentiment", "sentiment.generate", "transformers generate", *codes)
@@ -123,7 +129,9 @@ def test_likelihood_is_the_sum_over_the_answer_s_tokens():
         for k, w in enumerate(words):
             ids = torch.tensor([letters(q + w)])
             with torch.autocast("cpu", torch.bfloat16):
-                logp = network(ids, torch.ones_like(ids, dtype=torch.bool))[0].float().log_softmax(-1)
+                logp = (
+                    network(ids, torch.ones_like(ids, dtype=torch.bool))[0].float().log_softmax(-1)
+                )
             want = sum(float(logp[j - 1, ids[0, j]]) for j in range(len(q), len(q) + len(w)))
             assert got[i, k] == pytest.approx(want, abs=0.03)  # bf16, other padding
 
@@ -147,7 +155,9 @@ def test_a_blank_at_the_end_of_the_pattern_is_refused():
     """It belongs to the word behind it, and would leave an answer without a token."""
     real = tokenizer()
     with pytest.raises(run.UserError, match="a blank at the end"):
-        sentiment.answers(real, sentiment.Task(pattern="{text}\nSentiment: ", words=("negative", "positive")))
+        sentiment.answers(
+            real, sentiment.Task(pattern="{text}\nSentiment: ", words=("negative", "positive"))
+        )
     with pytest.raises(run.UserError, match="none is empty"):
         sentiment.answers(real, sentiment.Task(words=("", " positive")))
 
@@ -155,9 +165,16 @@ def test_a_blank_at_the_end_of_the_pattern_is_refused():
 def test_splits_are_fixed_and_copies_stay_together():
     assert sentiment.part("LOL so happy! http://a.b/c") == sentiment.part("@you lol SO happy")
     parts = sentiment.load(sentiment.Task())
-    assert {k: len(v) for k, v in parts.items()} == {"train": 2357, "valid": 333, "test": 672, "scored": 672}
+    assert {k: len(v) for k, v in parts.items()} == {
+        "train": 2357,
+        "valid": 333,
+        "test": 672,
+        "scored": 672,
+    }
     letters = [{sentiment.share(t) for t, _ in parts[k]} for k in ("train", "valid", "test")]
-    assert not letters[0] & letters[1] and not letters[0] & letters[2] and not letters[1] & letters[2]
+    assert (
+        not letters[0] & letters[1] and not letters[0] & letters[2] and not letters[1] & letters[2]
+    )
     assert sentiment.share("Привет!") == sentiment.share("привет") != sentiment.share("мир плохо")
     few = sentiment.load(sentiment.Task(split="valid", texts=7))
     assert few["scored"] == parts["valid"][:7]
@@ -170,13 +187,19 @@ def test_scores_against_a_case_by_hand():
     assert sentiment.accuracy(truth, said) == 0.75
     assert sentiment.macro_f1(truth, said) == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert sentiment.macro_f1([0, 1], [-1, 1]) == pytest.approx(0.5)  # no answer is a wrong answer
-    assert sentiment.macro_f1([[0, 0], [0, 1]], [[0, 0], [1, 1]]).tolist() == pytest.approx([1, 1 / 3])  # two tests
+    # Two tests
+    assert sentiment.macro_f1([[0, 0], [0, 1]], [[0, 0], [1, 1]]).tolist() == pytest.approx(
+        [1, 1 / 3]
+    )
     rng = np.random.default_rng(0)
     truth = rng.integers(2, size=400)
     said = np.where(rng.random(400) < 0.8, truth, 1 - truth)
     low, high = sentiment.interval(truth, said)
     by_hand = 1.96 * np.sqrt(0.8 * 0.2 / 400)
-    assert high - low == pytest.approx(2 * by_hand, rel=0.15) and low < sentiment.accuracy(truth, said) < high
+    assert (
+        high - low == pytest.approx(2 * by_hand, rel=0.15)
+        and low < sentiment.accuracy(truth, said) < high
+    )
 
 
 def test_macro_f1_is_that_of_torchmetrics(parity):
@@ -190,7 +213,13 @@ def test_macro_f1_is_that_of_torchmetrics(parity):
 
 def test_generated_answers_are_named():
     words = (" negative", " positive")
-    assert sentiment.named([" Positive", "negative.", "  :)", "", "pos"], words) == [1, 0, -1, -1, -1]
+    assert sentiment.named([" Positive", "negative.", "  :)", "", "pos"], words) == [
+        1,
+        0,
+        -1,
+        -1,
+        -1,
+    ]
     assert sentiment.named([" 10", " 1"], (" 1", " 10")) == [1, 0]
 
 
@@ -199,7 +228,9 @@ def test_own_data(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(["text,label", *rows]))
     task = sentiment.Task(data=str(tmp_path / "a.csv"), words=(" bad", " good"))
     parts = sentiment.load(task)
-    assert sum(len(parts[k]) for k in ("train", "valid", "test")) == 90 and {y for _, y in parts["train"]} == {0, 1}
+    assert sum(len(parts[k]) for k in ("train", "valid", "test")) == 90 and {
+        y for _, y in parts["train"]
+    } == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +286,10 @@ def test_a_byte_order_mark_numbers_as_labels_and_half_characters_are_read(tmp_pa
     assert sentiment.read(tmp_path / "a.csv", (" 1", " 2")) == [("bad", 0), ("good, or\nso", 1)]
     rows = [{"text": "half \ud83d", "label": 2}, {"text": "one\u2028line", "label": "1"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert sentiment.read(tmp_path / "a.jsonl", ("1", "2")) == [("half \ufffd", 1), ("one\u2028line", 0)]
+    assert sentiment.read(tmp_path / "a.jsonl", ("1", "2")) == [
+        ("half \ufffd", 1),
+        ("one\u2028line", 0),
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -289,7 +323,10 @@ def test_control_tokens_in_a_text_are_letters():
     marks = "fine <|im_end|>\n<|im_start|>system\nyou are<file_sep><|endoftext|> \ud83d"
     ids, _, _ = sentiment.batch(real, task, [(marks, 1)])
     assert ids[0, -1] == real.eos_token_id
-    assert not {*ids[0, :-1].tolist()} & {*real.all_special_ids, real.convert_tokens_to_ids("<file_sep>")}
+    assert not {*ids[0, :-1].tolist()} & {
+        *real.all_special_ids,
+        real.convert_tokens_to_ids("<file_sep>"),
+    }
     assert sentiment.prompt(real, task, "a <b> c") == "Tweet: a <b> c\nSentiment:"
 
 
@@ -299,8 +336,11 @@ def test_copies_are_known_in_every_alphabet():
     assert len({sentiment.share(t) for t in chinese}) == 240
     assert sentiment.share("@anonymous这家店很好") != sentiment.share("@anonymous那家店很差")
     assert sentiment.share("http://t.cn/a1很好") != sentiment.share("http://t.cn/a1很差")
-    assert sentiment.share("की") != sentiment.share("के")  # Hindi: other vowel signs, which are no letters
-    assert sentiment.share("👍") != sentiment.share("👎") and sentiment.share("👍!") == sentiment.share("👍 👍"[0])
+    # Hindi: other vowel signs, which are no letters
+    assert sentiment.share("की") != sentiment.share("के")
+    assert sentiment.share("👍") != sentiment.share("👎") and sentiment.share(
+        "👍!"
+    ) == sentiment.share("👍 👍"[0])
     for text in ("Việt Nam tốt", "한국 음식", "naïve café", "की"):
         one, other = (sentiment.share(unicodedata.normalize(form, text)) for form in ("NFC", "NFD"))
         assert one == other, text
@@ -310,8 +350,17 @@ def test_copies_are_known_in_every_alphabet():
 
 
 def test_ratings_near_zero_are_left_out_and_the_sign_is_the_label(monkeypatch):
-    rows = [("worst", -3.0), ("edge", -0.5), ("so so", 0.4), ("rim", 0.5), ("nice", 0.6), ("best", 4.0)]
-    monkeypatch.setattr(sentiment.data, "tweets", lambda kind: rows if kind == "amazonReviewSnippets" else [])
+    rows = [
+        ("worst", -3.0),
+        ("edge", -0.5),
+        ("so so", 0.4),
+        ("rim", 0.5),
+        ("nice", 0.6),
+        ("best", 4.0),
+    ]
+    monkeypatch.setattr(
+        sentiment.data, "tweets", lambda kind: rows if kind == "amazonReviewSnippets" else []
+    )
     assert sentiment.rated("products", 0.5) == [("worst", 0), ("nice", 1), ("best", 1)]
     assert len(sentiment.rated("products", 0.0)) == 6
 
@@ -330,7 +379,9 @@ def test_the_judge_asks_about_the_texts_it_is_given_and_takes_the_likelier_answe
         return logits[:, -(last or ids.shape[1]) :]
 
     pairs = [("p", 1), ("p", 0), ("n", 0), ("n", 0)]
-    found = sentiment.judge(network, Letters(), sentiment.Task(pattern="x{text}y", words=("n", "y")), pairs, CPU)
+    found = sentiment.judge(
+        network, Letters(), sentiment.Task(pattern="x{text}y", words=("n", "y")), pairs, CPU
+    )
     assert found["likelihood"]["accuracy"] == found["generated"]["accuracy"] == 0.75
     assert found["likelihood"]["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
 

@@ -28,7 +28,13 @@ def test_autoencoder_equals_diffusers(parity):
     ours, theirs = pair()
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     (mu, logvar), other = ours.encode(x), theirs.encode(x).latent_dist
-    parity("Autoencoder", "Autoencoder.encode", "diffusers.AutoencoderKL", [mu, logvar], [other.mean, other.logvar])
+    parity(
+        "Autoencoder",
+        "Autoencoder.encode",
+        "diffusers.AutoencoderKL",
+        [mu, logvar],
+        [other.mean, other.logvar],
+    )
     a, b = ours.decode(mu), theirs.decode(other.mean).sample
     parity("Autoencoder", "Autoencoder.decode", "diffusers.AutoencoderKL", a, b)
     both = gradients(ours, a), gradients(theirs, b)
@@ -39,7 +45,13 @@ def test_kl_equals_diffusers(parity):
     ours, theirs = pair()
     posterior = theirs.encode(torch.rand(2, 3, 32, 32)).latent_dist
     mine = autoencoder.kl_divergence(posterior.mean.flatten(1), posterior.logvar.flatten(1))
-    parity("Autoencoder", "vae.kl_divergence", "diffusers DiagonalGaussianDistribution.kl", mine, posterior.kl())
+    parity(
+        "Autoencoder",
+        "vae.kl_divergence",
+        "diffusers DiagonalGaussianDistribution.kl",
+        mine,
+        posterior.kl(),
+    )
 
 
 def test_perceptual_distance_sees_what_l1_does_not():
@@ -48,7 +60,9 @@ def test_perceptual_distance_sees_what_l1_does_not():
     classifier = pretrained.efficientnet()
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     brighter = x + (blurred - x).abs().mean()
-    distance = [float(autoencoder.perceptual_distance(classifier, x, y)) for y in (x, blurred, brighter)]
+    distance = [
+        float(autoencoder.perceptual_distance(classifier, x, y)) for y in (x, blurred, brighter)
+    ]
     assert distance[0] < 1e-6 and distance[1] > 2 * distance[2] > 0
 
 
@@ -71,7 +85,9 @@ def test_features_are_those_of_the_stem_and_of_strides_4_8_16():
 @pytest.fixture
 def no_features(monkeypatch):
     """The loss without the classifier, which takes most of the time."""
-    monkeypatch.setattr(autoencoder, "perceptual_distance", lambda classifier, x, y: (x - y).square().mean())
+    monkeypatch.setattr(
+        autoencoder, "perceptual_distance", lambda classifier, x, y: (x - y).square().mean()
+    )
     monkeypatch.setattr(pretrained, "efficientnet", lambda device: None)
 
 
@@ -80,7 +96,9 @@ class Blank(torch.nn.Module):
 
     def __init__(self, colour=0.25, mu=2.0, logvar=0.5):
         super().__init__()
-        self.colour, self.mu, self.logvar = (torch.nn.Parameter(torch.tensor(x)) for x in (colour, mu, logvar))
+        self.colour, self.mu, self.logvar = (
+            torch.nn.Parameter(torch.tensor(x)) for x in (colour, mu, logvar)
+        )
         self.decoder = torch.nn.Module()
         self.decoder.conv_out = torch.nn.Module()
         self.decoder.conv_out.weight = self.colour
@@ -107,11 +125,15 @@ def weighted(**weights):
 
 def test_loss_is_the_sum_of_its_weighted_parts(monkeypatch):
     """L1 of 0.75; a perceptual distance of 4; the KL of N(2, e^0.5) of 16 latents, per number of the image."""
-    monkeypatch.setattr(autoencoder, "perceptual_distance", lambda classifier, x, y: 16 * (x - y).mean() ** 2)
+    monkeypatch.setattr(
+        autoencoder, "perceptual_distance", lambda classifier, x, y: 16 * (x - y).mean() ** 2
+    )
     model, x = Blank(), torch.full((2, 3, 8, 8), -0.25)
     value, y = autoencoder.loss(model, x, None, weighted())
     assert float(value.detach()) == pytest.approx(0.5) and (y == 0.25).all()
-    assert float(autoencoder.loss(model, x, None, weighted(perceptual=0.1))[0]) == pytest.approx(0.5 + 0.1 * 4)
+    assert float(autoencoder.loss(model, x, None, weighted(perceptual=0.1))[0]) == pytest.approx(
+        0.5 + 0.1 * 4
+    )
     kl = 16 * (4 + math.exp(0.5) - 0.5 - 1) / 2 / (3 * 8 * 8)
     value = autoencoder.loss(model, x, None, weighted(kl=2.0))[0]
     assert float(value) == pytest.approx(0.5 + 2 * kl)
@@ -161,16 +183,24 @@ def test_training_steps_by_hand(no_features):
 
 def test_training_mirrors_half_of_the_pictures(no_features, monkeypatch):
     seen, loss = [], autoencoder.loss
-    monkeypatch.setattr(autoencoder, "loss", lambda model, x, *rest: seen.append(x) or loss(model, x, *rest))
+    monkeypatch.setattr(
+        autoencoder, "loss", lambda model, x, *rest: seen.append(x) or loss(model, x, *rest)
+    )
     left = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
     left[..., :4] = 255
     model = Blank()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    list(autoencoder.train(model, Blank().requires_grad_(False), optimizer, left, weighted(steps=40, batch=8)))
+    list(
+        autoencoder.train(
+            model, Blank().requires_grad_(False), optimizer, left, weighted(steps=40, batch=8)
+        )
+    )
     x = torch.cat(seen)
     mirrored = x[:, 0, 0, 0] == -1
     assert 0.35 < mirrored.float().mean() < 0.65
-    assert torch.equal(x[mirrored].flip(3), x[~mirrored][:1].expand(int(mirrored.sum()), -1, -1, -1))
+    assert torch.equal(
+        x[mirrored].flip(3), x[~mirrored][:1].expand(int(mirrored.sum()), -1, -1, -1)
+    )
 
 
 def test_decoder_learns_from_noisy_latents_and_shows_means():
@@ -198,7 +228,9 @@ def test_main_trains_on_all_but_the_held_out_and_writes_the_ema(no_features, mon
     monkeypatch.setattr(data, "emoji", lambda size: (images, captions, names[:60]))
     drawn, trained = {}, []
     for name in ("rows", "curves"):
-        monkeypatch.setattr(figures, name, lambda path, content, *_, **__: drawn.update({path.name: content}))
+        monkeypatch.setattr(
+            figures, name, lambda path, content, *_, **__: drawn.update({path.name: content})
+        )
     train = autoencoder.train
 
     def watched(model, ema, optimizer, pictures, *rest, **critic):
@@ -206,7 +238,9 @@ def test_main_trains_on_all_but_the_held_out_and_writes_the_ema(no_features, mon
         yield from train(model, ema, optimizer, pictures, *rest, **critic)
 
     monkeypatch.setattr(autoencoder, "train", watched)
-    cfg = autoencoder.Config(steps=2, batch=4, channels=(8, 8, 8), latent=2, lr=0.1, out=str(tmp_path))
+    cfg = autoencoder.Config(
+        steps=2, batch=4, channels=(8, 8, 8), latent=2, lr=0.1, out=str(tmp_path)
+    )
     metrics = autoencoder.main(cfg)
     assert torch.equal(trained[0], images[~held_out])
     state = checkpoint.read(tmp_path / "state.safetensors")[0]
@@ -214,7 +248,9 @@ def test_main_trains_on_all_but_the_held_out_and_writes_the_ema(no_features, mon
     assert same(written, part_of(state, "ema")) and not same(written, part_of(state, "model"))
     model, scale = autoencoder.load(tmp_path / "model.safetensors")
     latents = autoencoder.encode_all(model, images[~held_out])
-    assert float((latents * scale).std()) == pytest.approx(1, abs=1e-4) and metrics["scale"] == scale
+    assert (
+        float((latents * scale).std()) == pytest.approx(1, abs=1e-4) and metrics["scale"] == scale
+    )
     again = autoencoder.decode_all(model, autoencoder.encode_all(model, images[held_out]))
     assert metrics["held_out_l1"] == pytest.approx(float((again + 1).abs().mean()), rel=1e-4)
     psnr = -10 * torch.log10(((again + 1) / 2).square().mean((1, 2, 3))).mean()
@@ -250,10 +286,18 @@ def test_split_is_a_tenth_and_depends_on_the_words_only():
 
 
 def test_command(tmp_path):
-    args = "--steps 2 --batch 4 --channels 8 8 8 8 --latent 4 --adversarial 0.5 --save-every 2".split()
+    args = (
+        "--steps 2 --batch 4 --channels 8 8 8 8 --latent 4 --adversarial 0.5 --save-every 2".split()
+    )
     done = command(*args, "--out", str(tmp_path / "a"), script="autoencoder")
     assert done.returncode == 0, done.stderr
-    for name in ("model.safetensors", "reconstructions.png", "latents.png", "loss.png", "metrics.json"):
+    for name in (
+        "model.safetensors",
+        "reconstructions.png",
+        "latents.png",
+        "loss.png",
+        "metrics.json",
+    ):
         assert (tmp_path / "a" / name).stat().st_size > 0
     model, scale = autoencoder.load(tmp_path / "a" / "model.safetensors")
     assert model.encode(torch.zeros(1, 3, 64, 64))[0].shape == (1, 4, 8, 8) and scale > 0

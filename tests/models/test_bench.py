@@ -15,7 +15,10 @@ def test_the_networks_compared_have_one_size():
     """Parameters within 10 %, FLOPs of a forward and backward pass within 5 %."""
     (ours, image), theirs = bench.ours(**SHAPE, size=14), bench.diffusers_unet(**SHAPE)
     x, t = torch.randn(2, *image), torch.tensor([1, 2])
-    (parameters, flops), (their_parameters, their_flops) = bench.cost(ours, x, t), bench.cost(theirs, x, t)
+    (parameters, flops), (their_parameters, their_flops) = (
+        bench.cost(ours, x, t),
+        bench.cost(theirs, x, t),
+    )
     assert abs(parameters / their_parameters - 1) < 0.1 and abs(flops / their_flops - 1) < 0.05
 
 
@@ -40,7 +43,10 @@ def test_command(tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for kind in ("fp32", "bf16"):
         step = metrics[f"diffusers: {kind} step"]
-        assert step["times_faster"] == pytest.approx(step["their_ms"] / step["ms"]) and step["share_of_matmul_rate"] > 0
+        assert (
+            step["times_faster"] == pytest.approx(step["their_ms"] / step["ms"])
+            and step["share_of_matmul_rate"] > 0
+        )
     assert "sampler overhead" in metrics
 
 

@@ -15,7 +15,9 @@ from utils.run import UserError
 def scheduler(kind, spacing):
     from diffusers import DDIMScheduler
 
-    theirs = DDIMScheduler(1000, beta_schedule=KINDS[kind], timestep_spacing=spacing, set_alpha_to_one=True)
+    theirs = DDIMScheduler(
+        1000, beta_schedule=KINDS[kind], timestep_spacing=spacing, set_alpha_to_one=True
+    )
     theirs.alphas_cumprod = (1 - theirs.betas.double()).cumprod(0)  # see test_ddpm.pair
     return theirs
 
@@ -43,7 +45,9 @@ def test_step(parity, kind, spacing, eta):
         noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(i))
         mine = ddim.step(ours, xt, t, t_prev, eps, eta, noise)
         g = torch.Generator().manual_seed(i)
-        other = theirs.step(eps, now, xt, eta=eta, use_clipped_model_output=True, generator=g).prev_sample
+        other = theirs.step(
+            eps, now, xt, eta=eta, use_clipped_model_output=True, generator=g
+        ).prev_sample
         slopes = [torch.autograd.grad(y.square().sum(), eps)[0] for y in (mine, other)]
         atol = 2e-5
         pairs = [mine, slopes[0]], [other, slopes[1]]
@@ -63,8 +67,16 @@ def test_linspace_spacing_of_diffusers_is_not_a_ddim_chain():
 def test_a_thousand_steps_at_eta_one_are_ddpm():
     schedule = ddpm.Schedule()
     for i in (999, 400, 1):
-        t, xt, eps, noise = torch.tensor([i]), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
-        a, b = ddim.step(schedule, xt, t, t - 1, eps, 1.0, noise), ddpm.step(schedule, xt, t, eps, noise)
+        t, xt, eps, noise = (
+            torch.tensor([i]),
+            torch.randn(1, 1, 4, 4),
+            torch.randn(1, 1, 4, 4),
+            torch.randn(1, 1, 4, 4),
+        )
+        a, b = (
+            ddim.step(schedule, xt, t, t - 1, eps, 1.0, noise),
+            ddpm.step(schedule, xt, t, eps, noise),
+        )
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -81,7 +93,9 @@ def test_a_gaussian_is_sampled_in_closed_form():
     schedule = ddpm.Schedule()
     z = torch.randn(50, 1, 2, 2)
     errors = [
-        float((ddim.last(ddim.sample(oracle(schedule, 0.01), schedule, z, n)) - 0.1 * z).abs().mean())
+        float(
+            (ddim.last(ddim.sample(oracle(schedule, 0.01), schedule, z, n)) - 0.1 * z).abs().mean()
+        )
         for n in (10, 100, 1000)
     ]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[2] < 0.002
@@ -90,9 +104,13 @@ def test_a_gaussian_is_sampled_in_closed_form():
 def test_inversion_gives_the_noise_back():
     """With the network asked where `sample` asks it, the way up undoes the way down; one round of guessing, mostly."""
     schedule = ddpm.Schedule()
-    model, z = oracle(schedule, 0.01), torch.randn(20, 1, 2, 2).clamp(-2, 2)  # so that no x0 is clipped
+    # So that no x0 is clipped
+    model, z = oracle(schedule, 0.01), torch.randn(20, 1, 2, 2).clamp(-2, 2)
     x = ddim.last(ddim.sample(model, schedule, z, 100))
-    errors = [float((ddim.last(ddim.invert(model, schedule, x, 100, rounds=r)) - z).abs().max()) for r in (1, 4, 12)]
+    errors = [
+        float((ddim.last(ddim.invert(model, schedule, x, 100, rounds=r)) - z).abs().max())
+        for r in (1, 4, 12)
+    ]
     assert errors[0] > 5 * errors[1] and errors[2] < 1e-3, errors
 
 
@@ -124,7 +142,13 @@ def test_unknown_spacing_is_refused():
 def test_sample_asks_at_the_steps_of_its_spacing(spacing):
     asked, schedule = [], ddpm.Schedule()
     chain = list(
-        ddim.sample(lambda xt, t: asked.append(int(t[0])) or xt, schedule, torch.zeros(1, 1, 2, 2), 7, spacing=spacing)
+        ddim.sample(
+            lambda xt, t: asked.append(int(t[0])) or xt,
+            schedule,
+            torch.zeros(1, 1, 2, 2),
+            7,
+            spacing=spacing,
+        )
     )
     assert asked == ddim.timesteps(schedule, 7, spacing).tolist() and len(chain) == 8
 
@@ -147,7 +171,12 @@ def test_sample_walks_from_step_to_step_with_its_eta():
 def test_sample_clips_images_and_leaves_latents(clip):
     x = ddim.last(
         ddim.sample(
-            lambda xt, t: torch.full_like(xt, 3.0), ddpm.Schedule(), torch.randn(2, 1, 2, 2), 5, "x0", clip=clip
+            lambda xt, t: torch.full_like(xt, 3.0),
+            ddpm.Schedule(),
+            torch.randn(2, 1, 2, 2),
+            5,
+            "x0",
+            clip=clip,
         )
     )
     torch.testing.assert_close(x, torch.full_like(x, 1.0 if clip else 3.0))
@@ -159,11 +188,15 @@ def test_sample_and_invert_read_the_network_as_it_was_trained(predict):
     schedule, x0 = ddpm.Schedule(), torch.rand(2, 1, 2, 2)
 
     def model(xt, t):
-        eps = (xt - ddpm.at(schedule.sqrt_alpha_bar, t) * x0) / ddpm.at(schedule.sqrt_one_minus_alpha_bar, t)
+        eps = (xt - ddpm.at(schedule.sqrt_alpha_bar, t) * x0) / ddpm.at(
+            schedule.sqrt_one_minus_alpha_bar, t
+        )
         return ddpm.target(schedule, x0, t, eps, predict)
 
     z = torch.randn(2, 1, 2, 2)
-    torch.testing.assert_close(ddim.last(ddim.sample(model, schedule, z, 9, predict)), x0, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        ddim.last(ddim.sample(model, schedule, z, 9, predict)), x0, atol=1e-4, rtol=1e-3
+    )
     chain = list(ddim.invert(model, schedule, x0, 9, predict))
     assert len(chain) == 10 and torch.equal(chain[0], x0) and chain[-1].isfinite().all()
 
@@ -204,20 +237,36 @@ def weights(tmp_path):
 def test_main_compares_counts_from_one_noise(monkeypatch, tmp_path):
     """Every count starts from the same noise, with the spacing and eta of the flags and the question of the file."""
     chains = Chains(monkeypatch)
-    flags = dict(counts=(2, 5), eta=0.5, spacing="leading", samples=10, weights=weights(tmp_path), out=str(tmp_path))
+    flags = dict(
+        counts=(2, 5),
+        eta=0.5,
+        spacing="leading",
+        samples=10,
+        weights=weights(tmp_path),
+        out=str(tmp_path),
+    )
     metrics = ddim.main(ddim.Config(**flags))
     first, second, *rest = chains.asked
     assert (first["n"], second["n"]) == (2, 5) and torch.equal(first["noise"], second["noise"])
     for asked in (first, second):
-        assert (asked["predict"], asked["spacing"], asked["eta"], asked["clip"]) == ("x0", "leading", 0.5, True)
+        assert (asked["predict"], asked["spacing"], asked["eta"], asked["clip"]) == (
+            "x0",
+            "leading",
+            0.5,
+            True,
+        )
     assert abs(float(first["noise"].std()) - 1) < 0.05 and first["noise"].shape == (10, 1, 28, 28)
     assert [float(x.mean()) for x in chains.judged] == pytest.approx([0.002, 0.005])
     assert metrics["5 steps"]["recognised"] == pytest.approx(0.005)
     # test digits go up, and what was found comes down again, without noise, in as many steps
     (digits, up, _), (_, further, _) = chains.inverted
-    assert (up, further) == (20, 100) and torch.equal(digits, data.to_float(data.mnist("test")[0][:10]))
+    assert (up, further) == (20, 100) and torch.equal(
+        digits, data.to_float(data.mnist("test")[0][:10])
+    )
     for asked, n in zip(rest, (20, 100)):
-        assert (asked["n"], asked["predict"], asked["eta"]) == (n, "x0", 0.0) and (asked["noise"] == -n).all()
+        assert (asked["n"], asked["predict"], asked["eta"]) == (n, "x0", 0.0) and (
+            asked["noise"] == -n
+        ).all()
     expected = float((0.1 - digits).abs().mean())
     assert metrics["inversion_error_100_steps"] == pytest.approx(expected)
     path = rest[2]["noise"].unflatten(0, (4, 10))
@@ -228,7 +277,16 @@ def test_main_compares_counts_from_one_noise(monkeypatch, tmp_path):
 
 @pytest.mark.long
 def test_command(tmp_path):
-    args = ["--weights", weights(tmp_path), "--counts", "2", "--samples", "10", "--out", str(tmp_path / "ddim")]
+    args = [
+        "--weights",
+        weights(tmp_path),
+        "--counts",
+        "2",
+        "--samples",
+        "10",
+        "--out",
+        str(tmp_path / "ddim"),
+    ]
     done = command(*args, script="ddim")
     assert done.returncode == 0, done.stderr
     for name in ("steps.png", "quality.png", "frechet.png", "inversion.png", "interpolation.png"):

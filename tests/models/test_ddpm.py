@@ -40,7 +40,10 @@ def images(n=6):
 @pytest.mark.parametrize("kind", KINDS)
 def test_schedule(parity, kind):
     ours, theirs = pair(kind, exact=False)
-    both = [ours.beta, ours.alpha, ours.alpha_bar], [theirs.betas, theirs.alphas, theirs.alphas_cumprod]
+    both = (
+        [ours.beta, ours.alpha, ours.alpha_bar],
+        [theirs.betas, theirs.alphas, theirs.alphas_cumprod],
+    )
     parity("DDPM", f"ddpm.Schedule, {kind}", "diffusers.DDPMScheduler", *both, atol=1e-6)
 
 
@@ -51,7 +54,13 @@ def test_add_noise(parity, kind):
     x0.requires_grad_()
     mine, other = ddpm.add_noise(ours, x0, t, eps), theirs.add_noise(x0, eps, t)
     slopes = [torch.autograd.grad(y.square().sum(), x0)[0] for y in (mine, other)]
-    parity("DDPM", "ddpm.add_noise (Eq. 4)", "diffusers.DDPMScheduler.add_noise", [mine, slopes[0]], [other, slopes[1]])
+    parity(
+        "DDPM",
+        "ddpm.add_noise (Eq. 4)",
+        "diffusers.DDPMScheduler.add_noise",
+        [mine, slopes[0]],
+        [other, slopes[1]],
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,13 +69,19 @@ def test_step(parity, kind, predict):
     """Algorithm 2 from the network's output, at the first step (pure noise), the last (no noise) and between."""
     ours, theirs = pair(kind, predict)
     for i in (999, 998, 500, 1, 0):
-        t, xt, output = torch.tensor([i, i]), torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8).requires_grad_()
+        t, xt, output = (
+            torch.tensor([i, i]),
+            torch.randn(2, 1, 8, 8),
+            torch.randn(2, 1, 8, 8).requires_grad_(),
+        )
         noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(i))
         mine = ddpm.step(ours, xt, t, ddpm.to_eps(ours, xt, t, output, predict), noise)
         other = theirs.step(output, i, xt, generator=torch.Generator().manual_seed(i)).prev_sample
         slopes = [torch.autograd.grad(y.square().sum(), output)[0] for y in (mine, other)]
         both = [mine, slopes[0]], [other, slopes[1]]
-        parity("DDPM", f"ddpm.step (Alg. 2), {predict}", "diffusers.DDPMScheduler.step", *both, 2e-5)
+        parity(
+            "DDPM", f"ddpm.step (Alg. 2), {predict}", "diffusers.DDPMScheduler.step", *both, 2e-5
+        )
 
 
 @pytest.mark.parametrize("predict", PREDICT)
@@ -93,7 +108,9 @@ def test_conversions_are_exact(predict):
     xt = ddpm.add_noise(schedule, x0, t, eps)
     output = ddpm.target(schedule, x0, t, eps, predict)
     # two digits go: eps from x0 divides by sqrt(1 - alpha_bar) = 0.01 at t = 0, x0 from eps by 0.006 at the end
-    torch.testing.assert_close(ddpm.to_eps(schedule, xt, t, output, predict), eps, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ddpm.to_eps(schedule, xt, t, output, predict), eps, atol=1e-4, rtol=1e-4
+    )
     back = ddpm.predict_x0(schedule, xt, t, eps)
     torch.testing.assert_close(back, x0, atol=1e-4, rtol=1e-4)
 
@@ -125,10 +142,16 @@ def test_sampling_a_gaussian_gives_it_back():
 def test_no_noise_at_the_last_step():
     schedule = ddpm.Schedule()
     xt, eps, t = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0, 0])
-    a, b = (ddpm.step(schedule, xt, t, eps, noise) for noise in (torch.randn_like(xt), 100 * torch.randn_like(xt)))
+    a, b = (
+        ddpm.step(schedule, xt, t, eps, noise)
+        for noise in (torch.randn_like(xt), 100 * torch.randn_like(xt))
+    )
     assert torch.equal(a, b)
     t = torch.tensor([0, 5])
-    a, b = (ddpm.step(schedule, xt, t, eps, noise) for noise in (torch.zeros_like(xt), torch.ones_like(xt)))
+    a, b = (
+        ddpm.step(schedule, xt, t, eps, noise)
+        for noise in (torch.zeros_like(xt), torch.ones_like(xt))
+    )
     assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
 
 
@@ -150,7 +173,11 @@ def test_loss_falls():
     cfg = ddpm.Config(steps=80, batch=16, lr=3e-2, channels=(8, 16), layers=1)
     model, ema = (ddpm.build(cfg.channels, cfg.layers) for _ in range(2))
     optimizer, schedule = torch.optim.AdamW(model.parameters()), ddpm.Schedule(kind="cosine")
-    losses = list(ddpm.train(model, ema.requires_grad_(False), optimizer, schedule, data.mnist("test")[0], cfg))
+    losses = list(
+        ddpm.train(
+            model, ema.requires_grad_(False), optimizer, schedule, data.mnist("test")[0], cfg
+        )
+    )
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -160,8 +187,12 @@ def test_clip_keeps_x0_within_the_range_of_images(clip):
     schedule, xt = ddpm.Schedule(steps=20, beta_end=0.5), torch.randn(2, 1, 4, 4)
     t, eps = torch.tensor([0, 0]), torch.full_like(xt, -9.0)
     x0 = ddpm.predict_x0(schedule, xt, t, eps)
-    torch.testing.assert_close(ddpm.step(schedule, xt, t, eps, clip=clip), x0.clamp(-1, 1) if clip else x0)
-    *_, x = ddpm.sample(lambda xt, t: torch.full_like(xt, 3.0), schedule, (2, 1, 4, 4), "x0", clip=clip)
+    torch.testing.assert_close(
+        ddpm.step(schedule, xt, t, eps, clip=clip), x0.clamp(-1, 1) if clip else x0
+    )
+    *_, x = ddpm.sample(
+        lambda xt, t: torch.full_like(xt, 3.0), schedule, (2, 1, 4, 4), "x0", clip=clip
+    )
     torch.testing.assert_close(x, torch.full_like(x, 1.0 if clip else 3.0))
 
 
@@ -236,7 +267,9 @@ def followed(train, goal, cfg, decay, network=OneWeight):
     """`train(model, ema, optimizer)` does what `by_hand` does, step by step."""
     model, ema = network(), network(-7.0).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=123.0)  # the rate comes from the schedule
-    found = [(value, model.weight.item(), ema.weight.item()) for value in train(model, ema, optimizer)]
+    found = [
+        (value, model.weight.item(), ema.weight.item()) for value in train(model, ema, optimizer)
+    ]
     for mine, expected in zip(zip(*found), by_hand(goal, cfg, decay)):
         assert mine == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert len(found) == cfg.steps
@@ -256,13 +289,20 @@ def test_training_asks_for_what_predict_names(predict, loss):
     white = torch.full((64, 1, 8, 8), 255, dtype=torch.uint8)
     model = OneWeight()
     optimizer = torch.optim.SGD(model.parameters())
-    values = list(ddpm.train(model, copy.deepcopy(model).requires_grad_(False), optimizer, only_noise(), white, cfg))
+    values = list(
+        ddpm.train(
+            model, copy.deepcopy(model).requires_grad_(False), optimizer, only_noise(), white, cfg
+        )
+    )
     assert values[0] == pytest.approx(loss, abs=1e-5 if predict != "eps" else 0.5)
 
 
 def test_attention_is_at_the_coarsest_resolution_and_pixels_are_folded():
     model = ddpm.build((8, 16), 1)
-    assert [stage.attentions is not None for stage in model.down_blocks] == [False, True] and model.patch == 2
+    assert [stage.attentions is not None for stage in model.down_blocks] == [
+        False,
+        True,
+    ] and model.patch == 2
 
 
 class Spy:
@@ -299,7 +339,11 @@ def same(a, b):
 
 def part_of(state, name):
     """The tensors of one part of a checkpoint."""
-    return {k.removeprefix(f"state.{name}."): v for k, v in state.items() if k.startswith(f"state.{name}.")}
+    return {
+        k.removeprefix(f"state.{name}."): v
+        for k, v in state.items()
+        if k.startswith(f"state.{name}.")
+    }
 
 
 def test_main_samples_writes_and_loads_the_ema(monkeypatch, tmp_path):
@@ -311,14 +355,17 @@ def test_main_samples_writes_and_loads_the_ema(monkeypatch, tmp_path):
     written = checkpoint.read(tmp_path / "model.safetensors")[0]
     assert same(written, part_of(state, "ema")) and same(written, spy.model.state_dict())
     assert not same(written, part_of(state, "model"))
-    assert spy.predict == "x0" and torch.equal(spy.schedule.alpha_bar, ddpm.Schedule(kind="linear").alpha_bar)
+    assert spy.predict == "x0" and torch.equal(
+        spy.schedule.alpha_bar, ddpm.Schedule(kind="linear").alpha_bar
+    )
     assert (spy.judged == 1).all() and spy.judged.shape == (6, 1, 28, 28)
     for strip in spy.strips["film.png"].values():  # x_1000 is the first of the chain, x_0 the last
         expected = 1 - torch.tensor([1000, 800, 600, 500, 400, 300, 200, 100, 50, 0]) / 1000
         torch.testing.assert_close(strip[:, 0, 0, 0], expected)
     losses = list(spy.strips["loss.png"]["loss"])
     assert metrics["final_loss"] == pytest.approx(sum(losses) / 3)
-    monkeypatch.setattr(ddpm, "WEIGHTS", tmp_path / "model.safetensors")  # what the file says, not the flags
+    # What the file says, not the flags
+    monkeypatch.setattr(ddpm, "WEIGHTS", tmp_path / "model.safetensors")
     ddpm.main(ddpm.Config(pretrained=True, samples=6, out=str(tmp_path / "again")))
     assert spy.predict == "x0" and same(spy.model.state_dict(), written)
     assert torch.equal(spy.schedule.alpha_bar, ddpm.Schedule(kind="linear").alpha_bar)
@@ -347,7 +394,9 @@ def test_resume_is_bit_exact(monkeypatch, tmp_path):
 
 
 def command(*args, script="ddpm"):
-    return subprocess.run([sys.executable, f"models/{script}.py", *args], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, f"models/{script}.py", *args], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.mark.long
@@ -358,7 +407,9 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in "config.json metrics.json samples.png film.png loss.png model.safetensors state.safetensors".split():
         assert (tmp_path / name).stat().st_size > 0, name
-    assert {"recognised", "recognised_error", "frechet"} <= json.loads((tmp_path / "metrics.json").read_text()).keys()
+    assert {"recognised", "recognised_error", "frechet"} <= json.loads(
+        (tmp_path / "metrics.json").read_text()
+    ).keys()
 
 
 def one_line(module, flags, monkeypatch, capsys):
@@ -369,7 +420,8 @@ def one_line(module, flags, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in printed
     ours = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len(ours) == 1 or "For full helptext" in printed, printed  # tyro refuses in a frame of its own
+    # tyro refuses in a frame of its own
+    assert len(ours) == 1 or "For full helptext" in printed, printed
     return printed
 
 

@@ -10,7 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import ddim, ddpm, dit, quality
 from tests.conftest import gradients
-from tests.models.test_ddpm import OneWeight, Spy, command, followed, one_line, only_noise, part_of, same
+from tests.models.test_ddpm import (
+    OneWeight,
+    Spy,
+    command,
+    followed,
+    one_line,
+    only_noise,
+    part_of,
+    same,
+)
 from utils import checkpoint, data
 from utils.run import UserError
 
@@ -43,8 +52,16 @@ def names_of_theirs(depth):
     for i, block in enumerate(each):
         layers |= {f"blocks.{i}.{ours}": [block + theirs] for ours, theirs in BLOCK.items()}
     kinds = ("weight", "bias")
-    names = {f"{ours}.{kind}": [f"{n}.{kind}" for n in ns] for ours, ns in layers.items() for kind in kinds}
-    return names | {"label.weight": [f"{block}norm1.emb.class_embedder.embedding_table.weight" for block in each]}
+    names = {
+        f"{ours}.{kind}": [f"{n}.{kind}" for n in ns]
+        for ours, ns in layers.items()
+        for kind in kinds
+    }
+    return names | {
+        "label.weight": [
+            f"{block}norm1.emb.class_embedder.embedding_table.weight" for block in each
+        ]
+    }
 
 
 def diffusers_dit(ours):
@@ -73,7 +90,8 @@ def diffusers_dit(ours):
 def inputs():
     side, classes = TINY["image"], TINY["classes"]
     x = torch.randn(4, TINY["channels"], side, side)
-    return x, torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, classes - 1, classes])  # the last: no class
+    # The last: no class
+    return x, torch.tensor([0, 20, 500, 999]), torch.tensor([0, 3, classes - 1, classes])
 
 
 def test_equals_diffusers(parity):
@@ -95,9 +113,11 @@ def test_equals_diffusers(parity):
     names = names_of_theirs(TINY["depth"])  # gradients of their copies of one weight add up
     other = {name: sum(other[n] for n in ns).view_as(mine[name]) for name, ns in names.items()}
     assert mine.keys() == other.keys() == dict(ours.named_parameters()).keys()
-    for name in other:  # each in units of its own largest entry, so that no small gradient hides behind a large one
+    # Each in units of its own largest entry, so that no small gradient hides behind a large one
+    for name in other:
         unit = other[name].abs().max()
-        if name.endswith("to_k.bias"):  # moves a row's scores alike, which softmax does not see: zero but for rounding
+        # Moves a row's scores alike, which softmax does not see: zero but for rounding
+        if name.endswith("to_k.bias"):
             unit = other[name.replace("bias", "weight")].abs().max()
             assert other[name].abs().max() < 1e-5 * unit
         mine[name], other[name] = mine[name] / unit, other[name] / unit
@@ -110,7 +130,9 @@ def test_time_embedding_is_all_that_differs_from_diffusers():
     ours = random_dit()
     theirs = diffusers_dit(ours)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, t * 0, y), theirs(x, t * 0, y).sample, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            ours(x, t * 0, y), theirs(x, t * 0, y).sample, atol=1e-4, rtol=1e-5
+        )
         assert (ours(x, t, y) - theirs(x, t, y).sample)[2].abs().max() > 1e-2
 
 
@@ -118,7 +140,10 @@ def test_time_embedding_is_all_that_differs_from_diffusers():
 def test_position_embedding_equals_diffusers(parity, dim, size):
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-    ours, theirs = dit.position_embedding(dim, size), get_2d_sincos_pos_embed(dim, size, base_size=size).float()
+    ours, theirs = (
+        dit.position_embedding(dim, size),
+        get_2d_sincos_pos_embed(dim, size, base_size=size).float(),
+    )
     parity("DiT", "dit.position_embedding", "diffusers get_2d_sincos_pos_embed", ours, theirs, 1e-6)
 
 
@@ -145,7 +170,8 @@ def test_size_of_the_paper(size, millions, gflops):
     parameters = sum(p.numel() for p in [*model.parameters(), *variance.parameters()])
     assert parameters == pytest.approx(millions * 1e6, rel=0.01)
     assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(gflops, rel=0.01)
-    if size == "XL":  # what the authors' train.py prints; it counts the fixed position embedding too
+    # What the authors' train.py prints; it counts the fixed position embedding too
+    if size == "XL":
         assert parameters + model.position.numel() == 675_129_632
 
 
@@ -181,8 +207,12 @@ def test_guidance():
     with torch.no_grad():
         with_class, without = model(x, t, y), model(x, t, null)
         assert not torch.allclose(with_class[:3], without[:3], atol=1e-2)
-        torch.testing.assert_close(dit.classifier_free_guidance(model, y, 1)(x, t), with_class, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(dit.classifier_free_guidance(model, y, 0)(x, t), without, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            dit.classifier_free_guidance(model, y, 1)(x, t), with_class, atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            dit.classifier_free_guidance(model, y, 0)(x, t), without, atol=1e-5, rtol=1e-5
+        )
         eps_class, eps_null = (ddpm.to_eps(schedule, x, t, v, "v") for v in (with_class, without))
         eps = ddpm.to_eps(schedule, x, t, dit.classifier_free_guidance(model, y, 3.0)(x, t), "v")
         torch.testing.assert_close(eps, eps_null + 3 * (eps_class - eps_null), atol=1e-4, rtol=1e-5)
@@ -201,11 +231,14 @@ def test_guided_sampling_of_gaussians():
         def forward(self, xt, t, y):
             alpha_bar = ddpm.at(schedule.alpha_bar, t)
             eps = (1 - alpha_bar).sqrt() * (xt - alpha_bar.sqrt() * means[y][:, None, None, None])
-            return (eps - (1 - alpha_bar).sqrt() * xt) / alpha_bar.sqrt()  # v, from to_eps solved for it
+            # v, from to_eps solved for it
+            return (eps - (1 - alpha_bar).sqrt() * xt) / alpha_bar.sqrt()
 
     y, scale = torch.tensor([0, 1]), 1.5
     noise = 0.1 * torch.randn(2, 1, 4, 4)
-    x = ddim.last(ddim.sample(dit.classifier_free_guidance(Exact(), y, scale), schedule, noise, 50, "v"))
+    x = ddim.last(
+        ddim.sample(dit.classifier_free_guidance(Exact(), y, scale), schedule, noise, 50, "v")
+    )
     expected = scale * means[y] + (1 - scale) * means[2]
     torch.testing.assert_close(x, noise + expected[:, None, None, None], atol=0.05, rtol=0)
 
@@ -232,7 +265,10 @@ class Names(OneWeight):
 def test_training_by_hand():
     """Rate, zeroed gradients, clipping and EMA of every step; the target v is -x0 where the schedule is only noise."""
     cfg = dit.Config(steps=7, batch=4, lr=40.0, ema=0.25)
-    white, labels = torch.full((8, 1, 4, 4), 255, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
+    white, labels = (
+        torch.full((8, 1, 4, 4), 255, dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.long),
+    )
     rest = only_noise(), white, labels, cfg
     followed(lambda *parts: dit.train(*parts, *rest), -1.0, cfg, 0.25, Names)
 
@@ -243,14 +279,21 @@ def test_training_hides_labels_behind_the_null_class_and_keeps_images_with_their
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) * 100
     model, seen = Names(), []
     schedule = ddpm.Schedule()
-    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.ones(1000), torch.zeros(1000)  # xt is x0
+    # Xt is x0
+    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.ones(1000), torch.zeros(1000)
 
     def forward(xt, t, y):
         seen.append((data.to_uint8(xt)[:, 0, 0, 0] // 100, y))
         return model.weight.expand_as(xt)
 
     model.forward = forward
-    rest = copy.deepcopy(Names()).requires_grad_(False), torch.optim.SGD(model.parameters()), schedule, images, labels
+    rest = (
+        copy.deepcopy(Names()).requires_grad_(False),
+        torch.optim.SGD(model.parameters()),
+        schedule,
+        images,
+        labels,
+    )
     list(dit.train(model, *rest, dit.Config(steps=20, batch=30, dropout=0.5)))
     grey, asked = (torch.cat(x) for x in zip(*seen))
     hidden = asked == 3
@@ -269,7 +312,9 @@ def test_main_asks_the_ema_for_every_digit_at_every_scale(monkeypatch, tmp_path)
     spy, asked, judged = Spy(monkeypatch, ddpm), [], []
     monkeypatch.setitem(dit.SIZES, "tiny", (1, 16, 2))
     monkeypatch.setattr(quality, "load", lambda device: None)
-    monkeypatch.setattr(dit, "accuracy", lambda classifier, images, y: asked[-1].update(y=y) or 0.25)
+    monkeypatch.setattr(
+        dit, "accuracy", lambda classifier, images, y: asked[-1].update(y=y) or 0.25
+    )
     monkeypatch.setattr(quality, "judge", lambda device: judge)
 
     def guide(model, y, scale):
@@ -286,7 +331,9 @@ def test_main_asks_the_ema_for_every_digit_at_every_scale(monkeypatch, tmp_path)
 
     monkeypatch.setattr(dit, "classifier_free_guidance", guide)
     monkeypatch.setattr(ddim, "sample", sample)
-    cfg = dit.Config(steps=3, batch=8, samples=11, guidance_scale=(1, 2, 4), ema=0.5, out=str(tmp_path))
+    cfg = dit.Config(
+        steps=3, batch=8, samples=11, guidance_scale=(1, 2, 4), ema=0.5, out=str(tmp_path)
+    )
     metrics = dit.main(cfg)
     assert [a["scale"] for a in asked] == [1, 2, 4]
     for a in asked:
@@ -336,13 +383,29 @@ def test_learns_digits_and_their_names():
 
 def test_command(tmp_path):
     """The README's command with small numbers: every file it promises, and weights that load again."""
-    done = command(*f"--steps 2 --batch 8 --samples 10 --guidance-scale 2 --out {tmp_path}".split(), script="dit")
+    done = command(
+        *f"--steps 2 --batch 8 --samples 10 --guidance-scale 2 --out {tmp_path}".split(),
+        script="dit",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     files = {p.name for p in tmp_path.iterdir()}
-    figures = {"loss.png", "samples.png", "guidance.png", "guidance_accuracy.png", "guidance_frechet.png"}
-    assert files == figures | {"config.json", "metrics.json", "model.safetensors", "state.safetensors"}
+    figures = {
+        "loss.png",
+        "samples.png",
+        "guidance.png",
+        "guidance_accuracy.png",
+        "guidance_frechet.png",
+    }
+    assert files == figures | {
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+        "state.safetensors",
+    }
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {f"guidance 2: {k}" for k in ("accuracy", "accuracy_error", "recognised", "frechet")} <= metrics.keys()
+    assert {
+        f"guidance 2: {k}" for k in ("accuracy", "accuracy_error", "recognised", "frechet")
+    } <= metrics.keys()
     assert "next:" in done.stdout
     model, _, meta = dit.load(tmp_path / "model.safetensors")
     assert meta["steps"] == 2 and model.head.weight.abs().max() > 0
@@ -370,7 +433,9 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     dit.main(dit.Config(**flags, resume=True, out=str(tmp_path / "parts")))
     for name in ("model", "state"):
-        whole, parts = (checkpoint.read(tmp_path / out / f"{name}.safetensors")[0] for out in ("whole", "parts"))
+        whole, parts = (
+            checkpoint.read(tmp_path / out / f"{name}.safetensors")[0] for out in ("whole", "parts")
+        )
         assert whole.keys() == parts.keys() and len(whole) > 10
         assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
@@ -404,7 +469,9 @@ def test_bad_flags_give_one_line(flags, word, tmp_path, monkeypatch, capsys):
 def test_damaged_checkpoint_gives_one_line_and_stays(damage, tmp_path, monkeypatch, capsys):
     state = tmp_path / "state.safetensors"
     model = dit.DiT(1, 32, 2, 4)
-    checkpoint.save_state(state, model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()), losses=[1.0])
+    checkpoint.save_state(
+        state, model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()), losses=[1.0]
+    )
     content = bytearray(state.read_bytes())
     if damage == "bit":
         content[-5] ^= 1
@@ -416,4 +483,6 @@ def test_damaged_checkpoint_gives_one_line_and_stays(damage, tmp_path, monkeypat
     assert state.read_bytes() == content
     if damage == "bit":
         monkeypatch.setattr(dit, "WEIGHTS", state)
-        assert "damaged" in one_line(dit, ["--pretrained", "--out", str(tmp_path / "new")], monkeypatch, capsys)
+        assert "damaged" in one_line(
+            dit, ["--pretrained", "--out", str(tmp_path / "new")], monkeypatch, capsys
+        )

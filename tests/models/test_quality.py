@@ -21,7 +21,9 @@ def judged():
 def features(n=400, d=12, seed=0):
     """Correlated features with a mean of their own."""
     rng = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=rng) @ torch.randn(d, d, generator=rng) + torch.randn(d, generator=rng)
+    return torch.randn(n, d, generator=rng) @ torch.randn(d, d, generator=rng) + torch.randn(
+        d, generator=rng
+    )
 
 
 def test_frechet_distance_is_scipy_s_and_torchmetrics_s(parity):
@@ -35,7 +37,14 @@ def test_frechet_distance_is_scipy_s_and_torchmetrics_s(parity):
     theirs = ((x - y).double().mean(0) ** 2).sum() + np.trace(cx + cy - 2 * root)
     parity("Quality", "quality.frechet_distance", "scipy.linalg.sqrtm", ours, theirs, atol=1e-6)
     moments = [m for a in (x.double(), y.double()) for m in (a.mean(0), torch.cov(a.T))]
-    parity("Quality", "quality.frechet_distance", "torchmetrics.image.fid", ours, _compute_fid(*moments), atol=1e-6)
+    parity(
+        "Quality",
+        "quality.frechet_distance",
+        "torchmetrics.image.fid",
+        ours,
+        _compute_fid(*moments),
+        atol=1e-6,
+    )
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -51,7 +60,8 @@ def test_frechet_distance_is_symmetric_and_zero_at_home():
     x, y = features(seed=3), features(seed=4)
     assert quality.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
     assert quality.frechet_distance(x, y) == pytest.approx(quality.frechet_distance(y, x), rel=1e-8)
-    flat = x * torch.tensor([1.0] * 6 + [0.0] * 6)  # features that never fire: a singular covariance
+    # Features that never fire: a singular covariance
+    flat = x * torch.tensor([1.0] * 6 + [0.0] * 6)
     assert quality.frechet_distance(flat, flat) == pytest.approx(0, abs=1e-8)
 
 
@@ -91,7 +101,8 @@ def test_scores_tell_good_from_bad(judged):
         for y in (x[:2000], x[:2000] + torch.randn(2000, 1, 28, 28))
     )
     ones = quality.score(model, x[labels == 1], features[5000:])
-    grey = quality.score(model, (x[:2000] + 1) / 2, features[5000:])  # [0, 1] where [-1, 1] is meant
+    # [0, 1] where [-1, 1] is meant
+    grey = quality.score(model, (x[:2000] + 1) / 2, features[5000:])
     assert real["recognised"] > 0.9 > noisy["recognised"]
     assert 10 * real["frechet"] < min(noisy["frechet"], ones["frechet"], grey["frechet"])
     assert real["digits_seen"] > 9.5 and ones["digits_seen"] < 1.2 and ones["recognised"] > 0.9
@@ -136,14 +147,18 @@ class Sure(torch.nn.Module):
 
 def greys(n):
     labels = torch.arange(n) % 10
-    return (labels * 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28).contiguous(), labels
+    return (labels * 20).to(torch.uint8).view(-1, 1, 1, 1).expand(
+        -1, 1, 28, 28
+    ).contiguous(), labels
 
 
 def test_corrupted_digits_lose_their_label(monkeypatch):
     """An eighth of a batch costs 0.9 of the margin, for nine tenths of the answer lie elsewhere; the rest is free."""
     monkeypatch.setattr(quality, "not_digits", lambda x: x)  # so that the label could still be read
     images, labels = greys(64)
-    losses = list(quality.train(Sure(), images, labels, quality.Config(epochs=1, batch=16, lr=1e-9)))
+    losses = list(
+        quality.train(Sure(), images, labels, quality.Config(epochs=1, batch=16, lr=1e-9))
+    )
     assert losses == pytest.approx([0.9 * 30 / 8] * 4, rel=1e-4)
 
 
@@ -202,9 +217,13 @@ def test_the_floor_is_of_training_digits_against_test_digits(monkeypatch):
     judge = quality.judge()
     result = judge(data.to_float(images[:300]))
     model = quality.load()
-    real, negatives = (quality.evaluate(model, data.to_float(kinds[k]))[0] for k in ("test", "train"))
+    real, negatives = (
+        quality.evaluate(model, data.to_float(kinds[k]))[0] for k in ("test", "train")
+    )
     pick = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:300]
-    assert result["frechet_of_real"] == pytest.approx(quality.frechet_distance(negatives[pick], real), rel=1e-4)
+    assert result["frechet_of_real"] == pytest.approx(
+        quality.frechet_distance(negatives[pick], real), rel=1e-4
+    )
     assert result["frechet_of_real"] > 10 * result["frechet"]
     expected = quality.score(model, data.to_float(images[:300]), real)
     assert {k: result[k] for k in expected} == pytest.approx(expected, rel=1e-4)
@@ -217,12 +236,18 @@ def test_main_spoils_training_digits_and_compares_with_test_digits(monkeypatch, 
     kinds = {"test": (images[:50], labels[:50]), "train": (images[50:100], labels[50:100])}
     monkeypatch.setattr(data, "mnist", lambda split: kinds[split])
     seen, drawn, trained = {}, {}, []
-    monkeypatch.setattr(quality, "train", lambda model, *args: trained.append((model, *args)) or iter([1.0]))
     monkeypatch.setattr(
-        quality, "score", lambda model, x, real: seen.update({len(seen): (model, x, real)}) or {"frechet": 1.0}
+        quality, "train", lambda model, *args: trained.append((model, *args)) or iter([1.0])
+    )
+    monkeypatch.setattr(
+        quality,
+        "score",
+        lambda model, x, real: seen.update({len(seen): (model, x, real)}) or {"frechet": 1.0},
     )
     for name in ("rows", "curves"):
-        monkeypatch.setattr(figures, name, lambda path, content, *_, **__: drawn.update({path.name: content}))
+        monkeypatch.setattr(
+            figures, name, lambda path, content, *_, **__: drawn.update({path.name: content})
+        )
     metrics = quality.main(quality.Config(out=str(tmp_path)))
     model, shown, names, _ = trained[0]
     assert torch.equal(shown, kinds["train"][0]) and torch.equal(names, kinds["train"][1])
@@ -235,7 +260,10 @@ def test_main_spoils_training_digits_and_compares_with_test_digits(monkeypatch, 
     torch.testing.assert_close(parts["real"][1].sum((1, 2, 3)).sort().values, sums)
     assert torch.equal(parts["upside down"][1], parts["real"][1].flip(2))
     assert len(parts["one digit only"][1]) == int((kinds["train"][1] == 1).sum())
-    apart = [float((parts[f"noise {s}"][1] - parts["real"][1]).abs().mean()) for s in ("0.1", "0.3", "1.0")]
+    apart = [
+        float((parts[f"noise {s}"][1] - parts["real"][1]).abs().mean())
+        for s in ("0.1", "0.3", "1.0")
+    ]
     assert apart == sorted(apart) and apart[0] < 0.1 < apart[2]
     written = checkpoint.read(tmp_path / "model.safetensors")[0]
     assert all(torch.equal(written[k], v) for k, v in model.state_dict().items())
@@ -243,7 +271,14 @@ def test_main_spoils_training_digits_and_compares_with_test_digits(monkeypatch, 
 
 @pytest.mark.parametrize(
     "args",
-    [["--epochs", "0"], ["--batch", "7"], ["--batch", "60001"], ["--lr", "-1"], ["--lr", "nan"], ["--seed", "-1"]],
+    [
+        ["--epochs", "0"],
+        ["--batch", "7"],
+        ["--batch", "60001"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--seed", "-1"],
+    ],
 )
 def test_bad_input(args, tmp_path, monkeypatch, capsys):
     printed = one_line(quality, [*args, "--out", str(tmp_path / "x")], monkeypatch, capsys)
@@ -268,7 +303,8 @@ def test_nearest_rank_counts_who_is_nearer():
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.zeros(4, 3, 28, 28), torch.zeros(4, 1, 32, 32), torch.full((4, 1, 28, 28), torch.nan)]
+    "bad",
+    [torch.zeros(4, 3, 28, 28), torch.zeros(4, 1, 32, 32), torch.full((4, 1, 28, 28), torch.nan)],
 )
 def test_bad_images(judged, bad):
     with pytest.raises(UserError):

@@ -64,7 +64,9 @@ def test_sampler_equals_stable_diffusion_pipeline(parity, scale):
     ).images  # fmt: skip
     every = torch.ones(2, 7, dtype=torch.bool)
     schedule = ddpm.Schedule(kind="cosine")
-    z0 = ddim.last(stable_diffuser.sample(unet, schedule, noise, words, every, empty, every[:1], scale, 10))
+    z0 = ddim.last(
+        stable_diffuser.sample(unet, schedule, noise, words, every, empty, every[:1], scale, 10)
+    )
     mine = ((coder.decode(z0 / 0.3) + 1) / 2).clamp(0, 1)
     names = "stable_diffuser.sample, decode", "diffusers.StableDiffusionPipeline"
     parity("Text to image", *names, mine, theirs, atol=1e-4)
@@ -73,12 +75,20 @@ def test_sampler_equals_stable_diffusion_pipeline(parity, scale):
 def test_guidance_has_three_known_scales():
     """Scale 0 forgets the prompt, scale 1 is the prompt alone, and in between it is linear."""
     unet = ours()[0]
-    xt, t, words, empty = torch.randn(2, 4, 8, 8), torch.tensor([5, 800]), torch.randn(2, 7, 24), torch.randn(1, 7, 24)
+    xt, t, words, empty = (
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([5, 800]),
+        torch.randn(2, 7, 24),
+        torch.randn(1, 7, 24),
+    )
     every = torch.ones(2, 7, dtype=torch.bool)
     at = {
-        s: stable_diffuser.classifier_free_guidance(unet, words, every, empty, every[:1], s)(xt, t) for s in (0, 1, 0.5)
+        s: stable_diffuser.classifier_free_guidance(unet, words, every, empty, every[:1], s)(xt, t)
+        for s in (0, 1, 0.5)
     }
-    torch.testing.assert_close(at[0], unet(xt, t, empty.expand(2, -1, -1), every), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        at[0], unet(xt, t, empty.expand(2, -1, -1), every), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(at[1], unet(xt, t, words, every))
     torch.testing.assert_close(at[0.5], (at[0] + at[1]) / 2, atol=1e-5, rtol=1e-5)
 
@@ -86,7 +96,9 @@ def test_guidance_has_three_known_scales():
 def test_dropped_captions_become_the_empty_one():
     words, mask = torch.randn(4, 7, 24), torch.ones(4, 7, dtype=torch.bool)
     empty, empty_mask = torch.zeros(1, 7, 24), torch.arange(7)[None] < 2
-    w, m = stable_diffuser.drop_text(words, mask, empty, empty_mask, torch.tensor([True, False, False, True]))
+    w, m = stable_diffuser.drop_text(
+        words, mask, empty, empty_mask, torch.tensor([True, False, False, True])
+    )
     assert (w[0] == 0).all() and (w[3] == 0).all() and torch.equal(w[1:3], words[1:3])
     assert m.sum(1).tolist() == [2, 7, 7, 2]
 
@@ -94,13 +106,23 @@ def test_dropped_captions_become_the_empty_one():
 def test_latents_go_through_their_scale():
     """Forgetting the scale is a known mistake: a painter with another scale must paint another picture."""
     unet, coder = ours()
-    text = lambda prompts: (torch.ones(len(prompts), 7, 24), torch.ones(len(prompts), 7, dtype=torch.bool))  # noqa: E731
-    painters = [stable_diffuser.Painter(unet, coder, s, text, ddpm.Schedule(kind="cosine")) for s in (1.0, 0.2)]
+
+    def text(prompts):
+        return torch.ones(len(prompts), 7, 24), torch.ones(len(prompts), 7, dtype=torch.bool)
+
+    painters = [
+        stable_diffuser.Painter(unet, coder, s, text, ddpm.Schedule(kind="cosine"))
+        for s in (1.0, 0.2)
+    ]
     noise = torch.ones(1, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        *_, z0 = stable_diffuser.sample(unet, painters[0].schedule, noise, *text(["x"]), *text([""]), 3.0, 2)
+        *_, z0 = stable_diffuser.sample(
+            unet, painters[0].schedule, noise, *text(["x"]), *text([""]), 3.0, 2
+        )
     for p in painters:
-        torch.testing.assert_close(p.draw(["x"], noise, n=2), autoencoder.decode_all(coder, z0.float() / p.scale))
+        torch.testing.assert_close(
+            p.draw(["x"], noise, n=2), autoencoder.decode_all(coder, z0.float() / p.scale)
+        )
 
 
 def words_of(captions):
@@ -126,7 +148,9 @@ def test_draw_steers_away_from_the_negative_prompt(monkeypatch, negative):
     found, words, mask, empty, empty_mask, scale, n = asked[0]
     assert torch.equal(found, noise) and (scale, n) == (2.5, 11)
     assert words[:, 0, 0].tolist() == [1, 4] and mask.sum(1).tolist() == [1, 4]
-    assert empty[:, 0, 0].tolist() == [len(negative)] and empty_mask.sum(1).tolist() == [len(negative)]
+    assert empty[:, 0, 0].tolist() == [len(negative)] and empty_mask.sum(1).tolist() == [
+        len(negative)
+    ]
     torch.testing.assert_close(drawn, autoencoder.decode_all(coder, noise / 0.5))
 
 
@@ -153,7 +177,8 @@ def test_pictures_keep_their_captions_and_hidden_ones_lose_their_mask():
     words, mask = words_of(["x" * int(n) for n in numbers])
     empty = torch.full((1, 7, 24), -1.0), torch.ones(1, 7, dtype=torch.bool)
     schedule, seen = ddpm.Schedule(), []
-    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.ones(1000), torch.zeros(1000)  # zt is z0
+    # Zt is z0
+    schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar = torch.ones(1000), torch.zeros(1000)
     model = OneWeight()
 
     def forward(zt, t, words, mask):
@@ -163,7 +188,15 @@ def test_pictures_keep_their_captions_and_hidden_ones_lose_their_mask():
     model.forward = forward
     latents = numbers.float()[:, None, None, None].expand(-1, 4, 2, 2)
     cfg = stable_diffuser.Config(steps=100, batch=6, drop_text=0.5)
-    rest = OneWeight().requires_grad_(False), torch.optim.SGD(model.parameters()), schedule, latents, words, mask, empty
+    rest = (
+        OneWeight().requires_grad_(False),
+        torch.optim.SGD(model.parameters()),
+        schedule,
+        latents,
+        words,
+        mask,
+        empty,
+    )
     list(stable_diffuser.train(model, *rest, cfg))
     z, w, m = (torch.cat(x) for x in zip(*seen))
     hidden = w == -1
@@ -184,9 +217,13 @@ def test_prompts_are_whole_or_refused(encoder):
     with pytest.raises(UserError, match="15 tokens .* 14"):
         encoder(["red apple", "a " * 15])
     assert encoder(["[SEP]"])[1].sum() > 3 and encoder(["\udcff"])[1].any()
-    plain = encoder.tokenizer(["red apple"], padding="max_length", max_length=16, return_tensors="pt")
+    plain = encoder.tokenizer(
+        ["red apple"], padding="max_length", max_length=16, return_tensors="pt"
+    )
     with torch.no_grad():
-        torch.testing.assert_close(words[:1], encoder.model(**plain).last_hidden_state, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            words[:1], encoder.model(**plain).last_hidden_state, atol=1e-5, rtol=1e-5
+        )
 
 
 class Studio:
@@ -205,7 +242,9 @@ class Studio:
         monkeypatch.setattr(data, "emoji", lambda size: (self.images, self.captions, names[:40]))
         monkeypatch.setattr(autoencoder, "load", lambda path, device: (self.coder, self.scale))
         monkeypatch.setattr(stable_diffuser, "TextEncoder", lambda device: self.words)
-        monkeypatch.setattr(stable_diffuser, "evaluate", lambda *args: self.painters.append(args) or ({}, {}))
+        monkeypatch.setattr(
+            stable_diffuser, "evaluate", lambda *args: self.painters.append(args) or ({}, {})
+        )
         for name in ("grid", "rows", "curves"):
             monkeypatch.setattr(figures, name, lambda *_, **__: None)
         studio, train = self, stable_diffuser.train
@@ -224,7 +263,9 @@ class Studio:
 
     def words(self, captions):
         lengths = torch.tensor([len(c) for c in captions])
-        return lengths.float()[:, None, None].expand(-1, 3, 384) / 100, torch.ones(len(captions), 3, dtype=torch.bool)
+        return lengths.float()[:, None, None].expand(-1, 3, 384) / 100, torch.ones(
+            len(captions), 3, dtype=torch.bool
+        )
 
 
 def test_main_trains_on_scaled_latents_and_paints_with_the_ema(monkeypatch, tmp_path):
@@ -234,9 +275,15 @@ def test_main_trains_on_scaled_latents_and_paints_with_the_ema(monkeypatch, tmp_
     stable_diffuser.main(stable_diffuser.Config(steps=2, batch=4, **flags, out=str(tmp_path)))
     held_out = torch.tensor(autoencoder.split(studio.captions))
     latents, words, mask, empty = studio.trained[0]
-    torch.testing.assert_close(latents, autoencoder.encode_all(studio.coder, studio.images[~held_out]) * 0.25)
+    torch.testing.assert_close(
+        latents, autoencoder.encode_all(studio.coder, studio.images[~held_out]) * 0.25
+    )
     known, known_mask = studio.words([c for c, h in zip(studio.captions, held_out) if not h])
-    assert torch.equal(words, known) and torch.equal(mask, known_mask) and torch.equal(empty[0], studio.words([""])[0])
+    assert (
+        torch.equal(words, known)
+        and torch.equal(mask, known_mask)
+        and torch.equal(empty[0], studio.words([""])[0])
+    )
     painter, images, captions, hidden, shape, *_ = studio.painters[0]
     written = checkpoint.read(tmp_path / "model.safetensors")[0]
     state = checkpoint.read(tmp_path / "state.safetensors")[0]
@@ -245,13 +292,19 @@ def test_main_trains_on_scaled_latents_and_paints_with_the_ema(monkeypatch, tmp_
     assert painter.scale == 0.25 and painter.decoder is studio.coder and hidden == held_out.tolist()
     assert torch.equal(painter.schedule.alpha_bar, ddpm.Schedule(kind="cosine").alpha_bar)
     scales = [scale for _, _, scale, n, _ in studio.drawn if n == 7]
-    assert scales == [1.0, 2.0, 3.0, 5.0, 8.0] and all(torch.equal(d[1], studio.drawn[0][1]) for d in studio.drawn)
+    assert scales == [1.0, 2.0, 3.0, 5.0, 8.0] and all(
+        torch.equal(d[1], studio.drawn[0][1]) for d in studio.drawn
+    )
     monkeypatch.setattr(stable_diffuser, "WEIGHTS", tmp_path / "model.safetensors")
-    again = stable_diffuser.Config(pretrained=True, prompt="red apple", negative="no", **flags, out=str(tmp_path / "b"))
+    again = stable_diffuser.Config(
+        pretrained=True, prompt="red apple", negative="no", **flags, out=str(tmp_path / "b")
+    )
     stable_diffuser.main(again)
     prompts, noise, guidance, n, negative = studio.drawn[-1]
     assert prompts == ["red apple"] * 8 and noise.shape == (8, 2, 16, 16)
-    assert (guidance, n, negative) == (2.5, 7, "no") and same(written, studio.painters[-1][0].model.state_dict())
+    assert (guidance, n, negative) == (2.5, 7, "no") and same(
+        written, studio.painters[-1][0].model.state_dict()
+    )
 
 
 class Recorder(torch.nn.Module):
@@ -275,10 +328,22 @@ def asked(rank, world, drop=0.0, steps=3):
     torch.manual_seed(0)
     every = torch.ones(n, 7, dtype=torch.bool)
     empty = torch.full((1, 7, 24), -1.0), every[:1]
-    rest = torch.optim.SGD(model.parameters(), 0.1), ddpm.Schedule(kind="cosine"), torch.randn(n, 4, 8, 8), words, every
+    rest = (
+        torch.optim.SGD(model.parameters(), 0.1),
+        ddpm.Schedule(kind="cosine"),
+        torch.randn(n, 4, 8, 8),
+        words,
+        every,
+    )
     list(
         stable_diffuser.train(
-            model, copy.deepcopy(model).requires_grad_(False), *rest, empty, cfg, rank=rank, world=world
+            model,
+            copy.deepcopy(model).requires_grad_(False),
+            *rest,
+            empty,
+            cfg,
+            rank=rank,
+            world=world,
         )
     )
     return model.asked
@@ -289,7 +354,12 @@ def test_latents_too_small_for_the_widths_are_refused(tmp_path, monkeypatch, cap
     coder, path = autoencoder.Autoencoder((8,) * 6, 2), tmp_path / "coder.safetensors"
     meta = {"channels": [8] * 6, "latent": 2, "scale": 1.0}
     checkpoint.write(path, coder.state_dict(), meta)
-    printed = one_line(stable_diffuser, ["--autoencoder", str(path), "--out", str(tmp_path / "x")], monkeypatch, capsys)
+    printed = one_line(
+        stable_diffuser,
+        ["--autoencoder", str(path), "--out", str(tmp_path / "x")],
+        monkeypatch,
+        capsys,
+    )
     assert "2 x 2" in printed and not (tmp_path / "x").exists()
 
 
@@ -302,14 +372,21 @@ def test_two_processes_share_each_batch_and_no_picture_is_learned_twice():
 def test_training_hides_captions():
     """In half of the draws here; the empty caption's features are -1."""
     drawn = [i for batch in asked(0, 1, drop=0.5, steps=50) for i in batch]
-    assert 0.3 < drawn.count(-1) / len(drawn) < 0.7 and -1 not in [i for batch in asked(0, 1) for i in batch]
+    assert 0.3 < drawn.count(-1) / len(drawn) < 0.7 and -1 not in [
+        i for batch in asked(0, 1) for i in batch
+    ]
 
 
 def test_evaluate_finds_pictures_that_are_what_they_should_be():
     """A painter that knows the true pictures, and paints the colour words plainly, gets full marks."""
     images, captions, _ = data.emoji(64)
     images, captions = images[:24], captions[:24]
-    colours = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, 0.04, 1), "yellow": (1, 0.68, -1)}
+    colours = {
+        "red": (1, -1, -1),
+        "green": (-1, 1, -1),
+        "blue": (-1, 0.04, 1),
+        "yellow": (1, 0.68, -1),
+    }
 
     class Knows:
         def draw(self, prompts, *_):
@@ -324,8 +401,11 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
     )
     assert scores["seen_top1"] == scores["seen_top10"] == scores["colours_right"] == 1
     assert scores["held_out_similarity"] > 0.99 > scores["random_similarity"]
-    assert scores["held_out_closer_than_random"] == 1 and len(pictures["colours.png"][0]["heart"]) == 4
-    names = {"".join(c.split()): i for i, c in enumerate(captions)}  # a title is a caption, in lines
+    assert (
+        scores["held_out_closer_than_random"] == 1 and len(pictures["colours.png"][0]["heart"]) == 4
+    )
+    # a title is a caption, in lines
+    names = {"".join(c.split()): i for i, c in enumerate(captions)}
     for name in ("seen.png", "held_out.png"):
         rows, titles = pictures[name]
         numbers = [names["".join(title.split())] for title in titles]
@@ -356,7 +436,14 @@ if __name__ == "__main__":
 """
 LAUNCH = {
     "alone": [],
-    "torch.distributed.launch": ["-m", "torch.distributed.launch", "--nproc_per_node", "1", "--master_port", "29612"],
+    "torch.distributed.launch": [
+        "-m",
+        "torch.distributed.launch",
+        "--nproc_per_node",
+        "1",
+        "--master_port",
+        "29612",
+    ],
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"],
 }
 
@@ -370,14 +457,25 @@ def test_launchers_give_the_weights_of_one_process(tmp_path):
     (tmp_path / "few.py").write_text(FEW, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for name, launcher in LAUNCH.items():
-        args = [sys.executable, *launcher, str(tmp_path / "few.py"), *TINY, "--out", str(tmp_path / name)]
+        args = [
+            sys.executable,
+            *launcher,
+            str(tmp_path / "few.py"),
+            *TINY,
+            "--out",
+            str(tmp_path / name),
+        ]
         done = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    losses = {x: json.loads((tmp_path / x / "metrics.json").read_text())["final_loss"] for x in LAUNCH}
+    losses = {
+        x: json.loads((tmp_path / x / "metrics.json").read_text())["final_loss"] for x in LAUNCH
+    }
     weights = {x: checkpoint.read(tmp_path / x / "model.safetensors")[0] for x in LAUNCH}
     for name in ("torch.distributed.launch", "torchrun"):
         # bf16 sums in another order; and where a gradient is noise, Adam's first steps make a whole step of its sign
-        error = max(float((weights["alone"][k] - weights[name][k]).abs().mean()) for k in weights[name])
+        error = max(
+            float((weights["alone"][k] - weights[name][k]).abs().mean()) for k in weights[name]
+        )
         assert error < 2e-5, error
         assert losses["alone"] == pytest.approx(losses[name], rel=0.2)
 
@@ -393,15 +491,25 @@ def test_command(tmp_path):
 def test_gradients_of_two_halves_are_those_of_the_whole():
     """What DistributedDataParallel does, by hand, in fp32: the mean of the ranks' gradients is the batch's gradient."""
     unet, schedule = ours()[0], ddpm.Schedule(kind="cosine")
-    z0, words, mask = torch.randn(4, 4, 8, 8), torch.randn(4, 7, 24), torch.ones(4, 7, dtype=torch.bool)
+    z0, words, mask = (
+        torch.randn(4, 4, 8, 8),
+        torch.randn(4, 7, 24),
+        torch.ones(4, 7, dtype=torch.bool),
+    )
     t, eps = torch.randint(1000, (4,)), torch.randn(4, 4, 8, 8)
 
     def gradient(part):
         unet.zero_grad()
-        stable_diffuser.loss(unet, schedule, *(x[part] for x in (z0, words, mask, t, eps))).backward()
+        stable_diffuser.loss(
+            unet, schedule, *(x[part] for x in (z0, words, mask, t, eps))
+        ).backward()
         return torch.cat([p.grad.flatten() for p in unet.parameters()])
 
-    whole, first, second = gradient(slice(None)), gradient(slice(0, None, 2)), gradient(slice(1, None, 2))
+    whole, first, second = (
+        gradient(slice(None)),
+        gradient(slice(0, None, 2)),
+        gradient(slice(1, None, 2)),
+    )
     torch.testing.assert_close((first + second) / 2, whole, atol=1e-5, rtol=1e-4)
 
 
@@ -429,5 +537,7 @@ def test_gradients_of_two_halves_are_those_of_the_whole():
     ],
 )
 def test_bad_input(args, word, tmp_path, monkeypatch, capsys):
-    assert word in one_line(stable_diffuser, [*args, "--out", str(tmp_path / "x")], monkeypatch, capsys)
+    assert word in one_line(
+        stable_diffuser, [*args, "--out", str(tmp_path / "x")], monkeypatch, capsys
+    )
     assert not (tmp_path / "x").exists()

@@ -36,7 +36,13 @@ def test_conditional_unet_equals_diffusers(parity):
     a, b = ours(x, t, words, mask), theirs(x, t, words, encoder_attention_mask=mask).sample
     parity("U-Net", "unet.UNet with text", "diffusers.UNet2DConditionModel", a, b)
     both = gradients(ours, a), gradients(theirs, b)
-    parity("U-Net", "unet.UNet with text, gradients", "diffusers.UNet2DConditionModel", *both, atol=1e-4)
+    parity(
+        "U-Net",
+        "unet.UNet with text, gradients",
+        "diffusers.UNet2DConditionModel",
+        *both,
+        atol=1e-4,
+    )
 
 
 def test_masked_words_do_not_matter():
@@ -65,4 +71,10 @@ def test_timestep_embedding_equals_diffusers(parity, dim):
 
     t = torch.tensor([0, 1, 500, 999])
     theirs = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-    parity("U-Net", "unet.timestep_embedding", "diffusers get_timestep_embedding", timestep_embedding(t, dim), theirs)
+    parity(
+        "U-Net",
+        "unet.timestep_embedding",
+        "diffusers get_timestep_embedding",
+        timestep_embedding(t, dim),
+        theirs,
+    )

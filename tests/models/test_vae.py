@@ -12,7 +12,9 @@ from tests.models.test_ddpm import command, one_line, same
 from utils import checkpoint, data, figures
 from utils.run import UserError
 
-TINY = "--steps 2 --batch 8 --samples 64 --channels 4 8 --hidden 16 --latents 2 --no-ablations".split()
+TINY = (
+    "--steps 2 --batch 8 --samples 64 --channels 4 8 --hidden 16 --latents 2 --no-ablations".split()
+)
 
 
 def codes(b=6, d=5):
@@ -33,7 +35,9 @@ def small(latent=2):
 def test_kl_divergence(parity):
     mu, logvar = codes()
     theirs = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(dim=1)
-    ours, theirs = (with_gradients(kl, mu, logvar) for kl in (vae.kl_divergence(mu, logvar), theirs))
+    ours, theirs = (
+        with_gradients(kl, mu, logvar) for kl in (vae.kl_divergence(mu, logvar), theirs)
+    )
     assert ours[0].shape == (6,)
     parity("VAE", "vae.kl_divergence", "torch.distributions.kl_divergence", ours, theirs, atol=1e-5)
 
@@ -44,16 +48,31 @@ def test_reparameterize(parity):
     ours = with_gradients(vae.reparameterize(mu, logvar), mu, logvar)
     torch.manual_seed(1)
     theirs = with_gradients(Normal(mu, (logvar / 2).exp()).rsample(), mu, logvar)
-    parity("VAE", "vae.reparameterize", "torch.distributions.Normal.rsample", ours, theirs, atol=1e-6)
+    parity(
+        "VAE", "vae.reparameterize", "torch.distributions.Normal.rsample", ours, theirs, atol=1e-6
+    )
 
 
 def test_reconstruction(parity):
-    logits, x = (3 * torch.randn(4, 1, 28, 28)).requires_grad_(), data.to_float(torch.randint(256, (4, 1, 28, 28)))
-    coins = Bernoulli(logits=logits, validate_args=False)  # grey targets: the mean over black and white draws
+    logits, x = (
+        (3 * torch.randn(4, 1, 28, 28)).requires_grad_(),
+        data.to_float(torch.randint(256, (4, 1, 28, 28))),
+    )
+    # Grey targets: the mean over black and white draws
+    coins = Bernoulli(logits=logits, validate_args=False)
     theirs = -coins.log_prob((x + 1) / 2).sum(dim=(1, 2, 3))
-    ours, theirs = (with_gradients(error, logits) for error in (vae.reconstruction(logits, x), theirs))
+    ours, theirs = (
+        with_gradients(error, logits) for error in (vae.reconstruction(logits, x), theirs)
+    )
     parity("VAE", "vae.reconstruction", "torch.distributions.Bernoulli", ours, theirs, atol=1e-3)
-    parity("VAE", "vae.picture", "torch.distributions.Bernoulli", vae.picture(logits), 2 * coins.mean - 1, atol=1e-6)
+    parity(
+        "VAE",
+        "vae.picture",
+        "torch.distributions.Bernoulli",
+        vae.picture(logits),
+        2 * coins.mean - 1,
+        atol=1e-6,
+    )
 
 
 def test_grey_target_is_the_mean_over_binarised_images():
@@ -70,7 +89,9 @@ def test_kl_divergence_of_known_cases():
     shifted = 2.0**2 / 2  # mu^2 / 2 each
     torch.testing.assert_close(vae.kl_divergence(zero + 2, zero), torch.full((3,), 4 * shifted))
     narrow = (0.01 - 1 - math.log(0.01)) / 2  # sigma = 0.1
-    torch.testing.assert_close(vae.kl_divergence(zero, zero + math.log(0.01)), torch.full((3,), 4 * narrow))
+    torch.testing.assert_close(
+        vae.kl_divergence(zero, zero + math.log(0.01)), torch.full((3,), 4 * narrow)
+    )
     assert (vae.kl_divergence(torch.randn(1000, 4), 3 * torch.randn(1000, 4)) > 0).all()
     mu, logvar = torch.randn(2, 4), torch.randn(2, 4)  # it adds up over dimensions, not over images
     apart = sum(vae.kl_divergence(mu[:, i : i + 1], logvar[:, i : i + 1]) for i in range(4))
@@ -108,9 +129,13 @@ def test_bound_stays_below_the_likelihood():
     """With a linear decoder of one latent and one pixel, log p(x) is an integral that a sum can do."""
     slope, x, mu, logvar = 2.0, 1.0, torch.tensor([[0.6]]), torch.tensor([[-0.4]])
     z = torch.linspace(-12, 12, 20_001)
-    exact = (Normal(0, 1).log_prob(z).exp() * torch.sigmoid(slope * z)).sum().log() + math.log(24 / 20_000)
+    exact = (Normal(0, 1).log_prob(z).exp() * torch.sigmoid(slope * z)).sum().log() + math.log(
+        24 / 20_000
+    )
     z = vae.reparameterize(mu.expand(100_000, 1), logvar.expand(100_000, 1))[..., None, None]
-    bound = -vae.reconstruction(slope * z, torch.full_like(z, x)).mean() - vae.kl_divergence(mu, logvar)
+    bound = -vae.reconstruction(slope * z, torch.full_like(z, x)).mean() - vae.kl_divergence(
+        mu, logvar
+    )
     assert exact - 0.1 < bound.item() < exact
 
 
@@ -120,7 +145,12 @@ def test_shapes():
     assert mu.shape == logvar.shape == (5, 7)
     assert model.decode(mu).shape == (5, 1, 28, 28)
     images = vae.sample(model, 9)
-    assert images.shape == (9, 1, 28, 28) and images.min() >= -1 and images.max() <= 1 and images[0].ne(images[1]).any()
+    assert (
+        images.shape == (9, 1, 28, 28)
+        and images.min() >= -1
+        and images.max() <= 1
+        and images[0].ne(images[1]).any()
+    )
     assert vae.interpolate(model, *torch.zeros(2, 1, 28, 28), n=4).shape == (4, 1, 28, 28)
 
 
@@ -220,18 +250,27 @@ def test_training_sets_the_rate_clips_and_hands_the_variant_on(monkeypatch):
     monkeypatch.setattr(vae, "loss", loss)
     curves, weights = {"reconstruction": [], "kl": []}, [0.0]
     for value in vae.train(model, optimizer, images, cfg, curves, vae.Variant(2, 0.25, False)):
-        assert (curves["reconstruction"][-1], curves["kl"][-1]) == pytest.approx((value + 1, value + 2))
+        assert (curves["reconstruction"][-1], curves["kl"][-1]) == pytest.approx(
+            (value + 1, value + 2)
+        )
         weights.append(model.weight.item())
     moves = [a - b for a, b in zip(weights, weights[1:])]
-    assert moves == pytest.approx([vae.learning_rate(cfg, i) * (100.0 if i % 2 else 7.0) for i in range(5)], rel=1e-4)
+    assert moves == pytest.approx(
+        [vae.learning_rate(cfg, i) * (100.0 if i % 2 else 7.0) for i in range(5)], rel=1e-4
+    )
     assert asked == [(0.25, False, (4, 1, 28, 28), 1.0)] * 5
 
 
 def test_main_measures_test_digits_and_judges_samples(monkeypatch, tmp_path):
     """Training sees training digits only; the bound is of test digits; the judge sees samples from the prior."""
-    kinds = {"train": torch.zeros(70, 1, 28, 28).byte(), "test": torch.full((70, 1, 28, 28), 255).byte()}
+    kinds = {
+        "train": torch.zeros(70, 1, 28, 28).byte(),
+        "test": torch.full((70, 1, 28, 28), 255).byte(),
+    }
     monkeypatch.setattr(data, "mnist", lambda split: (kinds[split], torch.arange(70) % 10))
-    monkeypatch.setattr(quality, "judge", lambda device: lambda images: judged.append(images) or {"recognised": 0.5})
+    monkeypatch.setattr(
+        quality, "judge", lambda device: lambda images: judged.append(images) or {"recognised": 0.5}
+    )
     monkeypatch.setattr(vae, "draw", lambda folder, cfg, *rest: drawn.append(rest))
     judged, drawn, trained, measured = [], [], [], []
     train, measure = vae.train, vae.measure
@@ -244,14 +283,23 @@ def test_main_measures_test_digits_and_judges_samples(monkeypatch, tmp_path):
     monkeypatch.setattr(vae, "measure", lambda model, x: measured.append(x) or measure(model, x))
     small = dict(steps=1, batch=8, channels=(4, 8), hidden=16, samples=64, latents=(2, 3))
     metrics = vae.main(vae.Config(**small, out=str(tmp_path)))
-    assert all((images == 0).all() for images, _ in trained) and all((x == 1).all() for x in measured)
+    assert all((images == 0).all() for images, _ in trained) and all(
+        (x == 1).all() for x in measured
+    )
     names = ["2-d", "3-d", "no noise", "no KL"]
     assert [variant for _, variant in trained] == list(vae.variants(vae.Config(**small)).values())
     _, models, codes, samples, test, labels = drawn[0]
-    assert list(models) == names and codes["3-d"].shape == (70, 3) and test.min() == 1 and labels[3] == 3
+    assert (
+        list(models) == names
+        and codes["3-d"].shape == (70, 3)
+        and test.min() == 1
+        and labels[3] == 3
+    )
     for images, name in zip(judged, names):
         assert torch.equal(images, samples[name]) and images.shape == (64, 1, 28, 28)
-        assert metrics[f"{name}: elbo"] == pytest.approx(-metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"])
+        assert metrics[f"{name}: elbo"] == pytest.approx(
+            -metrics[f"{name}: reconstruction"] - metrics[f"{name}: kl"]
+        )
     loaded = vae.load(tmp_path / "model.safetensors")
     for name in names:
         assert same(loaded[name].state_dict(), models[name].state_dict())
@@ -261,20 +309,27 @@ def test_figures_show_the_largest_model_and_every_ablation(monkeypatch, tmp_path
     """Samples are of the last of --latents, the map of the first; clouds of the first and of what was left out."""
     drawn = {}
     for name in ("grid", "rows", "panels", "curves"):
-        monkeypatch.setattr(figures, name, lambda path, content, *_, **__: drawn.update({path.name: content}))
+        monkeypatch.setattr(
+            figures, name, lambda path, content, *_, **__: drawn.update({path.name: content})
+        )
     cfg = vae.Config(latents=(2, 3), channels=(4, 8), hidden=16)
     models = {
-        name: vae.VAE(v.latent, cfg.channels, cfg.hidden).requires_grad_(False) for name, v in vae.variants(cfg).items()
+        name: vae.VAE(v.latent, cfg.channels, cfg.hidden).requires_grad_(False)
+        for name, v in vae.variants(cfg).items()
     }
     test, labels = torch.rand(40, 1, 28, 28) * 2 - 1, torch.arange(40) % 10
     codes = {name: torch.randn(40, model.latent) for name, model in models.items()}
     samples = {name: torch.full((64, 1, 28, 28), float(i)) for i, name in enumerate(models)}
-    curves = {name: {"reconstruction": [2.0 * i], "kl": [3.0 * i]} for i, name in enumerate(models, 1)}
+    curves = {
+        name: {"reconstruction": [2.0 * i], "kl": [3.0 * i]} for i, name in enumerate(models, 1)
+    }
     vae.draw(tmp_path, cfg, curves, models, codes, samples, test, labels)
     assert (drawn["samples.png"] == 1).all()
     assert torch.equal(drawn["map.png"][0]["after training"], vae.latent_grid(models["2-d"]))
     clouds, below = drawn["latents.png"]
-    assert list(clouds) == [f"{name}: codes of test digits" for name in ("2-d", "no noise", "no KL")]
+    assert list(clouds) == [
+        f"{name}: codes of test digits" for name in ("2-d", "no noise", "no KL")
+    ]
     assert [float(x.mean()) for x in below.values()] == [0.0, 2.0, 3.0]
     assert drawn["loss.png"] == {"2-d": [5.0], "3-d": [10.0]} and drawn["kl.png"]["no KL"] == [12.0]
     back = drawn["reconstructions.png"]
@@ -284,7 +339,10 @@ def test_figures_show_the_largest_model_and_every_ablation(monkeypatch, tmp_path
 @pytest.fixture(scope="module")
 def trained():
     """{variant: losses, what it measures on 500 test digits, their codes} after some steps on real digits."""
-    cfg, results = vae.Config(latents=(2,), steps=200, batch=32, channels=(8, 8), hidden=64, lr=4e-3), {}
+    cfg, results = (
+        vae.Config(latents=(2,), steps=200, batch=32, channels=(8, 8), hidden=64, lr=4e-3),
+        {},
+    )
     images, test = data.mnist("train")[0], data.to_float(data.mnist("test")[0][:500])
     for name, variant in vae.variants(cfg).items():
         curves = {"reconstruction": [], "kl": []}
@@ -301,7 +359,10 @@ def test_learning_and_what_each_part_is_for(trained):
     """The bound improves; without KL the codes leave the prior, without noise the code is a free point."""
     losses, whole, codes = trained["2-d"]
     assert losses[0] > 500 and sum(losses[-10:]) / 10 < 200  # grey everywhere costs 784 ln 2 = 543
-    assert whole["elbo"] == pytest.approx(-whole["reconstruction"] - whole["kl"]) and -200 < whole["elbo"] < -120
+    assert (
+        whole["elbo"] == pytest.approx(-whole["reconstruction"] - whole["kl"])
+        and -200 < whole["elbo"] < -120
+    )
     _, no_kl, far = trained["no KL"]
     assert no_kl["kl"] > 2 * whole["kl"] and far.abs().max() > 2 * codes.abs().max()
     _, no_noise, _ = trained["no noise"]
@@ -317,14 +378,19 @@ def test_command_writes_what_it_promises(tmp_path):
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     elbo = -metrics["2-d: reconstruction"] - metrics["2-d: kl"]
     assert metrics["2-d: elbo"] == pytest.approx(elbo, rel=1e-5)
-    assert {f"2-d: {k}" for k in ("recognised", "recognised_error", "frechet", "digits_seen")} <= metrics.keys()
+    assert {
+        f"2-d: {k}" for k in ("recognised", "recognised_error", "frechet", "digits_seen")
+    } <= metrics.keys()
     assert list(vae.load(tmp_path / "a" / "model.safetensors")) == ["2-d"]
 
 
 def test_resume_goes_on_bit_for_bit(tmp_path):
     """Broken off after two of six steps, then resumed: the same weights and curves as in one go."""
     cfg = vae.Config(latents=(2,), steps=6, batch=8, channels=(4, 8), hidden=16, save_every=2)
-    images, (whole, broken) = data.mnist("train")[0][:100], (tmp_path / "whole", tmp_path / "broken")
+    images, (whole, broken) = (
+        data.mnist("train")[0][:100],
+        (tmp_path / "whole", tmp_path / "broken"),
+    )
     variant = vae.variants(cfg)["2-d"]
     model, curves = vae.fit("2-d", variant, images, cfg, whole, torch.device("cpu"))
 
@@ -339,7 +405,9 @@ def test_resume_goes_on_bit_for_bit(tmp_path):
     finally:
         vae.train = train
     state = checkpoint.read(broken / "state_2-d.safetensors")[0]
-    assert not torch.equal(state["state.model.encoder.0.weight"], model.state_dict()["encoder.0.weight"])
+    assert not torch.equal(
+        state["state.model.encoder.0.weight"], model.state_dict()["encoder.0.weight"]
+    )
     resumed = vae.Config(**{**vars(cfg), "resume": True})
     other, again = vae.fit("2-d", variant, images, resumed, broken, torch.device("cpu"))
     assert again == curves and len(curves["kl"]) == 6

@@ -18,7 +18,12 @@ def unit(n, d, seed=0):
 
 def test_the_loss_and_its_gradients_are_those_of_clip_model(parity):
     torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = CLIPConfig(text_config=small | {"vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49},
                         vision_config=small | {"image_size": 8, "patch_size": 4}, projection_dim=12)  # fmt: skip
     model = CLIPModel(config).eval()
@@ -40,11 +45,18 @@ class Given(nn.Module):
 
 
 def test_the_loss_is_that_of_sentence_transformers(parity):
-    z, t = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)  # it makes unit vectors itself
+    # It makes unit vectors itself
+    z, t = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     theirs = MultipleNegativesSymmetricRankingLoss(Given(), scale=14.0)
     found = theirs([{"sentence_embedding": t}, {"sentence_embedding": z}], None)
     mine = clip.clip_loss(F.normalize(z, dim=-1), F.normalize(t, dim=-1), 14.0)
-    parity("CLIP", "clip.clip_loss", "sentence-transformers MultipleNegativesSymmetricRankingLoss", mine, found)
+    parity(
+        "CLIP",
+        "clip.clip_loss",
+        "sentence-transformers MultipleNegativesSymmetricRankingLoss",
+        mine,
+        found,
+    )
     parity("CLIP", "clip.clip_loss gradients", "sentence-transformers gradients",
            torch.autograd.grad(mine, [z, t]), torch.autograd.grad(found, [z, t]))  # fmt: skip
 
@@ -63,7 +75,9 @@ def test_a_batch_in_pieces_is_the_whole_batch(chunk, parity):
     whole = clip.clip_loss(towers.encode_image(x), towers.encode_text(t), towers.scale())
     whole.backward()
     theirs = gradients()
-    loss = clip.cached_backward((towers.encode_image, towers.encode_text), (x, t), towers.scale(), chunk)
+    loss = clip.cached_backward(
+        (towers.encode_image, towers.encode_text), (x, t), towers.scale(), chunk
+    )
     name = f"own clip.clip_loss, the whole batch, pieces of {chunk}"
     parity("CLIP", "clip.cached_backward", name, [loss, gradients()], [whole, theirs])
 
@@ -86,9 +100,15 @@ def test_what_is_dropped_in_the_first_pass_is_dropped_in_the_second():
         return F.normalize(tower(x), dim=-1)
 
     before = torch.randn(8, 6)
-    clip.cached_backward((encode, tower_text := nn.Linear(6, 4)), (before, before), torch.tensor(5.0), 4)
+    clip.cached_backward(
+        (encode, tower_text := nn.Linear(6, 4)), (before, before), torch.tensor(5.0), 4
+    )
     assert tower_text.weight.grad is not None
-    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
+    assert (
+        torch.equal(seen[0], seen[2])
+        and torch.equal(seen[1], seen[3])
+        and not torch.equal(seen[0], seen[1])
+    )
 
 
 def test_the_scale_stops_at_a_hundred():
@@ -148,12 +168,18 @@ def test_the_retriever_of_pictures_reads_what_was_saved(tmp_path):
     clip.save(towers, tmp_path, cfg)
     space = multimodal_rag.load_space(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(multimodal_rag.project(space, x), towers.encode_image(x), atol=1e-5, rtol=0)
-        torch.testing.assert_close(multimodal_rag.project_text(space, t), towers.encode_text(t), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            multimodal_rag.project(space, x), towers.encode_image(x), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            multimodal_rag.project_text(space, t), towers.encode_text(t), atol=1e-6, rtol=0
+        )
 
 
 def test_a_space_of_another_tower_is_refused(tmp_path):
-    towers, _ = clip.fit(torch.randn(9, 128), unit(9, 384), cfg := clip.Config(tower="mae", steps=1, batch=4))
+    towers, _ = clip.fit(
+        torch.randn(9, 128), unit(9, 384), cfg := clip.Config(tower="mae", steps=1, batch=4)
+    )
     clip.save(towers, tmp_path, cfg)
     with pytest.raises(UserError, match="mae"):
         multimodal_rag.load_space(tmp_path)
@@ -161,7 +187,9 @@ def test_a_space_of_another_tower_is_refused(tmp_path):
         multimodal_rag.load_space(tmp_path / "none")
 
 
-@pytest.mark.parametrize("flags", [{"steps": 0}, {"batch": 1}, {"temperature": 0}, {"chunk": -1}, {"lr": 0}])
+@pytest.mark.parametrize(
+    "flags", [{"steps": 0}, {"batch": 1}, {"temperature": 0}, {"chunk": -1}, {"lr": 0}]
+)
 def test_bad_flags(flags, tmp_path):
     with pytest.raises(UserError):
         clip.main(clip.Config(**flags, out=str(tmp_path / "x")))
@@ -190,5 +218,7 @@ def test_a_temperature_moves_only_if_it_may():
     torch.manual_seed(0)
     x, t = torch.randn(40, 16), torch.nn.functional.normalize(torch.randn(40, 384), dim=-1)
     for learns in (True, False):
-        towers, _ = clip.fit(x, t, clip.Config(steps=3, batch=20, learn_temperature=learns), None, "train")
+        towers, _ = clip.fit(
+            x, t, clip.Config(steps=3, batch=20, learn_temperature=learns), None, "train"
+        )
         assert (abs(towers.scale().item() - 1 / clip.Config().temperature) > 1e-4) == learns

@@ -43,26 +43,54 @@ def test_everything_is_that_of_transformers(ratio, norm_pix, parity):
     found = other(x, noise=noise)
     name = f"ratio {ratio}, norm_pix {norm_pix}"
     parity("MAE", f"mae.MAE loss, {name}", "transformers.ViTMAEForPreTraining", loss, found.loss)
-    parity("MAE", f"mae.MAE drawn patches, {name}", "transformers.ViTMAEForPreTraining", pred, found.logits)
-    parity("MAE", f"mae.random_masking, {name}", "transformers.ViTMAEForPreTraining mask", mask, found.mask)
+    parity(
+        "MAE",
+        f"mae.MAE drawn patches, {name}",
+        "transformers.ViTMAEForPreTraining",
+        pred,
+        found.logits,
+    )
+    parity(
+        "MAE",
+        f"mae.random_masking, {name}",
+        "transformers.ViTMAEForPreTraining mask",
+        mask,
+        found.mask,
+    )
     mine = theirs(gradients(model, loss))
     them = gradients(other, found.loss)
-    parity("MAE", f"mae.MAE gradients, {name}", "transformers.ViTMAEForPreTraining gradients", mine, them)
+    parity(
+        "MAE",
+        f"mae.MAE gradients, {name}",
+        "transformers.ViTMAEForPreTraining gradients",
+        mine,
+        them,
+    )
 
 
 def test_the_encoder_is_a_vision_transformer(parity):
     """Nothing hidden, in the order of the noise: the states of vit.ViT with the same weights."""
     model, x = ours(), torch.randn(2, 3, 16, 16)
     plain = vit.ViT(16, 4, 3, 32, 2, 4)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()}, strict=False)
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}, strict=False
+    )
     states, mask, _ = model.forward_encoder(x, 0, torch.arange(N).expand(2, -1).float())
     assert mask.sum() == 0
-    parity("MAE", "mae.MAE.forward_encoder, nothing hidden", "own vit.ViT.features", states, plain.features(x))
+    parity(
+        "MAE",
+        "mae.MAE.forward_encoder, nothing hidden",
+        "own vit.ViT.features",
+        states,
+        plain.features(x),
+    )
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (6, 2)])
 def test_positions_are_those_of_transformers(grid, parity):
-    table = modeling_vit_mae.build_2d_sinusoidal_position_embedding(*grid, embed_dim=24, cls_token=True)
+    table = modeling_vit_mae.build_2d_sinusoidal_position_embedding(
+        *grid, embed_dim=24, cls_token=True
+    )
     columns_first = torch.cat([table[:, 12:], table[:, :12]], 1)  # as the authors' weights have it
     name = f"transformers' 2d sinusoids, grid {grid[0]} x {grid[1]}"
     parity("MAE", "mae.sincos_2d", name, mae.sincos_2d(24, *grid, cls_token=True), columns_first)
@@ -81,7 +109,13 @@ def test_positions_of_a_new_model_are_what_a_new_model_there_should_have(parity)
     other.decoder.initialize_weights(N)
     mine = [model.position, model.decoder_position]
     them = [other.vit.embeddings.position_embeddings, other.decoder.decoder_pos_embed]
-    parity("MAE", "mae.MAE positions", "transformers.ViTMAEForPreTraining, its initialize_weights", mine, them)
+    parity(
+        "MAE",
+        "mae.MAE positions",
+        "transformers.ViTMAEForPreTraining, its initialize_weights",
+        mine,
+        them,
+    )
 
 
 @pytest.mark.parametrize("size", [(24, 24), (8, 16)])
@@ -91,7 +125,13 @@ def test_another_size_is_that_of_transformers(size, parity):
     noise = torch.rand(2, size[0] * size[1] // 16)
     states = model.forward_encoder(x, 0.75, noise)[0]
     found = other.vit(x, noise=noise, interpolate_pos_encoding=True).last_hidden_state
-    parity("MAE", "mae.MAE.forward_encoder", f"transformers, 16 x 16 to {size[0]} x {size[1]}", states, found)
+    parity(
+        "MAE",
+        "mae.MAE.forward_encoder",
+        f"transformers, 16 x 16 to {size[0]} x {size[1]}",
+        states,
+        found,
+    )
     assert model(x)[1].shape == (2, size[0] * size[1] // 16, 48)
 
 
@@ -124,7 +164,9 @@ def hides_three_quarters(masking):
 
 def mask_names_the_hidden(masking):
     visible, mask, _ = masking(tokens(), 0.75, torch.rand(2, 8))
-    return all({*v[:, 0].tolist()} == {*torch.where(m == 0)[0].tolist()} for v, m in zip(visible, mask))
+    return all(
+        {*v[:, 0].tolist()} == {*torch.where(m == 0)[0].tolist()} for v, m in zip(visible, mask)
+    )
 
 
 def order_comes_back(masking):
@@ -199,7 +241,9 @@ def ignores_what_is_visible(kind):
     model, imgs, pred = kind(**SMALL), torch.randn(2, 3, 16, 16), torch.randn(2, N, 48)
     mask = (torch.rand(2, N) < 0.75).float()
     other = torch.where(mask[..., None] == 0, pred + 1, pred)
-    return bool(torch.isclose(model.forward_loss(imgs, pred, mask), model.forward_loss(imgs, other, mask)))
+    return bool(
+        torch.isclose(model.forward_loss(imgs, pred, mask), model.forward_loss(imgs, other, mask))
+    )
 
 
 def test_misreading_the_loss_over_visible_patches():
@@ -256,9 +300,15 @@ def test_hidden_words_in_the_encoder_stand_where_something_is_hidden():
     x, other = torch.randn(2, 3, 64, 64).unbind(0)
     noise = torch.rand(1, (64 // mae.Config().patch) ** 2)
     states, mask, restore = model.forward_encoder(x[None], 0.75, noise)
-    assert states.shape[1] == mask.shape[1] + 1 and torch.equal(restore[0], torch.arange(mask.shape[1]))
+    assert states.shape[1] == mask.shape[1] + 1 and torch.equal(
+        restore[0], torch.arange(mask.shape[1])
+    )
     patch = mae.Config().patch
-    hidden = mask.view(1, 1, 64 // patch, 64 // patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    hidden = (
+        mask.view(1, 1, 64 // patch, 64 // patch)
+        .repeat_interleave(patch, 2)
+        .repeat_interleave(patch, 3)
+    )
     same = torch.where(hidden == 1, other, x[None])  # other pixels, where nobody looks
     assert torch.equal(model.forward_encoder(same, 0.75, noise)[0], states)
     assert not torch.allclose(model.forward_encoder(other[None], 0.75, noise)[0], states)
@@ -266,15 +316,22 @@ def test_hidden_words_in_the_encoder_stand_where_something_is_hidden():
 
 def test_the_ratio_that_is_asked_for_is_the_one_that_trains(monkeypatch):
     seen, whole = set(), mae.random_masking
-    monkeypatch.setattr(mae, "random_masking", lambda x, r, *rest: (seen.add(r), whole(x, r, *rest))[1])
+    monkeypatch.setattr(
+        mae, "random_masking", lambda x, r, *rest: (seen.add(r), whole(x, r, *rest))[1]
+    )
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    list(mae.train(mae.MAE(**SMALL), images, mae.Config(steps=1, batch=2, image_size=16, ratio=0.4)))
+    list(
+        mae.train(mae.MAE(**SMALL), images, mae.Config(steps=1, batch=2, image_size=16, ratio=0.4))
+    )
     assert seen == {0.4}
 
 
 def test_features_are_the_mean_of_patches_with_nothing_hidden():
     torch.manual_seed(0)
-    model, images = mae.build(64, 16).eval(), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    model, images = (
+        mae.build(64, 16).eval(),
+        torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8),
+    )
     with torch.no_grad():
         found = mae.features(model, images, 64)
         states = model.forward_encoder(photos.whole(images, 64), 0)[0]

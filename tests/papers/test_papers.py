@@ -24,7 +24,9 @@ def fruit_of(size=32):
     split = ["train"] * 10 + ["val"] * 4 + ["test"] * KINDS
     names = [f"kind {k}" for k in range(KINDS)]
     groups = [f"group {g}" for g in range(5)]
-    return data.Groceries(grey.expand(-1, 3, size, size).contiguous(), fine % 5, fine, split, groups, names)
+    return data.Groceries(
+        grey.expand(-1, 3, size, size).contiguous(), fine % 5, fine, split, groups, names
+    )
 
 
 def numbers(images):
@@ -52,7 +54,8 @@ def fruit(monkeypatch):
 def test_split_and_majority_and_groups(fruit):
     learn, judge = photos.split(fruit)
     assert learn.tolist() == LEARN and judge.tolist() == JUDGE
-    skewed = fruit._replace(fine=torch.tensor([3] * 14 + [5] * 10 + [3] * 4))  # 3 is learned; 5 would be hindsight
+    # 3 is learned; 5 would be hindsight
+    skewed = fruit._replace(fine=torch.tensor([3] * 14 + [5] * 10 + [3] * 4))
     assert photos.majority(skewed, learn, judge)["14 kinds"] == pytest.approx(4 / KINDS)
     right = F.one_hot(fruit.fine[judge], KINDS) * 9.0
     assert photos.accuracies(right, fruit, judge) == {"14 kinds": 1.0, "5 groups": 1.0}
@@ -68,7 +71,10 @@ def test_a_probe_learns_from_those_it_may_learn_from(fruit, monkeypatch):
         return F.one_hot(y[judge], KINDS)
 
     monkeypatch.setattr(photos, "probe", probe)
-    assert photos.probed(torch.zeros(28, 2), fruit, learn, judge) == {"14 kinds": 1.0, "5 groups": 1.0}
+    assert photos.probed(torch.zeros(28, 2), fruit, learn, judge) == {
+        "14 kinds": 1.0,
+        "5 groups": 1.0,
+    }
     assert asked == [(fruit.fine.tolist(), LEARN, JUDGE), (fruit.coarse.tolist(), LEARN, JUDGE)]
 
 
@@ -97,7 +103,9 @@ def recorded_training(monkeypatch, module, losses=2):
     def train(model, images, *rest):
         labels, cfg = rest if len(rest) == 2 else (None, rest[0])
         start = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        seen.append({"images": images, "labels": labels, "cfg": cfg, "start": start, "model": model})
+        seen.append(
+            {"images": images, "labels": labels, "cfg": cfg, "start": start, "model": model}
+        )
         yield from [1.0] * losses
 
     monkeypatch.setattr(module, "train", train)
@@ -107,7 +115,11 @@ def recorded_training(monkeypatch, module, losses=2):
 @pytest.fixture
 def vit_run(fruit, monkeypatch, tmp_path):
     """What vit.main gave to its parts."""
-    made: dict[str, Any] = {"trained": recorded_training(monkeypatch, vit), "judged": [], "looked": []}
+    made: dict[str, Any] = {
+        "trained": recorded_training(monkeypatch, vit),
+        "judged": [],
+        "looked": [],
+    }
 
     def predict(model, images, size):
         made["judged"].append((model, numbers(images), size, model.training))
@@ -119,7 +131,9 @@ def vit_run(fruit, monkeypatch, tmp_path):
 
     monkeypatch.setattr(vit, "predict", predict)
     monkeypatch.setattr(vit, "looks", looks)
-    monkeypatch.setattr(vit, "draw", lambda path, images, seen: made.update(shown=numbers(images), seen=seen))
+    monkeypatch.setattr(
+        vit, "draw", lambda path, images, seen: made.update(shown=numbers(images), seen=seen)
+    )
     made["metrics"] = vit.main(vit.Config(out=str(tmp_path / "out"), steps=2))
     return made
 
@@ -131,7 +145,9 @@ def test_vit_learns_from_one_half_and_is_judged_by_the_other(vit_run):
     for trained, looked, (model, judged, size, training) in zip(
         vit_run["trained"], vit_run["looked"], vit_run["judged"]
     ):
-        assert model is trained["model"] is looked and judged == JUDGE and size == 64 and not training
+        assert (
+            model is trained["model"] is looked and judged == JUDGE and size == 64 and not training
+        )
     assert set(vit_run["shown"]) <= set(JUDGE)
     assert vit_run["metrics"]["cls from MAE"] == {"14 kinds": 1.0, "5 groups": 1.0}
 
@@ -141,7 +157,8 @@ def test_vit_begins_from_nothing_or_from_the_weights_of_the_mae(vit_run):
     assert list(vit_run["seen"]) == names
     starts = [x["start"]["blocks.0.attention.qkv.weight"] for x in vit_run["trained"]]
     weights = vit.checkpoint.read(vit.WEIGHTS)[0]["blocks.0.attention.qkv.weight"].float()
-    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], weights)  # the same seed
+    # The same seed
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], weights)
     assert torch.equal(starts[2], weights) and torch.equal(starts[3], weights)
     assert [x["model"].pool for x in vit_run["trained"]] == ["cls", "mean", "cls", "mean"]
     assert all((x["start"]["head.weight"] == 0).all() for x in vit_run["trained"])
@@ -176,17 +193,25 @@ def test_vit_train_pairs_photo_and_label_crops_and_paces(fruit, monkeypatch):
     model, asked, right = Watched(), [], []
     whole = photos.crops
     monkeypatch.setattr(
-        photos, "crops", lambda x, size, smallest: (asked.append(smallest), whole(x, size, smallest))[1]
+        photos,
+        "crops",
+        lambda x, size, smallest: (asked.append(smallest), whole(x, size, smallest))[1],
     )
     loss = F.cross_entropy
-    monkeypatch.setattr(vit.F, "cross_entropy", lambda x, y, **k: (right.append((y, k)), loss(x, y, **k))[1])
+    monkeypatch.setattr(
+        vit.F, "cross_entropy", lambda x, y, **k: (right.append((y, k)), loss(x, y, **k))[1]
+    )
     rates = paces(monkeypatch)
     list(vit.train(model, fruit.images, fruit.fine, vit.Config(steps=8, batch=6, image_size=16)))
     assert asked == [0.35] * 8 and model.training
     for x, (y, options) in zip(model.shown, right):
         assert x.shape == (6, 3, 16, 16) and options == {"label_smoothing": 0.1}
         assert [n % KINDS for n in numbers(x)] == y.tolist()  # a crop of one grey is that grey
-    assert max(rates) == pytest.approx(1e-3, rel=0.1) and rates[0] < 1e-4 and rates[-1] < 0.2 * max(rates)
+    assert (
+        max(rates) == pytest.approx(1e-3, rel=0.1)
+        and rates[0] < 1e-4
+        and rates[-1] < 0.2 * max(rates)
+    )
 
 
 def test_vit_predict_shows_the_whole_photo_and_its_mirror():
@@ -251,9 +276,16 @@ def test_mae_train_crops_hides_what_is_asked_and_paces(fruit, monkeypatch):
     whole, asked = photos.crops, []
     monkeypatch.setattr(photos, "crops", lambda x, size: (asked.append(size), whole(x, size))[1])
     list(mae.train(model, fruit.images, mae.Config(steps=10, batch=6, image_size=16, ratio=0.4)))
-    assert asked == [16] * 10 and all(r == 0.4 and x.shape == (6, 3, 16, 16) for x, r in model.shown)
-    assert len({n for x, _ in model.shown for n in numbers(x)}) > 10  # drawn by lot from all of them
-    assert max(rates) == pytest.approx(2e-3, rel=0.1) and rates[0] < 2e-4 and rates[-1] < 0.2 * max(rates)
+    assert asked == [16] * 10 and all(
+        r == 0.4 and x.shape == (6, 3, 16, 16) for x, r in model.shown
+    )
+    # Drawn by lot from all of them
+    assert len({n for x, _ in model.shown for n in numbers(x)}) > 10
+    assert (
+        max(rates) == pytest.approx(2e-3, rel=0.1)
+        and rates[0] < 2e-4
+        and rates[-1] < 0.2 * max(rates)
+    )
 
 
 @pytest.fixture
@@ -282,7 +314,13 @@ def test_fine_tuning_begins_from_the_encoder_and_the_other_from_nothing(fruit, t
     assert torch.equal(trained[0]["start"]["position"], encoder.position)
     for x, (model, photos_, size) in zip(trained, judged):
         assert numbers(x["images"]) == LEARN and x["labels"].tolist() == list(range(KINDS))
-        assert photos_ == JUDGE and size == 64 and model is x["model"] and model.pool == "mean" and not model.training
+        assert (
+            photos_ == JUDGE
+            and size == 64
+            and model is x["model"]
+            and model.pool == "mean"
+            and not model.training
+        )
         assert x["cfg"].steps == 3 and x["cfg"].image_size == 64
     assert row == {"14 kinds": 1.0, "5 groups": 1.0}
 
@@ -292,7 +330,9 @@ def test_every_row_is_of_the_encoder_that_it_names(fruit, monkeypatch):
     asked, starts = {}, {}
     learn, judge = photos.split(fruit)
     monkeypatch.setattr(photos, "imagenet", lambda images, device: torch.full((28, 2), 7.0))
-    monkeypatch.setattr(mae, "features", lambda model, images, size: torch.full((28, 2), float(model is encoder)))
+    monkeypatch.setattr(
+        mae, "features", lambda model, images, size: torch.full((28, 2), float(model is encoder))
+    )
 
     def probed(x, fruit, learn, judge):
         assert learn.tolist() == LEARN and judge.tolist() == JUDGE
@@ -305,8 +345,13 @@ def test_every_row_is_of_the_encoder_that_it_names(fruit, monkeypatch):
     monkeypatch.setattr(photos, "probed", probed)
     monkeypatch.setattr(mae, "tuned", tuned)
     asked = mae.judged(encoder, cfg, fruit, learn, judge)
-    assert (asked["probe of this encoder"] == 1).all() and (asked["probe of an untrained encoder"] == 0).all()
-    assert (asked["probe of ImageNet features"] == 7).all() and asked["probe of pixels"].shape == (28, 3 * 32 * 32)
+    assert (asked["probe of this encoder"] == 1).all() and (
+        asked["probe of an untrained encoder"] == 0
+    ).all()
+    assert (asked["probe of ImageNet features"] == 7).all() and asked["probe of pixels"].shape == (
+        28,
+        3 * 32 * 32,
+    )
     assert asked["trained from nothing"] == "nothing" and asked["fine-tuned"] == "encoder"
     assert "fine-tuned" not in mae.judged(encoder, replace(cfg, tune=0), fruit, learn, judge)
 
@@ -315,26 +360,39 @@ def test_mae_main_learns_from_one_half_and_draws_the_other(fruit, monkeypatch, t
     made: dict[str, Any] = {}
     trained = recorded_training(monkeypatch, mae)
     monkeypatch.setattr(mae, "judged", lambda *args: made.update(judged=args) or {})
-    monkeypatch.setattr(mae, "pictures", lambda model, images, cfg, folder: made.update(drawn=(model, images, cfg)))
+    monkeypatch.setattr(
+        mae, "pictures", lambda model, images, cfg, folder: made.update(drawn=(model, images, cfg))
+    )
     cfg = mae.Config(out=str(tmp_path), ratio=0.5, steps=2)
     mae.main(cfg)
     assert numbers(trained[0]["images"]) == LEARN and trained[0]["cfg"].ratio == 0.5
     model, images, _ = made["drawn"]
     assert set(numbers(images)) <= set(JUDGE) and model is trained[0]["model"] is made["judged"][0]
-    assert not model.training and made["judged"][3].tolist() == LEARN and made["judged"][4].tolist() == JUDGE
+    assert (
+        not model.training
+        and made["judged"][3].tolist() == LEARN
+        and made["judged"][4].tolist() == JUDGE
+    )
     saved, meta = mae.load(tmp_path / "model.safetensors")
     assert torch.equal(saved.to_pixels.weight, model.to_pixels.weight) and meta["ratio"] == 0.5
     mae.main(replace(cfg, pretrained=True))
     shipped, _ = mae.load(mae.WEIGHTS)
-    assert len(trained) == 1 and torch.equal(made["judged"][0].to_pixels.weight, shipped.to_pixels.weight)
+    assert len(trained) == 1 and torch.equal(
+        made["judged"][0].to_pixels.weight, shipped.to_pixels.weight
+    )
 
 
 def test_pictures_are_drawn_at_the_ratio_asked_for(monkeypatch, tmp_path):
     asked, drawn = [], []
-    monkeypatch.setattr(mae, "draw", lambda model, x, ratio, noise: (asked.append(ratio), [x, x + 1, x + 2])[1])
+    monkeypatch.setattr(
+        mae, "draw", lambda model, x, ratio, noise: (asked.append(ratio), [x, x + 1, x + 2])[1]
+    )
     monkeypatch.setattr("utils.figures.rows", lambda path, named, **_: drawn.append(named))
     mae.pictures(
-        mae.build(16, 8), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), mae.Config(image_size=16, ratio=0.6), tmp_path
+        mae.build(16, 8),
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        mae.Config(image_size=16, ratio=0.6),
+        tmp_path,
     )
     assert asked == [0.6, *mae.RATIOS]
     x = drawn[0]["photo"]
@@ -365,11 +423,19 @@ def test_variants_differ_from_plain_in_the_one_thing_they_name():
 
 def test_worth_probes_the_encoder_that_it_trained(fruit, monkeypatch):
     trained, probed = recorded_training(monkeypatch, mae, losses=2), []
-    monkeypatch.setattr(mae, "features", lambda model, images, size: probed.append((model, numbers(images))))
-    monkeypatch.setattr(photos, "probed", lambda x, fruit, learn, judge: {"14 kinds": 0.5, "5 groups": 1.0})
+    monkeypatch.setattr(
+        mae, "features", lambda model, images, size: probed.append((model, numbers(images)))
+    )
+    monkeypatch.setattr(
+        photos, "probed", lambda x, fruit, learn, judge: {"14 kinds": 0.5, "5 groups": 1.0}
+    )
     learn, judge = photos.split(fruit)
-    _, row = mae_claims.worth(mae.MAE, mae.Config(steps=2), fruit, learn, judge, torch.device("cpu"))
-    assert numbers(trained[0]["images"]) == LEARN and probed == [(trained[0]["model"], LEARN + JUDGE)]
+    _, row = mae_claims.worth(
+        mae.MAE, mae.Config(steps=2), fruit, learn, judge, torch.device("cpu")
+    )
+    assert numbers(trained[0]["images"]) == LEARN and probed == [
+        (trained[0]["model"], LEARN + JUDGE)
+    ]
     assert row["standard error"] == pytest.approx((0.25 / KINDS) ** 0.5)
 
 
@@ -386,10 +452,14 @@ def test_speed_is_the_time_of_everything_over_the_time_of_the_rest(monkeypatch):
             now[0] += 1 - ratio + 1  # the decoder reads all
             return None, self.cls.expand(1, 1, -1), None
 
-    monkeypatch.setattr(mae, "build", lambda image, patch, decoder: Counts(16, 8, width=32, depth=1, heads=4))
+    monkeypatch.setattr(
+        mae, "build", lambda image, patch, decoder: Counts(16, 8, width=32, depth=1, heads=4)
+    )
     monkeypatch.setattr(mae_claims, "clock", lambda device: now[0])
     found = mae_claims.speed(mae_claims.Config(batch=1, repeat=1), torch.device("cpu"))
-    assert found["encoder"]["0.5"] == pytest.approx(2) and found["encoder"]["0.75"] == pytest.approx(4)
+    assert found["encoder"]["0.5"] == pytest.approx(2) and found["encoder"][
+        "0.75"
+    ] == pytest.approx(4)
     assert found["heavy decoder"]["0.5"] == pytest.approx(2 / 1.5)
 
 
@@ -413,7 +483,10 @@ def test_recall_says_who_looks_for_whom():
     z = torch.tensor([[1.0, 0], [0.9, 0.1]])
     t = torch.tensor([[1.0, 0], [1.0, 0]])  # both texts find picture 0 first; each picture ties
     found = clip.recall(z, t, (1,))
-    assert found["text finds picture"]["recall@1"] == 0.5 and found["picture finds text"]["recall@1"] == 1
+    assert (
+        found["text finds picture"]["recall@1"] == 0.5
+        and found["picture finds text"]["recall@1"] == 1
+    )
 
 
 def test_a_class_is_a_vector_of_unit_length_over_all_templates():
@@ -429,14 +502,19 @@ def test_a_class_is_a_vector_of_unit_length_over_all_templates():
     z = F.normalize(torch.tensor([[0.5, 0.5, 0.5**0.5]]), dim=-1)
     logits = clip.zero_shot(z, ["wide", "tight"], encode)
     torch.testing.assert_close(logits[0, 0], logits[0, 1])
-    assert asked == [s.format(name) for name in ("wide", "tight") for s in clip.TEMPLATES] and len(clip.TEMPLATES) == 4
+    assert (
+        asked == [s.format(name) for name in ("wide", "tight") for s in clip.TEMPLATES]
+        and len(clip.TEMPLATES) == 4
+    )
 
 
 def test_towers_standardise_drop_while_training_only_and_begin_at_the_temperature():
     torch.manual_seed(0)
     x = torch.randn(50, 6) * 3 + 5
     towers = clip.Towers(x.mean(0), x.std(0), 4, 3, 0.2)
-    assert towers.scale().item() == pytest.approx(5) and not torch.equal(towers.encode_image(x), towers.encode_image(x))
+    assert towers.scale().item() == pytest.approx(5) and not torch.equal(
+        towers.encode_image(x), towers.encode_image(x)
+    )
     towers.eval()
     expected = F.normalize(towers.image((x - x.mean(0)) / x.std(0)), dim=-1)
     torch.testing.assert_close(towers.encode_image(x), expected)
@@ -459,8 +537,13 @@ def test_clip_trains_pairs_that_belong_together_and_paces(monkeypatch):
     list(clip.train(towers, None, torch.eye(20), torch.eye(20), clip.Config(steps=6, batch=8)))
     drawn = [z.argmax(-1).tolist() for z, _ in pairs]
     assert all(z.argmax(-1).tolist() == t.argmax(-1).tolist() for z, t in pairs)
-    assert all(len(set(d)) == 8 for d in drawn) and len({i for d in drawn for i in d}) > 12  # without repeats, by lot
-    assert rates[0] == pytest.approx(1e-3) and rates == sorted(rates, reverse=True) and rates[-1] < 2e-4
+    # Without repeats, by lot
+    assert all(len(set(d)) == 8 for d in drawn) and len({i for d in drawn for i in d}) > 12
+    assert (
+        rates[0] == pytest.approx(1e-3)
+        and rates == sorted(rates, reverse=True)
+        and rates[-1] < 2e-4
+    )
 
 
 def test_a_reader_learns_fifty_times_slower(monkeypatch):
@@ -483,7 +566,15 @@ def test_a_reader_learns_fifty_times_slower(monkeypatch):
 
     reader = Reader()
     towers = clip.Towers(torch.zeros(3), torch.ones(3), 4, 2, 0.07)
-    list(clip.train(towers, reader, torch.randn(6, 3), torch.randint(9, (6, 2)), clip.Config(steps=1, batch=4)))
+    list(
+        clip.train(
+            towers,
+            reader,
+            torch.randn(6, 3),
+            torch.randint(9, (6, 2)),
+            clip.Config(steps=1, batch=4),
+        )
+    )
     own, slow = groups
     assert slow["lr"] == pytest.approx(1e-3 / 50) and slow["params"][0] is reader.table.weight
     assert own["weight_decay"] == 0.1 and len(own["params"]) == len(list(towers.parameters()))
@@ -495,7 +586,10 @@ def test_fit_seeds_and_standardises_by_what_it_learns_from():
     towers, losses = clip.fit(x, t, cfg)
     torch.testing.assert_close(towers.mean, x.mean(0))
     torch.testing.assert_close(towers.spread, x.std(0) + 1e-6)
-    assert clip.fit(x, t, cfg)[1] == losses != clip.fit(x, t, replace(cfg, seed=1))[1] and not towers.training
+    assert (
+        clip.fit(x, t, cfg)[1] == losses != clip.fit(x, t, replace(cfg, seed=1))[1]
+        and not towers.training
+    )
 
 
 def test_sweeps_change_one_thing_and_are_judged_by_the_held_out(monkeypatch):
@@ -509,16 +603,22 @@ def test_sweeps_change_one_thing_and_are_judged_by_the_held_out(monkeypatch):
 
         encode_text = encode_image
 
-    monkeypatch.setattr(clip, "fit", lambda x, t, cfg, *_: (asked.append((x, t, cfg)), (Same(), []))[1])
     monkeypatch.setattr(
-        clip, "recall", lambda z, t: (judged.append((z, t)), {"text finds picture": {"recall@1": 0.5}})[1]
+        clip, "fit", lambda x, t, cfg, *_: (asked.append((x, t, cfg)), (Same(), []))[1]
+    )
+    monkeypatch.setattr(
+        clip,
+        "recall",
+        lambda z, t: (judged.append((z, t)), {"text finds picture": {"recall@1": 0.5}})[1],
     )
     cfg = clip.Config(steps=300, batch=512)
     rows = clip.sweeps(x, t, learn, cfg)
     assert all(torch.equal(a, x[learn]) and torch.equal(b, t[learn]) for a, b, _ in asked)
     assert all(torch.equal(a, x[~learn]) and torch.equal(b, t[~learn]) for a, b in judged)
     fixed, batches = [c for *_, c in asked[:5]], [c for *_, c in asked[5:]]
-    assert [c.temperature for c in fixed] == list(rows["temperature"]) and not any(c.learn_temperature for c in fixed)
+    assert [c.temperature for c in fixed] == list(rows["temperature"]) and not any(
+        c.learn_temperature for c in fixed
+    )
     assert [c.batch for c in batches] == list(rows["batch"]) == [32, 128, 512]
     assert {c.batch * c.steps for c in batches} == {300 * 512} and all(
         c.learn_temperature for c in batches
@@ -535,7 +635,11 @@ def clip_run(fruit, monkeypatch, tmp_path):
     monkeypatch.setattr(clip.pretrained, "minilm", lambda device: (None, None))
     monkeypatch.setattr(clip.pretrained, "embed", lambda texts, *_: unit(len(texts), 384))
     monkeypatch.setattr(clip, "matrix", lambda *args: made.update(matrix=args))
-    monkeypatch.setattr(clip, "look", lambda images, tower, device: (made.update(tower=tower), torch.randn(60, 6))[1])
+    monkeypatch.setattr(
+        clip,
+        "look",
+        lambda images, tower, device: (made.update(tower=tower), torch.randn(60, 6))[1],
+    )
     monkeypatch.setattr(clip, "classify", lambda towers, *_: made.update(classified=towers) or {})
     fit, recall = clip.fit, clip.recall
 
@@ -545,9 +649,13 @@ def clip_run(fruit, monkeypatch, tmp_path):
         return result
 
     monkeypatch.setattr(clip, "fit", watched_fit)
-    monkeypatch.setattr(clip, "recall", lambda z, t: (made["recalls"].append((z, t)), recall(z, t))[1])
+    monkeypatch.setattr(
+        clip, "recall", lambda z, t: (made["recalls"].append((z, t)), recall(z, t))[1]
+    )
     made["learn"] = ~clip.held_out(captions)
-    made["metrics"] = clip.main(clip.Config(steps=2, batch=8, width=4, sweep=False, out=str(tmp_path)))
+    made["metrics"] = clip.main(
+        clip.Config(steps=2, batch=8, width=4, sweep=False, out=str(tmp_path))
+    )
     made["saved"] = clip.checkpoint.read(tmp_path / "space.safetensors")[0]
     return made
 
@@ -557,8 +665,13 @@ def test_clip_learns_from_four_fifths_and_is_asked_about_the_rest(clip_run):
     assert 3 < held < 25  # one in five
     (x, t, towers), (z, words) = clip_run["fits"][0], clip_run["recalls"][0]
     assert len(x) == len(t) == 60 - held and len(z) == len(words) == held
-    assert clip_run["metrics"]["pairs held out"] == held and clip_run["metrics"]["chance"]["recall@1"] == 1 / held
-    assert clip_run["classified"] is towers and torch.equal(clip_run["saved"]["W"], towers.image.weight.T)
+    assert (
+        clip_run["metrics"]["pairs held out"] == held
+        and clip_run["metrics"]["chance"]["recall@1"] == 1 / held
+    )
+    assert clip_run["classified"] is towers and torch.equal(
+        clip_run["saved"]["W"], towers.image.weight.T
+    )
     torch.testing.assert_close(words, towers.encode_text(unit(60, 384)[~clip_run["learn"]]))
     assert clip_run["metrics"]["temperature at the end"] == pytest.approx(0.07, rel=0.1)
 

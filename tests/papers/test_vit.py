@@ -27,18 +27,35 @@ def pair():
 def test_logits_and_gradients_are_those_of_transformers(pair, parity):
     ours, other = pair
     x = torch.randn(2, 3, 16, 16)
-    parity("ViT", "vit.ViT.forward", "transformers.ViTForImageClassification", ours(x), other(x).logits)
+    parity(
+        "ViT", "vit.ViT.forward", "transformers.ViTForImageClassification", ours(x), other(x).logits
+    )
     mine, them = theirs(gradients(ours, ours(x))), gradients(other, other(x).logits)
-    parity("ViT", "vit.ViT gradients", "transformers.ViTForImageClassification gradients", mine, them)
+    parity(
+        "ViT", "vit.ViT gradients", "transformers.ViTForImageClassification gradients", mine, them
+    )
 
 
 def test_the_states_are_those_of_vit_model(parity):
     torch.manual_seed(0)
-    ours, other = shake(vit.ViT(**SMALL)), ViTModel(ViTConfig(**THEIRS), add_pooling_layer=False).eval()
-    weights = {k.removeprefix("vit."): v for k, v in theirs(ours.state_dict()).items() if "classifier" not in k}
+    ours, other = (
+        shake(vit.ViT(**SMALL)),
+        ViTModel(ViTConfig(**THEIRS), add_pooling_layer=False).eval(),
+    )
+    weights = {
+        k.removeprefix("vit."): v
+        for k, v in theirs(ours.state_dict()).items()
+        if "classifier" not in k
+    }
     other.load_state_dict(weights)
     x = torch.randn(2, 3, 16, 16)
-    parity("ViT", "vit.ViT.features", "transformers.ViTModel", ours.features(x), other(x).last_hidden_state)
+    parity(
+        "ViT",
+        "vit.ViT.features",
+        "transformers.ViTModel",
+        ours.features(x),
+        other(x).last_hidden_state,
+    )
 
 
 @pytest.mark.parametrize("size", [(24, 24), (8, 8), (16, 32)])
@@ -46,7 +63,9 @@ def test_positions_of_another_grid_are_those_of_transformers(pair, parity, size)
     ours, other = pair
     x = torch.randn(2, 3, *size)
     name = f"transformers interpolate_pos_encoding, 16 x 16 to {size[0]} x {size[1]}"
-    parity("ViT", "vit.resize_positions", name, ours(x), other(x, interpolate_pos_encoding=True).logits)
+    parity(
+        "ViT", "vit.resize_positions", name, ours(x), other(x, interpolate_pos_encoding=True).logits
+    )
 
 
 def test_attention_maps_are_those_of_transformers(pair, parity):
@@ -60,7 +79,13 @@ def test_attention_maps_are_those_of_transformers(pair, parity):
 def test_patches_by_convolution_are_unfold_and_multiply(parity):
     torch.manual_seed(0)
     embedding, x = vit.PatchEmbedding(4, 3, 8), torch.randn(2, 3, 8, 12)
-    parity("ViT", "vit.PatchEmbedding", "torch unfold and linear", embedding(x), vit.unfold_and_multiply(embedding, x))
+    parity(
+        "ViT",
+        "vit.PatchEmbedding",
+        "torch unfold and linear",
+        embedding(x),
+        vit.unfold_and_multiply(embedding, x),
+    )
 
 
 def test_the_class_token_and_the_mean_read_different_states():
@@ -116,7 +141,8 @@ def test_accuracies_add_up_the_kinds_of_a_group():
         fine, coarse = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
         fine_names, coarse_names = ["a", "b", "c"], ["ab", "c"]
 
-    logits = torch.tensor([[0.3, 0.3, 0.4]]).log()  # the likeliest kind is c, the likeliest group ab
+    # The likeliest kind is c, the likeliest group ab
+    logits = torch.tensor([[0.3, 0.3, 0.4]]).log()
     found = photos.accuracies(logits, Fruit, torch.tensor([1]))
     assert found == {"14 kinds": 0.0, "5 groups": 1.0}
 
@@ -140,17 +166,23 @@ def test_the_loss_falls():
 
 def test_an_encoder_of_another_network_is_refused(tmp_path):
     wide = vit.ViT(**(SMALL | {"width": 64}))
-    path = checkpoint.write(tmp_path / "wide.safetensors", wide.state_dict(), {"image_size": 16, "patch": 4})
+    path = checkpoint.write(
+        tmp_path / "wide.safetensors", wide.state_dict(), {"image_size": 16, "patch": 4}
+    )
     with pytest.raises(UserError, match="another network"):
         vit.load_encoder(vit.ViT(**SMALL), path)
-    path = checkpoint.write(tmp_path / "none.safetensors", {"position": wide.position}, {"image_size": 16, "patch": 4})
+    path = checkpoint.write(
+        tmp_path / "none.safetensors", {"position": wide.position}, {"image_size": 16, "patch": 4}
+    )
     with pytest.raises(UserError):
         vit.load_encoder(wide, path)
 
 
 def test_an_encoder_of_another_grid_is_fitted(tmp_path):
     large = shake(vit.ViT(**(SMALL | {"image": 32})))
-    path = checkpoint.write(tmp_path / "large.safetensors", large.state_dict(), {"image_size": 32, "patch": 4})
+    path = checkpoint.write(
+        tmp_path / "large.safetensors", large.state_dict(), {"image_size": 32, "patch": 4}
+    )
     small = vit.load_encoder(vit.ViT(**SMALL), path)
     assert torch.equal(small.embed.projection.weight, large.embed.projection.weight)
     torch.testing.assert_close(small.position, vit.resize_positions(large.position, (8, 8), (4, 4)))
@@ -189,8 +221,12 @@ def test_a_device_that_is_not_there_leaves_nothing_behind(tmp_path):
 def test_photos_to_learn_from_are_never_judged():
     fruit = data.groceries(64)
     learn, judge = photos.split(fruit)
-    assert len(learn) == 732 and len(judge) == 1322 and not set(learn.tolist()) & set(judge.tolist())
-    assert "test" not in {fruit.split[i] for i in learn} and {fruit.split[i] for i in judge} == {"test"}
+    assert (
+        len(learn) == 732 and len(judge) == 1322 and not set(learn.tolist()) & set(judge.tolist())
+    )
+    assert "test" not in {fruit.split[i] for i in learn} and {fruit.split[i] for i in judge} == {
+        "test"
+    }
 
 
 def test_a_probe_never_sees_whom_it_judges():

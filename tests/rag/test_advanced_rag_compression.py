@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from langchain_community.document_transformers.embeddings_redundant_filter import _filter_similar_embeddings
+from langchain_community.document_transformers.embeddings_redundant_filter import (
+    _filter_similar_embeddings,
+)
 from langchain_community.utils.math import cosine_similarity
 
 from rag import advanced_rag_compression as compression
@@ -32,7 +34,8 @@ def test_of_two_that_say_the_same_the_later_one_goes():
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     kept = np.flatnonzero(compression.different(vectors, 0.95)).tolist()
     theirs = _filter_similar_embeddings(vectors.tolist(), cosine_similarity, 0.95)
-    assert kept == [0, 1, 2, 3, 4, 5] and sorted(theirs) == [3, 4, 5, 6, 7, 8]  # 6, 7, 8 say what 0, 1, 2 say
+    # 6, 7, 8 say what 0, 1, 2 say
+    assert kept == [0, 1, 2, 3, 4, 5] and sorted(theirs) == [3, 4, 5, 6, 7, 8]
     assert compression.different(vectors, 1.0).all()
 
 
@@ -53,12 +56,17 @@ def test_the_model_chooses_by_number():
             assert "1. A." in chat[0]["content"]
             yield self.said
 
-    assert compression.extract_by_llm(Fake("Lines 1 and 3, not 9."), "q", ["A. ", "B. ", "C."]) == "A. C."
+    assert (
+        compression.extract_by_llm(Fake("Lines 1 and 3, not 9."), "q", ["A. ", "B. ", "C."])
+        == "A. C."
+    )
     assert compression.extract_by_llm(Fake("none"), "q", ["A. ", "B. ", "C."]) == "A. B. C."
 
 
 def test_what_is_held_of_an_answer():
-    assert compression.held("the debug setting is here", "DEBUG setting must be True") == pytest.approx(2 / 4)
+    assert compression.held(
+        "the debug setting is here", "DEBUG setting must be True"
+    ) == pytest.approx(2 / 4)
     assert compression.held("", "words there") == 0
 
 
@@ -71,21 +79,32 @@ def test_it_shortens_and_keeps_the_source(tmp_path):
     assert 0 < size(short) < size(whole)
     originals = {d.metadata["id"]: d.page_content for d in whole}
     for d in short:
-        assert all(part.strip() in originals[d.metadata["id"]] for part in d.page_content.split("... "))
+        assert all(
+            part.strip() in originals[d.metadata["id"]] for part in d.page_content.split("... ")
+        )
         assert {"source", "id", "score"} <= d.metadata.keys()
     rows = compression.sweep(cfg, retriever, corpus.manuals()[1][:3])
     tokens, held = zip(*rows.values())
     assert list(tokens) == sorted(tokens, reverse=True) and held[0] == max(held)
-    assert retriever.invoke("zzz qqq xxx") == [] or size(retriever.invoke("zzz qqq xxx")) < size(whole)
+    assert retriever.invoke("zzz qqq xxx") == [] or size(retriever.invoke("zzz qqq xxx")) < size(
+        whole
+    )
 
 
 def test_flags_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="--keep is a cosine"):
-        compression.build_retriever(replace(compression.Config(**QUICK, out=str(tmp_path)), keep=2.0))
+        compression.build_retriever(
+            replace(compression.Config(**QUICK, out=str(tmp_path)), keep=2.0)
+        )
 
 
 def test_sentences_of_other_scripts_and_in_proportion_to_the_size():
-    assert compression.sentences("你好。今天天气很好！Yes. 走吧") == ["你好。", "今天天气很好！", "Yes. ", "走吧"]
+    assert compression.sentences("你好。今天天气很好！Yes. 走吧") == [
+        "你好。",
+        "今天天气很好！",
+        "Yes. ",
+        "走吧",
+    ]
     assert compression.sentences("यह है। वह था।") == ["यह है। ", "वह था।"]
     assert compression.sentences("Schön. Über alles, z. b. dies. Это так.") == [
         "Schön. ", "Über alles, z. b. dies. ", "Это так."]  # fmt: skip
@@ -100,7 +119,12 @@ def test_sentences_of_other_scripts_and_in_proportion_to_the_size():
 
 def test_passages_and_sentences_are_judged_by_the_question_and_keep_their_metadata():
     """The filters one by one: far passages, repeated ones, far sentences; `keep` is not `relevant`."""
-    texts = ["the moon rose. The dog barked.", "the moon rose. The dog barked.", "Cats eat fish.", "the moon is far."]
+    texts = [
+        "the moon rose. The dog barked.",
+        "the moon rose. The dog barked.",
+        "Cats eat fish.",
+        "the moon is far.",
+    ]
     found = [document(text, f"{i}") for i, text in enumerate(texts)]
     asked = []
 
@@ -118,7 +142,10 @@ def test_passages_and_sentences_are_judged_by_the_question_and_keep_their_metada
     assert asked[0] == ("query", "the moon rose.") and asked[1] == ("document", *texts)
     assert {task for task, *_ in asked[2:]} == {"document"}
     every = replace(cfg, relevant=-1.0, same=1.0, keep=-1.0)
-    assert [d.page_content for d in one.model_copy(update={"cfg": every}).compress("the moon rose.", found)] == texts
+    assert [
+        d.page_content
+        for d in one.model_copy(update={"cfg": every}).compress("the moon rose.", found)
+    ] == texts
     assert one.compress("the moon rose.", []) == []
 
 

@@ -20,7 +20,9 @@ from utils.run import UserError
 @pytest.fixture(scope="module")
 def texts():
     sections, questions = corpus.manuals()
-    return [s.page_content for s in corpus.sample(sections, questions, 100)], [q.text for q in questions[:20]]
+    return [s.page_content for s in corpus.sample(sections, questions, 100)], [
+        q.text for q in questions[:20]
+    ]
 
 
 def test_bm25_is_that_of_rank_bm25_with_our_idf(texts, parity):
@@ -35,7 +37,8 @@ def test_bm25_is_that_of_rank_bm25_with_our_idf(texts, parity):
     okapi = BM25Okapi([merging.words(t) for t in known], k1=1.5, b=0.75)
     rare = {w: x for w, x in okapi.idf.items() if held[w] <= 3}
     diff = [merging.idf(held[w], len(known)) - x for w, x in rare.items()]
-    assert max(map(abs, diff)) < 0.02  # for rare words both are the same but for the one in the logarithm
+    # For rare words both are the same but for the one in the logarithm
+    assert max(map(abs, diff)) < 0.02
 
 
 def test_bm25_by_hand():
@@ -44,14 +47,22 @@ def test_bm25_by_hand():
     worth, mean = index.scores("c"), 8 / 3
     by_hand = np.log(1 + 1.5 / 2.5) * 4 * 2.5 / (4 + 1.5 * (0.25 + 0.75 * 4 / mean))
     assert worth[2] == pytest.approx(by_hand) and worth[2] > worth[1] > worth[0] == 0
-    assert merging.words("Set task_acks_late, OK?") == ["set", "task_acks_late", "ok", "task", "acks", "late"]
+    assert merging.words("Set task_acks_late, OK?") == [
+        "set",
+        "task_acks_late",
+        "ok",
+        "task",
+        "acks",
+        "late",
+    ]
 
 
 def test_rrf_is_that_of_qdrant(parity):
     generator = np.random.default_rng(0)
     rankings = [[str(x) for x in generator.permutation(30)[:12]] for _ in range(3)]
     points = [[ScoredPoint(id=int(x), version=0, score=0) for x in ranking] for ranking in rankings]
-    theirs = {str(p.id): p.score for p in reciprocal_rank_fusion(points, 99, ranking_constant_k=61)}  # rank + 61 - 1
+    # Rank + 61 - 1
+    theirs = {str(p.id): p.score for p in reciprocal_rank_fusion(points, 99, ranking_constant_k=61)}
     mine = dict(merging.rrf(rankings, 60))
     assert list(mine.values()) == sorted(mine.values(), reverse=True)
     keys = sorted(mine)
@@ -67,15 +78,27 @@ def test_rrf_prefers_what_both_found():
 
 
 def test_turns():
-    assert [name for name, _ in merging.round_robin([["a", "b", "c"], ["b", "d"], []])] == ["a", "b", "d", "c"]
+    assert [name for name, _ in merging.round_robin([["a", "b", "c"], ["b", "d"], []])] == [
+        "a",
+        "b",
+        "d",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize("n", range(8))
 def test_reordering_is_that_of_langchain(n):
     """Both put the best at the ends; theirs begins at the other one."""
     numbers = list(range(n))
-    theirs = [int(d.page_content) for d in LongContextReorder().transform_documents([_numbered(i) for i in numbers])]
-    assert merging.edges_first(numbers) == theirs if n % 2 else merging.edges_first(numbers) == theirs[::-1]
+    theirs = [
+        int(d.page_content)
+        for d in LongContextReorder().transform_documents([_numbered(i) for i in numbers])
+    ]
+    assert (
+        merging.edges_first(numbers) == theirs
+        if n % 2
+        else merging.edges_first(numbers) == theirs[::-1]
+    )
     assert sorted(merging.edges_first(numbers)) == numbers
 
 
@@ -87,7 +110,10 @@ def _numbered(i):
 
 def test_two_retrievers_are_merged():
     sparse = merging.BM25Retriever(documents=documents(), index=BM25(TEXTS), k=4)
-    assert [d.metadata["id"] for d in sparse.invoke("the moon")][0] in ("file.md#1/0", "file.md#3/0")
+    assert [d.metadata["id"] for d in sparse.invoke("the moon")][0] in (
+        "file.md#1/0",
+        "file.md#3/0",
+    )
     assert sparse.invoke("zebra") == []  # a passage without any of the words is not found
     both = merging.MergedRetriever(retrievers=[dense(), sparse], merge="rrf", constant=60.0, k=3)
     found = both.invoke("the moon is far away")
@@ -100,7 +126,9 @@ def test_two_retrievers_are_merged():
 def test_it_runs_on_the_answers_and_words_find_a_name(tmp_path):
     cfg = merging.Config(**QUICK, k=5, out=str(tmp_path))
     for merge in ("rrf", "round-robin", "bm25"):
-        found = merging.build_retriever(replace(cfg, merge=merge)).invoke("What does COOKIES_DEBUG do?")
+        found = merging.build_retriever(replace(cfg, merge=merge)).invoke(
+            "What does COOKIES_DEBUG do?"
+        )
         assert "COOKIES_DEBUG" in found[0].page_content + found[1].page_content, merge
         assert len({d.metadata["id"] for d in found}) == len(found) <= 5
     with pytest.raises(UserError, match="--constant"):
@@ -119,7 +147,9 @@ def test_the_curve_of_positions(tmp_path):
 
     llm, cfg = Counting(), merging.Config(**QUICK, k=3, out=str(tmp_path))
     questions = corpus.manuals()[1][:2]
-    losses, alone = merging.position_curve(cfg, llm, merging.build_retriever(replace(cfg, k=6)), questions)
+    losses, alone = merging.position_curve(
+        cfg, llm, merging.build_retriever(replace(cfg, k=6)), questions
+    )
     assert losses.shape == (2, 3) and alone.shape == (2,)
     for i in range(3):
         place = [p.split("</passage>")[0] for p in llm.asked[i].split("<passage ")[1:]]
@@ -129,7 +159,9 @@ def test_the_curve_of_positions(tmp_path):
 def test_words_are_those_of_any_script():
     """Decomposed letters, wide letters, marks of Hindi; Chinese and Japanese by characters and pairs of them."""
     assert merging.words("Cafe\u0301") == merging.words("CAF\u00c9") == ["caf\u00e9"]
-    assert merging.words("\uff21\uff22\uff11") == ["ab1"] and merging.words("STRASSE") == merging.words("Stra\u00dfe")
+    assert merging.words("\uff21\uff22\uff11") == ["ab1"] and merging.words(
+        "STRASSE"
+    ) == merging.words("Stra\u00dfe")
     assert merging.words("हिन्दी में") == ["हिन्दी", "में"]
     assert merging.words("黑猫在睡") == ["黑", "猫", "黑猫", "在", "猫在", "睡", "在睡"]
     assert merging.words("用Python写") == ["用", "python", "写"]
@@ -174,6 +206,9 @@ def test_long_passages_and_common_words_weigh_less():
     assert short > 1.5 * long > 0
     flat = BM25(["moon", "moon " + "x " * 50, "x", "x", "x"], b=0)
     assert flat.scores("moon")[0] == flat.scores("moon")[1]
-    assert index.scores("moon").max() > index.scores("x").max() > 0  # two of five hold it, four of five
+    # Two of five hold it, four of five
+    assert index.scores("moon").max() > index.scores("x").max() > 0
     best = merging.BM25Retriever(documents=documents()[:1] * 5, index=index, k=5).invoke("moon")
-    assert [round(d.metadata["score"], 6) for d in best] == [round(float(s), 6) for s in (short, long)]
+    assert [round(d.metadata["score"], 6) for d in best] == [
+        round(float(s), 6) for s in (short, long)
+    ]

@@ -23,7 +23,11 @@ def test_maxsim_is_that_of_sentence_transformers(parity):
     )
     mine = torch.stack([rerank.maxsim(query, p) for p in passages])
     parity(
-        "RAG", "rerank.maxsim (Eq. 3)", "sentence_transformers maxsim", mine, similarity.maxsim([query], passages)[0]
+        "RAG",
+        "rerank.maxsim (Eq. 3)",
+        "sentence_transformers maxsim",
+        mine,
+        similarity.maxsim([query], passages)[0],
     )
 
 
@@ -44,7 +48,13 @@ def test_the_loss_and_its_gradient(parity):
     tokenizer, model = rerank.parts()
     cosines = torch.tensor([0.4, 0.5, 0.3])
     value = rerank.loss(model.eval(), tokenizer, "q", ["right", "wrong", "wrong too"], cosines)
-    parity("RAG", "rerank.loss at zero", "torch logsumexp", value, (20 * cosines).logsumexp(0) - 20 * cosines[0])
+    parity(
+        "RAG",
+        "rerank.loss at zero",
+        "torch logsumexp",
+        value,
+        (20 * cosines).logsumexp(0) - 20 * cosines[0],
+    )
     value.backward()
     assert (
         model.classifier.bias.grad.abs() < 1e-6 < model.classifier.weight.grad.abs().max()
@@ -56,18 +66,30 @@ def test_the_cross_encoder_is_that_of_sentence_transformers(tmp_path, parity):
     cross = rerank.Cross(rerank.WEIGHTS)
     cross.model.float().save_pretrained(tmp_path)
     cross.tokenizer.save_pretrained(tmp_path)
-    library = CrossEncoder(str(tmp_path), max_length=256, activation_fn=torch.nn.Identity(), device="cpu")
+    library = CrossEncoder(
+        str(tmp_path), max_length=256, activation_fn=torch.nn.Identity(), device="cpu"
+    )
     found = dense().invoke("the moon")
     theirs = library.predict([("the moon", d.page_content) for d in found], show_progress_bar=False)
     cosines = rerank.SCALE * np.array([d.metadata["score"] for d in found])
     mine = torch.tensor(np.array(cross("the moon", found)) - cosines).float()
-    parity("RAG", "rerank.Cross", "sentence_transformers CrossEncoder", mine, torch.tensor(theirs), atol=1e-4)
+    parity(
+        "RAG",
+        "rerank.Cross",
+        "sentence_transformers CrossEncoder",
+        mine,
+        torch.tensor(theirs),
+        atol=1e-4,
+    )
 
 
 def test_it_learns_what_it_is_shown():
     """One question again and again: the right passage comes first, although its cosine is the lowest."""
     tokenizer, model = rerank.parts()
-    texts, cosines = ["Cats sleep all day.", "Dogs run.", "Fish swim."], torch.tensor([0.1, 0.3, 0.2])
+    texts, cosines = (
+        ["Cats sleep all day.", "Dogs run.", "Fish swim."],
+        torch.tensor([0.1, 0.3, 0.2]),
+    )
     cfg = rerank.Config(train=80, lr=1e-3)
     losses = list(rerank.train(model, tokenizer, [("Who sleeps?", texts, cosines)] * 80, cfg))
     assert losses[0] > 3 and losses[-1] < 0.5
@@ -84,9 +106,13 @@ def test_lessons_hide_the_title_and_leave_out_the_questions(monkeypatch):
     sections = []
     for source, words in pages.items():
         for i in range(12):
-            name, body = f"{words} number {i}", f"{words} here {i} " + f"word{i} and more of it " * 8
+            name, body = (
+                f"{words} number {i}",
+                f"{words} here {i} " + f"word{i} and more of it " * 8,
+            )
             one = Document(
-                f"{name}\n\n{body}".strip(), metadata={"source": source, "id": f"{source}#{i}", "title": name}
+                f"{name}\n\n{body}".strip(),
+                metadata={"source": source, "id": f"{source}#{i}", "title": name},
             )
             sections.append(one)
     monkeypatch.setattr(rerank.corpus, "manuals", lambda: (sections, []))
@@ -100,7 +126,9 @@ def test_lessons_hide_the_title_and_leave_out_the_questions(monkeypatch):
 
 def test_the_second_look_changes_the_order():
     quick = dense()
-    again = rerank.RerankRetriever(quick=quick, reranker=lambda q, found: [-d.metadata["score"] for d in found], k=2)
+    again = rerank.RerankRetriever(
+        quick=quick, reranker=lambda q, found: [-d.metadata["score"] for d in found], k=2
+    )
     first, second = quick.invoke("moon"), again.invoke("moon")
     assert [d.metadata["id"] for d in second] == [d.metadata["id"] for d in first[::-1][:2]]
     assert second[0].metadata["score"] >= second[1].metadata["score"]
@@ -139,8 +167,17 @@ class States:
 
 def test_maxsim_adds_the_cosine_and_the_mean_over_the_words_of_the_question():
     east, north = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0])
-    encoder = States({"q": torch.stack([east, north]), "one": east[None], "both": torch.stack([north, east, east])})
-    found = [Document(name, metadata={"score": score}) for name, score in (("one", 0.25), ("both", 0.125))]
+    encoder = States(
+        {
+            "q": torch.stack([east, north]),
+            "one": east[None],
+            "both": torch.stack([north, east, east]),
+        }
+    )
+    found = [
+        Document(name, metadata={"score": score})
+        for name, score in (("one", 0.25), ("both", 0.125))
+    ]
     marks = rerank.MaxSim(encoder)("q", found)
     assert marks == pytest.approx([0.25 + 1 / 2, 0.125 + 2 / 2])
     assert encoder.asked == [("query", ["q"]), ("document", ["one", "both"])]
@@ -154,7 +191,11 @@ def test_the_reranker_sees_as_many_candidates_as_asked_and_keeps_k(tmp_path, mon
         return dense(cfg.k)
 
     monkeypatch.setattr(rerank.raw_rag, "build_retriever", quick)
-    monkeypatch.setattr(rerank, "reranker", lambda cfg: lambda q, found: asked.append(len(found)) or range(len(found)))
+    monkeypatch.setattr(
+        rerank,
+        "reranker",
+        lambda cfg: lambda q, found: asked.append(len(found)) or range(len(found)),
+    )
     cfg = rerank.Config(**QUICK, candidates=4, k=2, out=str(tmp_path))
     found = rerank.build_retriever(cfg).invoke("moon")
     assert asked == [4, 4] and [d.metadata["score"] for d in found] == [3, 2]  # the highest first
@@ -180,8 +221,12 @@ def test_the_loss_asks_for_the_first_passage_and_adds_the_cosine(monkeypatch):
 def test_four_titles_make_an_update(monkeypatch):
     """The gradient of an update is the mean over four titles, clipped, and begins anew."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    model = SimpleNamespace(parameters=lambda: [weight], train=lambda: None, device=torch.device("cpu"))
-    monkeypatch.setattr(rerank, "loss", lambda model, tokenizer, question, texts, cosines: question * weight.sum())
+    model = SimpleNamespace(
+        parameters=lambda: [weight], train=lambda: None, device=torch.device("cpu")
+    )
+    monkeypatch.setattr(
+        rerank, "loss", lambda model, tokenizer, question, texts, cosines: question * weight.sum()
+    )
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: seen.append(float(weight.grad)))
     scale = [8.0, 8.0, 8.0, 8.0, 0.1, 0.2, 0.3, 0.4, 1.0]

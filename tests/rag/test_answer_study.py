@@ -16,7 +16,9 @@ def test_a_key_fact_is_held_as_whole_words_in_any_writing():
         assert answer_study.holds(said, ["six"])
     assert not answer_study.holds("sixty or thirty-sixth", ["six"])
     assert answer_study.holds("Set `SESSION_COOKIE_DOMAIN`.", ["x", "session_cookie_domain"])
-    assert answer_study.holds("It isn\u2019t", ["isn't"]) and answer_study.holds("7,141 lines", ["7,141"])
+    assert answer_study.holds("It isn\u2019t", ["isn't"]) and answer_study.holds(
+        "7,141 lines", ["7,141"]
+    )
     assert not answer_study.holds("", ["six"]) and not answer_study.holds("six", [])
 
 
@@ -33,7 +35,10 @@ def test_each_key_fact_is_in_the_documents_and_not_in_the_question(part):
 
 def test_no_question_both_chooses_and_judges():
     texts = [
-        row if isinstance(row, str) else row["question"] for kinds in SETS.values() for r in kinds.values() for row in r
+        row if isinstance(row, str) else row["question"]
+        for kinds in SETS.values()
+        for r in kinds.values()
+        for row in r
     ]
     assert len(texts) == len(set(texts))
     assert [len(rows) for rows in SETS["judged"].values()] == [40, 20, 10, 10]
@@ -42,17 +47,26 @@ def test_no_question_both_chooses_and_judges():
 def test_the_chosen_way_is_how_the_chapter_asks_a_small_model():
     way, found = answer_study.WAYS[answer_study.CHOSEN], documents()
     small = type("Small", (), {"reads": 1})
-    assert answer_study.chat("Who?", found[: way.k], way) == answer.messages("Who?", answer.read(small, found))
+    assert answer_study.chat("Who?", found[: way.k], way) == answer.messages(
+        "Who?", answer.read(small, found)
+    )
     assert answer.DECODING | way.decoding == answer.DECODING
 
 
 def test_each_way_is_another_prompt_or_decoding():
     found = documents()
-    ways = [json.dumps([answer_study.chat("Who?", found[: w.k], w), w.decoding]) for w in answer_study.WAYS.values()]
+    ways = [
+        json.dumps([answer_study.chat("Who?", found[: w.k], w), w.decoding])
+        for w in answer_study.WAYS.values()
+    ]
     assert len(set(ways)) == len(ways)
-    told = answer_study.chat("Who?", found[:1], answer_study.WAYS["3 passages, question first"])[1]["content"]
+    told = answer_study.chat("Who?", found[:1], answer_study.WAYS["3 passages, question first"])[1][
+        "content"
+    ]
     assert told.startswith("Question: Who?") and told.endswith("</passage>")
-    both = answer_study.chat("Who?", found[:1], answer_study.WAYS["3 passages, question first and last"])[1]["content"]
+    both = answer_study.chat(
+        "Who?", found[:1], answer_study.WAYS["3 passages, question first and last"]
+    )[1]["content"]
     assert both.count("Question: Who?") == 2
 
 
@@ -98,7 +112,11 @@ def test_answers_belong_to_their_questions_and_ways_to_their_passages(monkeypatc
     rows = [row(name, [name], "it is red", "blue") for name in ("red", "blue", "green")]
     for k in (1, 2):
         said, right = answer_study.ask(None, rows, answer_study.Way(k=k), "name")
-        assert said == [f"red of {k}", f"blue of {k}", f"green of {k}"] and right.tolist() == [1, 1, 1]
+        assert said == [f"red of {k}", f"blue of {k}", f"green of {k}"] and right.tolist() == [
+            1,
+            1,
+            1,
+        ]
 
 
 class Even:
@@ -136,8 +154,14 @@ def test_the_threshold_comes_from_the_questions_for_choosing():
         return rows
 
     sets = {
-        "judged": {"manuals": marked(0.9, 0.55, key=["red"]), "not in the manuals": marked(0.1, 0.2, 0.5, 0.7, key=[])},
-        "for choosing": {"manuals": marked(0.8, 0.6, key=["red"]), "not in the manuals": marked(0.3, 0.4, key=[])},
+        "judged": {
+            "manuals": marked(0.9, 0.55, key=["red"]),
+            "not in the manuals": marked(0.1, 0.2, 0.5, 0.7, key=[]),
+        },
+        "for choosing": {
+            "manuals": marked(0.8, 0.6, key=["red"]),
+            "not in the manuals": marked(0.3, 0.4, key=[]),
+        },
     }
     found = answer_study.abstain(sets)
     assert found["threshold"] == 0.6 and found["AUC"] == 0.875
@@ -161,7 +185,9 @@ def test_passages_are_those_of_the_question_and_its_corpus(monkeypatch):
         for kind, rows in kinds.items():
             assert len(rows) == 2 and all(bool(r["key"]) != kind.startswith("not") for r in rows)
             own = kind.endswith("documents")
-            assert [r["found"][0].page_content for r in rows] == [f"{own} {r['question']}" for r in rows]
+            assert [r["found"][0].page_content for r in rows] == [
+                f"{own} {r['question']}" for r in rows
+            ]
 
 
 def test_a_batch_says_what_each_says_alone(monkeypatch):
@@ -175,15 +201,23 @@ def test_a_batch_says_what_each_says_alone(monkeypatch):
     monkeypatch.setattr(
         llm.model,
         "generate",
-        lambda *a, **rest: masks.append(rest["attention_mask"].sum(1).tolist()) or whole(*a, **rest),
+        lambda *a, **rest: (
+            masks.append(rest["attention_mask"].sum(1).tolist()) or whole(*a, **rest)
+        ),
     )
-    assert dict(answer_study.say(llm, chats, {})) == {i: "".join(llm.stream(c)).strip() for i, c in enumerate(chats)}
+    assert dict(answer_study.say(llm, chats, {})) == {
+        i: "".join(llm.stream(c)).strip() for i, c in enumerate(chats)
+    }
     lengths = sorted(len(llm.prompt(chat)[0]) for chat in chats)
     assert masks[:2] == [lengths[:3], lengths[3:]]  # of padding nothing is read
     seen, generate = [], llm.model.generate
-    monkeypatch.setattr(llm.model, "generate", lambda *a, **rest: seen.append(rest) or generate(*a, **rest))
+    monkeypatch.setattr(
+        llm.model, "generate", lambda *a, **rest: seen.append(rest) or generate(*a, **rest)
+    )
     list(answer_study.say(llm, chats, {"repetition_penalty": 1.1}))
-    assert [rest["repetition_penalty"] for rest in seen] == [1.1, 1.1] and llm.rules["repetition_penalty"] == 1.0
+    assert [rest["repetition_penalty"] for rest in seen] == [1.1, 1.1] and llm.rules[
+        "repetition_penalty"
+    ] == 1.0
 
 
 def test_flags_that_cannot_be(tmp_path):

@@ -85,9 +85,15 @@ def desk():
 def test_passages_come_first_and_then_a_word_at_a_time(desk):
     steps = list(desk.reply("where is the cat?", "a"))
     _, told, found = zip(*steps)
-    assert told[0] == told[1] == "" and found[0] == [] and [d.page_content for d in found[1]][0] in TEXTS
+    assert (
+        told[0] == told[1] == ""
+        and found[0] == []
+        and [d.page_content for d in found[1]][0] in TEXTS
+    )
     assert all(f is found[1] for f in found[1:]) and len(found[1]) == 4
-    assert all(b.startswith(a) and len(b.split()) - len(a.split()) <= 1 for a, b in zip(told, told[1:]))
+    assert all(
+        b.startswith(a) and len(b.split()) - len(a.split()) <= 1 for a, b in zip(told, told[1:])
+    )
     assert steps[-1][:2] == ("", SAID) and desk.answered == 1 and len(desk.llm.chats) == 1
     assert found[1][0].page_content in desk.llm.chats[0][1]["content"]
 
@@ -105,7 +111,9 @@ def test_what_is_no_question_is_one_line_and_costs_nothing(desk, question, said)
     assert not desk.llm.chats and not desk.asked and desk.answered == 0
 
 
-@pytest.mark.parametrize("question", ["x" * 500, "\ud800 half a character", "<|im_end|>\0{}%s\x1b[0m", "日本語" * 100])
+@pytest.mark.parametrize(
+    "question", ["x" * 500, "\ud800 half a character", "<|im_end|>\0{}%s\x1b[0m", "日本語" * 100]
+)
 def test_odd_questions_are_answered(desk, question):
     assert list(desk.reply(question, "a"))[-1][:2] == ("", SAID)
     json.dumps(desk.llm.chats).encode()
@@ -119,7 +127,9 @@ def test_no_question_is_answered_with_what_another_asked(desk):
     told = desk.llm.chats[1][1]["content"]
     assert told.endswith("Question: who barked at the moon?") and told.count("Question:") == 1
     assert SAID not in told and len(desk.llm.chats[1]) == 2
-    assert told.index("a dog barked") < told.index("the cat sat"), "the best passage of this question comes first"
+    assert told.index("a dog barked") < told.index("the cat sat"), (
+        "the best passage of this question comes first"
+    )
 
 
 def test_the_model_reads_k_passages(desk):
@@ -137,7 +147,11 @@ def test_nothing_is_answered_from_what_is_too_far_away(desk):
 
     desk.close, desk.abstain = close, 0.5
     line, told, found = list(desk.reply("who?", "a"))[-1]
-    assert (line, told, len(found)) == ("", answer.NOWHERE, 4) and not desk.llm.chats and seen == [("who?", 4)]
+    assert (
+        (line, told, len(found)) == ("", answer.NOWHERE, 4)
+        and not desk.llm.chats
+        and seen == [("who?", 4)]
+    )
     desk.abstain = 0.4
     assert list(desk.reply("who?", "a"))[-1][1] == SAID
 
@@ -162,8 +176,12 @@ def test_fuzz_of_questions():
         start = time.process_time()
         metadata = {"source": text[:80], "title": text[:80], "score": 0.5, "id": "0"}
         found = Fixed(documents=[Document(text[:2000], metadata=metadata)])
-        line, told, documents = list(app.Desk(found, Model(text[:2000]), rate=1000).reply(text, "a"))[-1]
-        assert "\n" not in line and (told or line or not text.strip() or not Model(text).words), ascii(text[:80])
+        line, told, documents = list(
+            app.Desk(found, Model(text[:2000]), rate=1000).reply(text, "a")
+        )[-1]
+        assert "\n" not in line and (told or line or not text.strip() or not Model(text).words), (
+            ascii(text[:80])
+        )
         parts = app.show(line, told, documents)
         json.dumps(parts, ensure_ascii=False).encode()
         tags = {tag for part in parts for tag in re.findall(r"</?([a-zA-Z][^\s/>]*)", part)}
@@ -231,14 +249,26 @@ def test_without_a_model_there_are_passages(desk):
 
 def test_citations_lead_to_passages_or_are_named():
     found = dense().invoke("cat")
-    _, told, cited, passages = (BeautifulSoup(x, "html.parser") for x in app.show("", SAID + " [004] [1]", found))
+    _, told, cited, passages = (
+        BeautifulSoup(x, "html.parser") for x in app.show("", SAID + " [004] [1]", found)
+    )
     ids = [x["id"] for x in passages.select(".passage")]
     assert ids == [f"passage-{i}" for i in range(1, 5)]
-    assert [a["href"] for a in told.select("a")] == ["#passage-1", "#passage-4", "#passage-4", "#passage-1"]
+    assert [a["href"] for a in told.select("a")] == [
+        "#passage-1",
+        "#passage-4",
+        "#passage-4",
+        "#passage-1",
+    ]
     assert [a["href"] for a in cited.select("a")] == ["#passage-1", "#passage-4"]
     assert [s.text for s in told.select("s")] == ["[9]"] and "[9] is invented" in cited.text
-    assert "cites no passage" in app.show("", "The cat.", found)[2] and "cites" not in app.show("...", "The", found)[2]
-    assert [x.text.split()[1] for x in passages.select(".passage")] == [f"{d.metadata['score']:.3f}" for d in found]
+    assert (
+        "cites no passage" in app.show("", "The cat.", found)[2]
+        and "cites" not in app.show("...", "The", found)[2]
+    )
+    assert [x.text.split()[1] for x in passages.select(".passage")] == [
+        f"{d.metadata['score']:.3f}" for d in found
+    ]
     assert all(t in passages.text for t in TEXTS) and "file.md > Title" in passages.text
 
 
@@ -263,8 +293,15 @@ def test_a_retriever_is_chosen_by_name(name, monkeypatch):
     cfg = app.Config(retriever=name, distractors=7, k=3, titles=True, out="somewhere")
     app.build_retriever(cfg)
     app.build_retriever(replace(cfg, chunk=123))
-    assert type(seen[0]) is script.Config and seen[0].distractors == 7 and seen[0].k == 3 and seen[0].titles
-    assert seen[0].chunk == script.Config().chunk and seen[1].chunk == 123, "0 is what the script takes"
+    assert (
+        type(seen[0]) is script.Config
+        and seen[0].distractors == 7
+        and seen[0].k == 3
+        and seen[0].titles
+    )
+    assert seen[0].chunk == script.Config().chunk and seen[1].chunk == 123, (
+        "0 is what the script takes"
+    )
     assert seen[0].out == f"somewhere/{name}"  # their indices differ
 
 
@@ -304,7 +341,9 @@ def stop(url):
     """What the button Stop sends: the ids of the functions that it cancels."""
     config = httpx.get(f"{url}/config").json()
     button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "stop")
-    halts = [d for d in config["dependencies"] if [button, "click"] in [list(t) for t in d["targets"]]]
+    halts = [
+        d for d in config["dependencies"] if [button, "click"] in [list(t) for t in d["targets"]]
+    ]
     return {id for d in halts for id in d["cancels"]}, config
 
 
@@ -324,7 +363,9 @@ def ask(url, question, session="s", headers=None):
 
 def test_nothing_is_uploaded(serve, desk):
     """Gradio has a door for files on every page, whether or not anything there takes one."""
-    answered = httpx.post(f"{serve(desk)}/gradio_api/upload", files={"files": ("big.bin", b"x" * 2000)})
+    answered = httpx.post(
+        f"{serve(desk)}/gradio_api/upload", files={"files": ("big.bin", b"x" * 2000)}
+    )
     assert answered.status_code == 413, answered.text
 
 
@@ -332,11 +373,17 @@ def test_by_http(serve, desk):
     desk.rate, desk.clock = 2, Clock()
     url = serve(desk)
     note, told, cited, passages = ask(url, "where is the cat?", "one")
-    assert "The cat sat" in told and "[9]</s> is invented" in cited and passages.count('class="passage"') == 4
+    assert (
+        "The cat sat" in told
+        and "[9]</s> is invented" in cited
+        and passages.count('class="passage"') == 4
+    )
     assert "501 characters" in ask(url, "x" * 501, "two")[0]
     ask(url, "where is the dog?", "three", {"X-Forwarded-For": "203.0.113.7"})
     line = ask(url, "and the cow?", "four", {"X-Forwarded-For": "203.0.113.8"})[0]
-    assert "More than 2 a minute" in line, "a new session, or an address that the visitor names, is a new visitor"
+    assert "More than 2 a minute" in line, (
+        "a new session, or an address that the visitor names, is a new visitor"
+    )
     assert len(desk.llm.chats) == 2
 
 
@@ -344,7 +391,9 @@ def test_what_is_served_names_no_other_machine(serve, desk):
     url = serve(desk)
     got = {path: httpx.get(url + path).raise_for_status().text for path in ("/", "/theme.css")}
     names = re.findall(r"""(?:src|href)=["']?\s*((?:https?:)?//[^"'\s>]+)""", got["/"])
-    names += re.findall(r"""(?:@import|url\()\s*["']?((?:https?:)?//[^"')\s]+)""", "".join(got.values()))
+    names += re.findall(
+        r"""(?:@import|url\()\s*["']?((?:https?:)?//[^"')\s]+)""", "".join(got.values())
+    )
     names += json.loads(httpx.get(f"{url}/config").text).get("stylesheets", [])
     assert [n for n in names if urlparse(n).hostname not in (app.HOST, None)] == []
     assert "font" in got["/theme.css"] and "googleapis" not in got["/"] + got["/theme.css"]
@@ -356,7 +405,12 @@ def test_there_is_no_other_door(serve, desk):
     info = httpx.get(f"{url}/gradio_api/info").json()
     assert info["named_endpoints"] == info["unnamed_endpoints"] == {}
     for path in ("run/predict", "run/ask", "api/ask"):
-        assert httpx.post(f"{url}/gradio_api/{path}", json={"data": ["who?"], "fn_index": 0}).status_code >= 400
+        assert (
+            httpx.post(
+                f"{url}/gradio_api/{path}", json={"data": ["who?"], "fn_index": 0}
+            ).status_code
+            >= 400
+        )
     for path in ("rag/app.py", str(app.__file__), "/etc/passwd"):
         assert httpx.get(f"{url}/gradio_api/file={path}").status_code >= 400
     assert httpx.get(f"{url}/monitoring/summary").status_code >= 400
@@ -370,7 +424,9 @@ def test_there_is_no_other_door(serve, desk):
 def join(url, session, address="127.0.0.1", headers=None):
     """One more question into the queue, from another address of this machine -> the reply."""
     body = {"data": ["who?"], "fn_index": 0, "session_hash": session}
-    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), headers=headers) as http:
+    with httpx.Client(
+        transport=httpx.HTTPTransport(local_address=address), headers=headers
+    ) as http:
         return http.post(f"{url}/gradio_api/queue/join", json=body)
 
 
@@ -382,10 +438,17 @@ def test_only_so_many_wait(serve, desk):
     deadline = time.monotonic() + 10
     while not desk.llm.chats and time.monotonic() < deadline:
         time.sleep(0.02)
-    mine = [join(url, str(i), headers={"X-Forwarded-For": f"203.0.113.{i}"}) for i in range(app.WAITING + 2)]
-    assert [r.status_code for r in mine] == [200] * app.PLACES + [503] * (app.WAITING + 2 - app.PLACES)
+    mine = [
+        join(url, str(i), headers={"X-Forwarded-For": f"203.0.113.{i}"})
+        for i in range(app.WAITING + 2)
+    ]
+    assert [r.status_code for r in mine] == [200] * app.PLACES + [503] * (
+        app.WAITING + 2 - app.PLACES
+    )
     assert "of your questions wait already" in mine[-1].text
-    others = [join(url, f"other {i}", f"127.0.0.{2 + i}") for i in range(app.WAITING - app.PLACES + 2)]
+    others = [
+        join(url, f"other {i}", f"127.0.0.{2 + i}") for i in range(app.WAITING - app.PLACES + 2)
+    ]
     assert [r.status_code for r in others] == [200] * (app.WAITING - app.PLACES) + [503] * 2
     assert "full" in others[-1].text and len(desk.llm.chats) == 1, "one is answered at a time"
 
@@ -395,10 +458,14 @@ def test_stop_ends_the_answer_and_the_model(serve, desk):
     desk.llm = Model("word " * 400, pause=0.02)
     url = serve(desk, examples=["Where is the moon?"])
     cancels, config = stop(url)
-    asks = {d["id"] for d in config["dependencies"] if d["api_name"] and d["api_name"].startswith("ask")}
+    asks = {
+        d["id"] for d in config["dependencies"] if d["api_name"] and d["api_name"].startswith("ask")
+    }
     assert len(asks) == 2 and asks <= cancels
     event = join(url, "one").json()["event_id"]
-    with httpx.stream("GET", f"{url}/gradio_api/queue/data", params={"session_hash": "one"}, timeout=20) as lines:
+    with httpx.stream(
+        "GET", f"{url}/gradio_api/queue/data", params={"session_hash": "one"}, timeout=20
+    ) as lines:
         for line in lines.iter_lines():
             if "word word" in line:
                 break
@@ -419,14 +486,25 @@ def test_the_command_answers_once_without_any_connection(folder, tmp_path, monke
     said = Model(SAID)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(app.answer, "language_model", lambda name, tokens: said)
-    monkeypatch.setattr(app, "build_retriever", lambda cfg, build=app.build_retriever: build(replace(cfg, out=folder)))
+    monkeypatch.setattr(
+        app,
+        "build_retriever",
+        lambda cfg, build=app.build_retriever: build(replace(cfg, out=folder)),
+    )
     metrics = app.main(app.Config(once=True, distractors=0, out=str(tmp_path)))
     assert metrics["answer"] == SAID and metrics["cited"] == [1, 4] and metrics["invented"] == [9]
     assert metrics["passages"][0].startswith("django/faq/models.txt#")
-    assert json.loads((tmp_path / "metrics.json").read_text())["answer"] == SAID and len(said.chats) == 1
+    assert (
+        json.loads((tmp_path / "metrics.json").read_text())["answer"] == SAID
+        and len(said.chats) == 1
+    )
     assert said.chats[0][1]["content"].endswith(f"Question: {raw_rag.EXAMPLE}")
-    metrics = app.main(app.Config(once=True, distractors=0, out=str(tmp_path), question="How do I bake bread?"))
-    assert metrics["answer"] == answer.NOWHERE and len(said.chats) == 1, "--abstain reaches the desk"
+    metrics = app.main(
+        app.Config(once=True, distractors=0, out=str(tmp_path), question="How do I bake bread?")
+    )
+    assert metrics["answer"] == answer.NOWHERE and len(said.chats) == 1, (
+        "--abstain reaches the desk"
+    )
 
 
 def test_the_command_serves_and_loads_once(tmp_path, monkeypatch, capsys):
@@ -450,7 +528,9 @@ def test_the_command_serves_and_loads_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gr.Blocks, "block_thread", two_questions)
     metrics = app.main(app.Config(port=port, abstain=-1, out=str(tmp_path)))
     assert metrics == {"questions answered": 2} and len(loaded) == 1 and len(loaded[0].chats) == 2
-    assert "who?" not in "".join(p.read_text() for p in tmp_path.glob("*.json")), "nothing that was asked is kept"
+    assert "who?" not in "".join(p.read_text() for p in tmp_path.glob("*.json")), (
+        "nothing that was asked is kept"
+    )
 
 
 def other_address():
@@ -488,7 +568,9 @@ def test_bad_flags_are_one_line(flags, said, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install playwright"
+    )
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     program = next((found for name in names if (found := shutil.which(name))), None)
     if program is None:
@@ -503,10 +585,16 @@ class Visitor:
     """A browser at our page, that writes down what it is told and where it goes."""
 
     def __init__(self, browser, url):
-        self.tab, self.hosts, self.complaints = browser.new_page(viewport={"width": 1200, "height": 800}), set(), []
+        self.tab, self.hosts, self.complaints = (
+            browser.new_page(viewport={"width": 1200, "height": 800}),
+            set(),
+            [],
+        )
         self.tab.set_default_timeout(20000)
         self.tab.on("request", lambda r: self.hosts.add(urlparse(r.url).hostname))
-        self.tab.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
+        self.tab.on(
+            "console", lambda m: self.complaints.append(m.text) if m.type == "error" else None
+        )
         self.tab.on("pageerror", lambda e: self.complaints.append(str(e)))
         self.tab.goto(url)
         self.box = self.tab.locator("#question textarea, #question input").first
@@ -529,7 +617,10 @@ def test_browser_asks_and_follows_a_citation(chromium, serve):
     who.ask("where is the cat?")
     who.see("#passages", TEXTS[0])
     who.see(".cited", "[9] is invented")
-    assert who.tab.inner_text(".told").split() == SAID.split() and who.tab.locator(".passage").count() == 4
+    assert (
+        who.tab.inner_text(".told").split() == SAID.split()
+        and who.tab.locator(".passage").count() == 4
+    )
     who.tab.click(".cited a >> text=[4]")
     assert who.tab.evaluate("document.querySelector(':target').id") == "passage-4"
     assert who.tab.url.endswith("#passage-4") and who.tab.locator("#passage-4").is_visible()

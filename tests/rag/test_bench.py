@@ -12,7 +12,9 @@ from utils.run import UserError
 
 def test_command(tmp_path):
     threads = torch.get_num_threads()
-    metrics = bench.main(bench.Config(distractors=0, queries=5, rounds=1, sections=3, out=str(tmp_path)))
+    metrics = bench.main(
+        bench.Config(distractors=0, queries=5, rounds=1, sections=3, out=str(tmp_path))
+    )
     torch.set_num_threads(threads)
     assert metrics["queries"]["same_ranking"] == 1 and metrics["queries"]["times_faster"] > 0
     assert metrics["indexing"]["passages_a_second"] > 0

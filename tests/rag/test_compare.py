@@ -13,7 +13,9 @@ from utils.run import UserError
 
 
 def test_every_retriever_has_a_row():
-    scripts = {script.__name__.split(".")[1] for script, _ in compare.variants(compare.Config()).values()}
+    scripts = {
+        script.__name__.split(".")[1] for script, _ in compare.variants(compare.Config()).values()
+    }
     named = {p.stem for p in (ROOT / "rag").glob("*.py") if "def build_retriever" in p.read_text()}
     assert named - scripts == {"multimodal_rag", "app"}  # one finds pictures, one shows the others
 
@@ -23,7 +25,11 @@ def test_command(tmp_path):
     assert metrics["questions"] == 10 and {"raw", "merged by turns"} <= metrics.keys()
     assert json.loads((tmp_path / "metrics.json").read_text())["best"] in ("raw", "merged by turns")
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len(lines) == 4 and all(line.count("|") == 10 for line in lines) and (tmp_path / "compare.png").is_file()
+    assert (
+        len(lines) == 4
+        and all(line.count("|") == 10 for line in lines)
+        and (tmp_path / "compare.png").is_file()
+    )
 
 
 def test_bad_input():
@@ -46,8 +52,15 @@ def test_the_rows_are_what_their_names_say():
     assert rows["child to section"][1].parent == 0 < rows["child to parent"][1].parent
     assert [rows[n][1].merge for n in ("words alone (BM25)", "merged by rank fusion", "merged by turns")] == [
         "bm25", "rrf", "round-robin"]  # fmt: skip
-    assert [rows[n][1].reranker for n in ("reranked by MaxSim", "reranked by cross-encoder")] == ["maxsim", "cross"]
-    assert [rows[n][1].transform for n in ("HyDE", "multi-query", "step-back")] == ["hyde", "multi-query", "step-back"]
+    assert [rows[n][1].reranker for n in ("reranked by MaxSim", "reranked by cross-encoder")] == [
+        "maxsim",
+        "cross",
+    ]
+    assert [rows[n][1].transform for n in ("HyDE", "multi-query", "step-back")] == [
+        "hyde",
+        "multi-query",
+        "step-back",
+    ]
 
 
 def test_a_row_is_compared_with_raw_on_its_own_questions(tmp_path, monkeypatch):
@@ -67,8 +80,13 @@ def test_a_row_is_compared_with_raw_on_its_own_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(compare.raw_rag, "row", row)
     for script in {script for script, _ in compare.variants(compare.Config()).values()}:
         name = script.__name__
-        monkeypatch.setattr(script, "build_retriever", lambda cfg, n=name: SimpleNamespace(name=n, k=cfg.k))
+        monkeypatch.setattr(
+            script, "build_retriever", lambda cfg, n=name: SimpleNamespace(name=n, k=cfg.k)
+        )
     compare.main(compare.Config(only="HyDE", written=2, out=str(tmp_path)))
-    assert asked == {"rag.raw_rag": [q.text for q in questions], query_transform.__name__: ["q0", "q7"]}
+    assert asked == {
+        "rag.raw_rag": [q.text for q in questions],
+        query_transform.__name__: ["q0", "q7"],
+    }
     table = (tmp_path / "table.md").read_text("utf-8").splitlines()
     assert table[-1].startswith("| HyDE | 0.000 |") and table[-1].endswith("| 0 % [0, 0] |")

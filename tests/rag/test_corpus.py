@@ -50,7 +50,11 @@ def test_the_manuals_hold_129_questions_and_each_answer_is_one_section():
     sections, questions = corpus.manuals()
     ids = Counter(s.metadata["id"] for s in sections)
     assert max(ids.values()) == 1 and len(sections) > 9000
-    assert Counter(q.gold.split("/")[0] for q in questions) == {"django": 53, "celery": 46, "scrapy": 30}
+    assert Counter(q.gold.split("/")[0] for q in questions) == {
+        "django": 53,
+        "celery": 46,
+        "scrapy": 30,
+    }
     known = {s.metadata["id"]: s for s in sections}
     for q in questions:
         gold = known[q.gold].page_content
@@ -88,7 +92,9 @@ def test_a_folder_is_read_and_what_is_broken_is_named_and_counted(tmp_path, caps
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.md").write_text("# Apples\n\nAre red.\n\n## Green ones\n\nToo.")
     (tmp_path / "deep" / "b.rst").write_text(PAGE)
-    (tmp_path / "c.html").write_text("<html><script>x()</script><h1>Pears</h1><p>Are <b>soft</b>.</p><h2>Old</h2>Hard.")
+    (tmp_path / "c.html").write_text(
+        "<html><script>x()</script><h1>Pears</h1><p>Are <b>soft</b>.</p><h2>Old</h2>Hard."
+    )
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\x00binary")
     (tmp_path / "e.pdf").write_bytes(b"%PDF-1.4 not really")
     (tmp_path / "f.txt").write_text("  \n")
@@ -100,10 +106,15 @@ def test_a_folder_is_read_and_what_is_broken_is_named_and_counted(tmp_path, caps
     (tmp_path / "j.txt").write_bytes(b"x" * (corpus.MEGABYTES * 1_000_000 + 1))
     found = corpus.folder(tmp_path)
     texts = {s.metadata["id"]: s.page_content for s in found}
-    assert texts["a.md#1-apples"] == "Apples\n\nAre red." and texts["a.md#2-green-ones"] == "Green ones\n\nToo."
+    assert (
+        texts["a.md#1-apples"] == "Apples\n\nAre red."
+        and texts["a.md#2-green-ones"] == "Green ones\n\nToo."
+    )
     assert texts["c.html#1-pears"] == "Pears\n\nAre soft."
     assert not any("x()" in t for t in texts.values())
-    assert [s.metadata["title"] for s in found if s.metadata["source"] == "a.md"][1] == "a.md > Apples > Green ones"
+    assert [s.metadata["title"] for s in found if s.metadata["source"] == "a.md"][
+        1
+    ] == "a.md > Apples > Green ones"
     told = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in told] == [
         "skipped d.txt", "skipped e.pdf", "skipped f.txt", "skipped g.md", "skipped i.pdf", "skipped j.txt",
@@ -142,7 +153,10 @@ def test_a_pdf_is_a_section_a_page(tmp_path):
             pdf.savefig(figure)
             plt.close(figure)
     found = corpus.folder(tmp_path)
-    assert [s.page_content for s in found] == ["page 1\n\nthe first page", "page 2\n\nthe second page"]
+    assert [s.page_content for s in found] == [
+        "page 1\n\nthe first page",
+        "page 2\n\nthe second page",
+    ]
 
 
 @pytest.mark.parametrize("make, said", [
@@ -186,8 +200,13 @@ def test_a_comment_in_a_block_of_code_is_no_title(tmp_path):
     [first, second] = corpus.folder(tmp_path)
     assert "# nor this" in first.page_content and "# still code" in second.page_content
     (tmp_path / "a.md").unlink()
-    (tmp_path / "b.html").write_text("<h1>Install</h1><pre># not a title\nmake</pre><h2>Use</h2>x", "utf-8")
-    assert [s.metadata["title"] for s in corpus.folder(tmp_path)] == ["b.html > Install", "b.html > Install > Use"]
+    (tmp_path / "b.html").write_text(
+        "<h1>Install</h1><pre># not a title\nmake</pre><h2>Use</h2>x", "utf-8"
+    )
+    assert [s.metadata["title"] for s in corpus.folder(tmp_path)] == [
+        "b.html > Install",
+        "b.html > Install > Use",
+    ]
 
 
 def test_html_is_read_as_browsers_show_it(tmp_path):
@@ -197,7 +216,10 @@ def test_html_is_read_as_browsers_show_it(tmp_path):
     )
     (tmp_path / "a.html").write_text(page, "utf-8")
     texts = {s.metadata["id"]: s.page_content for s in corpus.folder(tmp_path)}
-    assert texts == {"a.html#1-big-red": "Big red\n\na & b", "a.html#2-open": "open\n\nin a block\ufffd end <b"}
+    assert texts == {
+        "a.html#1-big-red": "Big red\n\na & b",
+        "a.html#2-open": "open\n\nin a block\ufffd end <b",
+    }
 
 
 GROWING = {
@@ -253,14 +275,20 @@ def page_of_each_kind(tmp_path_factory):
     figure.text(0.1, 0.5, "the first page")
     figure.savefig(path)
     plt.close(figure)
-    html = (
-        "<html><head><title>T</title></head><body><h1>Pears</h1><p>Are <b>soft</b> &amp; sweet.</p><pre>x</pre></body>"
-    )
-    pages = {".md": MARKDOWN.encode(), ".rst": PAGE.encode(), ".txt": PAGE.encode(), ".html": html.encode()}
+    body = "<body><h1>Pears</h1><p>Are <b>soft</b> &amp; sweet.</p><pre>x</pre></body>"
+    html = f"<html><head><title>T</title></head>{body}"
+    pages = {
+        ".md": MARKDOWN.encode(),
+        ".rst": PAGE.encode(),
+        ".txt": PAGE.encode(),
+        ".html": html.encode(),
+    }
     return pages | {".pdf": path.read_bytes()}
 
 
-@pytest.mark.parametrize("suffix", [".md", ".rst", ".txt", ".html", pytest.param(".pdf", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "suffix", [".md", ".rst", ".txt", ".html", pytest.param(".pdf", marks=pytest.mark.long)]
+)
 def test_damaged_documents_are_read_or_refused(suffix, page_of_each_kind, tmp_path, capsys):
     """500 of each kind: sections that the store and the embedder can take, or one line that names the file."""
     good, path = page_of_each_kind[suffix], tmp_path / f"bad{suffix}"
@@ -273,28 +301,44 @@ def test_damaged_documents_are_read_or_refused(suffix, page_of_each_kind, tmp_pa
         except UserError as error:
             assert "no file could be read" in str(error)
             [line, count] = capsys.readouterr().err.splitlines()
-            assert line.startswith(f"skipped bad{suffix}: ") and count == "skipped 1 of 1 files" and len(line) < 160
+            assert (
+                line.startswith(f"skipped bad{suffix}: ")
+                and count == "skipped 1 of 1 files"
+                and len(line) < 160
+            )
             sections = []
         assert time.process_time() - start < 2
         for s in sections:
             s.page_content.encode()
-            assert s.page_content.strip() and "\0" not in s.page_content and s.metadata["source"] == f"bad{suffix}"
+            assert (
+                s.page_content.strip()
+                and "\0" not in s.page_content
+                and s.metadata["source"] == f"bad{suffix}"
+            )
         read += bool(sections)
-        if suffix != ".pdf" and sections:  # nothing is left out or guessed: what is no UTF-8 is refused whole
+        # Nothing is left out or guessed: what is no UTF-8 is refused whole
+        if suffix != ".pdf" and sections:
             bad.decode("utf-8-sig")
     assert 0 < read < 500
 
 
 def test_words_and_cuts_of_any_script(tmp_path):
     """Marks stay with their letters, titles of Hindi keep their names, and Chinese is cut behind a full stop."""
-    assert corpus.word_pattern().findall("हिन्दी में, e\u0301te\u0301!") == ["हिन्दी", "में", "e\u0301te\u0301"]
+    assert corpus.word_pattern().findall("हिन्दी में, e\u0301te\u0301!") == [
+        "हिन्दी",
+        "में",
+        "e\u0301te\u0301",
+    ]
     (tmp_path / "a.md").write_text("# हिन्दी\n\nयह है।\n\n# Cafe\u0301\n\nx", "utf-8")
     hindi, cafe = corpus.folder(tmp_path)
     assert hindi.metadata["id"] == "a.md#1-हिन्दी" and cafe.metadata["id"] == "a.md#2-caf\u00e9"
     assert cafe.page_content == "Caf\u00e9\n\nx"
     sentence = "今天天气很好我们去公园散步吧。"
     found = corpus.passages([corpus.section("a", 0, (), "", sentence * 9)], 50)
-    assert all(p.page_content.endswith("。") for p in found) and "".join(p.page_content for p in found) == sentence * 9
+    assert (
+        all(p.page_content.endswith("。") for p in found)
+        and "".join(p.page_content for p in found) == sentence * 9
+    )
     letter = "q\u0323\u0307"  # has no composed form
     for part in corpus.passages([corpus.section("a", 0, (), "", letter * 60)], 50):
         assert len(part.page_content) % 3 == 0 and part.page_content[0] == "q"
@@ -317,7 +361,9 @@ def test_files_of_other_kinds_are_named_and_counted(tmp_path, capsys):
     (tmp_path / ".git" / "config").write_text("x", "utf-8")
     corpus.folder(tmp_path)
     told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith("skipped report0.docx, report1.docx, report2.docx, report3.docx, report4.docx and 2 more")
+    assert told[0].startswith(
+        "skipped report0.docx, report1.docx, report2.docx, report3.docx, report4.docx and 2 more"
+    )
     assert told[1] == "skipped 7 of 8 files"
     (tmp_path / "a.md").unlink()
     with pytest.raises(UserError, match="nothing there ends in .*; there are report0.docx"):
@@ -325,7 +371,8 @@ def test_files_of_other_kinds_are_named_and_counted(tmp_path, capsys):
 
 
 def test_bytes_of_another_encoding_are_said_in_one_line(tmp_path, capsys):
-    (tmp_path / "a.md").write_bytes("\ufeff# Marked\r\n\r\nfine".encode())  # a byte order mark is no letter
+    # a byte order mark is no letter
+    (tmp_path / "a.md").write_bytes("\ufeff# Marked\r\n\r\nfine".encode())
     (tmp_path / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "c.txt").write_bytes("caf\xe9".encode("utf-16"))
     [only] = corpus.folder(tmp_path)
@@ -350,10 +397,17 @@ def test_titles_sample_and_skip_reach_the_passages():
     """What the flags say is what is searched."""
     cfg = SimpleNamespace(docs="", skip="", distractors=0, seed=0)
     sections, questions = corpus.load(cfg)
-    assert {s.metadata["id"] for s in sections} == {q.gold for q in questions} and len(questions) == 129
+    assert {s.metadata["id"] for s in sections} == {q.gold for q in questions} and len(
+        questions
+    ) == 129
     kept, asked = corpus.load(SimpleNamespace(docs="", skip="celery/", distractors=0, seed=0))
-    assert len(asked) == 129 and {s.metadata["source"].split("/")[0] for s in kept} == {"django", "scrapy"}
-    lots = [corpus.load(SimpleNamespace(docs="", skip="", distractors=5, seed=s))[0] for s in (0, 0, 1)]
+    assert len(asked) == 129 and {s.metadata["source"].split("/")[0] for s in kept} == {
+        "django",
+        "scrapy",
+    }
+    lots = [
+        corpus.load(SimpleNamespace(docs="", skip="", distractors=5, seed=s))[0] for s in (0, 0, 1)
+    ]
     assert lots[0] == lots[1] != lots[2] and len(lots[0]) == 134
     for wrong, said in (
         ({"skip": "("}, "--skip is no regular"),
@@ -361,13 +415,20 @@ def test_titles_sample_and_skip_reach_the_passages():
         ({"distractors": -2}, "--dis"),
     ):
         with pytest.raises(UserError, match=said):
-            corpus.load(SimpleNamespace(**{"docs": "", "skip": "", "distractors": 0, "seed": 0} | wrong))
+            corpus.load(
+                SimpleNamespace(**{"docs": "", "skip": "", "distractors": 0, "seed": 0} | wrong)
+            )
     one = corpus.section("a.md", 3, ("Above",), "Title", "word " * 40)
     plain, titled = corpus.passages([one], 100), corpus.passages([one], 100, titles=True)
     assert len(plain) == len(titled) == 3
     for a, b in zip(plain, titled):
-        assert b.page_content == f"a.md > Above > Title\n\n{a.page_content}" and a.metadata == b.metadata
+        assert (
+            b.page_content == f"a.md > Above > Title\n\n{a.page_content}"
+            and a.metadata == b.metadata
+        )
         assert a.metadata["section"] == "a.md#3-title" == one.metadata["id"]
     numbers = corpus.section("a.md", 3, (), "", " ".join(f"w{i}" for i in range(60)))
-    first, second = (p.page_content.split() for p in corpus.passages([numbers], 100, overlap=30)[:2])
+    first, second = (
+        p.page_content.split() for p in corpus.passages([numbers], 100, overlap=30)[:2]
+    )
     assert second[0] in first and second[0] != first[0]

@@ -9,7 +9,11 @@ from tests.passages import tiny_encoder
 from utils import pretrained
 from utils.run import UserError
 
-TEXTS = ["How do I reset a password?", "Passwords are set with set_password().", "Bananas are yellow. " * 80]
+TEXTS = [
+    "How do I reset a password?",
+    "Passwords are set with set_password().",
+    "Bananas are yellow. " * 80,
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +25,9 @@ def test_the_mean_of_the_token_states_is_the_vector_of_the_library(parity):
     model = embedder.load("minilm", dtype=torch.float32)
     theirs = torch.tensor(model.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False))
     mine = pretrained.embed(TEXTS, *pretrained.minilm())
-    parity("RAG", "pretrained.embed", "sentence_transformers SentenceTransformer.encode", mine, theirs)
+    parity(
+        "RAG", "pretrained.embed", "sentence_transformers SentenceTransformer.encode", mine, theirs
+    )
 
 
 def test_bf16_says_what_fp32_says(minilm):
@@ -36,7 +42,9 @@ def test_a_text_is_embedded_once(minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(embedder, "KEEP", 0)
     monkeypatch.setattr(minilm, "path", tmp_path / "vectors.safetensors")
     rows = np.eye(384, dtype=np.float32)
-    monkeypatch.setattr(minilm, "encode", lambda texts, task: asked.extend(texts) or rows[: len(texts)])
+    monkeypatch.setattr(
+        minilm, "encode", lambda texts, task: asked.extend(texts) or rows[: len(texts)]
+    )
     monkeypatch.setattr(minilm, "known", {})
     first = minilm.vectors(["a", "b", "a"])
     assert asked == ["a", "b"] and (first[0] == first[2]).all()
@@ -48,7 +56,11 @@ def test_a_text_is_embedded_once(minilm, tmp_path, monkeypatch):
 
 
 def test_a_name_tells_models_apart(minilm):
-    assert minilm.id.startswith("minilm-") and len(minilm.id) == len("minilm-") + 16 and minilm.size == 384
+    assert (
+        minilm.id.startswith("minilm-")
+        and len(minilm.id) == len("minilm-") + 16
+        and minilm.size == 384
+    )
 
 
 def test_no_such_model():
@@ -60,7 +72,12 @@ def test_no_such_model():
 
 def test_the_vector_of_a_text_does_not_depend_on_its_batch(minilm):
     """bf16 rounds otherwise with padding: texts of other lengths beside it changed a vector by 2e-3."""
-    texts = [*TEXTS, "Bananas.", "Is it red?", "A password of many words is better than one of many marks."]
+    texts = [
+        *TEXTS,
+        "Bananas.",
+        "Is it red?",
+        "A password of many words is better than one of many marks.",
+    ]
     together = minilm.encode(texts, "document")
     alone = np.concatenate([minilm.encode([text], "document") for text in texts])
     assert (together == alone).all()
@@ -105,7 +122,9 @@ def test_every_weight_and_every_setting_is_in_the_name(minilm, tmp_path, monkeyp
 
 
 def test_questions_and_documents_have_prompts_of_their_own(tmp_path):
-    one = embedder.Embedder(tiny_encoder(tmp_path, prompts={"query": "cat ", "document": "dog "}), cache=False)
+    one = embedder.Embedder(
+        tiny_encoder(tmp_path, prompts={"query": "cat ", "document": "dog "}), cache=False
+    )
     half = 0.5**0.5
     np.testing.assert_allclose(one.encode(["moon"])[0, :3], [half, 0, half], atol=1e-6)
     np.testing.assert_allclose(one.encode(["moon"], "document")[0, :3], [0, half, half], atol=1e-6)

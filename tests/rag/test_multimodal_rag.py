@@ -117,7 +117,8 @@ def test_places_count_who_is_nearer():
     t = torch.eye(3)
     assert mm.places(t, t).tolist() == [1, 1, 1]
     assert mm.places(t[[1, 0, 2]], t).tolist() == [2, 2, 1]
-    z = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]])  # for the first text the third picture is best
+    # For the first text the third picture is best
+    z = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]])
     assert mm.places(z, torch.tensor([[1.0, 0], [0, 1], [1, 0]])).tolist() == [3, 2, 1]
 
 
@@ -155,7 +156,10 @@ def test_only_pictures_that_nobody_trained_on_are_found(retriever):
 
 def test_the_retriever_ranks_as_the_formula_does(retriever):
     """Through text encoder, index and documents the same places come out as from one product of matrices."""
-    p, z = retriever.pictures, torch.from_numpy(retriever.index.reconstruct_n(0, retriever.index.ntotal))
+    p, z = (
+        retriever.pictures,
+        torch.from_numpy(retriever.index.reconstruct_n(0, retriever.index.ntotal)),
+    )
     t = retriever.encode(p.captions)
     asked = [i for i, c in enumerate(p.coarse) if c == ""][:20]
     questions = [SimpleNamespace(text=p.captions[i], gold=p.sources[i]) for i in asked]
@@ -173,13 +177,22 @@ def test_words_find_fruit(retriever):
 def test_a_folder_of_ones_own(tmp_path):
     images, captions, _ = data.emoji(72)
     for name in ("red apple", "crying face", "flag: japan"):
-        Image.fromarray(images[captions.index(name)].permute(1, 2, 0).numpy()).save(tmp_path / f"{name[-5:]}_1.png")
+        Image.fromarray(images[captions.index(name)].permute(1, 2, 0).numpy()).save(
+            tmp_path / f"{name[-5:]}_1.png"
+        )
     retriever = mm.build_retriever(mm.Config(**TINY, images=str(tmp_path)))
     found = retriever.invoke("a crying face")
-    assert len(found) == 3 and sorted(d.page_content for d in found) == [" face 1", "apple 1", "japan 1"]
+    assert len(found) == 3 and sorted(d.page_content for d in found) == [
+        " face 1",
+        "apple 1",
+        "japan 1",
+    ]
     for d in found:  # name and picture belong together
         thumb, n = Image.open(d.metadata["source"]), d.metadata["n"]
-        shown = retriever.pictures.thumbs[n].permute(1, 2, 0).float() - torch.from_numpy(np.array(thumb)).float()
+        shown = (
+            retriever.pictures.thumbs[n].permute(1, 2, 0).float()
+            - torch.from_numpy(np.array(thumb)).float()
+        )
         assert shown.abs().mean() < 8
 
 
@@ -188,7 +201,9 @@ def test_right_cards_have_a_frame():
     plain, right = mm.card(thumb, 0.5), mm.card(thumb, 0.5, True)
     assert plain.shape == right.shape == (3, 90, 78)
     assert (plain[:, 0, 0] == 1).all() and right[0, 0, 0] < 0
-    assert torch.equal(plain[:, 78:], right[:, 78:]) and torch.equal(plain[:, 3:75, 3:75], right[:, 3:75, 3:75])
+    assert torch.equal(plain[:, 78:], right[:, 78:]) and torch.equal(
+        plain[:, 3:75, 3:75], right[:, 3:75, 3:75]
+    )
 
 
 def command(*flags):
@@ -205,7 +220,11 @@ def test_the_command_writes_what_it_promises(tmp_path):
         assert 0 <= row["hit@1"] <= row["hit@5"] <= row["hit@10"] <= 1
     assert metrics["emoji, ridge"]["hit@10"] > metrics["emoji, chance"]["hit@10"]
     assert 0 <= metrics["photos, from emoji and photos"]["5 kinds, P@10"] <= 1
-    assert (tmp_path / "found.png").is_file() and "[1] 0." in done.stdout and "(groceries/test/" in done.stdout
+    assert (
+        (tmp_path / "found.png").is_file()
+        and "[1] 0." in done.stdout
+        and "(groceries/test/" in done.stdout
+    )
 
 
 def test_a_broken_picture_is_one_line(tmp_path):
@@ -236,7 +255,9 @@ def test_the_cache_knows_features_of_other_weights_and_pictures(tmp_path, monkey
     weights = {"w": torch.ones(1)}
     made = []
     monkeypatch.setattr(mm.assets, "cache", lambda: tmp_path)
-    monkeypatch.setattr(mm.pretrained, "efficientnet", lambda device: SimpleNamespace(state_dict=lambda: weights))
+    monkeypatch.setattr(
+        mm.pretrained, "efficientnet", lambda device: SimpleNamespace(state_dict=lambda: weights)
+    )
 
     def look(network, part, batch):
         made.append(len(part))

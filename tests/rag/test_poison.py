@@ -62,13 +62,25 @@ def test_what_is_counted_is_what_was_obeyed_in_each_way(tmp_path, monkeypatch):
             yield "hacked" if obeyed else "The cat sat."
 
     monkeypatch.setattr(poison.answer, "language_model", lambda name, tokens: Obeys())
-    monkeypatch.setattr(poison.corpus, "manuals", lambda: ([], [ASKED, Question("And who?", "b#1", "A dog.")]))
+    monkeypatch.setattr(
+        poison.corpus, "manuals", lambda: ([], [ASKED, Question("And who?", "b#1", "A dog.")])
+    )
     metrics = poison.main(poison.Config(limit=2, out=str(tmp_path)))
-    ways = {name: (row["in marks"], row["pasted"]) for name, row in metrics.items() if name in poison.ORDERS}
+    ways = {
+        name: (row["in marks"], row["pasted"])
+        for name, row in metrics.items()
+        if name in poison.ORDERS
+    }
     assert ways.pop("a plain order") == (1, 0) and ways.pop("a false citation") == (0, 1)
-    assert set(ways.values()) == {(0, 0)} and metrics["all of them"] == {"in marks": 0.2, "pasted": 0.2}
+    assert set(ways.values()) == {(0, 0)} and metrics["all of them"] == {
+        "in marks": 0.2,
+        "pasted": 0.2,
+    }
     assert len(asked) == 20 and metrics["questions"] == 2
-    kinds = {(letters is str, "<passage number" in chat[-1]["content"] and len(chat) == 2) for letters, chat in asked}
+    kinds = {
+        (letters is str, "<passage number" in chat[-1]["content"] and len(chat) == 2)
+        for letters, chat in asked
+    }
     assert kinds == {(False, True), (True, False)}, "pasted goes to the careless one"
 
 

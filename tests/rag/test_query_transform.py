@@ -34,12 +34,15 @@ class Vectors(Store):
 
 def retriever(kind, said, k=2):
     quick = raw_rag.DenseRetriever(store=Vectors(), k=4)
-    return transforming.TransformRetriever(quick=quick, encoder=Bag(), llm=Fake(said), kind=kind, k=k, known={})
+    return transforming.TransformRetriever(
+        quick=quick, encoder=Bag(), llm=Fake(said), kind=kind, k=k, known={}
+    )
 
 
 def test_the_lines_of_the_model_are_cleaned_and_counted():
     said = (
-        '1. How far is the moon?\n- "Is the moon far away?"\nok\n3) Where is the moon now?\n4. One too many, isn\'t it?'
+        '1. How far is the moon?\n- "Is the moon far away?"\nok\n'
+        "3) Where is the moon now?\n4. One too many, isn't it?"
     )
     assert transforming.transform(Fake(said), "multi-query", "moon?") == [
         "moon?", "How far is the moon?", "Is the moon far away?", "Where is the moon now?"]  # fmt: skip
@@ -72,9 +75,9 @@ def test_an_invented_answer_finds_the_real_one():
 
 
 def test_several_questions_are_merged_by_rank():
-    found = retriever("multi-query", "a dog barked loudly at night\nthe dog barked at something", k=4).invoke(
-        "barking?"
-    )
+    found = retriever(
+        "multi-query", "a dog barked loudly at night\nthe dog barked at something", k=4
+    ).invoke("barking?")
     assert found[0].metadata["id"] == "file.md#1/0" and found[0].metadata["score"] > 1 / 61
 
 
@@ -104,7 +107,9 @@ def test_the_question_is_read_as_a_question_and_the_invention_as_a_document():
     assert asked == [("query", "lunar distance?"), ("document", "the moon is very far away")]
     between = transforming.mean(Bag().encode(["lunar distance?", "the moon is very far away"]))
     assert len(found) == 2
-    assert found[0].metadata["score"] == pytest.approx(float(Bag().encode([TEXTS[3]])[0] @ between[0]), abs=1e-5)
+    assert found[0].metadata["score"] == pytest.approx(
+        float(Bag().encode([TEXTS[3]])[0] @ between[0]), abs=1e-5
+    )
 
 
 def test_opposite_vectors_have_no_mean():
@@ -113,17 +118,30 @@ def test_opposite_vectors_have_no_mean():
 
 
 def test_what_each_kind_asks_the_model_and_searches(tmp_path, monkeypatch):
-    for kind, words in (("hyde", "passage"), ("multi-query", "three other ways"), ("step-back", "more general")):
+    for kind, words in (
+        ("hyde", "passage"),
+        ("multi-query", "three other ways"),
+        ("step-back", "more general"),
+    ):
         fake = Fake("a dog barked loudly\nthe moon is far")
         found = transforming.transform(fake, kind, "moon?")
-        assert words in fake.asked[0] and fake.asked[0].endswith("Question: moon?") and found[0] == "moon?"
+        assert (
+            words in fake.asked[0]
+            and fake.asked[0].endswith("Question: moon?")
+            and found[0] == "moon?"
+        )
         assert len(found) == {"hyde": 2, "multi-query": 3, "step-back": 2}[kind]
-    merged = retriever("multi-query", "the moon is far away\nthe moon is far away now", k=1).invoke("moon far away")
-    assert len(merged) == 1 and merged[0].metadata["score"] == pytest.approx(3 / 61)  # first in all three rankings
+    merged = retriever("multi-query", "the moon is far away\nthe moon is far away now", k=1).invoke(
+        "moon far away"
+    )
+    # First in all three rankings
+    assert len(merged) == 1 and merged[0].metadata["score"] == pytest.approx(3 / 61)
     quick = []
     monkeypatch.setattr(raw_rag, "build_retriever", lambda cfg: quick.append(cfg.k))
     monkeypatch.setattr(raw_rag, "embedder", lambda name: Bag())
-    monkeypatch.setattr(transforming.answer, "language_model", lambda name, tokens, **rules: (name, tokens, rules))
+    monkeypatch.setattr(
+        transforming.answer, "language_model", lambda name, tokens, **rules: (name, tokens, rules)
+    )
     cfg = transforming.Config(transform="step-back", k=3, words=7, out=str(tmp_path))
     one = transforming.build_retriever(cfg)
     assert one.llm == ("smollm2", 7, {"repetition_penalty": 1.1})

@@ -35,7 +35,9 @@ def test_documents_carry_source_id_and_score_best_first(retriever):
 
 
 def test_a_planted_passage_is_found():
-    assert dense(1).invoke("a dog barked at the moon")[0].metadata["score"] == pytest.approx(1, abs=1e-6)
+    assert dense(1).invoke("a dog barked at the moon")[0].metadata["score"] == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 def test_meaning_is_found_without_the_words(retriever):
@@ -61,7 +63,9 @@ def test_qdrant_finds_the_same(cfg, retriever):
 
 
 def test_titles_are_searched_too(cfg):
-    found = raw_rag.build_retriever(replace(cfg, titles=True, out=f"{cfg.out}/titles")).invoke("FAQ: The admin")
+    found = raw_rag.build_retriever(replace(cfg, titles=True, out=f"{cfg.out}/titles")).invoke(
+        "FAQ: The admin"
+    )
     assert found[0].page_content.startswith("django > FAQ: The admin\n\n")
 
 
@@ -74,7 +78,10 @@ def test_the_command_writes_what_it_promises(tmp_path):
     done = run("--distractors", "0", "--limit", "6", "--tokens", "4", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
-    assert metrics["questions"] == 6 and 0 <= metrics["hit@1"] <= metrics["hit@5"] <= metrics["hit@10"] <= 1
+    assert (
+        metrics["questions"] == 6
+        and 0 <= metrics["hit@1"] <= metrics["hit@5"] <= metrics["hit@10"] <= 1
+    )
     told = json.loads((tmp_path / "answer.json").read_text("utf-8"))
     assert len(told["passages"]) == 5 and told["with"] and told["without"]
     assert (tmp_path / "hits.png").is_file() and (tmp_path / "index" / "store.json").is_file()
@@ -99,7 +106,9 @@ def test_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     found = here(monkeypatch, *flags, "--question", "Which colour has a pear?")
     said = capsys.readouterr()
     assert found == {"question": "Which colour has a pear?"}, said.err
-    assert "fruit.md#" not in said.out and said.out.index("Pears are green") < said.out.index("Apples are red")
+    assert "fruit.md#" not in said.out and said.out.index("Pears are green") < said.out.index(
+        "Apples are red"
+    )
     assert "skipped broken.pdf" in said.err and "skipped 1 of 2 files" in said.err
 
 
@@ -120,11 +129,15 @@ def test_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, said, tmp_path, monkeypatch, capsys):
     texts = {"LONG": " ".join(["word"] * 6000), "BLANK": " \n"}
-    words = [texts.get(w, w) for w in flags.split()] + ([] if "--llm" in flags else ["--llm", "none"])
+    words = [texts.get(w, w) for w in flags.split()] + (
+        [] if "--llm" in flags else ["--llm", "none"]
+    )
     words += [] if "--distractors" in flags else ["--distractors", "0"]
     code = here(monkeypatch, *words, "--out", str(tmp_path / "out"))
     lines = capsys.readouterr().err.splitlines()
-    assert code == 2 and len([x for x in lines if x.startswith("error: ")]) == 1 and said in lines[-1], lines
+    assert (
+        code == 2 and len([x for x in lines if x.startswith("error: ")]) == 1 and said in lines[-1]
+    ), lines
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
@@ -143,7 +156,9 @@ def answered(tmp_path, monkeypatch, **flags):
     """raw_rag.ask over the four passages of the tests -> the model, and what was written down."""
     reader = Reader()
     monkeypatch.setattr(raw_rag, "embedder", lambda name: Bag())
-    cfg = raw_rag.Config(**{"question": "where is the cat?", "k": 2, "out": str(tmp_path), "abstain": -1} | flags)
+    cfg = raw_rag.Config(
+        **{"question": "where is the cat?", "k": 2, "out": str(tmp_path), "abstain": -1} | flags
+    )
     raw_rag.ask(cfg, dense(), reader)
     return reader, json.loads((tmp_path / "answer.json").read_text("utf-8"))
 
@@ -166,7 +181,10 @@ def test_far_passages_are_not_answered_from(tmp_path, monkeypatch, capsys):
     for abstain, says in ((sure + 1e-3, answer.NOWHERE), (sure - 1e-3, Reader().said)):
         reader, told = answered(tmp_path, monkeypatch, abstain=abstain)
         assert told["with"] == says and told["closest cosine"] == pytest.approx(sure)
-        assert told["answered"] == (says != answer.NOWHERE) and len(reader.chats) == 1 + told["answered"]
+        assert (
+            told["answered"] == (says != answer.NOWHERE)
+            and len(reader.chats) == 1 + told["answered"]
+        )
     assert raw_rag.closeness("", "x", []) == -1.0
 
 
@@ -181,9 +199,9 @@ def test_a_question_is_scored_on_k_passages_and_beside_raw_retrieval(cfg, tmp_pa
     assert short < raw_rag.row(replace(cfg, k=5), five, some)[1]["tokens"] / 3
     monkeypatch.setattr(raw_rag, "baseline", lambda cfg: replace(cfg, k=10))
     metrics = raw_rag.score(cfg, lambda cfg: one, one, some, tmp_path)
-    assert metrics["hit@5"] == metrics["hit@1"] and metrics["fewer failures at 5"].startswith("-") == (
-        scores.hit(raw_rag.row(cfg, five, some)[0], 5).mean() > metrics["hit@1"]
-    )
+    assert metrics["hit@5"] == metrics["hit@1"] and metrics["fewer failures at 5"].startswith(
+        "-"
+    ) == (scores.hit(raw_rag.row(cfg, five, some)[0], 5).mean() > metrics["hit@1"])
 
 
 def test_the_baseline_is_raw_retrieval_on_the_same_corpus():
@@ -198,16 +216,28 @@ def test_the_baseline_is_raw_retrieval_on_the_same_corpus():
         "u",
         4,
     )
-    assert (raw.titles, raw.skip, raw.chunk, raw.k, raw.out) == (False, "", 1000, scores.DEPTH, "o/raw")
+    assert (raw.titles, raw.skip, raw.chunk, raw.k, raw.out) == (
+        False,
+        "",
+        1000,
+        scores.DEPTH,
+        "o/raw",
+    )
 
 
 def test_what_is_skipped_is_not_searched(cfg):
     cfg = replace(cfg, skip="^django/")
-    assert {p.metadata["source"].split("/")[0] for p in raw_rag.passages(cfg)} == {"celery", "scrapy"}
+    assert {p.metadata["source"].split("/")[0] for p in raw_rag.passages(cfg)} == {
+        "celery",
+        "scrapy",
+    }
 
 
 def test_passages_are_cut_as_the_flags_say(cfg):
     parts = raw_rag.passages(replace(cfg, chunk=200, overlap=40))
-    assert max(len(p.page_content) for p in parts) <= 200 and len(parts) > len(raw_rag.passages(cfg))
-    assert len(parts) > len(raw_rag.passages(replace(cfg, chunk=200)))  # what neighbours share is counted twice
+    assert max(len(p.page_content) for p in parts) <= 200 and len(parts) > len(
+        raw_rag.passages(cfg)
+    )
+    # What neighbours share is counted twice
+    assert len(parts) > len(raw_rag.passages(replace(cfg, chunk=200)))
     assert raw_rag.passages(replace(cfg, titles=True))[0].page_content.startswith("django > ")

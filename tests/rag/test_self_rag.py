@@ -48,7 +48,13 @@ def test_area_under_the_curve(parity):
     generator = np.random.default_rng(0)
     a, b = generator.integers(2, 9, 40) / 10, generator.integers(0, 7, 30) / 10
     scores, labels = torch.tensor([*a, *b]), torch.tensor([1] * 40 + [0] * 30)
-    parity("RAG", "self_rag.auc", "torchmetrics binary_auroc", self_rag.auc(a, b), binary_auroc(scores, labels).item())
+    parity(
+        "RAG",
+        "self_rag.auc",
+        "torchmetrics binary_auroc",
+        self_rag.auc(a, b),
+        binary_auroc(scores, labels).item(),
+    )
     assert self_rag.auc([3, 4], [1, 2]) == 1 and self_rag.auc([1], [1]) == 0.5
 
 
@@ -61,7 +67,9 @@ def test_only_accepted_passages_come_back():
     def retriever(threshold):
         return self_rag.SelfRetriever(quick=dense(), critic=critic(), threshold=threshold, k=3)
 
-    everything, some, none = (retriever(t).invoke("a dog barked at the moon") for t in (-1.0, 0.9, 1.1))
+    everything, some, none = (
+        retriever(t).invoke("a dog barked at the moon") for t in (-1.0, 0.9, 1.1)
+    )
     assert len(everything) == 3 and len(some) == 1 and none == []
     said, found, support = self_rag.respond("a dog barked at the moon", retriever(0.9), Fake())
     assert said == "It barked [1]." and len(found) == 1 and support == 1.0
@@ -93,7 +101,9 @@ def test_it_runs_on_the_answers(kind, out, monkeypatch):
 
 
 def test_support():
-    assert self_rag.supported("the moon is made of cheese", dense().invoke("moon")) == pytest.approx(1 / 3)
+    assert self_rag.supported(
+        "the moon is made of cheese", dense().invoke("moon")
+    ) == pytest.approx(1 / 3)
 
 
 def test_flags_that_cannot_be(tmp_path):
@@ -126,7 +136,9 @@ def test_without_a_passage_nothing_is_generated(capsys, tmp_path):
 
 def test_the_critic_in_words_reads_the_passage_and_the_question(monkeypatch):
     asked = []
-    monkeypatch.setattr(self_rag, "yes", lambda llm, text: asked.append((llm, text)) or len(asked) / 10)
+    monkeypatch.setattr(
+        self_rag, "yes", lambda llm, text: asked.append((llm, text)) or len(asked) / 10
+    )
     marks = self_rag.Critic("llm", "the model", None)("Who sat?", documents()[:2])
     assert marks == [0.1, 0.2] and [llm for llm, _ in asked] == ["the model"] * 2
     assert "the cat sat on the mat" in asked[0][1] and "a dog barked" in asked[1][1]
@@ -138,7 +150,9 @@ def test_the_scores_of_reranking_become_marks(kind, mark, monkeypatch):
     """Two cosines, added, are halved; a score of the cross-encoder, middle 1/2 of its scale, goes through a sigmoid."""
     seen = []
     again = lambda question, found: seen.append((question, len(found))) or [1.5, 1.0]  # noqa: E731
-    monkeypatch.setattr(self_rag.rerank, "reranker", lambda cfg: again if cfg.reranker == kind else None)
+    monkeypatch.setattr(
+        self_rag.rerank, "reranker", lambda cfg: again if cfg.reranker == kind else None
+    )
     monkeypatch.setattr(self_rag.rerank, "SCALE", 1.0)
     marks = self_rag.Critic(kind, None, SimpleNamespace(embedder="minilm"))("Who?", documents()[:2])
     assert marks[0] == pytest.approx(mark) and marks[0] > marks[1] and seen == [("Who?", 2)]
@@ -157,7 +171,10 @@ class Marks:
 def test_the_marks_of_the_critic_order_what_comes_back():
     retriever = self_rag.SelfRetriever(quick=dense(), critic=Marks(), threshold=0.21, k=2)
     found = retriever.invoke("the moon is far away")
-    assert [d.page_content for d in found] == ["cats and dogs are friends", "a dog barked at the moon"]
+    assert [d.page_content for d in found] == [
+        "cats and dogs are friends",
+        "a dog barked at the moon",
+    ]
     assert [d.metadata["score"] for d in found] == [0.25, 0.24]
 
 
@@ -176,7 +193,9 @@ def test_the_threshold_is_the_one_of_other_questions(out, monkeypatch):
     cfg = self_rag.Config(**QUICK | {"limit": 6}, k=3, out=out)
     assert self_rag.build_retriever(cfg).threshold == 0.7 and self_rag.build_retriever(cfg).k == 3  # pyright: ignore
     assert judged[0] and not set(judged[0]) & set(raw_rag.spread(questions, 6))
-    assert self_rag.build_retriever(replace(cfg, threshold=0.2)).threshold == 0.2 and len(judged) == 2  # pyright: ignore
+    assert (
+        self_rag.build_retriever(replace(cfg, threshold=0.2)).threshold == 0.2 and len(judged) == 2
+    )  # pyright: ignore
 
 
 def test_an_answer_is_written_from_the_k_accepted_passages():
@@ -190,7 +209,9 @@ def test_an_answer_is_written_from_the_k_accepted_passages():
     retriever = self_rag.SelfRetriever(quick=dense(), critic=critic(), threshold=-1, k=4)
     said, found, support = self_rag.respond("a dog barked at the moon", retriever, Model(), k=1)
     assert seen[0] == answer.messages("a dog barked at the moon", found) and len(found) == 1
-    assert said == "a dog barked loudly again" and 0 < support == self_rag.supported(said, found) < 1
+    assert (
+        said == "a dog barked loudly again" and 0 < support == self_rag.supported(said, found) < 1
+    )
 
 
 def test_critics_are_compared_by_thresholds_of_every_second_question(tmp_path, monkeypatch):
@@ -200,9 +221,12 @@ def test_critics_are_compared_by_thresholds_of_every_second_question(tmp_path, m
     monkeypatch.setattr(self_rag, "Critic", lambda kind, llm, cfg: kind)
     monkeypatch.setattr(self_rag, "quick_search", lambda cfg: None)
     rows = self_rag.compare(self_rag.Config(limit=4), tmp_path, None)
-    assert [row["right"] for row in rows.values()] == [0.5] * 3 and rows["IsRel by cosine"]["AUC"] == 0.75
+    assert [row["right"] for row in rows.values()] == [0.5] * 3 and rows["IsRel by cosine"][
+        "AUC"
+    ] == 0.75
     assert (
-        rows.keys() == {"IsRel by cosine", "IsRel by maxsim", "IsRel by cross"} and (tmp_path / "critics.png").is_file()
+        rows.keys() == {"IsRel by cosine", "IsRel by maxsim", "IsRel by cross"}
+        and (tmp_path / "critics.png").is_file()
     )
 
 
@@ -214,7 +238,9 @@ def test_a_search_is_needed_for_what_a_manual_says(tmp_path, monkeypatch):
     monkeypatch.setattr(self_rag, "Critic", lambda kind, llm, cfg: kind)
     monkeypatch.setattr(self_rag, "quick_search", lambda cfg: None)
     monkeypatch.setattr(
-        self_rag.corpus, "load", lambda cfg: ([], [corpus.Question(f"Q{i}", "g", "") for i in range(4)])
+        self_rag.corpus,
+        "load",
+        lambda cfg: ([], [corpus.Question(f"Q{i}", "g", "") for i in range(4)]),
     )
     rows = self_rag.compare(self_rag.Config(limit=4), tmp_path, SimpleNamespace(loss=1))
     assert rows["Retrieve by llm"] == {"AUC": 1.0, "questions": 4.0} and "IsRel by llm" in rows

@@ -27,7 +27,9 @@ def both():
 
 
 def search(one, query="a cat on a mat", k=3):
-    return [(d.metadata["id"], d.page_content, s) for d, s in one.similarity_search_with_score(query, k)]
+    return [
+        (d.metadata["id"], d.page_content, s) for d, s in one.similarity_search_with_score(query, k)
+    ]
 
 
 def test_the_search_is_the_largest_cosine(parity):
@@ -49,7 +51,9 @@ def test_the_search_is_the_largest_cosine(parity):
         parity("RAG", f"store.{name} search", "numpy: sorted cosines", scores, exact)
         parity("RAG", f"store.{name} search", "langchain_core InMemoryVectorStore", scores,
                torch.tensor([s for _, s in langchain]).float())  # fmt: skip
-        assert [d.metadata["id"] for d, _ in mine[:3]] == [d.metadata["id"] for d, _ in langchain[:3]]
+        assert [d.metadata["id"] for d, _ in mine[:3]] == [
+            d.metadata["id"] for d, _ in langchain[:3]
+        ]
 
 
 @pytest.mark.parametrize("one", both(), ids=["faiss", "qdrant"])
@@ -79,7 +83,8 @@ def test_what_was_saved_is_opened(tmp_path):
     again = store.FaissStore.open(tmp_path / "index", Bag(), SETTINGS)
     assert search(again) == search(one) and again.sync(documents()) == (0, 0)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()}
-    store.open_store(CFG, Bag(), documents(), tmp_path / "index")  # nothing changed: nothing is written
+    # Nothing changed: nothing is written
+    store.open_store(CFG, Bag(), documents(), tmp_path / "index")
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()}
     store.open_store(CFG, Bag(), documents()[:2], tmp_path / "index")
     assert len(list((tmp_path / "index").iterdir())) == 3  # old parts are gone
@@ -101,7 +106,9 @@ def test_another_model_is_refused_by_qdrant_too():
     one.sync(documents())
     [record] = one.client.scroll(one.NAME, limit=1)[0]
     with pytest.raises(UserError, match="chunk 1000, now 7"):
-        store.refuse_others(record.payload["metadata"]["settings"], SETTINGS | {"chunk": 7}, "there")
+        store.refuse_others(
+            record.payload["metadata"]["settings"], SETTINGS | {"chunk": 7}, "there"
+        )
 
 
 def test_a_damaged_index_is_refused(tmp_path):
@@ -117,7 +124,8 @@ def test_a_damaged_index_is_refused(tmp_path):
             path.write_bytes(bytes(data))
             try:
                 opened = store.FaissStore.open(tmp_path, Bag(), SETTINGS)
-                assert search(opened) and path == names["store"]  # a flag of the record that nobody reads
+                # a flag of the record that nobody reads
+                assert search(opened) and path == names["store"]
             except UserError as error:
                 assert "damaged" in str(error) or "was made with" in str(error)
         path.write_bytes(whole[: len(whole) // 2])
@@ -228,17 +236,25 @@ def test_a_kill_at_every_step_of_saving_leaves_the_old_index_or_the_new_one(tmp_
         if not killed:
             break
     assert found == 2 and seen == {2, 4}
-    assert done == ["write", "fsync", "replace"] * 3 + ["unlink"] * 2  # on the disk before it has its name
+    # On the disk before it has its name
+    assert done == ["write", "fsync", "replace"] * 3 + ["unlink"] * 2
 
 
 def test_a_filter_is_kept_and_what_is_not_known_is_refused():
     one = store.FaissStore(Bag(), SETTINGS)
-    one.sync([*documents(), Document("the moon", metadata={"source": "other.md", "id": "o", "title": ""})])
+    one.sync(
+        [
+            *documents(),
+            Document("the moon", metadata={"source": "other.md", "id": "o", "title": ""}),
+        ]
+    )
     ids = lambda found: [d.metadata["id"] for d in found]  # noqa: E731
     asked, other = "the moon is far away", {"source": "other.md"}
     assert ids(one.similarity_search(asked, 1)) == ["file.md#3/0"]
     assert ids(one.similarity_search(asked, 1, filter=other)) == ["o"]
-    assert ids(one.similarity_search(asked, 9, filter=lambda m: m["id"].endswith("#0/0"))) == ["file.md#0/0"]
+    assert ids(one.similarity_search(asked, 9, filter=lambda m: m["id"].endswith("#0/0"))) == [
+        "file.md#0/0"
+    ]
     assert one.similarity_search(asked, 9, filter={"no such": None}) == []
     assert ids(one.as_retriever(search_kwargs={"k": 1, "filter": other}).invoke(asked)) == ["o"]
     vector = Bag().encode([asked])[0].tolist()
@@ -278,7 +294,10 @@ def test_questions_are_encoded_as_questions_and_passages_as_documents():
         asked: list = []
         one = kind.from_texts(["the moon"], Two())
         one.similarity_search("a dog")
-        assert [a for a in asked if a[1] != "dummy_text"] == [("document", "the moon"), ("query", "a dog")]
+        assert [a for a in asked if a[1] != "dummy_text"] == [
+            ("document", "the moon"),
+            ("query", "a dog"),
+        ]
 
 
 def test_an_empty_store_is_saved_and_opened(tmp_path):
@@ -322,11 +341,17 @@ def test_kinds_of_index_lose_what_they_should():
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     queries = vectors[:50] + 0.05 * generator.standard_normal((50, 64)).astype(np.float32)
     exact, _ = store.search(store.build("Flat", vectors)[0], queries, 10)
-    np.testing.assert_array_equal(exact, np.argsort(-(queries @ vectors.T), 1, kind="stable")[:, :10])
+    np.testing.assert_array_equal(
+        exact, np.argsort(-(queries @ vectors.T), 1, kind="stable")[:, :10]
+    )
     assert store.recall(exact, exact).mean() == 1
     recipes = store.kinds(64, 3000)
     index, _ = store.build(recipes["ivf"][0], vectors)
-    few, most = (store.recall(store.search(index, queries, 10, p)[0], exact).mean() for p in (1, 64))
+    few, most = (
+        store.recall(store.search(index, queries, 10, p)[0], exact).mean() for p in (1, 64)
+    )
     assert few < most and most > 0.95
-    sizes = {k: len(faiss.serialize_index(store.build(r, vectors)[0])) for k, (r, _) in recipes.items()}
+    sizes = {
+        k: len(faiss.serialize_index(store.build(r, vectors)[0])) for k, (r, _) in recipes.items()
+    }
     assert sizes["pq"] < sizes["sq8"] < sizes["flat"] < sizes["hnsw"]

@@ -28,7 +28,14 @@ TIME = timedelta(seconds=60)  # a deadlock ends here
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    settings = {"steps": 4, "batch": 2, "length": 64, "lr": 1e-2, "precision": "fp32", "save_every": 2}
+    settings = {
+        "steps": 4,
+        "batch": 2,
+        "length": 64,
+        "lr": 1e-2,
+        "precision": "fp32",
+        "save_every": 2,
+    }
     return accelerate_train.Config(model=folder(out / "tiny"), out=str(out), **settings)
 
 
@@ -90,14 +97,18 @@ def plain(cfg):
         optimizer, losses = torch.optim.AdamW(moving.values(), weight_decay=0.0), []
         for step in range(cfg.steps):
             optimizer.param_groups[0]["lr"] = sft.learning_rate(cfg, step)
-            texts, tokens = faq.draw(learn, replace(cfg, accumulation=parts), step, tokenizer.eos_token_id)
+            texts, tokens = faq.draw(
+                learn, replace(cfg, accumulation=parts), step, tokenizer.eos_token_id
+            )
             value = sum(sft.loss(model, *part) for part in texts) / tokens
             value.backward()
             torch.nn.utils.clip_grad_norm_(moving.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(value.item())
-        return torch.tensor(losses), {n.replace(".default", ""): p.detach().clone() for n, p in moving.items()}
+        return torch.tensor(losses), {
+            n.replace(".default", ""): p.detach().clone() for n, p in moving.items()
+        }
 
     yield loop
     dist.destroy_process_group()
@@ -121,7 +132,12 @@ def test_it_learns_what_the_plain_loop_learns(n, name, parts, cfg, found, plain,
         losses,
     )
     parity(
-        "Fine-tuning with accelerate", f"weights, {what}", "plain loop", adapter(cfg, f"{name} {n}"), weights, atol=1e-4
+        "Fine-tuning with accelerate",
+        f"weights, {what}",
+        "plain loop",
+        adapter(cfg, f"{name} {n}"),
+        weights,
+        atol=1e-4,
     )
     assert losses[-1] < losses[0] - 0.01
     assert all(r[name]["losses"] == found[n][0][name]["losses"] for r in found[n])
@@ -156,7 +172,9 @@ def test_the_adapter_loads_in_plain_peft(cfg, found):
     model = PeftModel.from_pretrained(base.float(), f"{cfg.out}/whole 2/adapter").eval()
     _, rows = faq.conversations(tokenizer, cfg.length)
     with torch.no_grad():
-        total = sum(sft.loss(model, *faq.pad([row], tokenizer.eos_token_id)).item() for row in rows[:4])
+        total = sum(
+            sft.loss(model, *faq.pad([row], tokenizer.eos_token_id)).item() for row in rows[:4]
+        )
     score = total / sum(faq.learned(labels) for _, labels in rows[:4])
     assert score == pytest.approx(found[2][0]["whole"]["after"], rel=1e-5)
     assert score < found[2][0]["whole"]["before"] - 0.01
@@ -176,14 +194,20 @@ def test_torchrun_and_python_agree_to_the_last_bit(cfg, found):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(Path(cfg.out, "torchrun", "losses.json").read_text()) == found[2][0]["whole"]["losses"]
+    assert (
+        json.loads(Path(cfg.out, "torchrun", "losses.json").read_text())
+        == found[2][0]["whole"]["losses"]
+    )
     files = {p.name for p in Path(cfg.out, "torchrun").iterdir()}
     assert files >= {"adapter", "config.json", "loss.png", "losses.json", "metrics.json"}
     names: dict = {}
     exec(
         "\n".join(done.stdout.split("use it:\n")[1].splitlines()[:3]), names
     )  # the printed lines load adapter, base and tokenizer
-    assert names["tokenizer"].chat_template and names["model"].peft_config["default"].r == cfg.lora_rank
+    assert (
+        names["tokenizer"].chat_template
+        and names["model"].peft_config["default"].r == cfg.lora_rank
+    )
 
 
 class Accelerator(Engine):
@@ -217,9 +241,13 @@ def test_a_step_is_the_mean_over_all_tokens_and_clipped_once(parts, monkeypatch)
     give(monkeypatch, 1, 0)
     texts, _ = faq.draw(ROWS, replace(cfg, accumulation=2 * parts), 0, 1)
     right = sum(float(sft.loss(None, *part)) for part in texts) / tokens
-    assert total == pytest.approx(right) and sum(side.gradient for side in sides) == pytest.approx(right)
+    assert total == pytest.approx(right) and sum(side.gradient for side in sides) == pytest.approx(
+        right
+    )
     for side in sides:
-        assert side.clipped == [(parts, "parameters", 1.0)] and side.rates[0] == sft.learning_rate(cfg, 0)
+        assert side.clipped == [(parts, "parameters", 1.0)] and side.rates[0] == sft.learning_rate(
+            cfg, 0
+        )
 
 
 @pytest.mark.long

@@ -16,7 +16,14 @@ TINY = str(ROOT / "training/configs/llama_tiny.json")
 def test_mem_tracker_says_the_same(parity):
     cfg = memory.Config(TINY, precision="bf16")
     ours, theirs = memory.exact(cfg)["peak"], bench.by_mem_tracker(cfg)
-    parity("Memory", "memory.exact, peak in MB", "torch MemTracker", ours / 1e6, theirs / 1e6, atol=0.001)
+    parity(
+        "Memory",
+        "memory.exact, peak in MB",
+        "torch MemTracker",
+        ours / 1e6,
+        theirs / 1e6,
+        atol=0.001,
+    )
 
 
 def test_command(tmp_path):

@@ -82,8 +82,12 @@ def worker(folder):
     mixed = nn.Linear(3, 2)
     ddp.DataParallel(mixed)
     found["begins"] = mixed.weight.tolist()
-    cfg = replace(CFG, out=folder, steps=5, save_every=3)  # the resumed run has a step whose loss the optimizer moved
-    found["whole"], found["resumed"] = ddp.worker(cfg), ddp.worker(replace(cfg, resume=True, save_every=0))
+    # The resumed run has a step whose loss the optimizer moved
+    cfg = replace(CFG, out=folder, steps=5, save_every=3)
+    found["whole"], found["resumed"] = (
+        ddp.worker(cfg),
+        ddp.worker(replace(cfg, resume=True, save_every=0)),
+    )
     return found
 
 
@@ -154,7 +158,11 @@ def scene(cfg):
         raise ZeroDivisionError
     if cfg in ("refuse", "crash"):
         dist.barrier()  # would wait for the other one for ever
-    seen = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "threads": torch.get_num_threads()}
+    seen = {
+        "rank": dist.get_rank(),
+        "ranks": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
+    }
     return seen | {"folder": os.getcwd(), "word": os.environ.get("A_WORD"), "process": os.getpid()}
 
 
@@ -202,7 +210,14 @@ def test_ranks_can_be_started_by_a_fork(tmp_path):
 def test_torchrun_reports_our_line(tmp_path):
     """A flag that cannot be meant: our line once, and again as the cause in the report that torchrun adds."""
     torchrun = str(Path(sys.executable).parent / "torchrun")
-    command = [torchrun, "--nproc_per_node", "1", "--master_port", str(29900 + os.getpid() % 90), "training/ddp.py"]
+    command = [
+        torchrun,
+        "--nproc_per_node",
+        "1",
+        "--master_port",
+        str(29900 + os.getpid() % 90),
+        "training/ddp.py",
+    ]
     command += ["--batch", "7", "--accumulate", "2", "--out", str(tmp_path / "x")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -222,7 +237,9 @@ def trap(find):
 
 
 def test_the_trap_of_different_modalities_is_there_and_can_be_mended():
-    with pytest.raises(Exception, match="finished reduction|[Tt]imed out|[Cc]onnection (closed|reset)"):
+    with pytest.raises(
+        Exception, match="finished reduction|[Tt]imed out|[Cc]onnection (closed|reset)"
+    ):
         ranks.launch(trap, False, 2, timedelta(seconds=8))
     first, second = ranks.launch(trap, True, 2, WAIT)
     assert first == second != 0
@@ -230,7 +247,9 @@ def test_the_trap_of_different_modalities_is_there_and_can_be_mended():
 
 def test_a_resumed_run_is_the_same_bit_for_bit(found):
     for row in found:
-        assert row["whole"]["losses"] == row["resumed"]["losses"] and len(row["whole"]["losses"]) == 5
+        assert (
+            row["whole"]["losses"] == row["resumed"]["losses"] and len(row["whole"]["losses"]) == 5
+        )
 
 
 def test_from_the_command(tmp_path):
@@ -245,13 +264,22 @@ def test_from_the_command(tmp_path):
 
 def test_bytes_sent_are_those_of_the_formula(found):
     row = found[0]["whole"]
-    assert row["held"]["gradients"] == row["held"]["weights"] - 2 * 8 * 4  # all but the rotary frequencies
-    assert row["sent"] == pytest.approx(2 * 2 / 3 * row["held"]["gradients"]) and len(row["buckets"]) > 3
+    # All but the rotary frequencies
+    assert row["held"]["gradients"] == row["held"]["weights"] - 2 * 8 * 4
+    assert (
+        row["sent"] == pytest.approx(2 * 2 / 3 * row["held"]["gradients"])
+        and len(row["buckets"]) > 3
+    )
 
 
 @pytest.mark.parametrize(
     "flags, said",
-    [(dict(batch=7), "--batch 7"), (dict(bucket=0.0), "--bucket"), (dict(width=9), "--width"), (dict(lr=0.0), "--lr")],
+    [
+        (dict(batch=7), "--batch 7"),
+        (dict(bucket=0.0), "--bucket"),
+        (dict(width=9), "--width"),
+        (dict(lr=0.0), "--lr"),
+    ],
 )
 def test_bad_input(flags, said, tmp_path):
     with pytest.raises(UserError, match=said):

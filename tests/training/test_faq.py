@@ -53,7 +53,9 @@ def tokenizer():
 def test_titles_split_a_page_and_markup_goes():
     [(question, answer)] = faq.pairs(TEXT, "-")  # the second only sends the reader elsewhere
     assert question == "What is `one`?"
-    assert answer == "It is One, see the site or two:\n\n    one()\n\nsmall title\n\n    More of it."
+    assert (
+        answer == "It is One, see the site or two:\n\n    one()\n\nsmall title\n\n    More of it."
+    )
 
 
 def test_every_manual_has_its_questions():
@@ -62,12 +64,19 @@ def test_every_manual_has_its_questions():
     assert len({question for _, question, _ in found}) == len(found)
     answers = {question: answer for _, question, answer in found}
     assert answers["Is Django stable?"].startswith("Yes, it's quite stable. Companies like Disqus")
-    assert answers["Can I use Django with a preexisting database?"] == "Yes. See Integrating with a legacy database."
+    assert (
+        answers["Can I use Django with a preexisting database?"]
+        == "Yes. See Integrating with a legacy database."
+    )
     assert answers["Does Celery support Windows?"].startswith("No.")
-    assert answers["How can I make a blank request?"].startswith("from scrapy import Request\n\n    blank_request")
+    assert answers["How can I make a blank request?"].startswith(
+        "from scrapy import Request\n\n    blank_request"
+    )
     assert "Why won't my periodic task run?" not in answers  # "See Why won't my Task run?."
     for answer in answers.values():
-        assert not any(mark in answer for mark in ("::\n", "`_ ", "`_.", ":ref:", ":class:", "\n.. "))
+        assert not any(
+            mark in answer for mark in ("::\n", "`_ ", "`_.", ":ref:", ":class:", "\n.. ")
+        )
 
 
 def test_the_answer_and_its_end_are_learned_and_nothing_else(tokenizer):
@@ -102,7 +111,8 @@ def test_what_is_longer_is_cut_and_said(tokenizer, capsys):
     longer = sum(len(ids) > 64 for ids, _ in whole)
     left_out = len(whole) - len(learn) - len(held_out)
     assert (
-        said == f"--length 64: {longer} of {len(whole)} conversations are longer and are cut, {left_out} are left out\n"
+        said
+        == f"--length 64: {longer} of {len(whole)} conversations are longer and are cut, {left_out} are left out\n"
     )
     assert longer > 50 and max(len(ids) for ids, _ in learn + held_out) == 64
     short = [row for row in whole if len(row[0]) <= 64]
@@ -121,7 +131,8 @@ def test_padding_is_masked_and_its_labels_too():
     ids, mask, labels = faq.pad([([5, 6, 7], [-100, 6, 7]), ([8], [8])], ending=1)
     assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
-    assert faq.learned([-100, 6, 7]) == 2 and faq.learned([8]) == 0  # nothing comes before the first
+    # Nothing comes before the first
+    assert faq.learned([-100, 6, 7]) == 2 and faq.learned([8]) == 0
 
 
 def test_a_row_means_the_same_alone_and_among_longer_ones():
@@ -146,7 +157,9 @@ def test_texts_of_a_step_are_dealt_out_once(accumulation, monkeypatch):
 
     (first, tokens), (second, same) = deal(0, 2), deal(1, 2)
     whole, total = deal(0, 1, accumulation=2 * accumulation)
-    assert [part for pair in zip(first, second) for part in pair] == whole and len(whole) == 2 * accumulation
+    assert [part for pair in zip(first, second) for part in pair] == whole and len(
+        whole
+    ) == 2 * accumulation
     learned = sum(sum(x != 1 for x in row) - 1 for part in whole for row in part)
     assert tokens == same == total == learned
     assert deal(0, 2, step=5)[0] != first and deal(0, 2, seed=1)[0] != first

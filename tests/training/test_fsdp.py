@@ -51,7 +51,9 @@ def torn(whole):
     optimizer = torch.optim.AdamW(model.parameters(), CFG.lr)
     list(fsdp.train(model, optimizer, tiny.corpus(), CFG))
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-    return float((embedding.full_tensor() - head.full_tensor()).detach().abs().max()), len(list(model.parameters()))
+    return float((embedding.full_tensor() - head.full_tensor()).detach().abs().max()), len(
+        list(model.parameters())
+    )
 
 
 def attempt(whole):
@@ -68,8 +70,12 @@ def worker(folder):
         ls, ws = together(replace(CFG, wrap=wrap))
         apart = max(float((ws[name] - weights[name]).detach().abs().max()) for name in ws)
         found[wrap] = max(abs(a - b) for a, b in zip(ls, losses)), apart
-    cfg = replace(CFG, out=f"{folder}/full", steps=5, save_every=3)  # the last loss is one that the optimizer moved
-    found["whole"], found["again"] = fsdp.worker(cfg), fsdp.worker(replace(cfg, resume=True, save_every=0))
+    # The last loss is one that the optimizer moved
+    cfg = replace(CFG, out=f"{folder}/full", steps=5, save_every=3)
+    found["whole"], found["again"] = (
+        fsdp.worker(cfg),
+        fsdp.worker(replace(cfg, resume=True, save_every=0)),
+    )
     found["lora"] = fsdp.worker(replace(CFG, out=f"{folder}/lora", method="lora"))
     found["bf16"] = fsdp.worker(replace(CFG, out=f"{folder}/bf16", bf16=True))
     found["tied"], found["torn"] = attempt(True), attempt(False)
@@ -97,7 +103,9 @@ def test_two_ranks_are_one_process(parity, found, wrap):
     for row in found:
         losses, weights = row[wrap]
         parity("FSDP", f"fsdp.shard, {wrap}, losses", "one process, AdamW", losses, 0.0, atol=1e-7)
-        parity("FSDP", f"fsdp.shard, {wrap}, weights", "one process, AdamW", weights, 0.0, atol=1e-12)
+        parity(
+            "FSDP", f"fsdp.shard, {wrap}, weights", "one process, AdamW", weights, 0.0, atol=1e-12
+        )
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(found):
@@ -145,7 +153,9 @@ def test_the_adapter_loads_with_peft_and_names_its_base(found, folder):
     moved = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert moved and all(float(p.detach().abs().max()) > 0 for p in moved)
     losses = found[0]["lora"]["losses"]
-    held = tiny.loss(model, tiny.batch(tiny.corpus(), 0, CFG.steps - 1, CFG.batch, CFG.length)).item()
+    held = tiny.loss(
+        model, tiny.batch(tiny.corpus(), 0, CFG.steps - 1, CFG.batch, CFG.length)
+    ).item()
     assert held < losses[-1]  # the texts of the last step, after it
 
 
@@ -155,11 +165,18 @@ def test_bytes(found):
         assert sum(row["whole"]["held"].values()) == pytest.approx(16 * psi / 2, rel=0.01)
         assert row["whole"]["sent"]["reduce_scatter"] == pytest.approx(0.5 * 4 * psi, rel=0.01)
         assert row["bf16"]["held"] == row["whole"]["held"]  # slices stay in fp32
-        assert row["bf16"]["sent"]["all_gather"] == pytest.approx(row["whole"]["sent"]["all_gather"] / 2, rel=0.01)
-        assert row["bf16"]["sent"]["reduce_scatter"] == row["whole"]["sent"]["reduce_scatter"]  # gradients stay in fp32
-        layers = sum(4 * math.prod(shape) for name, shape, _ in row["whole"]["slices"] if ".layers." in name)
+        assert row["bf16"]["sent"]["all_gather"] == pytest.approx(
+            row["whole"]["sent"]["all_gather"] / 2, rel=0.01
+        )
+        # Gradients stay in fp32
+        assert row["bf16"]["sent"]["reduce_scatter"] == row["whole"]["sent"]["reduce_scatter"]
+        layers = sum(
+            4 * math.prod(shape) for name, shape, _ in row["whole"]["slices"] if ".layers." in name
+        )
         # layers are gathered twice, forward and backward; what is at the root once
-        assert row["whole"]["sent"]["all_gather"] == pytest.approx(0.5 * (4 * psi + layers), rel=0.01)
+        assert row["whole"]["sent"]["all_gather"] == pytest.approx(
+            0.5 * (4 * psi + layers), rel=0.01
+        )
         assert row["lora"]["held"]["weights"] > 3 * row["lora"]["held"]["optimizer"]
 
 
@@ -178,7 +195,12 @@ def test_the_trap_of_tied_weights_is_there_and_can_be_mended(found):
 def test_fp16_loses_small_gradients_and_scaling_brings_them_back():
     """The trap that bf16 has not: below 3e-8 fp16 rounds to zero."""
     grads = {}
-    for dtype, scale in ((torch.float32, 1), (torch.float16, 1), (torch.float16, 2**12), (torch.bfloat16, 1)):
+    for dtype, scale in (
+        (torch.float32, 1),
+        (torch.float16, 1),
+        (torch.float16, 2**12),
+        (torch.bfloat16, 1),
+    ):
         x = torch.full((4,), 1.0, dtype=dtype, requires_grad=True)
         (x * 1e-5).sum().mul(1e-3).mul(scale).backward()
         grads[dtype, scale] = x.grad.float() / scale
@@ -200,7 +222,12 @@ def test_a_damaged_checkpoint_is_refused(found, folder):
 
 
 @pytest.mark.parametrize(
-    "flags, said", [(dict(batch=7), "--batch 7"), (dict(width=9), "--width"), (dict(resume=True), "no checkpoint")]
+    "flags, said",
+    [
+        (dict(batch=7), "--batch 7"),
+        (dict(width=9), "--width"),
+        (dict(resume=True), "no checkpoint"),
+    ],
 )
 def test_bad_input(flags, said, tmp_path):
     with pytest.raises(UserError, match=said):

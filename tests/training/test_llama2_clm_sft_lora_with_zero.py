@@ -26,7 +26,8 @@ from utils import checkpoint, pretrained, run
 
 TIME = timedelta(seconds=60)  # a deadlock ends here
 IDS = torch.arange(2, 34).reshape(2, 16)
-RUNS = {  # what two ranks do, one after the other; the first two are counted: what is left of others would count
+# What two ranks do, one after the other; the first two are counted: what is left of others would count
+RUNS = {
     "stage 2": {"zero_stage": 2, "tensorboard": True},
     "stage 3": {"zero_stage": 3, "save_every": 2},
     "stage 1": {"zero_stage": 1},
@@ -74,13 +75,17 @@ def jobs(cfg):
                 save_file({"logits": logits.clone()}, f"{cfg.out}/{name}/logits.safetensors")
             states = getattr(engine.optimizer, "optimizer", engine.optimizer).state.items()
             kept = {
-                f"{i} {k}": x for i, (p, state) in enumerate(states) for k, x in {"weight": p.detach(), **state}.items()
+                f"{i} {k}": x
+                for i, (p, state) in enumerate(states)
+                for k, x in {"weight": p.detach(), **state}.items()
             }
             digests[name] = checkpoint.digest({k: x.contiguous() for k, x in kept.items()}, "")
             return real_whole(engine)
 
         sft.whole = whole
-        found[name] = sft.worker(replace(cfg, out=f"{cfg.out}/{name}", **kw)) | {"optimizer": digests[name]}
+        found[name] = sft.worker(replace(cfg, out=f"{cfg.out}/{name}", **kw)) | {
+            "optimizer": digests[name]
+        }
 
     def dies(*args):
         calls.append(torch.is_grad_enabled())
@@ -102,7 +107,12 @@ def jobs(cfg):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     dist.barrier()
-    for name, kw in (("damaged", {}), ("killed", {"lr": 1.0}), ("killed", {"zero_stage": 2}), ("nothing", {})):
+    for name, kw in (
+        ("damaged", {}),
+        ("killed", {"lr": 1.0}),
+        ("killed", {"zero_stage": 2}),
+        ("nothing", {}),
+    ):
         try:
             go(name, **RUNS["stage 3"] | kw, resume=True)
         except run.UserError as error:
@@ -135,7 +145,11 @@ def plain(cfg):
         optimizer.zero_grad()
         losses.append(value.item())
     dist.destroy_process_group()
-    return torch.tensor(losses), {n.replace(".default", ""): p.detach() for n, p in moving.items()}, before
+    return (
+        torch.tensor(losses),
+        {n.replace(".default", ""): p.detach() for n, p in moving.items()},
+        before,
+    )
 
 
 def adapter(cfg, name):
@@ -153,7 +167,14 @@ def test_every_stage_learns_what_plain_torch_learns(name, cfg, two, plain, parit
         losses,
         torch.tensor(two[0][name]["losses"]),
     )
-    parity("Fine-tuning with ZeRO", f"plain loop, weights, {name}", "deepspeed", weights, adapter(cfg, name), atol=1e-4)
+    parity(
+        "Fine-tuning with ZeRO",
+        f"plain loop, weights, {name}",
+        "deepspeed",
+        weights,
+        adapter(cfg, name),
+        atol=1e-4,
+    )
     assert two[0][name]["losses"] == two[1][name]["losses"] and losses[-1] < losses[0] - 0.01
     assert two[0][name]["before"] == pytest.approx(before, rel=1e-5)
 
@@ -161,7 +182,9 @@ def test_every_stage_learns_what_plain_torch_learns(name, cfg, two, plain, parit
 @pytest.mark.long
 def test_stage_0_in_bf16_counts_its_steps_as_the_others_do(two):
     """DeepSpeed begins it with a step of zeros; left in AdamW's count, it makes the first steps a quarter shorter."""
-    assert two[0]["stage 0, bf16"]["losses"] == pytest.approx(two[0]["stage 2, bf16"]["losses"], abs=2e-4)
+    assert two[0]["stage 0, bf16"]["losses"] == pytest.approx(
+        two[0]["stage 2, bf16"]["losses"], abs=2e-4
+    )
 
 
 @pytest.mark.long
@@ -172,7 +195,9 @@ def test_adapter_and_model_load_without_deepspeed(cfg, two):
     load = {
         "stage 2": lambda folder: PeftModel.from_pretrained(base(), f"{folder}/adapter"),
         "stage 3": lambda folder: PeftModel.from_pretrained(base(), f"{folder}/adapter"),
-        "full": lambda folder: LlamaForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32),
+        "full": lambda folder: LlamaForCausalLM.from_pretrained(
+            f"{folder}/model", dtype=torch.float32
+        ),
     }
     before = base()(input_ids=IDS).logits
     for name in load:
@@ -210,7 +235,10 @@ def test_who_holds_what(cfg, two):
     """LoRA: stage 3 halves what lies still, and at its fullest moment holds more than stage 2 ever does."""
     held = {name: two[0][name]["held"] for name in ("stage 2", "stage 3")}
     _, model = pretrained.language_model(cfg.model)
-    base, small = 4 * sum(p.numel() for p in model.parameters()) / 2**20, 4 * two[0]["stage 2"]["trained"] / 2**20
+    base, small = (
+        4 * sum(p.numel() for p in model.parameters()) / 2**20,
+        4 * two[0]["stage 2"]["trained"] / 2**20,
+    )
     assert held["stage 2"]["weights"] == pytest.approx(base + small, rel=0.01)
     assert held["stage 2"]["gathered"] == held["stage 2"]["weights"]
     assert held["stage 3"]["weights"] == pytest.approx(base / 2, rel=0.05)
@@ -242,7 +270,9 @@ def test_the_loss_is_transformers_own(cfg, parity):
     rows, _ = faq.conversations(tokenizer, cfg.length)
     ids, mask, labels = faq.pad(rows[:3], tokenizer.eos_token_id)
     mine = sft.loss(model, ids, mask, labels)
-    theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss * sum(faq.learned(r[1]) for r in rows[:3])
+    theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss * sum(
+        faq.learned(r[1]) for r in rows[:3]
+    )
     moving = [p for p in model.parameters() if p.requires_grad]
     a, b = (list(torch.autograd.grad(x, moving)) for x in (mine, theirs))
     parity("Fine-tuning with ZeRO", "loss", "transformers", mine / 100, theirs / 100)
@@ -261,11 +291,21 @@ def test_deepspeed_torchrun_and_python_learn_the_same(cfg, two):
         "two": [here / "deepspeed", "--master_port", str(port + 1), "--num_gpus", "2"],
         "torchrun": [here / "torchrun", "--master_port", str(port + 2), "--nproc_per_node", "2"],
     }
-    flags = "--steps 4 --batch 2 --length 64 --lr 1e-2 --precision fp32".split() + ["--model", cfg.model]
+    flags = "--steps 4 --batch 2 --length 64 --lr 1e-2 --precision fp32".split() + [
+        "--model",
+        cfg.model,
+    ]
     env, running = os.environ | {"PYTHONPATH": str(ROOT)}, {}
     for name, command in starts.items():
         more = ["--accumulation", "2"] if name == "one" else []
-        words = [*command, "training/llama2_clm_sft_lora_with_zero.py", *flags, *more, "--out", f"{cfg.out}/{name}"]
+        words = [
+            *command,
+            "training/llama2_clm_sft_lora_with_zero.py",
+            *flags,
+            *more,
+            "--out",
+            f"{cfg.out}/{name}",
+        ]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running[name] = subprocess.Popen(words, cwd=ROOT, env=env, **pipe)
     for name, process in running.items():
@@ -285,7 +325,9 @@ def test_deepspeed_torchrun_and_python_learn_the_same(cfg, two):
         for weight, p in names["model"].named_parameters():
             if "lora" not in weight:
                 p.data = p.data.bfloat16().float()  # as the run has read them
-        torch.testing.assert_close(names["model"].float()(input_ids=IDS).logits, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            names["model"].float()(input_ids=IDS).logits, logits, atol=1e-4, rtol=1e-4
+        )
         assert names["tokenizer"].chat_template
         files = {p.name for p in Path(cfg.out, name).iterdir()}
         assert files >= {"adapter", "config.json", "held.png", "losses.json", "metrics.json"}
@@ -297,10 +339,19 @@ def test_deepspeed_torchrun_and_python_learn_the_same(cfg, two):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ({"zero_optimisation": {"stage": 2}}, "no 'zero_optimisation', perhaps you mean 'zero_optimization'"),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            "no 'zero_optimisation', perhaps you mean 'zero_optimization'",
+        ),
         ({"gradient_acumulation_steps": 2}, "perhaps you mean 'gradient_accumulation_steps'"),
-        ({"zero_optimization": {"stage": 2, "reduce_buket_size": 9}}, "perhaps you mean 'reduce_bucket_size'"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"pin_memry": True}}}, "perhaps you mean 'pin_memory'"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_buket_size": 9}},
+            "perhaps you mean 'reduce_bucket_size'",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"pin_memry": True}}},
+            "perhaps you mean 'pin_memory'",
+        ),
         ({"activation_checkpointing": {"profil": True}}, "perhaps you mean 'profile'"),
         ({"zero_optimization": {"stage": 7}}, "stage: Input should be"),
         ({"zero_optimization": True}, "zero_optimization is {...}"),
@@ -317,16 +368,23 @@ def test_a_wrong_configuration_is_named(content, said, tmp_path):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(run.UserError) as error:
         zero_config.read(sft.Config(config=str(path)))
-    assert said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    )
 
 
 def test_our_own_configurations_are_read_and_filled():
     for stage in (0, 1, 2, 3):
         config = zero_config.read(sft.Config(zero_stage=stage, accumulation=3))
-        assert config["zero_optimization"]["stage"] == stage and config["gradient_accumulation_steps"] == 3
+        assert (
+            config["zero_optimization"]["stage"] == stage
+            and config["gradient_accumulation_steps"] == 3
+        )
     zero = zero_config.read(sft.Config(zero_stage=3, offload="optimizer"))["zero_optimization"]
     assert (zero["offload_optimizer"]["device"], zero["offload_param"]["device"]) == ("cpu", "none")
-    assert not any("auto" in json.dumps(zero_config.read(sft.Config(zero_stage=s))) for s in (0, 1, 2, 3))
+    assert not any(
+        "auto" in json.dumps(zero_config.read(sft.Config(zero_stage=s))) for s in (0, 1, 2, 3)
+    )
     assert sorted(p.name for p in zero_config.CONFIGS.glob("zero*.json")) == [
         "zero0.json", "zero1.json", "zero2.json", "zero2_offload.json", "zero3.json", "zero3_offload.json",
     ]  # fmt: skip
@@ -360,7 +418,8 @@ def test_the_learning_rate_is_the_library_s(parity):
         schedule.step()
     ours = [sft.learning_rate(cfg, step) for step in range(40)]
     assert ours[4:] == pytest.approx(theirs[4:])
-    assert ours[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])  # ours does not waste the first step on zero
+    # Ours does not waste the first step on zero
+    assert ours[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
 class Engine:
@@ -403,7 +462,9 @@ def test_a_step_is_the_mean_over_all_tokens(parts, monkeypatch):
     give(monkeypatch, 1, 0)
     texts, _ = faq.draw(ROWS, replace(cfg, accumulation=2 * parts), 0, 1)
     right = sum(float(sft.loss(None, *part)) for part in texts) / tokens
-    assert total == pytest.approx(right) and sum(e.gradient for e in engines) == pytest.approx(right)
+    assert total == pytest.approx(right) and sum(e.gradient for e in engines) == pytest.approx(
+        right
+    )
     assert engines[0].rates == [sft.learning_rate(cfg, 0)] * parts and engines[0].seen == parts
 
 
@@ -417,7 +478,10 @@ def test_held_out_texts_are_scored_once(monkeypatch):
             monkeypatch.setattr(sft, "add", lambda *values: sums.append(values) or (1.0, 1.0))
             sft.score(model, ROWS, 3, 1)
         totals = [sum(x) for x in zip(*sums)]
-        assert totals == [sum(len(ids) ** 2 for ids, _ in ROWS), sum(len(ids) - 1 for ids, _ in ROWS)]
+        assert totals == [
+            sum(len(ids) ** 2 for ids, _ in ROWS),
+            sum(len(ids) - 1 for ids, _ in ROWS),
+        ]
     assert model.training
 
 
@@ -428,7 +492,8 @@ def test_more_positions_than_the_model_knows_are_refused(cfg):
 
 def test_a_configuration_in_another_encoding_is_one_line(tmp_path):
     path = tmp_path / "config.json"
-    path.write_bytes(b'\xef\xbb\xbf{"gradient_clipping": 1.0}')  # a byte order mark is none of our business
+    # a byte order mark is none of our business
+    path.write_bytes(b'\xef\xbb\xbf{"gradient_clipping": 1.0}')
     assert zero_config.read(sft.Config(config=str(path)))["gradient_clipping"] == 1.0
     path.write_bytes('{"größe": 1}'.encode("latin-1"))
     with pytest.raises(run.UserError, match="is not UTF-8"):
@@ -449,7 +514,9 @@ def test_wrong_flags(flags, said, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags", [{"zero_stage": 1, "offload": "optimizer"}, {"offload": "parameters"}])
+@pytest.mark.parametrize(
+    "flags", [{"zero_stage": 1, "offload": "optimizer"}, {"offload": "parameters"}]
+)
 def test_offload_needs_its_stage(flags):
     with pytest.raises(run.UserError, match="--zero-stage"):
         zero_config.read(replace(sft.Config(), **flags))

@@ -42,7 +42,15 @@ def save_and_die(root, step, death):
 
         def operation(event, _=None):
             nonlocal operations
-            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "fsync"):
+            if event in (
+                "open",
+                "os.mkdir",
+                "os.rename",
+                "os.remove",
+                "os.rmdir",
+                "os.scandir",
+                "fsync",
+            ):
                 if operations == death:
                     os.kill(os.getpid(), signal.SIGKILL)
                 operations += 1
@@ -73,7 +81,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_no_litter_after_a_restart(tmp_path):
-    (tmp_path / ".latest").write_text("step")  # of a process that was killed between two system calls
+    # Of a process that was killed between two system calls
+    (tmp_path / ".latest").write_text("step")
     manifest.save(tmp_path, 1, put(1))
     (tmp_path / "step2").mkdir()
     manifest.save(tmp_path, 2, put(2))

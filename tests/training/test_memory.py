@@ -35,7 +35,12 @@ def small(tmp_path):
 
 def llama_like(name):
     config = presets.configuration(name)
-    shape = config.vocab_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size
+    shape = (
+        config.vocab_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.intermediate_size,
+    )
     return config, shape
 
 
@@ -51,7 +56,9 @@ def test_parameters_by_formula_are_those_of_the_model(name, published):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     heads = dict(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads)
-    ours = formulas.parameters(*shape, **heads, tied=config.tie_word_embeddings, bias=name.startswith("qwen"))
+    ours = formulas.parameters(
+        *shape, **heads, tied=config.tie_word_embeddings, bias=name.startswith("qwen")
+    )
     assert ours == sum(p.numel() for p in model.parameters()) == published
 
 
@@ -97,19 +104,30 @@ def test_activations_are_what_autograd_saves(parity, attention, dtype, checkpoin
     B, S = 2, 16
     ids = torch.randint(0, 1000, (B, S))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        F.cross_entropy(model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1), ids.flatten())
+        F.cross_entropy(
+            model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1), ids.flatten()
+        )
     e = 4 if dtype == torch.float32 else 2
     ours = formulas.activations(1000, 64, 3, 176, 8, 4, B, S, e, attention, checkpointing)
     found = sum(storage.nbytes() for storage in seen.values())
-    if checkpointing:  # the rotary table is kept as well, but by the function to call again and not by autograd
+    # The rotary table is kept as well, but by the function to call again and not by autograd
+    if checkpointing:
         found += ours["rotary"]
     assert sum(ours.values()) == found
     kind = f"{attention}, {'fp32' if e == 4 else 'bf16'}{', checkpointed' if checkpointing else ''}"
-    parity("Memory", f"formulas.activations, {kind}", "saved_tensors_hooks", sum(ours.values()), found, atol=0)
+    parity(
+        "Memory",
+        f"formulas.activations, {kind}",
+        "saved_tensors_hooks",
+        sum(ours.values()),
+        found,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize(
-    "stage, offload", [(2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")]
+    "stage, offload",
+    [(2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters")],
 )
 def test_deepspeed_says_the_same(parity, stage, offload):
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
@@ -122,7 +140,14 @@ def test_deepspeed_says_the_same(parity, stage, offload):
         flags = dict(cpu_offload=offload != "none", cpu_offload_params=offload == "parameters")
         _, theirs, _ = estimate_zero3_model_states_mem_needs(total, big, n, 1, **flags)
     ours = formulas.deepspeed_estimate(total, big, stage, n, offload)
-    parity("Memory", f"deepspeed_estimate, stage {stage}, offload {offload}", "deepspeed", ours, theirs, atol=0)
+    parity(
+        "Memory",
+        f"deepspeed_estimate, stage {stage}, offload {offload}",
+        "deepspeed",
+        ours,
+        theirs,
+        atol=0,
+    )
 
 
 LORA = dict(precision="bf16", method="lora")
@@ -138,7 +163,9 @@ CASES = {
     "full, ZeRO-1 of 4": dict(zero=1, world_size=4),
     "full, ZeRO-2 of 4": dict(zero=2, world_size=4),
     "full, ZeRO-3 of 4": dict(zero=3, world_size=4),
-    "lora, ZeRO-3 of 4, checkpointed": dict(zero=3, world_size=4, method="lora", checkpointing=True),
+    "lora, ZeRO-3 of 4, checkpointed": dict(
+        zero=3, world_size=4, method="lora", checkpointing=True
+    ),
 }
 
 
@@ -162,11 +189,19 @@ def test_the_parts_are_those_of_the_paper(small):
         assert found[name] == pytest.approx(bytes_each * part, rel=0.01)
     assert sum(found["at_peak"].values()) == found["peak"]
     plain = memory.exact(small)
-    assert (plain["weights"], plain["optimizer"]) == pytest.approx([2 * 4 * part, 12 * 4 * part], rel=0.01)
+    assert (plain["weights"], plain["optimizer"]) == pytest.approx(
+        [2 * 4 * part, 12 * 4 * part], rel=0.01
+    )
 
 
 def test_textbook_and_exact_agree_where_they_speak_of_the_same(small):
-    for flags in ({}, dict(zero=2, world_size=4), dict(precision="fp32"), LORA, LORA | {"method": "qlora"}):
+    for flags in (
+        {},
+        dict(zero=2, world_size=4),
+        dict(precision="fp32"),
+        LORA,
+        LORA | {"method": "qlora"},
+    ):
         cfg = replace(small, **flags)
         found = memory.exact(cfg)
         book = memory.textbook(cfg, found)
@@ -174,7 +209,9 @@ def test_textbook_and_exact_agree_where_they_speak_of_the_same(small):
             assert book[name] == pytest.approx(found[name], rel=0.02), (flags, name)
     cfg = replace(small, precision="bf16")
     found = memory.exact(cfg)
-    assert memory.textbook(cfg, found)["activations"] == pytest.approx(found["activations"], rel=0.02)
+    assert memory.textbook(cfg, found)["activations"] == pytest.approx(
+        found["activations"], rel=0.02
+    )
 
 
 def test_offload_and_checkpointing_take_away_what_they_should(small):
@@ -190,7 +227,9 @@ def test_lora_stays_out_of_the_eye():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model("llava", vision_config=VISION, text_config=SMALL, image_token_index=999)
+    config = AutoConfig.for_model(
+        "llava", vision_config=VISION, text_config=SMALL, image_token_index=999
+    )
     with FakeTensorMode():
         model = presets.build(Config(method="lora"), config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -229,7 +268,14 @@ def test_json_is_one_object_in_bytes(tmp_path):
     line = ["training/memory.py", "--model", str(path), "--json"]
     done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    assert {"parameters", "weights", "gradients", "optimizer", "activations", "peak"} <= found.keys()
+    assert {
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "peak",
+    } <= found.keys()
     assert found["parameters"] == formulas.parameters(1000, 64, 3, 176, 8, 4)
 
 
@@ -270,7 +316,12 @@ def write(tmp_path, values):
 
 @pytest.mark.parametrize("select, places", [("default", 4), ("full", 5)])
 def test_a_picture_takes_the_places_that_its_tower_gives(select, places, tmp_path):
-    values = {"model_type": "llava", "vision_config": VISION, "text_config": SMALL, "image_token_index": 999}
+    values = {
+        "model_type": "llava",
+        "vision_config": VISION,
+        "text_config": SMALL,
+        "image_token_index": 999,
+    }
     cfg = write(tmp_path, values | {"vision_feature_select_strategy": select})
     assert presets.places(presets.configuration(cfg.model)) == places
     assert abs(memory.exact(cfg)["peak"] - memory.measured(cfg)) <= 32
@@ -278,7 +329,9 @@ def test_a_picture_takes_the_places_that_its_tower_gives(select, places, tmp_pat
         memory.allow(replace(cfg, seq_len=places))
 
 
-@pytest.mark.parametrize("kind", ["idefics3", "smolvlm", "llava_next", "internvl", "siglip", "gpt2", "opt", "idefics2"])
+@pytest.mark.parametrize(
+    "kind", ["idefics3", "smolvlm", "llava_next", "internvl", "siglip", "gpt2", "opt", "idefics2"]
+)
 def test_other_kinds_of_models_are_refused_in_one_line(kind, tmp_path):
     with pytest.raises(UserError) as error:
         memory.allow(write(tmp_path, {"model_type": kind}))
@@ -286,8 +339,12 @@ def test_other_kinds_of_models_are_refused_in_one_line(kind, tmp_path):
 
 
 def test_an_unknown_name_is_one_line_and_no_request(capfd, monkeypatch):
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(UserError, match="nonsense-7b is no preset, no folder and no hub id OWNER/NAME; presets are"):
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked")
+    )
+    with pytest.raises(
+        UserError, match="nonsense-7b is no preset, no folder and no hub id OWNER/NAME; presets are"
+    ):
         memory.main(Config("nonsense-7b"))
     with pytest.raises(UserError, match="do you mean llama2-7b?"):
         memory.main(Config("llama2-7B"))
@@ -314,13 +371,18 @@ def refused_or_as_written(path):
     config, written = presets.configuration(cfg.model), json.loads(path.read_text("utf-8-sig"))
     for key in presets.NEEDED:
         assert getattr(config, key) == written[key]
-    assert config.num_key_value_heads == written.get("num_key_value_heads", config.num_attention_heads)
+    assert config.num_key_value_heads == written.get(
+        "num_key_value_heads", config.num_attention_heads
+    )
     return config
 
 
 @pytest.mark.parametrize("way", ["damaged", "retyped"])
 def test_damaged_configurations(way, tmp_path):
-    path, values = tmp_path / "config.json", SMALL | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    path, values = (
+        tmp_path / "config.json",
+        SMALL | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+    )
     whole, read, built = json.dumps(values), 0, 0
     bad = fuzz.damaged(whole.encode(), 250) if way == "damaged" else fuzz.retyped(values, 250)
     for content in bad:
@@ -337,13 +399,18 @@ def test_damaged_configurations(way, tmp_path):
 def test_another_tower_is_refused(tmp_path):
     vision = {"model_type": "siglip_vision_model"}
     with pytest.raises(UserError, match="sees by a siglip_vision_model, not by CLIP"):
-        memory.allow(write(tmp_path, {"model_type": "llava", "vision_config": vision, "text_config": SMALL}))
+        memory.allow(
+            write(tmp_path, {"model_type": "llava", "vision_config": vision, "text_config": SMALL})
+        )
 
 
 def test_a_key_that_is_nearly_right_or_missing_is_named(tmp_path):
     for values, said in (
         (SMALL | {"num_key_value_head": 2}, "perhaps you mean 'num_key_value_heads'"),
-        ({k: v for k, v in SMALL.items() if k != "intermediate_size"}, "intermediate_size is missing"),
+        (
+            {k: v for k, v in SMALL.items() if k != "intermediate_size"},
+            "intermediate_size is missing",
+        ),
         (SMALL | {"num_key_value_heads": 3}, "8 heads cannot share 3"),
         (SMALL | {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; 1 to 500"),
         (SMALL | {"hidden_act": "silly"}, "no known hidden_act: silly"),

@@ -31,7 +31,8 @@ def part(model, rank=None):
 
 def write_down(order, module, inputs, output):
     """A hook: what a stage does, in order. (torch's own list, `pipeline_order`, counts the last stage's from one.)"""
-    i = sum(kind == "forward" for kind, _ in order) - 1  # -1: torch's first forward only finds the shapes out
+    # -1: torch's first forward only finds the shapes out
+    i = sum(kind == "forward" for kind, _ in order) - 1
     order.append(("forward", i))
     output.register_hook(lambda _: order.append(("backward", i)))
 
@@ -50,7 +51,12 @@ def worker(_):
         module = part(model)
         watch = pipeline.Watch(module, PACE)
         value = pipeline.execute(schedule(rank, P, M), module, *parts, lanes, watch)
-        one = {"loss": value, "untied": gradients(module), "line": watch.line, "in flight": watch.most / watch.one}
+        one = {
+            "loss": value,
+            "untied": gradients(module),
+            "line": watch.line,
+            "in flight": watch.most / watch.one,
+        }
         one["left"] = len(watch.kept)
         pipeline.tie(module, ends)
         one["gradients"] = gradients(module)
@@ -101,14 +107,26 @@ def test_it_does_what_one_process_does(name, found, whole, parity):
     names = 0
     for rank, one in enumerate(found):
         theirs = {k: p.grad for k, p in pipeline.Stage(model, rank, P).named_parameters()}
-        parity("Pipeline", f"{name}, gradients", "transformers", tensors(one[name]["gradients"]), theirs)
+        parity(
+            "Pipeline",
+            f"{name}, gradients",
+            "transformers",
+            tensors(one[name]["gradients"]),
+            theirs,
+        )
         names += len(theirs)
     assert names == 4 * 9 + 1 + 2  # all layers once, the last norm, the words twice
 
 
 @pytest.mark.parametrize("name", pipeline.SCHEDULES)
 def test_it_does_what_torch_does(name, found, parity):
-    parity("Pipeline", f"{name}, loss", "torch pipelining", found[-1][name]["loss"], found[-1][name]["torch loss"])
+    parity(
+        "Pipeline",
+        f"{name}, loss",
+        "torch pipelining",
+        found[-1][name]["loss"],
+        found[-1][name]["torch loss"],
+    )
     for one in found:
         ours, theirs = tensors(one[name]["untied"]), tensors(one[name]["torch gradients"])
         parity("Pipeline", f"{name}, gradients", "torch pipelining", ours, theirs)
@@ -120,7 +138,9 @@ def test_tied_words_need_both_ends(found, whole):
     for rank, name in ((0, "words.weight"), (P - 1, "head.weight")):
         one = found[rank]["1f1b"]
         assert (torch.tensor(one["untied"][name]) - right).abs().max() > 1e-3
-        torch.testing.assert_close(torch.tensor(one["gradients"][name]), right, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(one["gradients"][name]), right, atol=1e-6, rtol=1e-5
+        )
 
 
 def test_the_order_is_torch_s(found):
@@ -142,7 +162,9 @@ def test_activations_are_let_go(name, found):
 @pytest.mark.parametrize("name", pipeline.SCHEDULES)
 def test_the_clocks_of_the_ranks(name, found):
     """Each rank keeps its pace, one action after the other; all together are no faster than the formula."""
-    times = {(r, kind, i): (b, e) for r, one in enumerate(found) for kind, i, b, e in one[name]["line"]}
+    times = {
+        (r, kind, i): (b, e) for r, one in enumerate(found) for kind, i, b, e in one[name]["line"]
+    }
     assert len(times) == P * M * 2
     for (_, kind, _), (begin, end) in times.items():
         assert end - begin >= PACE * pipeline.UNITS[kind] * 0.99
@@ -161,13 +183,22 @@ def test_the_plan_has_the_bubble_of_the_formula(schedule, stages, micro):
         actions = list(schedule(stage, stages, micro))
         assert [(kind, i) for kind, i, _, _ in line] == actions
         assert sorted(actions) == sorted((kind, i) for kind in pipeline.UNITS for i in range(micro))
-        assert all(actions.index(("forward", i)) < actions.index(("backward", i)) for i in range(micro))
-        assert pipeline.max_in_flight(actions) == (micro if schedule is pipeline.gpipe else min(stages - stage, micro))
+        assert all(
+            actions.index(("forward", i)) < actions.index(("backward", i)) for i in range(micro)
+        )
+        assert pipeline.max_in_flight(actions) == (
+            micro if schedule is pipeline.gpipe else min(stages - stage, micro)
+        )
 
 
 def test_a_slow_stage_makes_the_others_wait():
     """Two stages, the second three times as slow: it never waits but for the first forward; the first waits for it."""
-    cost = {(s, kind, i): (3 if s else 1) * u for s in (0, 1) for kind, u in pipeline.UNITS.items() for i in range(4)}
+    cost = {
+        (s, kind, i): (3 if s else 1) * u
+        for s in (0, 1)
+        for kind, u in pipeline.UNITS.items()
+        for i in range(4)
+    }
     lines = pipeline.simulate(pipeline.one_f_one_b, 2, 4, cost)
     assert lines[1][0][2] == 1 and lines[1][-1][3] == 1 + 4 * 9 and lines[0][-1][3] == 1 + 4 * 9 + 2
     assert pipeline.idle(lines) == pytest.approx(1 - (4 * 3 + 4 * 9) / (2 * 39))
@@ -176,7 +207,9 @@ def test_a_slow_stage_makes_the_others_wait():
 def test_an_order_that_cannot_end_is_found_out():
     def backward_first(stage, stages, micro):
         return (
-            reversed(list(pipeline.gpipe(stage, stages, micro))) if stage == 0 else pipeline.gpipe(stage, stages, micro)
+            reversed(list(pipeline.gpipe(stage, stages, micro)))
+            if stage == 0
+            else pipeline.gpipe(stage, stages, micro)
         )
 
     with pytest.raises(run.UserError, match="backward_first"):
@@ -193,7 +226,9 @@ def test_it_learns_what_one_process_learns(found):
         losses.append(value.item())
         optimizer.step()
     assert losses[-1] < losses[0] - 0.2
-    torch.testing.assert_close(torch.tensor(found[-1]["learned"]), torch.tensor(losses), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(found[-1]["learned"]), torch.tensor(losses), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "mistral"])
@@ -209,8 +244,15 @@ def test_other_models_are_refused_in_one_line(kind, monkeypatch):
 
 def test_bad_flags_are_refused_before_anything_is_written(found, tmp_path):
     for one in found:
-        assert one["layers"].startswith("2 layers cannot be dealt to 3 stages") and "--micro" in one["micro"]
-    for flags, says in (({"batch": 7}, "multiple"), ({"micro": 0}, "at least 1"), ({"pace": -1.0}, "--pace")):
+        assert (
+            one["layers"].startswith("2 layers cannot be dealt to 3 stages")
+            and "--micro" in one["micro"]
+        )
+    for flags, says in (
+        ({"batch": 7}, "multiple"),
+        ({"micro": 0}, "at least 1"),
+        ({"pace": -1.0}, "--pace"),
+    ):
         with pytest.raises(run.UserError, match=says):
             pipeline.main(pipeline.Config(out=str(tmp_path / "x"), **flags))
     assert not (tmp_path / "x").exists()

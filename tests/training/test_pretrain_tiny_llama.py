@@ -27,7 +27,17 @@ def few_pages(monkeypatch):
 
 
 def config(folder, **more):
-    flags = dict(steps=6, batch=4, length=16, vocabulary=400, width=64, layers=1, order=2, save_every=3, bf16=False)
+    flags = dict(
+        steps=6,
+        batch=4,
+        length=16,
+        vocabulary=400,
+        width=64,
+        layers=1,
+        order=2,
+        save_every=3,
+        bf16=False,
+    )
     return tiny.Config(**flags | {"out": str(folder)} | more)
 
 
@@ -54,7 +64,9 @@ def runs(tmp_path_factory):
         tiny.tokens(cfg)
     given = config(folders["two"]), config(folders["moved"], resume=True)
     found = ranks.launch(on_two_ranks, given, 2, timeout=timedelta(seconds=60))
-    return SimpleNamespace(**folders, ranks=found, loss=metrics["final_loss"], bits=metrics["bits_per_byte"])
+    return SimpleNamespace(
+        **folders, ranks=found, loss=metrics["final_loss"], bits=metrics["bits_per_byte"]
+    )
 
 
 def broken_off(cfg):
@@ -74,7 +86,11 @@ def on_two_ranks(given):
     """A run from the start, one from the middle, and the mean gradient of one batch by us and by DDP."""
     fresh, resumed = given
     whole = tiny.worker(fresh)
-    found = {"loss": whole["losses"], "scores": whole["scores"], "resumed": tiny.worker(resumed)["losses"]}
+    found = {
+        "loss": whole["losses"],
+        "scores": whole["scores"],
+        "resumed": tiny.worker(resumed)["losses"],
+    }
     ids, _ = tiny.tokens(fresh)
     pieces = tiny.draw(ids["learn"], fresh, 0).chunk(2)[dist.get_rank()]
     for name in ("ours", "ddp"):
@@ -90,7 +106,9 @@ def on_two_ranks(given):
 def test_two_ranks_average_as_ddp_does(runs, parity):
     for found in runs.ranks:
         ours, theirs = ({k: torch.tensor(v) for k, v in found[x].items()} for x in ("ours", "ddp"))
-        parity("Pretraining", "average, gradients", "DistributedDataParallel", ours, theirs, atol=1e-6)
+        parity(
+            "Pretraining", "average, gradients", "DistributedDataParallel", ours, theirs, atol=1e-6
+        )
 
 
 def test_two_ranks_learn_what_one_does(runs):
@@ -111,7 +129,9 @@ def test_pages_to_learn_are_what_is_read(runs):
 
 def test_the_tokenizer_never_saw_a_page_held_out(tmp_path, monkeypatch):
     real, seen = tiny.learn_tokens, []
-    monkeypatch.setattr(tiny, "learn_tokens", lambda texts, size: seen.append(texts) or real(texts, size))
+    monkeypatch.setattr(
+        tiny, "learn_tokens", lambda texts, size: seen.append(texts) or real(texts, size)
+    )
     tiny.tokens(config(tmp_path))
     assert seen == [tiny.split(PAGES)[0]]
 
@@ -158,12 +178,17 @@ def test_it_resumes_on_another_number_of_ranks(runs):
 def test_the_folder_is_an_ordinary_model(runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = (kind.from_pretrained(runs.whole / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(runs.whole / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     state = of_model(weights(runs.whole))
     for name, p in model.state_dict().items():
         assert torch.equal(p, state[f"state.model.{name}"])
     ids = tokenizer(text := "How do I paginate?\n\n   • a → b")["input_ids"]
-    assert tokenizer.decode(ids) == text and ids == tiny.tokens(config(runs.whole))[1][0].encode(text).ids
+    assert (
+        tokenizer.decode(ids) == text
+        and ids == tiny.tokens(config(runs.whole))[1][0].encode(text).ids
+    )
     for name in ("bits.png", "samples.txt", "metrics.json", "config.json"):
         assert (runs.whole / name).stat().st_size > 0
 
@@ -179,7 +204,9 @@ def test_it_learns(tmp_path):
 def by_hand(text, order, context, byte):
     """Interpolated Kneser-Ney of one text straight from its definition, with dictionaries."""
     padded = bytes(order) + text
-    grams = [Counter(padded[i - k : i + 1] for i in range(order, len(padded))) for k in range(order + 1)]
+    grams = [
+        Counter(padded[i - k : i + 1] for i in range(order, len(padded))) for k in range(order + 1)
+    ]
 
     def p(k):
         if k < 0:
@@ -189,7 +216,9 @@ def by_hand(text, order, context, byte):
         here = {g[-1]: n for g, n in counts.items() if g[:-1] == context[len(context) - k :]}
         if not here:
             return p(k - 1)
-        return (max(here.get(byte, 0) - discount, 0) + discount * len(here) * p(k - 1)) / sum(here.values())
+        return (max(here.get(byte, 0) - discount, 0) + discount * len(here) * p(k - 1)) / sum(
+            here.values()
+        )
 
     return p(order)
 
@@ -202,7 +231,10 @@ def test_ngrams_are_kneser_ney(order):
     grams = tiny.windows([" themy model"], order)
     ours = tiny.NGrams([TEXT], order).probability(grams, order)
     text = bytes(order) + b" themy model"
-    theirs = [by_hand(TEXT.encode(), order, text[i : i + order], text[i + order]) for i in range(len(grams))]
+    theirs = [
+        by_hand(TEXT.encode(), order, text[i : i + order], text[i + order])
+        for i in range(len(grams))
+    ]
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
@@ -210,7 +242,8 @@ def test_probabilities_sum_to_one():
     learn, held = tiny.split(PAGES)
     ngrams = tiny.NGrams(learn, 7)
     last = np.arange(256, dtype=np.uint64)
-    for gram in [*tiny.windows(held, 7)[::500], np.uint64(0), np.uint64(2**64 - 1)]:  # also contexts never seen
+    # Also contexts never seen
+    for gram in [*tiny.windows(held, 7)[::500], np.uint64(0), np.uint64(2**64 - 1)]:
         for order in range(8):
             p = ngrams.probability((gram & ~np.uint64(255)) | last, order)
             assert p.min() > 0 and p.sum() == pytest.approx(1, abs=1e-9)
@@ -224,7 +257,9 @@ def test_a_longer_ngram_of_the_same_counts_is_better_on_what_it_has_read():
 
 
 def test_pages_held_out_are_not_learned():
-    learn, held = tiny.split(pages := [(f"{p}/{i}", f"{p}{i}") for p in ("django", "celery") for i in range(400)])
+    learn, held = tiny.split(
+        pages := [(f"{p}/{i}", f"{p}{i}") for p in ("django", "celery") for i in range(400)]
+    )
     assert sorted(learn + held) == sorted(t for _, t in pages) and not set(learn) & set(held)
     assert len(held) == pytest.approx(25, abs=15)
     assert tiny.split(pages[::-1])[1] == held[::-1]  # the path alone decides
@@ -253,14 +288,20 @@ def test_flops_are_those_that_torch_counts(rows, length, parity):
         forward.get_total_flops() / 1.0,
     )
     ours = tiny.flops_per_token(model, length) * rows * length
-    assert ours == tiny.counted_flops(model, pieces) == 3 * tiny.forward_flops(model.config, rows, length)
+    assert (
+        ours
+        == tiny.counted_flops(model, pieces)
+        == 3 * tiny.forward_flops(model.config, rows, length)
+    )
 
 
 def test_losses_are_the_library_s(parity):
     model = tiny.llama(tiny.Config(width=64, vocabulary=300))
     pieces = torch.randint(300, (2, 17))
     theirs = model(input_ids=pieces, labels=pieces).loss
-    parity("Pretraining", "losses, mean", "LlamaForCausalLM", tiny.losses(model, pieces).mean(), theirs)
+    parity(
+        "Pretraining", "losses, mean", "LlamaForCausalLM", tiny.losses(model, pieces).mean(), theirs
+    )
 
 
 @pytest.mark.parametrize("length", [8, 9, 64])
@@ -270,8 +311,13 @@ def test_bits_count_every_token_once(length):
     for m in (2, 7, 8, 9, 40, 41, 130):
         ids = torch.cat([torch.tensor([0]), torch.randint(1, 30, (m - 1,))])
         ids[m // 2] = 0  # another page
-        blind = lambda input_ids, use_cache: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 32))  # noqa: E731
-        assert tiny.bits_per_byte(blind, ids, 10, cfg, CPU) == pytest.approx(5 * int((ids != 0).sum()) / 10)
+
+        def blind(input_ids, use_cache):
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 32))
+
+        assert tiny.bits_per_byte(blind, ids, 10, cfg, CPU) == pytest.approx(
+            5 * int((ids != 0).sum()) / 10
+        )
 
 
 def test_learning_rate_is_the_library_s_cosine(parity):
@@ -286,8 +332,15 @@ def test_learning_rate_is_the_library_s_cosine(parity):
         optimizer.step()
         schedule.step()
     ours = [tiny.learning_rate(cfg, i) for i in range(100)]
-    parity("Pretraining", "learning_rate, after warm-up", "get_cosine_schedule_with_warmup", ours[5:], theirs[5:])
-    assert ours[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])  # ours does not waste the first step on zero
+    parity(
+        "Pretraining",
+        "learning_rate, after warm-up",
+        "get_cosine_schedule_with_warmup",
+        ours[5:],
+        theirs[5:],
+    )
+    # Ours does not waste the first step on zero
+    assert ours[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_only_matrices_decay():

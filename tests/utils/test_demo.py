@@ -10,7 +10,12 @@ from utils.run import UserError
 
 
 def test_the_page_shows_every_result_with_its_command_and_asks_nobody_else():
-    text = demo.page([demo.section(r, i, "question: a < b\nwritten to x", 1.0) for i, r in enumerate(demo.RESULTS, 1)])
+    text = demo.page(
+        [
+            demo.section(r, i, "question: a < b\nwritten to x", 1.0)
+            for i, r in enumerate(demo.RESULTS, 1)
+        ]
+    )
     for i, result in enumerate(demo.RESULTS, 1):
         assert result.command.replace('"', "&quot;") in text and result.train in text
         assert not result.figure or f'src="{i}/{result.figure}"' in text
@@ -21,7 +26,9 @@ def test_the_page_shows_every_result_with_its_command_and_asks_nobody_else():
 
 def test_what_a_command_prints_is_shown_and_kept(tmp_path, capsys):
     (tmp_path / "say.py").write_text("import sys; print('hello', sys.argv[-1])", "utf-8")
-    said, seconds = demo.run(replace(demo.RESULTS[0], command=f"python {tmp_path}/say.py"), 1, tmp_path / "out")
+    said, seconds = demo.run(
+        replace(demo.RESULTS[0], command=f"python {tmp_path}/say.py"), 1, tmp_path / "out"
+    )
     assert said == f"hello {tmp_path}/out\n" and seconds > 0
     assert "[1/4]" in capsys.readouterr().out
 

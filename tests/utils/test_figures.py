@@ -16,8 +16,13 @@ def constant(*values, channels=1, size=4):
 def test_tile_places_every_picture_row_by_row():
     picture = figures.tile(constant(-1.0, 0.0, 1.0), columns=2, pad=2)
     assert picture.shape == (10, 10, 3) and picture.dtype == np.uint8
-    assert (picture[:4, :4] == 0).all() and (picture[:4, 6:] == 128).all() and (picture[6:, :4] == 255).all()
-    assert (picture[6:, 6:] == 255).all() and (picture[4:6] == 255).all()  # the empty place and the gap are ground
+    assert (
+        (picture[:4, :4] == 0).all()
+        and (picture[:4, 6:] == 128).all()
+        and (picture[6:, :4] == 255).all()
+    )
+    # The empty place and the gap are ground
+    assert (picture[6:, 6:] == 255).all() and (picture[4:6] == 255).all()
 
 
 def test_tile_scales_clamps_and_keeps_colours():
@@ -27,7 +32,10 @@ def test_tile_scales_clamps_and_keeps_colours():
 
 
 def test_tile_takes_half_precision_and_a_graph():
-    assert figures.tile(constant(1.0).bfloat16().clone().requires_grad_(), columns=1, pad=0).min() == 255
+    assert (
+        figures.tile(constant(1.0).bfloat16().clone().requires_grad_(), columns=1, pad=0).min()
+        == 255
+    )
 
 
 def test_grid_is_a_lossless_picture_of_the_tiles(tmp_path):
@@ -37,11 +45,15 @@ def test_grid_is_a_lossless_picture_of_the_tiles(tmp_path):
 
 
 def test_rows_and_curves_are_written_and_closed(tmp_path):
-    rows = figures.rows(tmp_path / "rows.png", {"black": constant(-1.0, -1.0), "white": constant(1.0)}, ["a", "b"])
+    rows = figures.rows(
+        tmp_path / "rows.png", {"black": constant(-1.0, -1.0), "white": constant(1.0)}, ["a", "b"]
+    )
     lines = {"a": [3, 2, 1], "b": ([1, 10, 100], [1, 2, 3])}
     curves = figures.curves(tmp_path / "curves.png", lines, "x", "y", log="x")
     codes = (torch.randn(100, 3), torch.arange(100) % 10)
-    panels = figures.panels(tmp_path / "panels.png", [{"map": torch.rand(9, 1, 4, 4), "codes": codes}])
+    panels = figures.panels(
+        tmp_path / "panels.png", [{"map": torch.rand(9, 1, 4, 4), "codes": codes}]
+    )
     for path in (rows, curves, panels):
         picture = np.asarray(Image.open(path).convert("L"))
         assert picture.size > 10_000 and picture.min() == 0 and picture.max() == 255
@@ -50,11 +62,15 @@ def test_rows_and_curves_are_written_and_closed(tmp_path):
 
 def test_show_draws_one_labelled_row_an_entry(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)
-    rows = {"black": constant(-1.0, 0.0, -1.0), "white": constant(1.0, 0.5)}  # the second row is shorter
+    # The second row is shorter
+    rows = {"black": constant(-1.0, 0.0, -1.0), "white": constant(1.0, 0.5)}
     figures.show(rows, ["a", "b", "c"], "title")
     axes = plt.gcf().axes
     assert len(axes) == 2 and [axis.get_ylabel() for axis in axes] == ["black", "white"]
-    assert [[label.get_text() for label in axis.get_xticklabels()] for axis in axes] == [["a", "b", "c"], []]
+    assert [[label.get_text() for label in axis.get_xticklabels()] for axis in axes] == [
+        ["a", "b", "c"],
+        [],
+    ]
     for axis, images in zip(axes, rows.values()):
         assert np.array_equal(axis.images[0].get_array(), figures.tile(images, 3))
     plt.close("all")

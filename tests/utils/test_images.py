@@ -14,14 +14,25 @@ from utils.run import UserError
 
 
 def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(width, depth, colour, row, clear=b""):
     """One row of a PNG by hand: Pillow writes neither 16 bits a colour nor 2 bits a grey."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
     transparent = chunk(b"tRNS", clear) if clear else b""
-    return b"\x89PNG\r\n\x1a\n" + head + transparent + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + transparent
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
 
 
 def saved(image, kind="TIFF", **options):
@@ -52,8 +63,13 @@ GREY = {  # black, mid-grey, white as files hold them
     "png 16 bits": png(3, 16, 0, struct.pack(">3H", 0, 128 * 257, 65535)),
     "png 16 bits, dark": (png(3, 16, 0, struct.pack(">3H", 0, 128, 255)), [0, 0, 1]),
     "png 16 bits, alpha": png(3, 16, 4, struct.pack(">6H", 0, 65535, 128 * 257, 65535, 9, 0)),
-    "png 16 bits, colours": png(3, 16, 2, struct.pack(">9H", *(v for v in (0, 128 * 257, 65535) for _ in "rgb"))),
-    "png 16 bits, one clear": (png(2, 16, 0, struct.pack(">2H", 7, 128 * 257), b"\0\7"), [255, 128]),
+    "png 16 bits, colours": png(
+        3, 16, 2, struct.pack(">9H", *(v for v in (0, 128 * 257, 65535) for _ in "rgb"))
+    ),
+    "png 16 bits, one clear": (
+        png(2, 16, 0, struct.pack(">2H", 7, 128 * 257), b"\0\7"),
+        [255, 128],
+    ),
     "png 2 bits": (png(4, 2, 0, b"\x1b"), [0, 85, 170, 255]),
     "png 2 bits, one clear": (png(4, 2, 0, b"\x1b", b"\0\1"), [0, 255, 170, 255]),
     "png 1 bit, black clear": (png(2, 1, 0, b"\x80", b"\0\0"), [255, 255]),
@@ -65,8 +81,12 @@ GREY = {  # black, mid-grey, white as files hold them
     "tiff float to 1": saved(array(np.float32, 0, 0.5, 1)),
     "tiff float to 255": saved(array(np.float32, 0, 128, 255)),
     "tiff float to 65535": saved(array(np.float32, 0, 128 * 257, 65535)),
-    "tiff cmyk": saved(Image.merge("CMYK", [*[Image.new("L", (3, 1))] * 3, array(np.uint8, 255, 127, 0)])),
-    "grey and alpha": saved(Image.merge("LA", [array(np.uint8, 0, 128, 9), array(np.uint8, 255, 255, 0)]), "PNG"),
+    "tiff cmyk": saved(
+        Image.merge("CMYK", [*[Image.new("L", (3, 1))] * 3, array(np.uint8, 255, 127, 0)])
+    ),
+    "grey and alpha": saved(
+        Image.merge("LA", [array(np.uint8, 0, 128, 9), array(np.uint8, 255, 255, 0)]), "PNG"
+    ),
     "one bit": (saved(Image.fromarray(np.array([[False, True]])), "PNG"), [0, 255]),
 }
 
@@ -96,12 +116,18 @@ def test_half_transparent_lies_on_white():
 
 @pytest.mark.parametrize(
     "values, reason",
-    [([0, np.nan], "not finite"), ([-1, 1], "negative values, down to -1"), ([0, 3.5], "values up to 3.5")],
+    [
+        ([0, np.nan], "not finite"),
+        ([-1, 1], "negative values, down to -1"),
+        ([0, 3.5], "values up to 3.5"),
+    ],
 )
 def test_values_of_unknown_range_are_refused(tmp_path, values, reason):
     path = tmp_path / "depth.tiff"
     array(np.float32, *values).save(path)
-    with pytest.raises(UserError, match=f"depth.tiff: it holds .*{reason}.*save it with 8 bits") as error:
+    with pytest.raises(
+        UserError, match=f"depth.tiff: it holds .*{reason}.*save it with 8 bits"
+    ) as error:
         images.open_image(path)
     assert "\n" not in str(error.value)
 
@@ -125,7 +151,12 @@ def exif_block(orientation, damage=False):
     if damage:
         entries.append(struct.pack("<HHLL", 0x011A, 5, 1, 8 + 2 + 24 + 4))
     table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-    return b"Exif\0\0II*\0" + struct.pack("<L", 8) + table + (struct.pack("<LL", 72, 0) if damage else b"")
+    return (
+        b"Exif\0\0II*\0"
+        + struct.pack("<L", 8)
+        + table
+        + (struct.pack("<LL", 72, 0) if damage else b"")
+    )
 
 
 @pytest.mark.parametrize("damage", [False, True])
@@ -135,10 +166,13 @@ def test_upright_by_exif_even_if_the_rest_of_it_is_damaged(orientation, damage):
     content = saved(stored, "PNG", exif=exif_block(orientation, damage))
     image = images.open_image(io.BytesIO(content))
     assert (np.asarray(image)[..., 0] == UPRIGHT).all()
-    assert (np.asarray(images.to_rgb(image)) == np.asarray(image)).all()  # a second time turns nothing
+    # a second time turns nothing
+    assert (np.asarray(images.to_rgb(image)) == np.asarray(image)).all()
 
 
-@pytest.mark.parametrize("content", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"Exif\0\0MM\0*" + bytes(9)])
+@pytest.mark.parametrize(
+    "content", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"Exif\0\0MM\0*" + bytes(9)]
+)
 def test_unreadable_exif_leaves_the_picture_as_it_is(content):
     image = images.open_image(io.BytesIO(saved(Image.new("L", (3, 2), 128), "JPEG", exif=content)))
     assert image.size == (3, 2)
@@ -154,23 +188,36 @@ def test_exif_that_the_parser_gives_up_on_turns_nothing(monkeypatch):
 
 def test_one_line_for_what_cannot_be_read(tmp_path):
     whole = saved(Image.new("RGB", (9, 9)), "PNG")
-    for name, content in {"cut.png": whole[:-20], "text.jpg": b"hello", "none.png": b"", "x\udcff.png": b"1"}.items():
+    for name, content in {
+        "cut.png": whole[:-20],
+        "text.jpg": b"hello",
+        "none.png": b"",
+        "x\udcff.png": b"1",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="is not a readable image") as error:
             images.open_image(tmp_path / name)
-        assert str(error.value).isprintable() and "object at" not in str(error.value) and len(str(error.value)) < 400
+        assert (
+            str(error.value).isprintable()
+            and "object at" not in str(error.value)
+            and len(str(error.value)) < 400
+        )
     for name in ("missing.png", "."):
-        with pytest.raises(UserError, match="not a readable image: (No such file|it is no ordinary)"):
+        with pytest.raises(
+            UserError, match="not a readable image: (No such file|it is no ordinary)"
+        ):
             images.open_image(tmp_path / name)
     with pytest.raises(UserError, match="not a readable image"):
-        images.open_image(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"))  # would start ghostscript
+        # Would start ghostscript
+        images.open_image(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"))
     with pytest.raises(UserError, match="binary file"):
         images.open_image(io.StringIO("hello"))
 
 
 def test_a_changed_byte_of_a_png_is_noticed():
     content = bytearray(saved(Image.effect_noise((9, 9), 50), "PNG"))
-    for place in (60, content.index(b"IEND") - 5):  # inside the pixels, and their checksum, which Pillow passes over
+    # Inside the pixels, and their checksum, which Pillow passes over
+    for place in (60, content.index(b"IEND") - 5):
         bad = content.copy()
         bad[place] ^= 1
         with pytest.raises(UserError, match="not a readable image"):

@@ -37,7 +37,12 @@ def is_frozen(model):
 def test_minilm_knows_what_is_alike(encoder):
     tokenizer, model = encoder
     assert is_frozen(model) and sum(p.numel() for p in model.parameters()) == 22_713_216
-    texts = ["a cat sits on the mat", "a kitten lies on the carpet", "share prices fell sharply", "stocks lost value"]
+    texts = [
+        "a cat sits on the mat",
+        "a kitten lies on the carpet",
+        "share prices fell sharply",
+        "stocks lost value",
+    ]
     x = pretrained.embed(texts, tokenizer, model)
     assert x.shape == (4, 384) and torch.allclose(x.norm(dim=1), torch.ones(4))
     alike = x @ x.T
@@ -77,16 +82,23 @@ def test_efficientnet_features(network):
     assert pooled.shape == (5, 1280) and maps.shape == (5, 1280, 7, 7) and not pooled.requires_grad
     assert torch.allclose(pooled, maps.mean((2, 3)), atol=1e-4) and pooled.std() > 0.1
     logits = network(pretrained.efficientnet_input(images))
-    assert torch.allclose(network._fc(pooled), logits, atol=1e-3)  # they are what the classifier sees
+    # They are what the classifier sees
+    assert torch.allclose(network._fc(pooled), logits, atol=1e-3)
 
 
 def check_smollm2():
     tokenizer, model = pretrained.smollm2()
     assert is_frozen(model) and model.dtype == torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    tokens = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**tokens, max_new_tokens=12, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+    question = [
+        {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    ]
+    tokens = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**tokens, max_new_tokens=12, do_sample=False)[
+        0, tokens["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
 
 
@@ -115,9 +127,16 @@ def tiny(tmp_path_factory):
     words = {token: i for i, token in enumerate(["<s>", "</s>", *map(chr, range(32, 127))])}
     backend = Tokenizer(WordLevel(words, "<s>"))
     backend.pre_tokenizer = Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+    heads = {
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).bfloat16().save_pretrained(folder)
     return folder
@@ -152,12 +171,15 @@ def test_no_end_token_anywhere_is_refused(copy):
     for name in ("config", "generation_config"):
         change(copy / f"{name}.json", eos_token_id="nothing")
         path = copy / f"{name}.json"
-        path.write_text(path.read_text("utf-8").replace('"nothing"', "null"), "utf-8")  # left out it would be 2
+        # Left out it would be 2
+        path.write_text(path.read_text("utf-8").replace('"nothing"', "null"), "utf-8")
     with pytest.raises(UserError, match="no end token; set eos_token"):
         pretrained.language_model(copy)
 
 
-@pytest.mark.parametrize("layers, reason", [(3, "its file lacks model.layers.2"), (1, "leaves out model.layers.1")])
+@pytest.mark.parametrize(
+    "layers, reason", [(3, "its file lacks model.layers.2"), (1, "leaves out model.layers.1")]
+)
 def test_layers_that_config_and_file_do_not_share_are_refused(copy, layers, reason):
     """transformers fills them with random numbers, or leaves them out, and goes on."""
     change(copy / "config.json", num_hidden_layers=layers)
@@ -170,9 +192,13 @@ def test_half_downloaded_weights_are_named(copy, damage):
     path = copy / "model.safetensors"
     whole = path.read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 99\n"
-    path.write_bytes({"cut": whole[:-9], "empty": b"", "pointer": pointer, "longer": whole + b"\0"}[damage])
+    path.write_bytes(
+        {"cut": whole[:-9], "empty": b"", "pointer": pointer, "longer": whole + b"\0"}[damage]
+    )
     for check in (pretrained.check_weights, pretrained.language_model):
-        with pytest.raises(UserError, match="model.safetensors is damaged or only half there; download it again"):
+        with pytest.raises(
+            UserError, match="model.safetensors is damaged or only half there; download it again"
+        ):
             check(copy)
     path.write_bytes(whole)
     pretrained.check_weights(copy)
@@ -180,14 +206,21 @@ def test_half_downloaded_weights_are_named(copy, damage):
 
 def test_a_missing_shard_is_named(copy):
     (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (copy / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
         pretrained.language_model(copy)
 
 
 @pytest.mark.parametrize("offline", [True, False])
-@pytest.mark.parametrize("name", ["nonsense-7b", "no/such/folder", "a b", "x\udcff", "nobody/nothing"])
+@pytest.mark.parametrize(
+    "name", ["nonsense-7b", "no/such/folder", "a b", "x\udcff", "nobody/nothing"]
+)
 def test_a_name_that_is_nowhere_is_one_line_at_once(monkeypatch, capfd, name, offline):
     from huggingface_hub import constants
 
@@ -201,7 +234,9 @@ def test_a_name_that_is_nowhere_is_one_line_at_once(monkeypatch, capfd, name, of
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("code, line", [(404, "neither a folder nor on the hub"), (503, "answers with error 503")])
+@pytest.mark.parametrize(
+    "code, line", [(404, "neither a folder nor on the hub"), (503, "answers with error 503")]
+)
 def test_what_the_hub_answers(monkeypatch, code, line):
     from huggingface_hub import constants
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from utils.run import UserError
@@ -27,8 +29,17 @@ def test_resolutions_are_those_of_transformers(parity):
         mine.append(anyres.select_best_resolution(size, candidates))
         theirs.append(best := select_best_resolution(size, candidates))
         fits.append(anyres.fitted(size, best))
-        their_fits.append(get_patch_output_size(np.zeros((3, *size), np.uint8), best, ChannelDimension.FIRST))
-    parity("LLaVA-1.6", "anyres.select_best_resolution", "transformers.select_best_resolution", mine, theirs, 0)
+        their_fits.append(
+            get_patch_output_size(np.zeros((3, *size), np.uint8), best, ChannelDimension.FIRST)
+        )
+    parity(
+        "LLaVA-1.6",
+        "anyres.select_best_resolution",
+        "transformers.select_best_resolution",
+        mine,
+        theirs,
+        0,
+    )
     parity("LLaVA-1.6", "anyres.fitted", "transformers.get_patch_output_size", fits, their_fits, 0)
 
 
@@ -41,7 +52,9 @@ def test_heights_come_first():
 def test_unpadded_features_are_those_of_transformers(parity):
     mine, theirs = [], []
     for size, candidates in sizes(100):
-        features = torch.randn(2, *(x // 7 for x in anyres.select_best_resolution(size, candidates)))
+        features = torch.randn(
+            2, *(x // 7 for x in anyres.select_best_resolution(size, candidates))
+        )
         mine.append(anyres.unpad(features, size))
         theirs.append(unpad_image(features, size))
         if not mine[-1].numel():  # of a picture thinner than a cell nothing is left, there and here
@@ -71,12 +84,18 @@ def test_tiles_are_those_of_transformers(size, parity):
 def test_a_row_of_the_large_picture_is_a_row_of_tokens():
     """Features that say where they come from: after packing they stand row by row, each ended by the newline."""
     rows, columns = 2, 1
-    where = torch.tensor([[10 * y + x for y in range(4 * r, 4 * r + 4) for x in range(4)] for r in range(rows)])
+    where = torch.tensor(
+        [[10 * y + x for y in range(4 * r, 4 * r + 4) for x in range(4)] for r in range(rows)]
+    )
     features = torch.cat([torch.full((1, 16), -1.0), where.float()])[..., None]
-    found = anyres.pack(features, (56, 28), 28, [(28 * rows, 28 * columns)], torch.tensor([99.0]))[:, 0]
+    found = anyres.pack(features, (56, 28), 28, [(28 * rows, 28 * columns)], torch.tensor([99.0]))[
+        :, 0
+    ]
     assert found[:16].eq(-1).all()
     table = found[16:].view(8, 5)
-    assert table[:, 4].eq(99).all() and torch.equal(table[:, :4], 10 * torch.arange(8.0)[:, None] + torch.arange(4.0))
+    assert table[:, 4].eq(99).all() and torch.equal(
+        table[:, :4], 10 * torch.arange(8.0)[:, None] + torch.arange(4.0)
+    )
 
 
 def test_bad_input_is_one_line():

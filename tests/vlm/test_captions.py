@@ -45,7 +45,13 @@ def test_the_scores_are_those_of_the_coco_evaluation(parity, references):
     assert [" ".join(captions.words(c)) for c in made] == made  # both sides see the same words
     whole, _ = coco(Bleu(4), made, refs)
     assert whole.min() > 0.01
-    parity("Captions", "captions.bleu", "pycocoevalcap Bleu", torch.tensor(captions.bleu(made, refs)), whole)
+    parity(
+        "Captions",
+        "captions.bleu",
+        "pycocoevalcap Bleu",
+        torch.tensor(captions.bleu(made, refs)),
+        whole,
+    )
     mean, each = coco(Rouge(), made, refs)
     mine = torch.tensor(captions.rouge_l(made, refs))
     parity("Captions", "captions.rouge_l", "pycocoevalcap Rouge", [mine.mean(), mine], [mean, each])
@@ -73,7 +79,9 @@ def test_a_short_candidate_pays_and_a_long_one_does_not():
     assert captions.bleu(["a b c d e f"], ref, 4) == pytest.approx(np.ones(4))
     # the closest length counts, and of two as close the shorter one
     assert captions.bleu(["a b c d e"], [["a b c d e f g", "a b c"]], 1)[0] == 1
-    assert captions.bleu(["a b c d e"], [["a b c d e f", "a"]], 1)[0] == pytest.approx(math.exp(1 - 6 / 5))
+    assert captions.bleu(["a b c d e"], [["a b c d e f", "a"]], 1)[0] == pytest.approx(
+        math.exp(1 - 6 / 5)
+    )
     assert captions.bleu([""], ref, 4).tolist() == [0, 0, 0, 0]
 
 
@@ -92,17 +100,22 @@ def test_the_longest_common_subsequence_is_that_of_trying_all():
 
 
 def test_rouge_l_leans_to_recall():
-    short, long = captions.rouge_l(["a b", "a b c d e f g h"], [["a b c d"]] * 2)  # F of 1 and 1/2, and of 1/2 and 1
-    assert short == pytest.approx(2.44 * 0.5 / (0.5 + 1.44)) and long == pytest.approx(2.44 * 0.5 / (1 + 1.44 * 0.5))
+    # F of 1 and 1/2, and of 1/2 and 1
+    short, long = captions.rouge_l(["a b", "a b c d e f g h"], [["a b c d"]] * 2)
+    assert short == pytest.approx(2.44 * 0.5 / (0.5 + 1.44)) and long == pytest.approx(
+        2.44 * 0.5 / (1 + 1.44 * 0.5)
+    )
     assert long > short
 
 
 def test_cider_of_copies_is_ten_and_common_words_weigh_nothing():
     refs = [["a red cat sits here"], ["a big dog runs away"], ["a small bird flies off"]]
     assert captions.cider([r[0] for r in refs], refs) == pytest.approx(np.full(3, 10))
-    assert captions.cider(["a", "a", "a"], refs).tolist() == [0, 0, 0]  # it stands in every image's reference
+    # It stands in every image's reference
+    assert captions.cider(["a", "a", "a"], refs).tolist() == [0, 0, 0]
     again = captions.cider(["cat cat cat cat cat", "", ""], refs)[0]
-    assert again < captions.cider(["a red cat sits here", "", ""], refs)[0] / 5  # repeating a rare word gains little
+    # Repeating a rare word gains little
+    assert again < captions.cider(["a red cat sits here", "", ""], refs)[0] / 5
 
 
 def test_a_length_apart_by_sigma_costs_as_the_gaussian_says():
@@ -112,7 +125,13 @@ def test_a_length_apart_by_sigma_costs_as_the_gaussian_says():
 
 
 def test_words_are_cut_as_the_docstring_says():
-    assert captions.words("It's 3.5 m, two-hump CAMEL!") == ["it's", "3.5", "m", "two-hump", "camel"]
+    assert captions.words("It's 3.5 m, two-hump CAMEL!") == [
+        "it's",
+        "3.5",
+        "m",
+        "two-hump",
+        "camel",
+    ]
     assert captions.words("woman’s hat...") == ["woman’s", "hat"]
 
 
@@ -145,20 +164,30 @@ def second_normaliser(answer):
     """The same rules told another way: letter by letter, then word by word with the apostrophes put back by search."""
     text = " ".join(answer.replace("\t", "\n").split("\n")).strip()
     neighbours = list(zip(text, text[1:]))
-    glued = any(a.isdigit() and b == "," and c.isdigit() for a, b, c in zip(text, text[1:], text[2:]))
+    glued = any(
+        a.isdigit() and b == "," and c.isdigit() for a, b, c in zip(text, text[1:], text[2:])
+    )
     out = []
     for letter in text:
         if letter in captions.PUNCTUATION:
-            out.append("" if glued or (letter, " ") in neighbours or (" ", letter) in neighbours else " ")
+            out.append(
+                "" if glued or (letter, " ") in neighbours or (" ", letter) in neighbours else " "
+            )
         else:
             out.append(letter)
     flat = "".join(out)
-    flat = "".join("" if x == "." and not flat[i + 1 : i + 2].isdigit() else x for i, x in enumerate(flat))
+    flat = "".join(
+        "" if x == "." and not flat[i + 1 : i + 2].isdigit() else x for i, x in enumerate(flat)
+    )
     done = []
     for word in flat.lower().split():
         digits = "zero one two three four five six seven eight nine ten".split()
         word = "0" if word == "none" else str(digits.index(word)) if word in digits else word
-        lacking = [w for w in captions.WHOLE if any(w[:i] + w[i + 1 :] == word for i, x in enumerate(w) if x == "'")]
+        lacking = [
+            w
+            for w in captions.WHOLE
+            if any(w[:i] + w[i + 1 :] == word for i, x in enumerate(w) if x == "'")
+        ]
         word = "somebodyd" if word == "somebody'd" else lacking[0] if lacking else word
         done += [] if word in ("a", "an", "the") else [word]
     return " ".join(done)
@@ -166,10 +195,25 @@ def second_normaliser(answer):
 
 def test_a_second_normaliser_says_the_same_of_random_answers():
     rng = random.Random(0)
-    parts = [*captions.CONTRACTIONS, *captions.NUMBERS, "a", "an", "The", "cat", "T", "3.5", "1,000", "x", "e.g.", "10"]
+    parts = [
+        *captions.CONTRACTIONS,
+        *captions.NUMBERS,
+        "a",
+        "an",
+        "The",
+        "cat",
+        "T",
+        "3.5",
+        "1,000",
+        "x",
+        "e.g.",
+        "10",
+    ]
     parts += [*captions.PUNCTUATION, ".", "'", " ", "\n", "\t"]
     for _ in range(3000):
-        answer = "".join(rng.choice(parts) + rng.choice(["", " "]) for _ in range(rng.randint(0, 6)))
+        answer = "".join(
+            rng.choice(parts) + rng.choice(["", " "]) for _ in range(rng.randint(0, 6))
+        )
         assert captions.normalise(answer) == second_normaliser(answer), repr(answer)
 
 
@@ -177,8 +221,14 @@ def test_the_table_of_contractions_has_the_size_and_the_ends_of_the_official_one
     """120 entries there; four begin with a capital, which no lower-case word can match, and two change nothing."""
     assert len(captions.CONTRACTIONS) == 120 - 4 - 2
     assert captions.CONTRACTIONS["aint"] == "ain't" and captions.CONTRACTIONS["youve"] == "you've"
-    assert captions.CONTRACTIONS["'ow'sat"] == "'ow's'at" and captions.CONTRACTIONS["yall'd've"] == "y'all'd've"
-    assert not {"were", "well", "its", "shed", "shell", "ill", "id", "wed", "hell"} & captions.CONTRACTIONS.keys()
+    assert (
+        captions.CONTRACTIONS["'ow'sat"] == "'ow's'at"
+        and captions.CONTRACTIONS["yall'd've"] == "y'all'd've"
+    )
+    assert (
+        not {"were", "well", "its", "shed", "shell", "ill", "id", "wed", "hell"}
+        & captions.CONTRACTIONS.keys()
+    )
 
 
 @pytest.mark.parametrize("agree, expected", enumerate([0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1]))
@@ -187,7 +237,11 @@ def test_soft_accuracy_of_ten_people(agree, expected):
     people = ["red"] * agree + ["blue"] * (10 - agree)
     nines = list(itertools.combinations(people, 9))
     by_hand = sum(min(Fraction(group.count("red"), 3), 1) for group in nines) / len(nines)
-    assert captions.vqa_accuracy("Red.", people) == pytest.approx(expected) == pytest.approx(float(by_hand))
+    assert (
+        captions.vqa_accuracy("Red.", people)
+        == pytest.approx(expected)
+        == pytest.approx(float(by_hand))
+    )
 
 
 def test_soft_accuracy_normalises_both_sides():
@@ -202,7 +256,16 @@ def test_a_okvqa():
     assert captions.likeliest([-3.0, -1.0, -2.0]) == 1
     assert captions.likeliest([-3.0, -1.0], lengths=[6, 1]) == 0
     choices = ["ice", "ice cream", "a lake", "two"]
-    found = {"(b)": 1, "D.": 3, "ice": 0, "It is ice cream!": 1, "The lake.": 2, "2": 3, "snow": None, "mice": None}
+    found = {
+        "(b)": 1,
+        "D.": 3,
+        "ice": 0,
+        "It is ice cream!": 1,
+        "The lake.": 2,
+        "2": 3,
+        "snow": None,
+        "mice": None,
+    }
     assert {text: captions.match_choice(text, choices) for text in found} == found
     assert captions.match_choice("red or tan", ["red", "tan"]) is None
     assert captions.match_choice("z", choices) is None

@@ -25,7 +25,13 @@ def test_two_layers_are_llavas_projector(parity):
     name = "transformers LlavaMultiModalProjector"
     parity("Connector", "connector.build mlp2x_gelu", name, ours(x), theirs(x))
     mine, them = gradients(ours, ours(x)), gradients(theirs, theirs(x))
-    parity("Connector", "connector.build mlp2x_gelu, gradients", name, list(mine.values()), list(them.values()))
+    parity(
+        "Connector",
+        "connector.build mlp2x_gelu, gradients",
+        name,
+        list(mine.values()),
+        list(them.values()),
+    )
 
 
 def idefics2(ours):
@@ -44,7 +50,14 @@ def idefics2(ours):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_resampler_is_that_of_idefics2(kv_heads, parity):
-    about = {"depth": 2, "latents": 5, "heads": 4, "kv_heads": kv_heads, "head_dim": 6, "mlp_ratio": 4}
+    about = {
+        "depth": 2,
+        "latents": 5,
+        "heads": 4,
+        "kv_heads": kv_heads,
+        "head_dim": 6,
+        "mlp_ratio": 4,
+    }
     ours = eyes.shake(connector.build("perceiver", 24, 24, **about))
     theirs = Idefics2PerceiverResampler._from_config(
         Idefics2PerceiverConfig(
@@ -60,16 +73,29 @@ def test_the_resampler_is_that_of_idefics2(kv_heads, parity):
     name = f"transformers Idefics2PerceiverResampler, {kv_heads} keys for 4 heads"
     parity("Connector", "connector.PerceiverResampler", name, ours(x), other)
     mine, them = gradients(ours, ours(x)), gradients(theirs, other)
-    parity("Connector", "connector.PerceiverResampler, gradients", name, {n: mine[names[n]] for n in them}, them, 1e-4)
+    parity(
+        "Connector",
+        "connector.PerceiverResampler, gradients",
+        name,
+        {n: mine[names[n]] for n in them},
+        them,
+        1e-4,
+    )
 
 
 def test_flamingos_resampler_is_that_of_idefics(parity):
-    config = IdeficsConfig(vision_config={"embed_dim": 24}, perceiver_config={"qk_layer_norms_perceiver": False})
+    config = IdeficsConfig(
+        vision_config={"embed_dim": 24}, perceiver_config={"qk_layer_norms_perceiver": False}
+    )
     theirs = IdeficsPerceiverResampler(config, 24, 2, 4, 6, 5)
     about = {"depth": 2, "latents": 5, "heads": 4, "kv_heads": 4, "head_dim": 6, "mlp_ratio": 4}
     ours = eyes.shake(connector.build("perceiver", 24, 24, **about, use_rmsnorm_swiglu=False))
     weights = ours.state_dict()
-    names = {"latents": "latents", "layer_norm.weight": "norm.weight", "layer_norm.bias": "norm.bias"}
+    names = {
+        "latents": "latents",
+        "layer_norm.weight": "norm.weight",
+        "layer_norm.bias": "norm.bias",
+    }
     for i in range(2):
         pairs = {
             "0.context_layer_norm": "norm_context", "0.latents_layer_norm": "norm_latents", "1.ln": "norm_mlp",
@@ -83,16 +109,29 @@ def test_flamingos_resampler_is_that_of_idefics(parity):
     theirs.load_state_dict({them: weights[mine] for them, mine in names.items()})
     x = torch.randn(3, 9, 24)
     name = "transformers IdeficsPerceiverResampler"
-    parity("Connector", "connector.PerceiverResampler, use_rmsnorm_swiglu=False", name, ours(x), theirs(x))
+    parity(
+        "Connector",
+        "connector.PerceiverResampler, use_rmsnorm_swiglu=False",
+        name,
+        ours(x),
+        theirs(x),
+    )
     mine, them = gradients(ours, ours(x)), gradients(theirs, theirs(x))
     both = {n: mine[names[n]] for n in them}, them
-    parity("Connector", "connector.PerceiverResampler, use_rmsnorm_swiglu=False, gradients", name, *both, 1e-4)
+    parity(
+        "Connector",
+        "connector.PerceiverResampler, use_rmsnorm_swiglu=False, gradients",
+        name,
+        *both,
+        1e-4,
+    )
 
 
 def test_joined_neighbours_are_pixel_unshuffled(parity):
     ours, x = connector.build("concat4", 8, 6), torch.randn(2, 36, 8)
     maps = x.transpose(1, 2).unflatten(2, (6, 6))
-    theirs = F.pixel_unshuffle(maps, 2).flatten(2).transpose(1, 2)  # channels outside, places inside
+    # Channels outside, places inside
+    theirs = F.pixel_unshuffle(maps, 2).flatten(2).transpose(1, 2)
     theirs = theirs.unflatten(2, (8, 4)).transpose(2, 3).flatten(2)
     parity("Connector", "connector.Concat.join", "torch pixel_unshuffle", ours.join(x), theirs, 0)
     assert ours.join(torch.randn(2, 49, 8)).shape == (2, 16, 32)  # 7 x 7 is filled up to 8 x 8
@@ -102,9 +141,14 @@ def test_joined_neighbours_are_pixel_unshuffled(parity):
 def test_pooling_is_torchs(name, parity):
     ours, x = connector.build(name, 8, 6), torch.randn(2, 49, 8)
     maps = x.transpose(1, 2).unflatten(2, (7, 7))
-    modules = {"pool3": torch.nn.AdaptiveAvgPool2d(3), "bilinear3": torch.nn.Upsample(size=(3, 3), mode="bilinear")}
+    modules = {
+        "pool3": torch.nn.AdaptiveAvgPool2d(3),
+        "bilinear3": torch.nn.Upsample(size=(3, 3), mode="bilinear"),
+    }
     theirs = modules[name](maps).flatten(2).transpose(1, 2)
-    parity("Connector", f"connector.Pool.shrink {name}", "torch, the same call", ours.shrink(x), theirs)
+    parity(
+        "Connector", f"connector.Pool.shrink {name}", "torch, the same call", ours.shrink(x), theirs
+    )
 
 
 def test_pooling_known_cases():
@@ -161,14 +205,20 @@ def test_a_marker_is_where_it_should_be():
         assert found[i].sum() == 4 and found[i, top, left] == found[i, top + 1, left + 1] == 1
 
 
-@pytest.mark.parametrize("name, sees", [("pool3", True), ("mlp2x_gelu", True), ("pool1", False), ("perceiver", False)])
+@pytest.mark.parametrize(
+    "name, sees", [("pool3", True), ("mlp2x_gelu", True), ("pool1", False), ("perceiver", False)]
+)
 def test_it_learns_what_and_where(name, sees):
     """Kinds that are a direction, a marker at a place: one mean, and latents that see a bag, cannot say where."""
     kinds = torch.randint(14, (200,))
     maps = torch.randn(14, 1, 16)[kinds] + 0.3 * torch.randn(200, 49, 16)
     torch.manual_seed(0)
     probe = study.Probe(connector.build(name, 16, 32), 49, 32)
-    cfg, on, marker = study.Config(steps=60, batch=64, lr=1e-2), torch.device("cpu"), 2 * torch.randn(2, 2, 16)
+    cfg, on, marker = (
+        study.Config(steps=60, batch=64, lr=1e-2),
+        torch.device("cpu"),
+        2 * torch.randn(2, 2, 16),
+    )
     losses = list(study.train(probe, maps, kinds, marker, cfg, on))
     assert losses[-1] < 0.8 * losses[0]
     found = study.score(probe, maps, kinds, marker, on)
@@ -194,13 +244,23 @@ def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tm
 
     monkeypatch.setattr(study, "train", train)
     monkeypatch.setattr(study, "score", score)
-    cfg = study.Config(names=("pool1", "linear"), width=8, steps=1, judged=15, out=str(tmp_path / "out"))
+    cfg = study.Config(
+        names=("pool1", "linear"), width=8, steps=1, judged=15, out=str(tmp_path / "out")
+    )
     found = study.main(cfg)
-    assert found["pool1"]["tokens"] == 1 and found["linear"]["tokens"] == 49 and found["linear"]["where"] == 0.25
+    assert (
+        found["pool1"]["tokens"] == 1
+        and found["linear"]["tokens"] == 49
+        and found["linear"]["where"] == 0.25
+    )
     for i, (probe, maps, kinds) in enumerate(shown):
         numbers = maps[:, 0, 0].long()
         assert torch.equal(kinds, numbers % 3) and probe.join is shown[i - i % 2][0].join
-        assert numbers.tolist() == list(range(20)) if i % 2 == 0 else min(numbers) >= 20 and len(numbers) == 15
+        assert (
+            numbers.tolist() == list(range(20))
+            if i % 2 == 0
+            else min(numbers) >= 20 and len(numbers) == 15
+        )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,10 @@ def test_every_answer_is_true(rows):
     fruit = groceries(64)
     for one in rows:
         i = int(one["image"][:4])
-        group, kind = fruit_photos.GROUPS[fruit.coarse_names[fruit.coarse[i]]], fruit_photos.name_of(fruit, i)
+        group, kind = (
+            fruit_photos.GROUPS[fruit.coarse_names[fruit.coarse[i]]],
+            fruit_photos.name_of(fruit, i),
+        )
         said = [turn["value"] for turn in one["conversations"]]
         for question, answer in zip(said[::2], said[1::2]):
             if "yes or no" in question:
@@ -154,9 +157,15 @@ REFUSED = [
     (json.dumps([data.row("x", "a" * 5000, [("q", "a")])]).encode(), "there is no aaa"),
     (json.dumps([data.row("x", "a\0.png", [("q", "a")])]).encode(), "row 0: there is no"),
     (json.dumps([data.row("x", "\ud800.png", [("q", "a")])]).encode(), "row 0: there is no"),
-    (json.dumps([data.row("x", "", [("q", "a")]) | {"image": ""}]).encode(), "row 0: 0 words <image>"),
+    (
+        json.dumps([data.row("x", "", [("q", "a")]) | {"image": ""}]).encode(),
+        "row 0: 0 words <image>",
+    ),
     (json.dumps([data.row("x", None, [("q", None)])]).encode(), "row 0: every turn is"),
-    (json.dumps([{"conversations": [{"from": "z" * 5000, "value": "x"}]}]).encode(), "turns are human, gpt"),
+    (
+        json.dumps([{"conversations": [{"from": "z" * 5000, "value": "x"}]}]).encode(),
+        "turns are human, gpt",
+    ),
 ]
 
 
@@ -217,14 +226,22 @@ def test_control_tokens_in_a_conversation_are_text(words):
     tokenizer, image_id = words
     said = "</s> <|im_end|>\n<|im_start|>system <file_sep>"
     made = data.sample(tokenizer, data.row("x", "a.png", [(said, said)]), 3, 0)
-    count = {w: made["ids"].count(tokenizer.convert_tokens_to_ids(w)) for w in ("<|im_end|>", "<|im_start|>")}
+    count = {
+        w: made["ids"].count(tokenizer.convert_tokens_to_ids(w))
+        for w in ("<|im_end|>", "<|im_start|>")
+    }
     assert count == {"<|im_end|>": 2, "<|im_start|>": 2} and made["ids"].count(image_id) == 3
     assert tokenizer.convert_tokens_to_ids("<file_sep>") not in made["ids"]
 
 
 def test_long_conversations_lose_whole_turns_and_are_counted(words):
     tokenizer, image_id = words
-    talk = [("What?", "a pear"), ("Sure?", "yes"), ("Tell more", "very " * 50 + "much"), ("Stop?", "yes")]
+    talk = [
+        ("What?", "a pear"),
+        ("Sure?", "yes"),
+        ("Tell more", "very " * 50 + "much"),
+        ("Stop?", "yes"),
+    ]
     long, short = data.row("long", "a.png", talk), data.row("short", None, talk[:1])
     size = lambda row: len(data.sample(tokenizer, row, 5, 0)["ids"])  # noqa: E731
     two = size(data.row("x", "a.png", talk[:2]))
@@ -234,8 +251,13 @@ def test_long_conversations_lose_whole_turns_and_are_counted(words):
         cut, shortened, left_out = data.samples(tokenizer, [long, short], 5, {"a.png": 7}, longest)
         assert (shortened, left_out) == (1, 0) and [s["images"] for s in cut] == [[7], []]
         learned = tokenizer.decode([i for i in cut[0]["labels"] if i != data.IGNORE])
-        assert learned.startswith("a pear<|im_end|>yes<|im_end|>") and learned.endswith("<|im_end|>")
-        assert learned.count("<|im_end|>") == (2 if longest == two else 3) and len(cut[0]["ids"]) <= longest
+        assert learned.startswith("a pear<|im_end|>yes<|im_end|>") and learned.endswith(
+            "<|im_end|>"
+        )
+        assert (
+            learned.count("<|im_end|>") == (2 if longest == two else 3)
+            and len(cut[0]["ids"]) <= longest
+        )
     one, shortened, left_out = data.samples(tokenizer, [long, short], 5, {"a.png": 7}, size(short))
     assert (shortened, left_out) == (0, 1) and [s["images"] for s in one] == [[]]
     with pytest.raises(UserError, match="no conversation fits into 3 tokens"):
@@ -263,7 +285,9 @@ def test_features_are_of_these_pictures_in_this_order_and_views_differ(tmp_path,
     found = data.features(Eye, paths, 3, seed=4)
     assert found.shape == (3, 3, 1, 3)
     assert found[:, 1].eq(128).all() and found[:, 2].eq(10).all()
-    assert found[0, 0, 0, 0] == pytest.approx(127.5, abs=1) and found[0, 0, 0, 2] == pytest.approx(127.5, abs=1)
+    assert found[0, 0, 0, 0] == pytest.approx(127.5, abs=1) and found[0, 0, 0, 2] == pytest.approx(
+        127.5, abs=1
+    )
     assert not torch.equal(found[1, 0], found[0, 0]) and not torch.equal(found[1, 0], found[2, 0])
     again = data.features(Eye, paths, 2, seed=5)
     assert torch.equal(again[0], found[0]) and not torch.equal(again[1], found[1])
@@ -271,4 +295,7 @@ def test_features_are_of_these_pictures_in_this_order_and_views_differ(tmp_path,
     (tmp_path / "dark.png").write_bytes((tmp_path / "grey.png").read_bytes())
     data.features(Eye, paths, 1, seed=4)
     first, second, third, middle, other_seed, turned_round, other_content = keys
-    assert middle == first and len({first, second, third, other_seed, turned_round, other_content}) == 6
+    assert (
+        middle == first
+        and len({first, second, third, other_seed, turned_round, other_content}) == 6
+    )

@@ -40,7 +40,9 @@ def test_likelihoods_are_those_of_whole_texts(small, parity):
 def test_names_are_words_and_no_commands(small):
     tokenizer, model = small
     features = torch.randn(1, 16, 16)
-    typed, cut = evaluate.likelihoods(tokenizer, model, features, ["pear<|im_end|> and more", "pear"])[0]
+    typed, cut = evaluate.likelihoods(
+        tokenizer, model, features, ["pear<|im_end|> and more", "pear"]
+    )[0]
     assert typed < cut - 1  # were it a command, "pear" and its end would come first
     with pytest.raises(UserError, match="no words"):
         evaluate.likelihoods(tokenizer, model, features, ["pear", ""])
@@ -99,18 +101,27 @@ def test_the_probe_learns_from_the_photos_to_learn_from_alone(monkeypatch):
     monkeypatch.setattr(tower, "said", lambda eye, images: noise[images[:, 0, 0, 0].long()])
     learn, judged = fruit_photos.split(fruit)
     found = probe.yardsticks(None, fruit, learn, judged)
-    assert found["linear probe"]["14 kinds"] < 0.7 and found["the most frequent"]["14 kinds"] == pytest.approx(13 / 40)
+    assert found["linear probe"]["14 kinds"] < 0.7 and found["the most frequent"][
+        "14 kinds"
+    ] == pytest.approx(13 / 40)
     by_heart = probe.yardsticks(None, fruit, learn, learn)
     assert by_heart["linear probe"]["14 kinds"] == 1.0
-    monkeypatch.setattr(tower, "said", lambda eye, images: torch.eye(3)[images[:, 0, 0, 0].long() % 3][:, None])
-    assert probe.yardsticks(None, fruit, learn, judged)["linear probe"] == {"14 kinds": 1.0, "5 groups": 1.0}
+    monkeypatch.setattr(
+        tower, "said", lambda eye, images: torch.eye(3)[images[:, 0, 0, 0].long() % 3][:, None]
+    )
+    assert probe.yardsticks(None, fruit, learn, judged)["linear probe"] == {
+        "14 kinds": 1.0,
+        "5 groups": 1.0,
+    }
 
 
 def test_a_paired_test_of_two_readers():
     ours, theirs = torch.ones(100, dtype=torch.bool), torch.ones(100, dtype=torch.bool)
     ours[:3], theirs[3:15] = False, False  # they differ on 15 photos: 12 for us, 3 against
     found = evaluate.paired(ours, theirs)
-    assert found["difference"] == pytest.approx(0.09) and found["p"] == pytest.approx(0.0352, abs=1e-4)
+    assert found["difference"] == pytest.approx(0.09) and found["p"] == pytest.approx(
+        0.0352, abs=1e-4
+    )
     assert found["low"] == pytest.approx(0.09 - 1.96 * 0.03786, abs=1e-4)
     assert found["high"] == pytest.approx(0.09 + 1.96 * 0.03786, abs=1e-4)
     assert evaluate.paired(ours, ours)["p"] == 1 and evaluate.paired(theirs, ours)["difference"] < 0
@@ -134,8 +145,16 @@ def test_what_is_judged_is_asked_of_the_right_photos_with_the_right_question(mon
     monkeypatch.setattr(evaluate, "spoken", spoken)
     model = SimpleNamespace(connector=torch.nn.Linear(1, 1))
     found, texts, log_p = evaluate.judge(None, model, features, fruit, chosen, "What?", batch=16)
-    assert found == {"14 kinds": 1.0, "5 groups": 1.0, "said the name": 0.5} and len(texts) == len(log_p) == 20
-    assert asked == [(16, "What?", tuple(NAMED)), (16, "What?"), (4, "What?", tuple(NAMED)), (4, "What?")]
+    assert (
+        found == {"14 kinds": 1.0, "5 groups": 1.0, "said the name": 0.5}
+        and len(texts) == len(log_p) == 20
+    )
+    assert asked == [
+        (16, "What?", tuple(NAMED)),
+        (16, "What?"),
+        (4, "What?", tuple(NAMED)),
+        (4, "What?"),
+    ]
 
 
 NAMED = ["Pink Lady apple", "Royal Gala apple", "Anjou pear"]
@@ -158,7 +177,9 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
         return {"14 kinds": 1.0}, said, torch.nn.functional.one_hot((kinds + 1) % 3, 3).float()
 
     monkeypatch.setattr(evaluate, "judge", judge)
-    monkeypatch.setattr(evaluate, "confusion", lambda path, log_p, of, chosen: shown.update(drawn=(log_p, chosen)))
+    monkeypatch.setattr(
+        evaluate, "confusion", lambda path, log_p, of, chosen: shown.update(drawn=(log_p, chosen))
+    )
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: shown.update(draw=about))
     cfg = evaluate.Config(judged=15, batch=7, prompt="What?", out=str(tmp_path / "out"))
     found = evaluate.main(cfg)
@@ -166,7 +187,9 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
     assert features[:, 0, 0].tolist() == chosen.tolist() and min(chosen) >= 20 and len(chosen) == 15
     assert (prompt, batch, found["photos"], found["text loss"]) == ("What?", 7, 15, 2.5)
     assert found["as captions"]["BLEU-1"] == 1.0 and found["VQA accuracy"] == 1.0
-    assert found["LLaVA less the probe"]["difference"] == pytest.approx(-found["linear probe"]["14 kinds"])
+    assert found["LLaVA less the probe"]["difference"] == pytest.approx(
+        -found["linear probe"]["14 kinds"]
+    )
     _, images, said, truth, asked = shown["draw"]
     assert said == truth == [NAMED[int(i[0, 0, 0]) % 3] for i in images] and asked == "What?"
 
@@ -174,28 +197,41 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
 def test_groups_are_read_from_the_sum_of_their_kinds():
     """Three kinds of apple with 0.2 each are more than one pear with 0.4."""
     fruit = data.groceries(64)
-    apples = [k for k in range(14) if fruit.coarse_names[fruit.coarse[fruit.fine == k][0]] == "Apple"][:3]
-    pear = next(k for k in range(14) if fruit.coarse_names[fruit.coarse[fruit.fine == k][0]] == "Pear")
+    apples = [
+        k for k in range(14) if fruit.coarse_names[fruit.coarse[fruit.fine == k][0]] == "Apple"
+    ][:3]
+    pear = next(
+        k for k in range(14) if fruit.coarse_names[fruit.coarse[fruit.fine == k][0]] == "Pear"
+    )
     p = torch.full((1, 14), 1e-9)
     p[0, apples], p[0, pear] = 0.2, 0.4
-    assert p.argmax(-1) == pear and fruit.coarse_names[fruit_photos.grouped(p.log(), fruit)] == "Apple"
+    assert (
+        p.argmax(-1) == pear and fruit.coarse_names[fruit_photos.grouped(p.log(), fruit)] == "Apple"
+    )
 
 
 def test_photos_to_be_judged_were_never_learned_from():
     fruit = data.groceries(64)
     learn, judged = fruit_photos.split(fruit, 300)
-    assert len(learn) == 732 and len(judged) == 300 and not set(learn.tolist()) & set(judged.tolist())
+    assert (
+        len(learn) == 732 and len(judged) == 300 and not set(learn.tolist()) & set(judged.tolist())
+    )
     assert {fruit.split[i] for i in judged} == {"test"}
     assert len(fruit_photos.split(fruit)[1]) == 1322
 
 
 def test_every_kind_has_a_name():
     fruit = data.groceries(64)
-    assert set(fruit.fine_names) == set(fruit_photos.NAMES) and set(fruit.coarse_names) == set(fruit_photos.GROUPS)
+    assert set(fruit.fine_names) == set(fruit_photos.NAMES) and set(fruit.coarse_names) == set(
+        fruit_photos.GROUPS
+    )
 
 
 def test_bad_flags_are_one_line(tmp_path):
-    for flags, says in (({"judged": -1}, "--judged"), ({"model": str(tmp_path / "x.safetensors")}, "no checkpoint")):
+    for flags, says in (
+        ({"judged": -1}, "--judged"),
+        ({"model": str(tmp_path / "x.safetensors")}, "no checkpoint"),
+    ):
         with pytest.raises(UserError, match=says):
             evaluate.main(evaluate.Config(**flags, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -22,14 +22,18 @@ def model(kind="llama", every=1, **more):
     """A tiny Flamingo whose gates are open and whose weights are all moved."""
     language = eyes.speaker(kind)
     torch.manual_seed(3)
-    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=every, latents=3, seen=12, **more).eval()
+    made = flamingo.Flamingo(
+        language, [IMAGE, END], dim_in=16, every=every, latents=3, seen=12, **more
+    ).eval()
     eyes.shake(made.cross, 0.3)
     return made
 
 
 def text():
     """Words, photo 1, words, photo 2, words."""
-    return torch.tensor([[1, 7, IMAGE, 8, END, IMAGE, 9, 10, END], [1, IMAGE, 11, 12, END, 13, IMAGE, 14, END]])
+    return torch.tensor(
+        [[1, 7, IMAGE, 8, END, IMAGE, 9, 10, END], [1, IMAGE, 11, 12, END, 13, IMAGE, 14, END]]
+    )
 
 
 def test_the_gated_layer_is_that_of_idefics(parity):
@@ -39,14 +43,20 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     )  # fmt: skip
     config._attn_implementation = "eager"
     theirs = eyes.shake(IdeficsGatedCrossAttentionLayer(config, layer_idx=0).eval(), 0.2)
-    ours = flamingo.GatedCrossAttention(24, 12, heads=4, head_dim=6, hidden=40, use_rmsnorm_swiglu=True)
+    ours = flamingo.GatedCrossAttention(
+        24, 12, heads=4, head_dim=6, hidden=40, use_rmsnorm_swiglu=True
+    )
     names = {
         "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm",
         "gate_attention": "alpha_cross_attn", "gate_mlp": "alpha_dense",
         **{f"{k}_proj": f"cross_attn.{k}_proj" for k in "qkvo"},
         **{f"{k}_proj": f"mlp.{k}_proj" for k in ("gate", "up", "down")},
     }  # fmt: skip
-    theirs_of = lambda name: names[name.removesuffix(".weight")] + name[len(name.removesuffix(".weight")) :]  # noqa: E731
+
+    def theirs_of(name):
+        part = name.removesuffix(".weight")
+        return names[part] + name[len(part) :]
+
     weights = theirs.state_dict()
     ours.load_state_dict({name: weights[theirs_of(name)] for name in ours.state_dict()})
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12)
@@ -54,7 +64,10 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     assert not mask[:, 0].any() and mask[:, -1].any()  # both cases are there
     bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None]
     look = partial(
-        theirs, image_hidden_states=latents, image_attention_mask=bias, cross_attention_gate=mask.any(-1).float()
+        theirs,
+        image_hidden_states=latents,
+        image_attention_mask=bias,
+        cross_attention_gate=mask.any(-1).float(),
     )
     name = "transformers IdeficsGatedCrossAttentionLayer"
     parity("Flamingo", "flamingo.GatedCrossAttention", name, ours(x, latents, mask), look(x))
@@ -62,7 +75,12 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     assert len(mine) == len(names) == len(them)
     found = {k: v for k, v in mine.items()}
     parity(
-        "Flamingo", "flamingo.GatedCrossAttention, gradients", name, found, {k: them[theirs_of(k)] for k in found}, 1e-4
+        "Flamingo",
+        "flamingo.GatedCrossAttention, gradients",
+        name,
+        found,
+        {k: them[theirs_of(k)] for k in found},
+        1e-4,
     )
 
 
@@ -80,13 +98,16 @@ class Paper(torch.nn.Module):
             width, heads, bias=False, kdim=seen, vdim=seen, batch_first=True
         )  # fmt: skip
         self.ffw = torch.nn.Sequential(
-            torch.nn.Linear(width, hidden, bias=False), ACT2FN["relu2"], torch.nn.Linear(hidden, width, bias=False)
+            torch.nn.Linear(width, hidden, bias=False),
+            ACT2FN["relu2"],
+            torch.nn.Linear(hidden, width, bias=False),
         )
         self.alpha_xattn, self.alpha_dense = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
 
     def forward(self, y, x, sees):
         blind = ~sees.any(-1, keepdim=True)
-        hidden = ~(sees | blind).repeat_interleave(self.attention.num_heads, 0)  # softmax over nothing is NaN
+        # softmax over nothing is NaN
+        hidden = ~(sees | blind).repeat_interleave(self.attention.num_heads, 0)
         found, _ = self.attention(self.norm(y), x, x, attn_mask=hidden)
         y = y + self.alpha_xattn.tanh() * found.masked_fill(blind, 0)
         return y + self.alpha_dense.tanh() * self.ffw(self.norm_ffw(y))
@@ -112,7 +133,13 @@ def test_the_default_gated_layer_is_that_of_the_paper(parity):
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12)
     mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
     name = "torch MultiheadAttention and transformers relu2, as the paper's Fig. 4"
-    parity("Flamingo", "flamingo.GatedCrossAttention, default", name, ours(x, latents, mask), theirs(x, latents, mask))
+    parity(
+        "Flamingo",
+        "flamingo.GatedCrossAttention, default",
+        name,
+        ours(x, latents, mask),
+        theirs(x, latents, mask),
+    )
     mine = gradients(ours, ours(x, latents, mask))
     them = gradients(theirs, theirs(x, latents, mask))
     assert len(mine) == len(them) == 12
@@ -129,7 +156,8 @@ def test_closed_gates_leave_any_language_model_as_it_is(kind):
     old = torch.arange(IMAGE)
     assert torch.equal(made(ids, latents)[..., old], before[..., old])
     assert torch.equal(made(text(), latents), made(text()))  # whatever is there to be seen
-    assert torch.equal(language(ids).logits, before)  # and the language model by itself knows of nothing
+    # And the language model by itself knows of nothing
+    assert torch.equal(language(ids).logits, before)
     eyes.shake(made.cross, 0.3)
     assert not torch.allclose(made(text(), latents), made(text()), atol=1e-4)
 
@@ -144,13 +172,16 @@ def test_the_counts_of_photos_are_known():
 
 @pytest.mark.parametrize("use_rmsnorm_swiglu", [False, True])
 def test_cross_attention_gives_zero_before_any_photo(use_rmsnorm_swiglu):
-    block = eyes.shake(flamingo.GatedCrossAttention(24, 12, use_rmsnorm_swiglu=use_rmsnorm_swiglu), 0.3)
+    block = eyes.shake(
+        flamingo.GatedCrossAttention(24, 12, use_rmsnorm_swiglu=use_rmsnorm_swiglu), 0.3
+    )
     mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12, requires_grad=True)
     said = block.attend(x, latents, mask)
     assert torch.equal(said[0, :2], torch.zeros(2, 24)) and said[0, 2:].abs().min() > 0
     said[:, 0].sum().backward()
-    assert torch.equal(latents.grad, torch.zeros_like(latents))  # zero, not NaN: nothing to learn from
+    # zero, not NaN: nothing to learn from
+    assert torch.equal(latents.grad, torch.zeros_like(latents))
 
 
 def reach(made):
@@ -166,7 +197,8 @@ def reach(made):
 
 
 def test_a_word_sees_the_last_photo_before_it_and_no_other(monkeypatch):
-    first = model(every=2)  # one new layer, before the first: what is seen in it still wanders on by self-attention
+    # One new layer, before the first: what is seen in it still wanders on by self-attention
+    first = model(every=2)
     blocks = flamingo.blocks(first.language)
     before = []
     blocks[0].register_forward_pre_hook(lambda m, a: before.append(a[0].clone()))
@@ -182,7 +214,8 @@ def test_a_word_sees_the_last_photo_before_it_and_no_other(monkeypatch):
     one, two = reach(model())  # all layers: words before a photo do not know of it
     assert not one[:2].any() and one[2:].all() and not two[:5].any() and two[5:].all()
 
-    def all_photos(counts, photos, latents):  # the error: every word after the first photo sees all of them
+    # The error: every word after the first photo sees all of them
+    def all_photos(counts, photos, latents):
         return (counts > 0)[..., None].expand(-1, -1, photos * latents)
 
     monkeypatch.setattr(flamingo, "visible", all_photos)
@@ -213,7 +246,9 @@ def test_the_loss_is_that_of_all_logits_at_learned_words():
     learned = (ids != IMAGE) & (ids != 1)
     logits = made(ids, made.resample(features))
     labels = ids.where(learned, -100)
-    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     torch.testing.assert_close(flamingo.loss(made, ids, learned, features), wanted)
 
 
@@ -263,7 +298,9 @@ def test_a_step_of_training_is_shown_half_of_the_photos_that_its_text_names(monk
         names = named[named < IMAGE].view(ids.shape[0], -1) - 20
         assert torch.equal(features[:, :, 0, 0].long() % 3, names)  # photo i is of kind i % 3
     for parameters, most in clipped:
-        assert most == 1.0 and {id(p) for p in parameters} == {id(p) for p in made.trainable_parameters().values()}
+        assert most == 1.0 and {id(p) for p in parameters} == {
+            id(p) for p in made.trainable_parameters().values()
+        }
 
 
 def test_gates_learn_ten_times_as_fast_and_all_rates_rise_and_fall(monkeypatch):
@@ -275,7 +312,9 @@ def test_gates_learn_ten_times_as_fast_and_all_rates_rise_and_fall(monkeypatch):
     monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
         made = steps_of(patch, steps=1)[0]  # the first step of Adam moves every gate by its rate
-    torch.testing.assert_close(made.gates().abs(), torch.full((2, 2), 10 * 1e-3 / 20), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        made.gates().abs(), torch.full((2, 2), 10 * 1e-3 / 20), rtol=1e-3, atol=0
+    )
 
 
 def test_interleaved_chains_can_be_equally_long(monkeypatch):
@@ -295,7 +334,11 @@ def test_examples_are_training_photos_with_their_own_names_new_ones_for_every_pa
     monkeypatch.setattr(flamingo, "likelihoods", likelihoods)
     about = (flamingo.Config(), torch.device("cpu"))
     found = flamingo.judge(None, judged, 1, [], said, kinds, 4, *about)
-    assert torch.equal(found[:, 0], judged[:, 0, 0]) and [len(x) for x, _, _ in asked] == [20, 20, 5]
+    assert torch.equal(found[:, 0], judged[:, 0, 0]) and [len(x) for x, _, _ in asked] == [
+        20,
+        20,
+        5,
+    ]
     for _, shots, examples in asked:
         assert (examples[:, 0, 0].long() % 14).tolist() == shots and len(shots) == 4
     assert len({tuple(shots) for _, shots, _ in asked}) == 3
@@ -307,7 +350,9 @@ def test_gates_that_begin_open_disturb_the_language_model():
     for block in made.cross:
         torch.nn.init.ones_(block.gate_attention)
     assert (made(text(), latents) - plain).abs().max() > 1e-3
-    assert made.gates()[0].tolist() == pytest.approx([0.7616] * 2, abs=1e-4) and made.gates()[1].tolist() == [0, 0]
+    assert made.gates()[0].tolist() == pytest.approx([0.7616] * 2, abs=1e-4) and made.gates()[
+        1
+    ].tolist() == [0, 0]
 
 
 def test_only_new_parts_learn():
@@ -316,7 +361,11 @@ def test_only_new_parts_learn():
     optimizer = torch.optim.SGD(made.trainable_parameters().values(), 1.0)
     ids = text()
     flamingo.loss(made, ids, ids != IMAGE, torch.randn(2, 2, 4, 16)).backward()
-    missing = [k for k, p in made.trainable_parameters().items() if p.grad is None or not p.grad.abs().max() > 0]
+    missing = [
+        k
+        for k, p in made.trainable_parameters().items()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not missing and not any(k.startswith("language") for k in made.trainable_parameters())
     before = made.new_embeddings.clone()
     optimizer.step()
@@ -349,18 +398,26 @@ def test_the_vocabulary_grows_by_two(smollm2):
     assert not language.get_input_embeddings().weight.requires_grad
     assert tokenizer.convert_ids_to_tokens(new) == [flamingo.IMAGE, flamingo.END]
     ids = flamingo.chunk(tokenizer, "Royal Gala apple")
-    assert ids[0] == new[0] and ids[-1] == new[1] and tokenizer.decode(ids[1:-1]) == " Royal Gala apple"
+    assert (
+        ids[0] == new[0]
+        and ids[-1] == new[1]
+        and tokenizer.decode(ids[1:-1]) == " Royal Gala apple"
+    )
 
 
 def test_interleaved_chains_learn_names_and_their_end():
     chunks, kinds = [[IMAGE, 7, END], [IMAGE, 8, 9, END]], torch.tensor([0, 1, 1, 0, 1])
     seen, sizes = set(), set()
     for seed in range(20):
-        ids, supervised, photos = flamingo.interleaved_batch(np.random.default_rng(seed), 1, chunks, kinds, 12, 3)
+        ids, supervised, photos = flamingo.interleaved_batch(
+            np.random.default_rng(seed), 1, chunks, kinds, 12, 3
+        )
         sizes.add(photos.shape)
         for row, mine, chain in zip(ids.tolist(), supervised.tolist(), photos):
             said = [i for p in chain for i in chunks[kinds[p]]]
-            assert row[0] == 1 and row[1 : len(said) + 1] == said and set(row[len(said) + 1 :]) <= {1}
+            assert (
+                row[0] == 1 and row[1 : len(said) + 1] == said and set(row[len(said) + 1 :]) <= {1}
+            )
             assert [i for i, x in zip(row, mine) if x] == [i for i in said if i != IMAGE]
             seen |= {i for i, x in zip(row, mine) if x}
     assert END in seen and sizes == {(12, 1), (6, 2), (4, 3)}
@@ -368,17 +425,23 @@ def test_interleaved_chains_learn_names_and_their_end():
 
 def task(steps=80, ends=True):
     """Photos of three kinds whose names are told by their features: a tiny Flamingo trained on them."""
-    chunks, kinds = [[IMAGE, 20, END], [IMAGE, 20, 30, END], [IMAGE, 22, 31, END]], torch.arange(60) % 3
+    chunks, kinds = (
+        [[IMAGE, 20, END], [IMAGE, 20, 30, END], [IMAGE, 22, 31, END]],
+        torch.arange(60) % 3,
+    )
     centres = torch.randn(3, 1, 16)
     said = centres[kinds] + 0.3 * torch.randn(60, 4, 16)
     language = eyes.speaker()
     with torch.no_grad():
-        language.lm_head.weight *= 50  # a language model that can be sure of a word; random ones are not
+        # a language model that can be sure of a word; random ones are not
+        language.lm_head.weight *= 50
     made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
     cfg = flamingo.Config(steps=steps, batch=24, longest=3, lr=1e-2)
     if not ends:  # the error: the word that ends a name is not among what is learned
         whole = flamingo.interleaved_batch
-        flamingo.interleaved_batch = lambda *about: (lambda i, x, p: (i, x & (i != END), p))(*whole(*about))
+        flamingo.interleaved_batch = lambda *about: (lambda i, x, p: (i, x & (i != END), p))(
+            *whole(*about)
+        )
     losses = list(flamingo.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
     if not ends:
         flamingo.interleaved_batch = whole
@@ -391,8 +454,11 @@ def test_it_learns_to_name_what_it_sees():
     for shots in (0, 2):
         found = flamingo.judge(made, said, 1, chunks, said, kinds, shots, cfg, torch.device("cpu"))
         assert float((found.argmax(-1) == kinds).float().mean()) > 0.9
-        assert float(found.exp().sum(1).mean()) > 0.5  # most of that it would say is a name and its end
-    blind = flamingo.judge(made, said.roll(1, 0), 1, chunks, said, kinds, 0, cfg, torch.device("cpu"))
+        # Most of that it would say is a name and its end
+        assert float(found.exp().sum(1).mean()) > 0.5
+    blind = flamingo.judge(
+        made, said.roll(1, 0), 1, chunks, said, kinds, 0, cfg, torch.device("cpu")
+    )
     assert float((blind.argmax(-1) == kinds).float().mean()) < 0.1  # it is the photo that tells
 
 
@@ -404,14 +470,21 @@ def test_without_the_end_in_the_labels_no_name_ends():
 
 def test_names_after_a_remembered_prompt_score_as_in_one_reading():
     made, chunks = model(), [[IMAGE, 20, END], [IMAGE, 21, 30, END], [IMAGE, 22, 31, 32, END]]
-    eyes.shake(made.language, 0.1)  # random language models hardly listen to earlier words; this one does
+    # Random language models hardly listen to earlier words; this one does
+    eyes.shake(made.language, 0.1)
     features, examples = torch.randn(4, 5, 16), torch.randn(2, 5, 16)
     found = flamingo.likelihoods(made, features, 1, chunks, [2, 0], examples)
     for k, name in enumerate(chunks):
         ids = torch.tensor([[1] + chunks[2] + chunks[0] + name]).expand(4, -1)
         photos = torch.cat([examples.expand(4, -1, -1, -1), features[:, None]], 1)
-        log_p = made(ids, made.resample(photos)).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-        torch.testing.assert_close(found[:, k], log_p[:, 1 - len(name) :].sum(1), atol=1e-4, rtol=1e-5)
+        log_p = (
+            made(ids, made.resample(photos))
+            .log_softmax(-1)[:, :-1]
+            .gather(2, ids[:, 1:, None])[..., 0]
+        )
+        torch.testing.assert_close(
+            found[:, k], log_p[:, 1 - len(name) :].sum(1), atol=1e-4, rtol=1e-5
+        )
     other = flamingo.likelihoods(made, features, 1, chunks, [2, 0], examples + 1)
     assert (found - other).abs().max() > 0.01  # examples are read
 
@@ -428,7 +501,9 @@ def test_weights_come_back_and_those_of_another_model_are_refused(tmp_path):
     checkpoint.write(tmp_path / "x.safetensors", made.trainable_parameters(), about)
     again = flamingo.load(tmp_path / "x.safetensors", eyes.speaker(), [IMAGE, END])
     features = torch.randn(2, 2, 4, 16)
-    assert torch.equal(again(text(), again.resample(features)), made(text(), made.resample(features)))
+    assert torch.equal(
+        again(text(), again.resample(features)), made(text(), made.resample(features))
+    )
     with pytest.raises(UserError, match="another language model or script"):
         flamingo.load(tmp_path / "x.safetensors", eyes.speaker("phi"), [IMAGE, END])
     checkpoint.write(tmp_path / "y.safetensors", made.trainable_parameters(), {"size": 3})
@@ -447,7 +522,9 @@ def test_files_with_the_old_names_of_parameters_still_load(tmp_path):
     checkpoint.write(tmp_path / "old.safetensors", tensors, about)
     again = flamingo.load(tmp_path / "old.safetensors", eyes.speaker(), [IMAGE, END])
     features = torch.randn(2, 2, 4, 16)
-    assert torch.equal(again(text(), again.resample(features)), made(text(), made.resample(features)))
+    assert torch.equal(
+        again(text(), again.resample(features)), made(text(), made.resample(features))
+    )
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):
@@ -481,7 +558,9 @@ def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
     monkeypatch.setattr(flamingo.tower, "said", eyes.seen)
     monkeypatch.setattr(flamingo, "add_words", lambda *about: [IMAGE, END])
     monkeypatch.setattr(flamingo, "start", lambda tokenizer: 1)
-    monkeypatch.setattr(flamingo, "chunk", lambda tokenizer, name: [IMAGE, 20 + sorted(NAMED).index(name), END])
+    monkeypatch.setattr(
+        flamingo, "chunk", lambda tokenizer, name: [IMAGE, 20 + sorted(NAMED).index(name), END]
+    )
     speaker = eyes.speaker()
     monkeypatch.setattr(flamingo.pretrained, "language_model", lambda *about: (None, speaker))
 
@@ -498,7 +577,9 @@ def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
     monkeypatch.setattr(flamingo, "judge", judge)
     monkeypatch.setattr(flamingo, "draw", lambda *about: shown.update(draw=about))
     found = flamingo.main(
-        flamingo.Config(language="tiny", every=1, shots=(0, 1), steps=1, judged=15, out=str(tmp_path))
+        flamingo.Config(
+            language="tiny", every=1, shots=(0, 1), steps=1, judged=15, out=str(tmp_path)
+        )
     )
     said, kinds, chunks = shown["train"]
     numbers = said[:, 0, 0].long()
@@ -507,10 +588,19 @@ def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
     for shots in (0, 1):
         features, examples, of = shown[shots]
         judged = features[:, 0, 0].long()
-        assert len(judged) == 15 and judged.min() >= 20 and torch.equal(examples, said) and torch.equal(of, kinds)
-    assert found["0 examples"] == {"14 kinds": 1.0, "5 groups": 1.0} and found["1 examples"]["14 kinds"] == 0
+        assert (
+            len(judged) == 15
+            and judged.min() >= 20
+            and torch.equal(examples, said)
+            and torch.equal(of, kinds)
+        )
+    assert (
+        found["0 examples"] == {"14 kinds": 1.0, "5 groups": 1.0}
+        and found["1 examples"]["14 kinds"] == 0
+    )
     _, _, photos, _, names, truth, log_p = shown["draw"]
-    assert [names[k] for k in log_p.argmax(-1)] == truth  # photos, what they are and scores stand in one order
+    # photos, what they are and scores stand in one order
+    assert [names[k] for k in log_p.argmax(-1)] == truth
     assert [NAMED[int(p[0, 0, 0]) % 3] for p in photos] == truth
 
 
@@ -524,7 +614,9 @@ def test_gates_that_never_learned_are_bars(tmp_path):
     flamingo.draw_gates(one, torch.tensor([[0.1, -0.2, 0.3]]), "attention")
     assert [round(bar.get_height(), 3) for bar in one.patches] == [0.1, -0.2, 0.3]
     flamingo.draw_gates(many, torch.rand(5, 3), "attention")
-    assert len([line for line in many.lines if len(line.get_xdata()) == 5]) == 3 and not many.patches
+    assert (
+        len([line for line in many.lines if len(line.get_xdata()) == 5]) == 3 and not many.patches
+    )
     plt.close(figure)
 
 
@@ -537,4 +629,8 @@ def test_the_whole_script_runs(tmp_path, monkeypatch):
                         out=str(tmp_path / "out"))
     )  # fmt: skip
     assert found["loss"] > 0 and 0 <= found["1 examples"]["14 kinds"] <= 1
-    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"flamingo.png", "loss.png", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {
+        "flamingo.png",
+        "loss.png",
+        "model.safetensors",
+    }

@@ -16,7 +16,9 @@ IMAGE, END = 98, 99
 
 def model():
     torch.manual_seed(3)
-    made = flamingo.Flamingo(eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, seen=12).eval()
+    made = flamingo.Flamingo(
+        eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, seen=12
+    ).eval()
     eyes.shake(made.cross, 0.3)
     return made
 
@@ -73,7 +75,9 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_photos(tmp_path, monkeypatch):
+def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_photos(
+    tmp_path, monkeypatch
+):
     """The whole script before a Flamingo of a few thousand weights, whose trainings and judgements are written down."""
     tokenizer, _ = pretrained.smollm2()
     trained, judged = [], []
@@ -90,7 +94,9 @@ def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_
         start = model.resampler.latents.detach().clone()
         names = [tokenizer.decode(chunk).split("<")[1].split("> ")[1] for chunk in chunks]
         assert (
-            said.shape == (20, 4, 16) and said[:, 0, 0].tolist() == list(range(20)) and kinds.tolist()[:3] == [0, 1, 2]
+            said.shape == (20, 4, 16)
+            and said[:, 0, 0].tolist() == list(range(20))
+            and kinds.tolist()[:3] == [0, 1, 2]
         )
         trained.append((cfg.lr, names, start, set(model.trainable_parameters())))
         return real_train(model, said, kinds, first, chunks, cfg, on)
@@ -109,23 +115,33 @@ def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_
     monkeypatch.setattr(flamingo, "Flamingo", partial(tiny, dim_in=16, every=3, latents=3, seen=12))
     for name, made in (("load", load), ("train", train), ("judge", judge)):
         monkeypatch.setattr(flamingo, name, made)
-    cfg = flamingo_lora.Config(steps=2, batch=4, longest=2, judged=8, rank=2, lr=0.25, lora_lr=0.5, out=str(tmp_path))
+    cfg = flamingo_lora.Config(
+        steps=2, batch=4, longest=2, judged=8, rank=2, lr=0.25, lora_lr=0.5, out=str(tmp_path)
+    )
     rows = flamingo_lora.main(cfg)
     assert list(rows) == ["before", "gates", "lora", "LoRA taken out", "layers", "from nothing"]
     assert [lr for lr, *_ in trained] == [0.25, 0.5, 0.25, 0.25]
     french = [flamingo_lora.FRENCH[kind] for kind in eyes.shop().fine_names]
     assert all(names == french for _, names, *_ in trained)
     starts = [start for _, _, start, _ in trained]
-    assert all(torch.equal(start, starts[0]) for start in starts[:3]) and not torch.equal(starts[3], starts[0])
+    assert all(torch.equal(start, starts[0]) for start in starts[:3]) and not torch.equal(
+        starts[3], starts[0]
+    )
     for (_, _, _, moving), way in zip(trained, flamingo_lora.WAYS):
-        assert rows[way]["learned"] == sum(p.numel() for n, p in parameters(way, tokenizer) if n in moving)
+        assert rows[way]["learned"] == sum(
+            p.numel() for n, p in parameters(way, tokenizer) if n in moving
+        )
     assert [name for name, _ in judged] == ["Pink Lady apple", "pomme rose"] * 6
     scores = [score for _, score in judged]
     for language in (0, 1):
         before, gates, lora, out, layers, nothing = scores[language::2]
         assert torch.equal(before, out)
         assert not any(torch.allclose(x, before, atol=1e-3) for x in (gates, lora, layers, nothing))
-    assert {p.name for p in tmp_path.iterdir()} >= {"flamingo_lora.png", "metrics.json", "config.json"}
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "flamingo_lora.png",
+        "metrics.json",
+        "config.json",
+    }
 
 
 def parameters(way, tokenizer):
@@ -135,7 +151,13 @@ def parameters(way, tokenizer):
 
 @pytest.mark.long
 def test_the_whole_script_runs(tmp_path):
-    cfg = flamingo_lora.Config(ways=("gates", "lora"), steps=1, batch=4, longest=2, judged=20, out=str(tmp_path))
+    cfg = flamingo_lora.Config(
+        ways=("gates", "lora"), steps=1, batch=4, longest=2, judged=20, out=str(tmp_path)
+    )
     rows = flamingo_lora.main(cfg)
     assert rows["LoRA taken out"] == rows["before"]
-    assert {p.name for p in tmp_path.iterdir()} >= {"flamingo_lora.png", "metrics.json", "config.json"}
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "flamingo_lora.png",
+        "metrics.json",
+        "config.json",
+    }

@@ -31,7 +31,11 @@ def library(kind="clip_vision_model", tiles=False):
         vision_feature_select_strategy="default" if kind.startswith("clip") else "full", **more,
     )  # fmt: skip
     torch.manual_seed(2)
-    return eyes.shake((LlavaNextForConditionalGeneration if tiles else LlavaForConditionalGeneration)(config).eval())
+    return eyes.shake(
+        (LlavaNextForConditionalGeneration if tiles else LlavaForConditionalGeneration)(
+            config
+        ).eval()
+    )
 
 
 def prompt(count, rows=2):
@@ -44,7 +48,11 @@ def prompt(count, rows=2):
 def same_names(model, theirs, found):
     """Our gradients under their names, by the identity of the weights."""
     names = {id(p): name for name, p in theirs.named_parameters()}
-    return {names[id(p)]: found[name] for name, p in model.named_parameters() if name in found and id(p) in names}
+    return {
+        names[id(p)]: found[name]
+        for name, p in model.named_parameters()
+        if name in found and id(p) in names
+    }
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
@@ -53,13 +61,24 @@ def test_logits_and_gradients_are_those_of_transformers(kind, parity):
     model = llava.assemble(llava_io.from_transformers(theirs))
     pixels, ids = torch.randn(2, 3, 28, 28), prompt(16)
     mine, other = model(ids, pixels).logits, theirs(input_ids=ids, pixel_values=pixels).logits
-    parity("LLaVA-1.5", f"llava.Llava.forward, {kind}", "transformers.LlavaForConditionalGeneration", mine, other)
+    parity(
+        "LLaVA-1.5",
+        f"llava.Llava.forward, {kind}",
+        "transformers.LlavaForConditionalGeneration",
+        mine,
+        other,
+    )
     ours = same_names(model, theirs, gradients(model, model(ids, pixels).logits))
     them = gradients(theirs, theirs(input_ids=ids, pixel_values=pixels).logits)
     assert any("vision" in k for k in them) and any("projector" in k for k in them)
     them = {k: v for k, v in them.items() if v.abs().max() > 0 or k in ours}
     parity(
-        "LLaVA-1.5", f"llava.Llava gradients, {kind}", "transformers.LlavaForConditionalGeneration", ours, them, 1e-4
+        "LLaVA-1.5",
+        f"llava.Llava gradients, {kind}",
+        "transformers.LlavaForConditionalGeneration",
+        ours,
+        them,
+        1e-4,
     )
 
 
@@ -85,7 +104,14 @@ def test_tiles_give_the_logits_and_gradients_of_llava_next(size, parity):
     ours = same_names(model, theirs, gradients(model, logits))
     them = gradients(theirs, theirs(**about).logits)
     assert "model.image_newline" in them
-    parity("LLaVA-1.6", "llava.Llava.tile_features, gradients", name, ours, {k: them[k] for k in ours}, 1e-4)
+    parity(
+        "LLaVA-1.6",
+        "llava.Llava.tile_features, gradients",
+        name,
+        ours,
+        {k: them[k] for k in ours},
+        1e-4,
+    )
     assert not [k for k in them.keys() - ours.keys() if them[k].abs().max() > 0]
 
 
@@ -93,10 +119,14 @@ def test_the_classic_mistakes_with_tiles_change_the_answer():
     theirs = library(tiles=True)
     model = llava.assemble(llava_io.from_transformers(theirs))
     candidates, size = [tuple(x) for x in theirs.config.image_grid_pinpoints], (50, 37)
-    pixels = model.vision.pixels(anyres.tiles(torch.randint(0, 256, (3, *size), dtype=torch.uint8), 28, candidates))
+    pixels = model.vision.pixels(
+        anyres.tiles(torch.randint(0, 256, (3, *size), dtype=torch.uint8), 28, candidates)
+    )
     features = model.tile_features(pixels, size, candidates)
     ids = prompt(features.shape[1], 1)
-    other = theirs(input_ids=ids, pixel_values=pixels[None], image_sizes=torch.tensor([size])).logits
+    other = theirs(
+        input_ids=ids, pixel_values=pixels[None], image_sizes=torch.tensor([size])
+    ).logits
     whole_last = model.tile_features(pixels[[1, 2, 3, 4, 0]], size, candidates)
     columns_first = model.tile_features(pixels[[0, 1, 3, 2, 4]], size, candidates)
     no_newline = anyres.pack(model.image_features(pixels), size, 28, candidates)[None]
@@ -109,13 +139,16 @@ def test_the_classic_mistakes_with_tiles_change_the_answer():
 @pytest.mark.parametrize("sees", ["clip_vision_model", "dinov2_with_registers", "resnet", "swin"])
 def test_any_eye_with_any_speaker(sees, speaks):
     eye, language = tower.VisionTower(eyes.tower(sees)), eyes.speaker(speaks)
-    join = llava.connector.build("mlp2x_gelu", eye.width, language.get_input_embeddings().embedding_dim)
+    join = llava.connector.build(
+        "mlp2x_gelu", eye.width, language.get_input_embeddings().embedding_dim
+    )
     model = llava.Llava(eye, join, language, IMAGE_ID)
     ids, pixels = prompt(model.count), torch.randn(2, 3, eye.size, eye.size)
     logits = model(ids, pixels).logits
     assert logits.shape == (*ids.shape, 100) and logits.isfinite().all()
     moved = model(ids, pixels + torch.randn_like(pixels)).logits
-    assert torch.equal(moved[:, :3], logits[:, :3])  # what stands before the picture has not seen it
+    # What stands before the picture has not seen it
+    assert torch.equal(moved[:, :3], logits[:, :3])
     assert not torch.allclose(moved[:, -1], logits[:, -1])
     assert model.generate(ids, model.image_features(pixels), max_new_tokens=3).shape[0] == 2
 
@@ -134,7 +167,12 @@ class Words:
     """A tokenizer of few words, for a model whose table of embeddings has more rows."""
 
     def __init__(self):
-        self.words, self.pad_token_id, self.eos_token, self.chat_template = ["a", "b", "</s>"], None, "</s>", None
+        self.words, self.pad_token_id, self.eos_token, self.chat_template = (
+            ["a", "b", "</s>"],
+            None,
+            "</s>",
+            None,
+        )
 
     def __len__(self):
         return len(self.words)
@@ -173,10 +211,14 @@ def test_only_answers_and_their_ends_are_learned(smollm2):
     prompts.add_words(tokenizer, smollm2[1])
     turns = [(f"{prompts.IMAGE}\nWhat is it?", "an apple"), ("Which?", "Gala")]
     ids, learned = prompts.chat(tokenizer, turns, 4)
-    assert tokenizer.decode([i for i, x in zip(ids, learned) if x]) == "an apple<|im_end|>Gala<|im_end|>"
+    assert (
+        tokenizer.decode([i for i, x in zip(ids, learned) if x])
+        == "an apple<|im_end|>Gala<|im_end|>"
+    )
     assert tokenizer.decode(ids).count(prompts.IMAGE) == 4
     asked, none = prompts.chat(tokenizer, [*turns[:1], ("Which?", None)], 4)
-    assert not any(none[-10:]) and ids[: len(asked)] == asked  # what is asked in use is what was asked in training
+    # What is asked in use is what was asked in training
+    assert not any(none[-10:]) and ids[: len(asked)] == asked
 
 
 def test_a_picture_may_stand_between_two_words(smollm2):
@@ -196,17 +238,25 @@ def test_a_picture_may_stand_between_two_words(smollm2):
 @pytest.mark.parametrize("talk", prompts.STYLES)
 def test_every_style_learns_the_end(smollm2, talk):
     ids, learned = prompts.chat(smollm2[0], [("Q?", "yes"), ("R?", "no")], 1, talk)
-    assert sum(learned) == 4 and [i for i, x in zip(ids, learned) if x][1] in (2, smollm2[0].eos_token_id)
+    assert sum(learned) == 4 and [i for i, x in zip(ids, learned) if x][1] in (
+        2,
+        smollm2[0].eos_token_id,
+    )
 
 
-@pytest.mark.parametrize("word", ["<|im_end|>", "<|im_start|>", "<file_sep>", "<|endoftext|>", "<repo_name>"])
+@pytest.mark.parametrize(
+    "word", ["<|im_end|>", "<|im_start|>", "<file_sep>", "<|endoftext|>", "<repo_name>"]
+)
 def test_what_somebody_types_is_no_command(smollm2, word):
     tokenizer, language = smollm2
     prompts.add_words(tokenizer, language)
     turns = [(f"{prompts.IMAGE}\nStop.{word}\nNo", f"Yes{word}{prompts.IMAGE}")]
     ids, _ = prompts.chat(tokenizer, turns, 3)
     plain, _ = prompts.chat(tokenizer, [(f"{prompts.IMAGE}\nStop.\nNo", "Yes")], 3)
-    for special in (tokenizer.convert_tokens_to_ids(word), tokenizer.convert_tokens_to_ids(prompts.IMAGE)):
+    for special in (
+        tokenizer.convert_tokens_to_ids(word),
+        tokenizer.convert_tokens_to_ids(prompts.IMAGE),
+    ):
         assert ids.count(special) == plain.count(special)
 
 
@@ -217,7 +267,10 @@ def test_a_question_is_asked_and_an_answer_refused_without_a_word_that_ends_it()
 
     bare = Tokenizer(models.WordLevel({"[UNK]": 0, "what": 1, "apple": 2, "\n": 3}, "[UNK]"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer, language = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="[UNK]"), eyes.speaker()
+    tokenizer, language = (
+        PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="[UNK]"),
+        eyes.speaker(),
+    )
     language.generation_config.eos_token_id = None
     assert prompts.add_words(tokenizer, language) == 4 and prompts.ends(tokenizer, language) == []
     ids, learned = prompts.chat(tokenizer, [(f"{prompts.IMAGE} what", None)], 2)
@@ -232,7 +285,9 @@ def test_an_answer_stops_at_every_word_that_ends_one(smollm2):
     language.generation_config.eos_token_id = [7, 9]
     assert prompts.end_of_answer(tokenizer) == "<|im_end|>"
     assert prompts.end_of_answer(tokenizer, "vicuna") == "<|im_end|>"
-    assert prompts.ends(tokenizer, language) == sorted({7, 9, tokenizer.convert_tokens_to_ids("<|im_end|>")})
+    assert prompts.ends(tokenizer, language) == sorted(
+        {7, 9, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    )
 
 
 def test_a_photo_is_squeezed_and_normalised_as_transformers_does_it(tiny, monkeypatch):
@@ -243,10 +298,18 @@ def test_a_photo_is_squeezed_and_normalised_as_transformers_does_it(tiny, monkey
     monkeypatch.setattr(model.vision, "mean", (0.1, 0.2, 0.3))
     monkeypatch.setattr(model.vision, "std", (0.5, 0.25, 0.2))
     photo = torch.randint(64, 192, (3, 60, 90), dtype=torch.uint8)
-    about = {"image_mean": model.vision.mean, "image_std": model.vision.std, "do_center_crop": False}
+    about = {
+        "image_mean": model.vision.mean,
+        "image_std": model.vision.std,
+        "do_center_crop": False,
+    }
     processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, **about)
-    pixels = processor(images=photo.numpy(), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-    torch.testing.assert_close(llava.see(model, photo), model.image_features(pixels), atol=0.02, rtol=0.02)
+    pixels = processor(
+        images=photo.numpy(), return_tensors="pt", input_data_format="channels_first"
+    )["pixel_values"]
+    torch.testing.assert_close(
+        llava.see(model, photo), model.image_features(pixels), atol=0.02, rtol=0.02
+    )
     wrong = model.image_features((pixels * 0.5).clamp(-1, 1))
     assert (llava.see(model, photo) - wrong).abs().max() > 0.05
 
@@ -255,7 +318,9 @@ def test_tiles_are_those_of_the_models_own_grids(tiny, monkeypatch):
     _, model = tiny
     photo, asked = torch.randint(0, 256, (3, 30, 120), dtype=torch.uint8), []
     monkeypatch.setattr(
-        llava.anyres, "tiles", lambda image, side, sizes: asked.append(sizes) or image[None, :, :28, :28]
+        llava.anyres,
+        "tiles",
+        lambda image, side, sizes: asked.append(sizes) or image[None, :, :28, :28],
     )
     monkeypatch.setattr(model, "tile_features", lambda pixels, size, sizes: (size, sizes))
     assert llava.see(model, photo, 4) == ((30, 120), anyres.candidates(28, 4))
@@ -266,7 +331,8 @@ def test_tiles_are_those_of_the_models_own_grids(tiny, monkeypatch):
 
 def test_a_perceiver_with_tiles_is_refused():
     eye, language = tower.VisionTower(eyes.tower()), eyes.speaker()
-    join = llava.connector.build("perceiver", 16, 24, latents=16)  # sixteen latents look like a grid of four
+    # Sixteen latents look like a grid of four
+    join = llava.connector.build("perceiver", 16, 24, latents=16)
     model = llava.Llava(eye, join, language, IMAGE_ID)
     with pytest.raises(UserError, match="perceiver's latents have none"):
         llava.see(model, torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), 4)
@@ -297,16 +363,22 @@ def test_questions_too_long_to_wait_for_are_refused_at_once(tiny):
         llava.question(tokenizer, model, f"{prompts.IMAGE} and this?", 16)
 
 
-def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(tiny, monkeypatch, tmp_path):
+def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(
+    tiny, monkeypatch, tmp_path
+):
     """main: what is said of photo i stands beside what photo i is, and how sure the model is of it."""
     fruit, shown = eyes.shop(), []
     monkeypatch.setattr(llava.data, "groceries", lambda size: fruit)
     monkeypatch.setattr(llava, "load", lambda *about: tiny)
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: shown.append(about))
     monkeypatch.setattr(
-        llava, "answer_and_probability", lambda t, m, photo, *about: (f"photo {int(photo[0, 0, 0])} {about}", 0.25)
+        llava,
+        "answer_and_probability",
+        lambda t, m, photo, *about: (f"photo {int(photo[0, 0, 0])} {about}", 0.25),
     )
-    cfg = llava.Config(prompt="Which?", samples=5, max_new_tokens=9, max_prompt=77, out=str(tmp_path / "out"))
+    cfg = llava.Config(
+        prompt="Which?", samples=5, max_new_tokens=9, max_prompt=77, out=str(tmp_path / "out")
+    )
     found = llava.main(cfg)
     ((_, photos, answers, truths, asked),) = shown
     numbers = [int(photo[0, 0, 0]) for photo in photos]
@@ -317,19 +389,28 @@ def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(tiny,
     assert found == {"prompt": "Which?", "tokens_of_a_photo": 16, "p of the answer": 0.25}
 
 
-def test_damaged_photos_are_one_line_or_a_photo_of_the_right_shape(tiny, monkeypatch, tmp_path, capsys):
+def test_damaged_photos_are_one_line_or_a_photo_of_the_right_shape(
+    tiny, monkeypatch, tmp_path, capsys
+):
     """500 damaged files through the script, of a fixed seed: what reaches the model is a picture, or nothing does."""
     shown = []
     monkeypatch.setattr(llava, "load", lambda *about: tiny)
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: None)
     monkeypatch.setattr(llava, "streamer", lambda tokenizer: None)
     monkeypatch.setattr(llava, "see", lambda *about: torch.zeros(1, 16, 32))
-    monkeypatch.setattr(llava, "answer_and_probability", lambda t, m, photo, *more: shown.append(photo) or ("x", 1.0))
+    monkeypatch.setattr(
+        llava,
+        "answer_and_probability",
+        lambda t, m, photo, *more: shown.append(photo) or ("x", 1.0),
+    )
     whole = tmp_path / "photo"
-    about = {"image": str(whole), "tiles": 4, "out": str(tmp_path / "out")}  # tiles: the photo as it is
+    # tiles: the photo as it is
+    about = {"image": str(whole), "tiles": 4, "out": str(tmp_path / "out")}
     seen = 0
     for kind in ("JPEG", "PNG"):
-        Image.fromarray(torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8).numpy()).save(whole, kind)
+        Image.fromarray(torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8).numpy()).save(
+            whole, kind
+        )
         for bad in fuzz.damaged(whole.read_bytes(), 250):
             whole.write_bytes(bad)
             shown.clear()
@@ -356,7 +437,9 @@ def test_a_setting_that_is_not_done_is_refused_by_its_name(key):
         llava_io.from_transformers(theirs, "x")
 
 
-@pytest.mark.parametrize("kind", ["internvl", "gemma3", "paligemma", "mistral3", "vipllava", "llava_onevision"])
+@pytest.mark.parametrize(
+    "kind", ["internvl", "gemma3", "paligemma", "mistral3", "vipllava", "llava_onevision"]
+)
 def test_models_that_only_look_like_llava_are_refused_before_their_weights_are_read(kind, tmp_path):
     from transformers import CONFIG_MAPPING
 
@@ -393,14 +476,22 @@ def settings(folder):
 def test_damaged_configurations_are_read_right_or_refused(ours, whole, tmp_path):
     """500 damaged config.json: one line, or a configuration that says what the file says."""
     if ours:
-        good = {"model_type": "llava-of-parts", "vision": "efficientnet", "connector": "pool3", "layer": -2}
+        good = {
+            "model_type": "llava-of-parts",
+            "vision": "efficientnet",
+            "connector": "pool3",
+            "layer": -2,
+        }
         good["select"] = "patch"
         data = json.dumps(good).encode()
     else:
         data = (whole / "config.json").read_bytes()
         good = json.loads(data)
     read = 0
-    for bad in [*fuzz.damaged(data, 250), *(json.dumps(b).encode() for b in fuzz.retyped(good, 250))]:
+    for bad in [
+        *fuzz.damaged(data, 250),
+        *(json.dumps(b).encode() for b in fuzz.retyped(good, 250)),
+    ]:
         (tmp_path / "config.json").write_bytes(bad)
         found = fuzz.reads_or_refuses(lambda: settings(tmp_path))
         if found is None:
@@ -408,21 +499,36 @@ def test_damaged_configurations_are_read_right_or_refused(ours, whole, tmp_path)
         read += 1
         about = json.loads(bad.decode("utf-8-sig"))
         found = found if ours else found.to_dict()
-        for key in ("model_type", "vision_feature_layer", "projector_hidden_act", "connector", "layer", "select"):
+        for key in (
+            "model_type",
+            "vision_feature_layer",
+            "projector_hidden_act",
+            "connector",
+            "layer",
+            "select",
+        ):
             assert key not in about or found.get(key) == about[key], key
     assert read > 0
 
 
 def test_weights_that_no_part_has_are_refused(speaker, tmp_path):
     """load_state_dict(strict=False) takes what fits and says nothing about the rest."""
-    meta = {"vision": "efficientnet", "language": speaker, "connector": "pool3", "layer": -2, "select": "patch"}
+    meta = {
+        "vision": "efficientnet",
+        "language": speaker,
+        "connector": "pool3",
+        "layer": -2,
+        "select": "patch",
+    }
     join = llava.connector.build("pool3", 1280, 32).state_dict()
     tensors = {f"connector.{k}": v for k, v in join.items()}
     checkpoint.write(tmp_path / "x.safetensors", tensors, meta | {"scale": 2.0})
     model = llava.load(tmp_path / "x.safetensors")[1]
     assert torch.equal(model.connector.mlp[0].weight, join["mlp.0.weight"])
     checkpoint.write(
-        tmp_path / "x.safetensors", tensors | {"vision.network.nothing": torch.zeros(1)}, meta | {"scale": 2.0}
+        tmp_path / "x.safetensors",
+        tensors | {"vision.network.nothing": torch.zeros(1)},
+        meta | {"scale": 2.0},
     )
     with pytest.raises(UserError, match="its vision model lacks: .*network.nothing"):
         llava_io.restore(tmp_path / "x.safetensors")
@@ -439,7 +545,8 @@ def tiny(speaker):
     """A model of tiny parts with the real tokenizer."""
     tokenizer, language = pretrained.language_model(speaker)
     language = language.float()
-    language.config.max_position_embeddings = 512  # a prompt with 196 places for a photo is longer than 128
+    # a prompt with 196 places for a photo is longer than 128
+    language.config.max_position_embeddings = 512
     eye = tower.VisionTower(eyes.tower())
     return tokenizer, llava.build(eye, "mlp2x_gelu", language, tokenizer).eval()
 
@@ -463,11 +570,22 @@ def test_a_saved_folder_is_that_of_transformers(tiny, whole, parity):
     inputs = processor(images=image, text=text, return_tensors="pt")
     assert inputs["input_ids"].tolist() == llava.question(tokenizer, model, "What?", 16).tolist()
     pixels = model.vision.pixels(image[None])
-    parity("LLaVA-1.5", "tower.pixels", "transformers.LlavaProcessor", pixels, inputs["pixel_values"])
+    parity(
+        "LLaVA-1.5", "tower.pixels", "transformers.LlavaProcessor", pixels, inputs["pixel_values"]
+    )
     mine = model(inputs["input_ids"], pixels).logits
-    parity("LLaVA-1.5", "llava_io.save", "transformers AutoModelForImageTextToText", mine, theirs(**inputs).logits)
+    parity(
+        "LLaVA-1.5",
+        "llava_io.save",
+        "transformers AutoModelForImageTextToText",
+        mine,
+        theirs(**inputs).logits,
+    )
     _, again = llava.load(whole)
-    torch.testing.assert_close(again(inputs["input_ids"], pixels).logits.float(), mine, atol=0.05, rtol=0.05)  # bf16
+    # bf16
+    torch.testing.assert_close(
+        again(inputs["input_ids"], pixels).logits.float(), mine, atol=0.05, rtol=0.05
+    )
 
 
 def test_parts_that_transformers_has_no_llava_for_come_back(tiny, tmp_path):
@@ -477,14 +595,23 @@ def test_parts_that_transformers_has_no_llava_for_come_back(tiny, tmp_path):
     llava_io.save(model, tokenizer, tmp_path / "parts")
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["vision"] == "vision"
     _, again = llava.load(tmp_path / "parts")
-    ids, pixels = llava.question(tokenizer, model, "What?", model.count), torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(again(ids, pixels).logits.float(), model(ids, pixels).logits, atol=0.05, rtol=0.05)
+    ids, pixels = (
+        llava.question(tokenizer, model, "What?", model.count),
+        torch.randn(1, 3, 224, 224),
+    )
+    torch.testing.assert_close(
+        again(ids, pixels).logits.float(), model(ids, pixels).logits, atol=0.05, rtol=0.05
+    )
     with pytest.raises(UserError, match="there already"):
         llava_io.save(model, tokenizer, tmp_path / "parts")
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    checkpoint.write(tmp_path / "x.safetensors", {"connector.0.weight": torch.zeros(2, 2)}, {"language": "smollm2"})
+    checkpoint.write(
+        tmp_path / "x.safetensors",
+        {"connector.0.weight": torch.zeros(2, 2)},
+        {"language": "smollm2"},
+    )
     for name, says in ((tmp_path / "x.safetensors", "no LLaVA"), (tmp_path / "y.safetensors", "no checkpoint"),
                        (tmp_path, "no folder of a model"), ("no/such", "no LLaVA at"),
                        (__file__, "holds no weights")):  # fmt: skip

@@ -66,7 +66,9 @@ def alone(model, samples):
 
 def together(model, batch, mask):
     """The loss of a batch with a mask of one's choice."""
-    logits = model(batch["ids"], attention_mask=mask, position_ids=batch["positions"]).logits[:, :-1]
+    logits = model(batch["ids"], attention_mask=mask, position_ids=batch["positions"]).logits[
+        :, :-1
+    ]
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
 
 
@@ -106,8 +108,15 @@ def test_a_real_model_with_lora_learns_the_same_from_packed_rows(parity):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)  # at zero lora_A has no gradient
-    texts = ["Two melons, and a pear.", "It rains in the north today", "Call it twice; the second call is free."]
-    samples = [{"ids": ids, "labels": ids, "images": []} for ids in (tokenizer(text)["input_ids"] for text in texts)]
+    texts = [
+        "Two melons, and a pear.",
+        "It rains in the north today",
+        "Call it twice; the second call is free.",
+    ]
+    samples = [
+        {"ids": ids, "labels": ids, "images": []}
+        for ids in (tokenizer(text)["input_ids"] for text in texts)
+    ]
     mine = packing.loss(model, packing.packed([samples], tokenizer.pad_token_id))
     theirs = alone(model, samples)
     name = "SmolLM2-135M, one sample at a time"
@@ -120,7 +129,9 @@ def test_a_real_model_with_lora_learns_the_same_from_packed_rows(parity):
 def test_a_row_is_that_of_the_flattening_collator(parity):
     row = mixed([6, 4, 9])
     keys = {"input_ids": "ids", "labels": "labels"}
-    theirs = DataCollatorWithFlattening(return_tensors="pt")([{k: s[v] for k, v in keys.items()} for s in row])
+    theirs = DataCollatorWithFlattening(return_tensors="pt")(
+        [{k: s[v] for k, v in keys.items()} for s in row]
+    )
     mine = packing.packed([row], 0)
     mine = {"input_ids": mine["ids"], "labels": mine["labels"], "position_ids": mine["positions"]}
     theirs = {k: theirs[k] for k in mine}
@@ -128,7 +139,8 @@ def test_a_row_is_that_of_the_flattening_collator(parity):
 
 
 def test_the_mask_is_the_one_transformers_finds_in_the_positions(parity):
-    batch = packing.packed([mixed([6, 4, 9]), mixed([3, 16])], 0)  # full rows: of padding it knows nothing
+    # Full rows: of padding it knows nothing
+    batch = packing.packed([mixed([6, 4, 9]), mixed([3, 16])], 0)
     for kind, dtype in (("sdpa", None), ("eager", torch.float32)):
         theirs = create_causal_mask(
             config=llama(kind).config, inputs_embeds=torch.zeros(2, 19, 32), attention_mask=None,
@@ -136,7 +148,13 @@ def test_the_mask_is_the_one_transformers_finds_in_the_positions(parity):
         )  # fmt: skip
         mine = packing.block_mask(batch["segments"], dtype)
         assert mine.dtype == theirs.dtype
-        parity("batching", "packing.block_mask", f"transformers create_causal_mask, {kind}", mine, theirs)
+        parity(
+            "batching",
+            "packing.block_mask",
+            f"transformers create_causal_mask, {kind}",
+            mine,
+            theirs,
+        )
 
 
 def test_a_padded_batch_is_that_of_the_seq2seq_collator(parity):
@@ -154,7 +172,9 @@ def test_no_sample_feels_its_neighbours():
     batch = packing.packed(rows, 0)
     embeds = model.get_input_embeddings()(batch["ids"]).detach().requires_grad_()
     states = model.model(
-        inputs_embeds=embeds, attention_mask=packing.attention_mask(model, batch), position_ids=batch["positions"]
+        inputs_embeds=embeds,
+        attention_mask=packing.attention_mask(model, batch),
+        position_ids=batch["positions"],
     )[0]
     second = batch["segments"] == 2
     (felt,) = torch.autograd.grad(states[second].sum(), embeds)
@@ -183,10 +203,14 @@ def test_known_error_eager_attention_adds_true_as_one():
 
 def test_known_error_positions_that_go_on_hurt_models_with_a_vector_for_each():
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
+    config = GPT2Config(
+        vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3
+    )
     samples = mixed(LENGTHS)
     batch = packing.packed(packing.pack(samples, 24), 0)
-    gone_on = batch | {"positions": torch.arange(24).repeat(len(batch["ids"]), 1)[:, : batch["ids"].shape[1]]}
+    gone_on = batch | {
+        "positions": torch.arange(24).repeat(len(batch["ids"]), 1)[:, : batch["ids"].shape[1]]
+    }
     mask = packing.block_mask(batch["segments"])
     gpt2, rotary = GPT2LMHeadModel(config).eval(), llama()
     torch.testing.assert_close(together(gpt2, batch, mask), alone(gpt2, samples))
@@ -202,7 +226,8 @@ def test_known_error_the_first_token_of_a_sample_predicted_by_its_neighbour():
     assert batch["positions"].tolist() == [[0, 1, 2] * 3] and batch["segments"].tolist() == [
         [1, 1, 1, 2, 2, 2, 3, 3, 3]
     ]
-    uneven = packing.packed([samples, samples[:1]], 0)  # padding has position 0: no table of positions is too short
+    # Padding has position 0: no table of positions is too short
+    uneven = packing.packed([samples, samples[:1]], 0)
     assert uneven["positions"][1].tolist() == [0, 1, 2] + [0] * 6
     assert uneven["segments"][1].tolist() == [1] * 3 + [0] * 6
     model = llama()
@@ -236,17 +261,23 @@ def test_pack_loses_nothing_and_wastes_little():
 def test_by_length_sees_every_sample_once_and_pads_little():
     lengths = np.random.default_rng(0).integers(1, 500, 1003).tolist()
     batches = samplers.by_length(lengths, 8, seed=1, epoch=0)
-    assert sorted(i for batch in batches for i in batch) == list(range(1003)) and max(map(len, batches)) == 8
+    assert (
+        sorted(i for batch in batches for i in batch) == list(range(1003))
+        and max(map(len, batches)) == 8
+    )
     useful = sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     assert useful > 0.95
     first = [max(lengths[i] for i in batch) for batch in samplers.by_length(lengths[:300], 8)]
-    assert first != sorted(first) and first != sorted(first, reverse=True)  # the order of the batches is no curriculum
+    # The order of the batches is no curriculum
+    assert first != sorted(first) and first != sorted(first, reverse=True)
     assert batches == samplers.by_length(lengths, 8, seed=1, epoch=0)
     again = samplers.by_length(lengths, 8, seed=1, epoch=1)
     assert {tuple(sorted(b)) for b in batches} != {tuple(sorted(b)) for b in again}
 
 
-@pytest.mark.parametrize(("count", "batch", "ranks"), [(40, 4, 1), (41, 4, 2), (97, 3, 4), (9, 8, 2), (16, 1, 4)])
+@pytest.mark.parametrize(
+    ("count", "batch", "ranks"), [(40, 4, 1), (41, 4, 2), (97, 3, 4), (9, 8, 2), (16, 1, 4)]
+)
 def test_by_modality_keeps_ranks_in_step(count, batch, ranks):
     random = np.random.default_rng(0)
     samples = mixed(random.integers(1, 500, count))
@@ -273,7 +304,11 @@ def test_the_order_of_modalities_is_mixed():
 
 
 def mixture(seed=0, **weights):
-    sources = {"photos": [("p", i) for i in range(30)], "words": [("w", i) for i in range(7)], "none": []}
+    sources = {
+        "photos": [("p", i) for i in range(30)],
+        "words": [("w", i) for i in range(7)],
+        "none": [],
+    }
     return samplers.Mixture(sources, {"photos": 3, "words": 1, "none": 0} | weights, seed)
 
 
@@ -289,7 +324,8 @@ def test_a_resumed_mixture_is_an_uninterrupted_one():
         assert head + [next(second) for _ in range(200 - stop)] == whole
     other = [x for x, _ in zip(mixture(seed=1), range(200))]
     assert [x[0] for x in other] != [x[0] for x in whole]  # another seed, another order of sources
-    assert [x for x in other if x[0] == "p"][:30] != [x for x in whole if x[0] == "p"][:30]  # and inside of each
+    # And inside of each
+    assert [x for x in other if x[0] == "p"][:30] != [x for x in whole if x[0] == "p"][:30]
 
 
 def test_a_mixture_keeps_its_weights_and_uses_up_a_source_before_it_repeats():
@@ -349,30 +385,40 @@ def test_a_broken_picture_is_replaced_by_a_sample_with_a_picture_and_counted():
     samples = mixed([8 + i for i in range(20)])
     collator = packing.Collator(load, samples, pad_id=0)
     batch = collator([samples[1], samples[3], samples[7], samples[9]])
-    assert collator.broken >= 2 and batch["ids"].shape[0] == 4 and batch["images"].shape == (4, 3, 2, 2)
+    assert (
+        collator.broken >= 2
+        and batch["ids"].shape[0] == 4
+        and batch["images"].shape == (4, 3, 2, 2)
+    )
     for ids, mask, image in zip(batch["ids"], batch["mask"], batch["images"]):
-        number = int(image[0, 0, 0])  # the words are those of the picture: the whole sample was replaced
+        # The words are those of the picture: the whole sample was replaced
+        number = int(image[0, 0, 0])
         assert ids[: mask.sum()].tolist() == samples[number]["ids"] and number % 2 == 1
     before = collator.broken
-    torch.testing.assert_close(collator([samples[3]])["images"], batch["images"][1:2])  # the same stand-in again
+    # The same stand-in again
+    torch.testing.assert_close(collator([samples[3]])["images"], batch["images"][1:2])
     assert collator.broken > before
     assert collator([samples[0], samples[2]])["images"] is None  # words alone read nothing
 
 
 def test_pictures_follow_their_samples_into_packed_rows():
     samples = mixed([3, 5, 9, 17, 2, 11, 6, 12])
-    batch = packing.Collator(load, samples, pad_id=0, length=20)([samples[i] for i in (1, 0, 2, 7, 6)])
+    batch = packing.Collator(load, samples, pad_id=0, length=20)(
+        [samples[i] for i in (1, 0, 2, 7, 6)]
+    )
     order = []
     for row, segments in zip(batch["ids"], batch["segments"]):
         for number in range(1, int(segments.max()) + 1):
             ids = row[segments == number].tolist()
             order += next(s["images"] for s in samples if s["ids"] == ids)
     assert order == batch["images"][:, 0, 0, 0].tolist() and sorted(order) == [1, 7]
-    long = [sample(30, [k], k) for k in range(11, 40)]  # these cannot stand in: they do not fit into a row
+    # These cannot stand in: they do not fit into a row
+    long = [sample(30, [k], k) for k in range(11, 40)]
     short = packing.Collator(load, [*long, *samples], pad_id=0, length=20)([samples[3]])
     assert int(short["images"][0, 0, 0, 0]) in (1, 7)
     again = packing.Collator(load, samples, pad_id=0, length=20)
-    assert len(again([samples[1], samples[3], samples[1]])["images"]) == 3  # one sample twice, one replaced
+    # One sample twice, one replaced
+    assert len(again([samples[1], samples[3], samples[1]])["images"]) == 3
     assert again.broken >= 1
 
 
@@ -416,7 +462,9 @@ def test_real_files_one_of_them_broken(tmp_path):
         Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     samples = [sample(5, [tmp_path / f"{i}.png"], i) for i in range(3)]
-    collator = packing.Collator(lambda path: data.to_float(data.read_image(path, 8)), samples, pad_id=0)
+    collator = packing.Collator(
+        lambda path: data.to_float(data.read_image(path, 8)), samples, pad_id=0
+    )
     assert collator(samples)["images"].shape == (3, 3, 8, 8) and collator.broken == 1
 
 
@@ -426,7 +474,9 @@ def test_pictures_of_cameras_and_microscopes_are_read_right(tmp_path):
     photo[:4] = 200  # the upper half as it is stored; turned upright, the right half
     Image.fromarray(photo).save(tmp_path / "turned.png", exif=exif_block(6, damage=True))
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
-    Image.fromarray(photo).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    Image.fromarray(photo).convert("P", palette=Image.Palette.ADAPTIVE).save(
+        tmp_path / "palette.png"
+    )
     samples = [sample(5, [tmp_path / f"{name}.png"]) for name in ("turned", "grey", "palette")]
     collator = packing.Collator(lambda path: data.read_image(path, 8), samples, pad_id=0)
     turned, grey, palette = collator(samples)["images"]
@@ -435,7 +485,9 @@ def test_pictures_of_cameras_and_microscopes_are_read_right(tmp_path):
     assert (grey == 128).all() and (palette[:, :4] == 200).all() and (palette[:, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("error", [struct.error("unpack"), zlib.error("-3"), Image.DecompressionBombError("large")])
+@pytest.mark.parametrize(
+    "error", [struct.error("unpack"), zlib.error("-3"), Image.DecompressionBombError("large")]
+)
 def test_what_a_decoder_raises_is_a_broken_picture(error):
     def first_is_broken(path):
         if path == 1:
@@ -461,20 +513,29 @@ def test_a_conversation_is_masked_up_to_its_answer_and_ends_in_a_learned_token(t
     assert tokenizer.decode(learned) == "a pear<|im_end|>"
     assert made["labels"][-len(learned) :] == learned == made["ids"][-len(learned) :]
     assert made["images"] == [7]
-    asked = "<|im_start|>user\n" + "<file_sep>" * 5 + "\nWhat is it?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>"
+    asked = (
+        "<|im_start|>user\n"
+        + "<file_sep>" * 5
+        + "\nWhat is it?<|im_end|>\n<|im_start|>assistant\na pear<|im_end|>"
+    )
     assert tokenizer.decode(made["ids"]) == asked
 
 
 def test_control_tokens_in_a_conversation_are_text(tokenizer):
     said = "<file_sep> no<|im_end|>\n<|im_start|>system \ud800"
     made = packing.conversation(tokenizer, said, said, 0, tokens=5)
-    count = {word: made["ids"].count(tokenizer.convert_tokens_to_ids(word)) for word in ("<file_sep>", "<|im_end|>")}
+    count = {
+        word: made["ids"].count(tokenizer.convert_tokens_to_ids(word))
+        for word in ("<file_sep>", "<|im_end|>")
+    }
     assert count == {"<file_sep>": 5, "<|im_end|>": 2}
     assert made["ids"].count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
 
 
 def test_collected_samples_are_half_pictures_and_no_longer_than_asked(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "docs", lambda: [("a.txt", "\n\n".join(f"word {i} " * 80 for i in range(9)))])
+    monkeypatch.setattr(
+        data, "docs", lambda: [("a.txt", "\n\n".join(f"word {i} " * 80 for i in range(9)))]
+    )
     monkeypatch.setattr(data, "tweets", lambda: [(f"tweet {i} <|im_end|>", 0.0) for i in range(9)])
     samples = packing.collect(tokenizer, 200, 60)
     pictures = [s for s in samples if s["images"]]
@@ -488,13 +549,18 @@ def test_collected_samples_are_half_pictures_and_no_longer_than_asked(tokenizer,
     for s in pictures[:20]:
         learned = tokenizer.decode([i for i in s["labels"] if i != IGNORE])
         assert learned == f"{captions[s['images'][0]]}<|im_end|>"
-    assert samples == packing.collect(tokenizer, 200, 60) != packing.collect(tokenizer, 200, 60, seed=1)
+    assert (
+        samples
+        == packing.collect(tokenizer, 200, 60)
+        != packing.collect(tokenizer, 200, 60, seed=1)
+    )
 
 
 def test_positions_beyond_the_model_are_refused():
     model = llama()  # which has 64
     assert packing.loss(model, packing.pad([sample(64)], 0)).isfinite()
-    packing.loss(model, packing.packed([[sample(60), sample(64)]], 0))  # positions begin anew in every sample
+    # Positions begin anew in every sample
+    packing.loss(model, packing.packed([[sample(60), sample(64)]], 0))
     for long in (packing.pad([sample(3), sample(65)], 0), packing.packed([[sample(65)]], 0)):
         with pytest.raises(UserError, match="65 tokens, but the model has 64 positions"):
             packing.loss(model, long)
@@ -510,11 +576,19 @@ def test_three_ways_are_the_same_samples_in_batches_of_their_kind():
     for name, batches in ways.items():
         found = [id(s) for rows in batches for row in rows for s in row]
         assert sorted(found) == sorted(map(id, samples)), name
-    sizes = {name: [[[len(s["ids"]) for s in row] for row in rows] for rows in ways[name]] for name in ways}
+    sizes = {
+        name: [[[len(s["ids"]) for s in row] for row in rows] for rows in ways[name]]
+        for name in ways
+    }
     assert all(len(row) == 1 for rows in sizes["naive"] + sizes["grouped"] for row in rows)
-    spread = [max(row[0] for row in rows) - min(row[0] for row in rows) for rows in sizes["grouped"]]
+    spread = [
+        max(row[0] for row in rows) - min(row[0] for row in rows) for rows in sizes["grouped"]
+    ]
     assert max(spread) <= 2  # neighbours in length
-    assert max(max(row[0] for row in rows) - min(row[0] for row in rows) for rows in sizes["naive"]) > 20
+    assert (
+        max(max(row[0] for row in rows) - min(row[0] for row in rows) for rows in sizes["naive"])
+        > 20
+    )
     assert sorted(sum(row) for rows in sizes["packed"] for row in rows) == [28, 36, 36, 36]
 
 
@@ -528,7 +602,9 @@ def test_measured_tokens_padding_and_loss_are_those_of_the_batches():
         assert x["steps"] == len(ways[name]) and x["cpu_seconds"] > 0
     widest = [max(len(s["ids"]) for row in rows for s in row) * len(rows) for rows in ways["naive"]]
     assert found["naive"]["places"] == sum(widest)
-    rows = [max(sum(len(s["ids"]) for s in row) for row in rows) * len(rows) for rows in ways["packed"]]
+    rows = [
+        max(sum(len(s["ids"]) for s in row) for row in rows) * len(rows) for rows in ways["packed"]
+    ]
     assert found["packed"]["places"] == sum(rows)
 
 
@@ -542,7 +618,9 @@ def test_bad_input():
         packing.pad([], 0)
     with pytest.raises(UserError, match="needs a label"):
         packing.pad([{"ids": [1, 2], "labels": [1], "images": []}], 0)
-    with pytest.raises(UserError, match="5 samples with pictures on 2 ranks, --batch 1.*leave out 1 of them"):
+    with pytest.raises(
+        UserError, match="5 samples with pictures on 2 ranks, --batch 1.*leave out 1 of them"
+    ):
         samplers.by_modality(mixed([4] * 10), 1, ranks=2)
     with pytest.raises(UserError, match="leave out 2 of them"):
         samplers.by_modality(mixed([4] * 5), 8, ranks=3)
@@ -569,8 +647,13 @@ def test_three_ways_see_the_same_samples_and_the_same_loss(tmp_path, tokenizer, 
     naive, grouped, packed = (metrics[name] for name in ("naive", "grouped", "packed"))
     assert naive["tokens"] == grouped["tokens"] == packed["tokens"] > 200
     assert naive["padding"] > packed["padding"]
-    assert abs(packed["loss"] / naive["loss"] - 1) < 1e-4 and abs(grouped["loss"] / naive["loss"] - 1) < 1e-4
-    rate = {name: x["useful tokens a CPU second"] for name, x in metrics.items() if isinstance(x, dict)}
+    assert (
+        abs(packed["loss"] / naive["loss"] - 1) < 1e-4
+        and abs(grouped["loss"] / naive["loss"] - 1) < 1e-4
+    )
+    rate = {
+        name: x["useful tokens a CPU second"] for name, x in metrics.items() if isinstance(x, dict)
+    }
     for name in ("naive", "grouped", "packed"):
         x = metrics[name]
         assert x["padding"] == pytest.approx(1 - x["tokens"] / x["places"])
@@ -584,4 +667,8 @@ def test_three_ways_see_the_same_samples_and_the_same_loss_with_the_real_model(t
     metrics = packing.main(packing.Config(samples=6, batch=2, length=128, out=str(tmp_path)))
     naive, grouped, packed = (metrics[name] for name in ("naive", "grouped", "packed"))
     assert naive["tokens"] == grouped["tokens"] == packed["tokens"] > 200
-    assert abs(packed["loss"] / naive["loss"] - 1) < 0.005 and abs(grouped["loss"] / naive["loss"] - 1) < 0.005  # bf16
+    # bf16
+    assert (
+        abs(packed["loss"] / naive["loss"] - 1) < 0.005
+        and abs(grouped["loss"] / naive["loss"] - 1) < 0.005
+    )

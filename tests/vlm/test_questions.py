@@ -34,11 +34,20 @@ def test_both_formats_are_read(folder):
     (one,) = questions.read(written(folder, [AOKVQA]), images=folder)
     assert one["image"].name == "000000000007.jpg" and one["choices"][one["right"]] == "dog"
     numbers = {90: "red", 91: "yes"}  # the answers stand in another order than the questions
-    asked = {"questions": [{"question_id": n, "image_id": 9, "question": "What colour?"} for n in numbers]}
-    people = [{"question_id": n, "answers": [{"answer": said}] * 10} for n, said in reversed(numbers.items())]
+    asked = {
+        "questions": [
+            {"question_id": n, "image_id": 9, "question": "What colour?"} for n in numbers
+        ]
+    }
+    people = [
+        {"question_id": n, "answers": [{"answer": said}] * 10}
+        for n, said in reversed(numbers.items())
+    ]
     answers = written(folder, {"annotations": people}, "people.json")
     two, three = questions.read(written(folder, asked), answers, folder)
-    assert two["answers"] == ["red"] * 10 and two["choices"] is None and "val2014" in two["image"].name
+    assert (
+        two["answers"] == ["red"] * 10 and two["choices"] is None and "val2014" in two["image"].name
+    )
     assert three["answers"] == ["yes"] * 10
 
 
@@ -66,12 +75,17 @@ def test_files_that_are_none_of_both_are_refused(folder):
         with pytest.raises(UserError, match=says):
             questions.read(written(folder, content), images=folder)
     with pytest.raises(UserError, match="--annotations goes with that only"):
-        questions.read(written(folder, [AOKVQA]), written(folder, {"annotations": []}, "people.json"), folder)
+        questions.read(
+            written(folder, [AOKVQA]), written(folder, {"annotations": []}, "people.json"), folder
+        )
     twice = {"questions": [{"question_id": 90, "image_id": 9, "question": "What?"}] * 2}
     people = {"annotations": [{"question_id": 90, "answers": [{"answer": "red"}] * 10}]}
     with pytest.raises(UserError, match="question_id twice"):
         questions.read(written(folder, twice), written(folder, people, "people.json"), folder)
-    asked, people = written(folder, {"questions": [{}]}), written(folder, {"annotations": []}, "people.json")
+    asked, people = (
+        written(folder, {"questions": [{}]}),
+        written(folder, {"annotations": []}, "people.json"),
+    )
     with pytest.raises(UserError, match="lacks 'question_id'"):
         questions.read(asked, people, folder)
     (folder / "broken.json").write_text("{")
@@ -94,34 +108,56 @@ def right_or_refused(folder, asked, people=None):
     for row, one in zip(rows, found):
         assert row["question"] == clean(one["question"]).strip() and row["image"].is_file()
         if people is None:
-            assert row["choices"] == one.get("choices") or [clean(c) for c in one["choices"]] == row["choices"]
-            assert row["choices"] is None or (type(row["right"]) is int and row["right"] == one["correct_choice_idx"])
-            assert row["answers"] is None or row["answers"] == [clean(a) for a in one["direct_answers"]]
+            assert (
+                row["choices"] == one.get("choices")
+                or [clean(c) for c in one["choices"]] == row["choices"]
+            )
+            assert row["choices"] is None or (
+                type(row["right"]) is int and row["right"] == one["correct_choice_idx"]
+            )
+            assert row["answers"] is None or row["answers"] == [
+                clean(a) for a in one["direct_answers"]
+            ]
         else:
-            said = {a["question_id"]: a for a in json.loads(people.decode("utf-8-sig"))["annotations"]}
-            assert row["answers"] == [clean(x["answer"]) for x in said[one["question_id"]]["answers"]]
+            said = {
+                a["question_id"]: a for a in json.loads(people.decode("utf-8-sig"))["annotations"]
+            }
+            assert row["answers"] == [
+                clean(x["answer"]) for x in said[one["question_id"]]["answers"]
+            ]
     return True
 
 
 @pytest.mark.parametrize("kind", ["A-OKVQA", "VQA v2 questions", "VQA v2 answers"])
 def test_damaged_files_of_questions_are_read_right_or_refused(folder, kind):
     """500 damaged files of each kind, of a fixed seed."""
-    asked = {"questions": [{"question_id": i, "image_id": i, "question": "What colour?"} for i in (7, 9)]}
-    people = {"annotations": [{"question_id": i, "answers": [{"answer": "red"}] * 3} for i in (7, 9)]}
+    asked = {
+        "questions": [{"question_id": i, "image_id": i, "question": "What colour?"} for i in (7, 9)]
+    }
+    people = {
+        "annotations": [{"question_id": i, "answers": [{"answer": "red"}] * 3} for i in (7, 9)]
+    }
     good = {"A-OKVQA": [AOKVQA, AOKVQA], "VQA v2 questions": asked, "VQA v2 answers": people}[kind]
     whole = [json.dumps(x).encode() for x in (asked, people)]
-    bad = [*fuzz.damaged(json.dumps(good).encode(), 250), *(json.dumps(x).encode() for x in fuzz.retyped(good, 250))]
+    bad = [
+        *fuzz.damaged(json.dumps(good).encode(), 250),
+        *(json.dumps(x).encode() for x in fuzz.retyped(good, 250)),
+    ]
     read = 0
     for data in bad:
         if kind == "A-OKVQA":
             read += right_or_refused(folder, data)
         else:
-            read += right_or_refused(folder, *((data, whole[1]) if kind.endswith("questions") else (whole[0], data)))
+            read += right_or_refused(
+                folder, *((data, whole[1]) if kind.endswith("questions") else (whole[0], data))
+            )
     assert 0 < read < len(bad)
 
 
 def test_choices_are_chosen_and_answers_said_of_the_right_picture(monkeypatch):
-    rows = [{"question": f"Q{i}?", "choices": ["x", "y"], "right": 1, "answers": None} for i in range(3)]
+    rows = [
+        {"question": f"Q{i}?", "choices": ["x", "y"], "right": 1, "answers": None} for i in range(3)
+    ]
     rows[1]["choices"] = None
     asked = []
 
@@ -134,7 +170,8 @@ def test_choices_are_chosen_and_answers_said_of_the_right_picture(monkeypatch):
     monkeypatch.setattr(questions.evaluate, "spoken", said)
     monkeypatch.setattr(questions, "plain", lambda text, tokenizer: text)
     model = SimpleNamespace(language=torch.nn.Linear(1, 1))
-    words = {"x": [1], "y": [1, 2, 3]}  # the mean of two tokens is -2, of four -1.25: another choice
+    # The mean of two tokens is -2, of four -1.25: another choice
+    words = {"x": [1], "y": [1, 2, 3]}
     tokenizer = lambda text, **more: SimpleNamespace(input_ids=words[text])  # noqa: E731
     features = torch.arange(3)[:, None, None].expand(-1, 4, 16)
     for per_token, chosen in ((False, 0), (True, 1)):
@@ -146,7 +183,9 @@ def test_choices_are_chosen_and_answers_said_of_the_right_picture(monkeypatch):
 
 def test_the_same_choice_twice_is_right_both_times():
     row = {"choices": ["cat", "dog", "dog", "owl"], "right": 2, "answers": None, "said": "dog"}
-    found = questions.score([row | {"chosen": 1, "matched": 2}, row | {"chosen": 2, "matched": None}])
+    found = questions.score(
+        [row | {"chosen": 1, "matched": 2}, row | {"chosen": 2, "matched": None}]
+    )
     assert found["chosen by likelihood"] == 1.0 and found["named in what was said"] == 0.5
 
 
@@ -157,19 +196,30 @@ def test_the_photos_of_the_made_file_were_never_learned_from(monkeypatch, tmp_pa
     names = [fruit_photos.NAMES[kind] for kind in fruit.fine_names]
     for row in rows:
         number = int(row["image"].stem)
-        assert number >= 20 and row["choices"][row["right"]] == names[number % 3] == row["answers"][0]
+        assert (
+            number >= 20 and row["choices"][row["right"]] == names[number % 3] == row["answers"][0]
+        )
         assert len(set(row["choices"])) == 4
     assert len({row["right"] for row in rows}) > 1  # not always in the same place
 
 
 def test_scores_of_a_known_case():
     row = {"choices": AOKVQA["choices"], "right": 1, "answers": AOKVQA["direct_answers"]}
-    done = [row | {"said": "dog", "chosen": 1, "matched": 1}, row | {"said": "puppy", "chosen": 0, "matched": None}]
+    done = [
+        row | {"said": "dog", "chosen": 1, "matched": 1},
+        row | {"said": "puppy", "chosen": 0, "matched": None},
+    ]
     done.append({"choices": None, "answers": ["a"] * 9 + ["b"], "said": "b"})
     found = questions.score(done)
-    assert (found["chosen by likelihood"], found["named in what was said"], found["chance"]) == (0.5, 0.5, 0.25)
+    assert (found["chosen by likelihood"], found["named in what was said"], found["chance"]) == (
+        0.5,
+        0.5,
+        0.25,
+    )
     assert found["A-OKVQA direct answer"] == pytest.approx((1 + 1 + 1 / 3) / 3)
-    assert found["VQA accuracy"] == pytest.approx((1 + 1 + captions.vqa_accuracy("b", ["a"] * 9 + ["b"])) / 3)
+    assert found["VQA accuracy"] == pytest.approx(
+        (1 + 1 + captions.vqa_accuracy("b", ["a"] * 9 + ["b"])) / 3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -185,24 +235,37 @@ def test_the_choice_is_the_one_that_transformers_finds_likeliest(speaking, parit
     mine = questions.evaluate.likelihoods(tokenizer, model, features, choices, "What is it?")[0]
     start, theirs = questions.evaluate.asked(tokenizer, model, "What is it?", features), []
     for text in choices:
-        ids = tokenizer(f"{text}<|im_end|>", add_special_tokens=False, return_tensors="pt").input_ids
+        ids = tokenizer(
+            f"{text}<|im_end|>", add_special_tokens=False, return_tensors="pt"
+        ).input_ids
         whole = torch.cat([start, model.language.get_input_embeddings()(ids)], 1)
         with torch.no_grad():
             labels = torch.cat([torch.full(start.shape[:2], -100), ids], 1)
             theirs.append(-model.language(inputs_embeds=whole, labels=labels).loss * ids.shape[1])
-    parity("Scores", "evaluate.likelihoods", "transformers loss, one reading", mine, torch.stack(theirs), 1e-4)
+    parity(
+        "Scores",
+        "evaluate.likelihoods",
+        "transformers loss, one reading",
+        mine,
+        torch.stack(theirs),
+        1e-4,
+    )
     best = questions.choose(tokenizer, model, features, "What is it?", choices)
     assert best == int(mine.argmax())
 
 
-def test_the_whole_script_runs_on_its_own_file_and_on_the_same_file_by_name(speaking, monkeypatch, tmp_path):
+def test_the_whole_script_runs_on_its_own_file_and_on_the_same_file_by_name(
+    speaking, monkeypatch, tmp_path
+):
     monkeypatch.setattr(llava, "load", lambda *about: speaking)
     cfg = questions.Config(count=6, out=str(tmp_path / "a"))
     found = questions.main(cfg)
     assert found["questions"] == 6 and found["chance"] == 0.25
     made = tmp_path / "a" / "pictures"
     again = questions.main(
-        questions.Config(file=str(made / "questions.json"), images=str(made), count=0, out=str(tmp_path / "b"))
+        questions.Config(
+            file=str(made / "questions.json"), images=str(made), count=0, out=str(tmp_path / "b")
+        )
     )
     assert again == found
     assert len(json.loads((tmp_path / "b" / "answers.json").read_text())) == 6

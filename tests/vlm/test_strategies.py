@@ -18,7 +18,12 @@ def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
     assert Path(words[1]) == Path(train.__file__)
     found = tyro.cli(train.Config, args=words[2:])
     train.sane(found)
-    assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (9, 4, 3, f"out/{name}")
+    assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (
+        9,
+        4,
+        3,
+        f"out/{name}",
+    )
     assert found.align_steps == (3 if name == "two-stages" else 0)
     assert (found.views, found.judged, found.text_share, found.num_warmup_steps) == (4, 300, 0.1, 1)
     whole = name in ("language", "everything")
@@ -28,7 +33,10 @@ def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
 
 def test_strategies_differ():
     cfg = strategies.Config()
-    runs = [tyro.cli(train.Config, args=strategies.command(n, cfg, Path("x"))[2:]) for n in strategies.STRATEGIES]
+    runs = [
+        tyro.cli(train.Config, args=strategies.command(n, cfg, Path("x"))[2:])
+        for n in strategies.STRATEGIES
+    ]
     about = [(r.train_type, r.lora_targets, r.align_steps) for r in runs]
     assert len(set(about)) == len(about)
     assert {r.train_type for r in runs} == {"projector", "use_lora", "freeze_vision", "none"}
@@ -40,8 +48,15 @@ def test_the_table_and_its_figure(tmp_path):
         "text loss": {"before": 2.0, "after": 3.0}, "process_MiB": 4000.0, "train_cpu_seconds": 30.0,
     }  # fmt: skip
     row = strategies.row(metrics, 10)
-    assert row["CPU s a step"] == 3 and row["text loss"] == 3 and (row["14 kinds"], row["5 groups"]) == (0.5, 0.8)
-    assert strategies.draw(tmp_path / "x.png", {"a": row, "b": row | {"14 kinds": 0.6}}).stat().st_size > 1000
+    assert (
+        row["CPU s a step"] == 3
+        and row["text loss"] == 3
+        and (row["14 kinds"], row["5 groups"]) == (0.5, 0.8)
+    )
+    assert (
+        strategies.draw(tmp_path / "x.png", {"a": row, "b": row | {"14 kinds": 0.6}}).stat().st_size
+        > 1000
+    )
 
 
 def test_an_unknown_strategy_is_refused(tmp_path):

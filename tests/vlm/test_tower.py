@@ -7,7 +7,14 @@ from tests import eyes
 from utils.run import UserError
 from vlm import tower
 
-LEADS = {"clip_vision_model": 1, "siglip_vision_model": 0, "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 4}
+LEADS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "vit": 1,
+    "deit": 2,
+    "dinov2": 1,
+    "dinov2_with_registers": 4,
+}
 
 
 @pytest.mark.parametrize("kind", eyes.TOWERS)
@@ -33,16 +40,26 @@ def test_maps_become_tokens_row_by_row():
     maps = network(pixel_values=x, output_hidden_states=True).hidden_states[-1]
     tokens = tower.VisionTower(network, -1)(x)
     side = maps.shape[-1]
-    assert torch.equal(tokens[0, 1], maps[0, :, 0, 1]) and torch.equal(tokens[0, side], maps[0, :, 1, 0])
+    assert torch.equal(tokens[0, 1], maps[0, :, 0, 1]) and torch.equal(
+        tokens[0, side], maps[0, :, 1, 0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model", "vit", "deit"])
 @pytest.mark.parametrize("size", [14, 42])
 def test_positions_of_another_size_are_those_of_transformers(kind, size, parity):
     network, x = eyes.shake(eyes.tower(kind)), torch.randn(2, 3, size, size)
-    theirs = network(pixel_values=x, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-2]
+    theirs = network(
+        pixel_values=x, output_hidden_states=True, interpolate_pos_encoding=True
+    ).hidden_states[-2]
     eye = tower.VisionTower(network, select="all", size=size)
-    parity("Vision tower", "tower.interpolate", f"transformers {kind} interpolate_pos_encoding", eye(x), theirs)
+    parity(
+        "Vision tower",
+        "tower.interpolate",
+        f"transformers {kind} interpolate_pos_encoding",
+        eye(x),
+        theirs,
+    )
     assert eye.size == size
 
 
@@ -59,7 +76,10 @@ def kept(monkeypatch, tmp_path):
     """A tower, six pictures, and how often the tower looked, with a cache of its own."""
     monkeypatch.setenv("VLM_ACTION_CACHE", str(tmp_path))
     looked = []
-    eye, images = tower.VisionTower(eyes.tower()), torch.randint(0, 256, (6, 3, 28, 28), dtype=torch.uint8)
+    eye, images = (
+        tower.VisionTower(eyes.tower()),
+        torch.randint(0, 256, (6, 3, 28, 28), dtype=torch.uint8),
+    )
     eye.register_forward_pre_hook(lambda module, pixels: looked.append(len(pixels[0])))
     return eye, images, looked
 
@@ -70,7 +90,10 @@ def test_what_was_said_is_kept(kept):
     assert looked == [4, 2] and torch.equal(tower.said(eye, images), first) and looked == [4, 2]
     torch.testing.assert_close(first.float(), eye(eye.pixels(images)), atol=0.05, rtol=0.05)  # bf16
     assert not torch.equal(tower.said(eye, images.flip(0)), first)
-    assert tower.said(eye, images[:, :, None].flatten(0, 2)[:, None].expand(-1, 3, -1, -1)).shape[0] == 18
+    assert (
+        tower.said(eye, images[:, :, None].flatten(0, 2)[:, None].expand(-1, 3, -1, -1)).shape[0]
+        == 18
+    )
 
 
 CHANGES = {
@@ -94,7 +117,9 @@ def test_a_tower_changed_in_place_looks_again(kept, what, monkeypatch):
         CHANGES[what](eye)
     again = tower.said(eye, images)
     assert looked == [4, 2, 4, 2]
-    assert torch.equal(again, first) == (what in ("a buffer", "configuration", "version of the code"))
+    assert torch.equal(again, first) == (
+        what in ("a buffer", "configuration", "version of the code")
+    )
 
 
 def test_a_damaged_file_of_features_is_made_again(kept, tmp_path):
@@ -122,7 +147,8 @@ def test_pictures_with_a_key_are_made_the_first_time_only(kept):
 def test_pixels_are_normalised_by_channel():
     eye = tower.VisionTower(eyes.tower())
     eye.mean, eye.std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
-    found = eye.pixels(torch.full((1, 3, 2, 2), 51, dtype=torch.uint8))[0, :, 0, 0]  # 51 / 255 = 0.2
+    # 51 / 255 = 0.2
+    found = eye.pixels(torch.full((1, 3, 2, 2), 51, dtype=torch.uint8))[0, :, 0, 0]
     torch.testing.assert_close(found, torch.tensor([0.2, 0.0, -0.5]))
 
 
@@ -130,7 +156,9 @@ def test_a_folder_names_its_own_normalisation(tmp_path):
     from transformers import CLIPImageProcessorPil
 
     eyes.tower().save_pretrained(tmp_path)
-    CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(
+        tmp_path
+    )
     eye = tower.load(str(tmp_path), -1)
     assert (eye.mean, eye.std, eye.layer) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), -1)
     assert not eye.network.training and not any(p.requires_grad for p in eye.parameters())

@@ -20,7 +20,18 @@ from tests.vlm.test_llava import library, prompt
 from training import ranks
 from utils import checkpoint
 from utils.run import UserError
-from vlm import checkpoints, connector, data, evaluate, fruit_photos, llava, llava_io, packing, probe, tower
+from vlm import (
+    checkpoints,
+    connector,
+    data,
+    evaluate,
+    fruit_photos,
+    llava,
+    llava_io,
+    packing,
+    probe,
+    tower,
+)
 from vlm import train as teach
 
 
@@ -57,7 +68,9 @@ def lesson(tmp_path_factory):
     """Twelve photos of fruit, two rows without a picture, a tiny language model -> flags of a run."""
     folder = tmp_path_factory.mktemp("lesson")
     rows = data.fruit("train")[:12]
-    rows += [data.row(f"text-{i}", None, [("What is red and grows?", "an apple")]) for i in range(2)]
+    rows += [
+        data.row(f"text-{i}", None, [("What is red and grows?", "an apple")]) for i in range(2)
+    ]
     (folder / "chat.json").write_text(json.dumps(rows))
     return teach.Config(
         language=llamas.folder(folder / "speaker"), data=str(folder / "chat.json"), precision="fp32", packing=False,
@@ -90,7 +103,11 @@ def test_what_moves_is_what_was_asked_for(kind, parts):
     after = model.state_dict()
     assert moved(before, after) == parts
     if kind == "use_lora":
-        assert all("lora" in k for k in after if not torch.equal(before[k], after[k]) and k.startswith("language"))
+        assert all(
+            "lora" in k
+            for k in after
+            if not torch.equal(before[k], after[k]) and k.startswith("language")
+        )
         assert not [n for n in llama2_lora.names(model) if "vision" in n]
 
 
@@ -100,15 +117,23 @@ def test_new_and_old_parts_have_their_own_rates():
     teach.freeze(model, cfg)
     new, old = teach.groups(model, cfg)
     assert (new["lr"], old["lr"]) == (0.1, 0.01)
-    assert sum(p.numel() for p in new["params"]) == sum(p.numel() for p in model.connector.parameters())
+    assert sum(p.numel() for p in new["params"]) == sum(
+        p.numel() for p in model.connector.parameters()
+    )
 
 
 def test_the_first_stage_moves_the_connector_only():
     cfg = teach.Config(align_steps=10, max_steps=30, num_warmup_steps=2)
     factors = [teach.rates(cfg, i) for i in range(30)]
-    assert all(old == 0 for _, old in factors[:10]) and all(old == new > 0 for new, old in factors[10:])
+    assert all(old == 0 for _, old in factors[:10]) and all(
+        old == new > 0 for new, old in factors[10:]
+    )
     assert factors[0][0] < factors[2][0] and factors[9][0] < 0.1 < factors[12][0]
-    assert [teach.rates(replace(cfg, lr_scheduler_type="constant"), i)[0] for i in (0, 5, 20)] == [0.5, 1, 1]
+    assert [teach.rates(replace(cfg, lr_scheduler_type="constant"), i)[0] for i in (0, 5, 20)] == [
+        0.5,
+        1,
+        1,
+    ]
 
 
 def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks():
@@ -116,7 +141,13 @@ def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks(
     for n, size, parts in ((1, 4, 1), (2, 3, 2), (3, 2, 1)):
         cfg = teach.Config(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
         steps = 24 // (n * size * parts)
-        seen = [x for s in range(steps) for r in range(n) for part in teach.draw(samples, cfg, s, r, n) for x in part]
+        seen = [
+            x
+            for s in range(steps)
+            for r in range(n)
+            for part in teach.draw(samples, cfg, s, r, n)
+            for x in part
+        ]
         assert sorted(seen) == samples and seen != samples
 
 
@@ -124,7 +155,9 @@ def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
     samples = [{"ids": [0] * (5 + i % 7), "images": [i] if i % 3 else []} for i in range(36)]
     for n, size, parts in ((1, 4, 1), (2, 3, 1), (2, 2, 3)):
         cfg = teach.Config(
-            per_device_train_batch_size=size, gradient_accumulation_steps=parts, group_by_modality_length=True
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            group_by_modality_length=True,
         )
         steps, seen = 36 // (n * size * parts), []
         for s in range(steps):
@@ -134,7 +167,10 @@ def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
             seen += [id(x) for drawn in ranks for batch in drawn for x in batch]
         assert sorted(seen) == sorted(map(id, samples))
     plain = teach.Config(per_device_train_batch_size=6)  # the other way does mix them
-    assert any(len({bool(x["images"]) for x in teach.draw(samples, plain, s, 0, 1)[0]}) == 2 for s in range(6))
+    assert any(
+        len({bool(x["images"]) for x in teach.draw(samples, plain, s, 0, 1)[0]}) == 2
+        for s in range(6)
+    )
 
 
 def losses(cfg):
@@ -201,7 +237,9 @@ def test_positions_beyond_the_model_are_refused_in_rows_and_rectangles():
     long = {"ids": [5] * 300, "labels": [5] * 300, "images": []}
     for in_rows in (True, False):
         with pytest.raises(UserError, match="300 tokens, but the model has 256 positions"):
-            teach.collate([long], teach.Config(packing=in_rows), model, 0, photos, np.random.default_rng(0))
+            teach.collate(
+                [long], teach.Config(packing=in_rows), model, 0, photos, np.random.default_rng(0)
+            )
 
 
 class Recorder:
@@ -212,7 +250,9 @@ class Recorder:
 
     def step(self):
         self.rates.append([group["lr"] for group in self.param_groups])
-        self.gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        self.gradients.append(
+            [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        )
 
     def zero_grad(self):
         for group in self.param_groups:
@@ -228,12 +268,19 @@ def steps(cfg, engine=None, start=0, views=1, samples=None):
     photos = teach.Photos([], pictures(views=views))
     learner = teach.Learner(model)
     made = engine(learner) if engine else None
-    values = teach.train(learner, recorder, samples or talks(), photos, 0, cfg, torch.device("cpu"), made, start)
+    values = teach.train(
+        learner, recorder, samples or talks(), photos, 0, cfg, torch.device("cpu"), made, start
+    )
     return list(values), recorder, model
 
 
 def still(**flags):
-    usual = {"precision": "fp32", "per_device_train_batch_size": 5, "lora_rank": 2, "num_warmup_steps": 0}
+    usual = {
+        "precision": "fp32",
+        "per_device_train_batch_size": 5,
+        "lora_rank": 2,
+        "num_warmup_steps": 0,
+    }
     return teach.Config(**usual | flags)
 
 
@@ -307,7 +354,12 @@ def test_deepspeed_is_given_what_it_divides_by(monkeypatch):
             found.append([p.grad.clone() for p in self.learner.parameters() if p.grad is not None])
 
     found = []
-    cfg = still(train_type="projector", max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=5)
+    cfg = still(
+        train_type="projector",
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=5,
+    )
     _, gradients = expected(cfg)
     monkeypatch.setattr(teach, "world", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
@@ -349,7 +401,15 @@ def test_photos_are_those_that_are_asked_for():
     found = teach.Photos([], numbers.bfloat16())([4, 0, 4, 2], np.random.default_rng(0))
     assert found.shape == (4, 2, 4) and found.dtype == torch.float32
     assert [int(x) % 5 for x in found[:, 0, 0]] == [4, 0, 4, 2]
-    assert len({int(x) // 5 for x in teach.Photos([], numbers)([1] * 30, np.random.default_rng(0))[:, 0, 0]}) == 3
+    assert (
+        len(
+            {
+                int(x) // 5
+                for x in teach.Photos([], numbers)([1] * 30, np.random.default_rng(0))[:, 0, 0]
+            }
+        )
+        == 3
+    )
 
 
 def test_a_tower_that_learns_sees_pixels(tmp_path):
@@ -359,7 +419,9 @@ def test_a_tower_that_learns_sees_pixels(tmp_path):
     photos = teach.Photos([tmp_path / f"{i}.png" for i in range(3)], eye=eye)
     found = photos([2, 0, 1], np.random.default_rng(0))
     assert found.shape == (3, 3, 28, 28)
-    right = eye.pixels(torch.tensor([128, 0, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 28, 28))
+    right = eye.pixels(
+        torch.tensor([128, 0, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 28, 28)
+    )
     torch.testing.assert_close(found, right)
     model = small()
     teach.freeze(model, still(train_type="none"))
@@ -374,7 +436,9 @@ def test_a_step_of_words_alone_moves_no_connector(kind):
     count = len(list(model.connector.parameters()))
     assert len(losses) == 2 and all(not g.any() for g in recorder.gradients[1][:count])
     others = recorder.gradients[1][count:]
-    assert len(others) == (28 if kind == "use_lora" else 0) and (not others or any(g.any() for g in others))
+    assert len(others) == (28 if kind == "use_lora" else 0) and (
+        not others or any(g.any() for g in others)
+    )
 
 
 def test_adapters_are_scaled_in_training_as_in_the_file():
@@ -387,7 +451,11 @@ def test_adapters_are_scaled_in_training_as_in_the_file():
                 p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     ids = torch.arange(3, 60)[None]
     learned = model.language(ids).logits
-    tensors = {k.removeprefix("lora."): v for k, v in checkpoints.tensors(model).items() if k.startswith("lora.")}
+    tensors = {
+        k.removeprefix("lora."): v
+        for k, v in checkpoints.tensors(model).items()
+        if k.startswith("lora.")
+    }
     fresh = small().language
     assert not torch.allclose(fresh(ids).logits, learned, atol=0.1)
     llava_io.correct(fresh, tensors, checkpoints.about(cfg)["scale"])
@@ -428,17 +496,30 @@ def test_what_is_prepared_is_what_the_flags_say(lesson):
     cfg = replace(lesson, text_share=0.5, gradient_checkpointing=True, views=2, connector="pool1")
     tokenizer, model, samples, photos, counts = teach.prepare(cfg, torch.device("cpu"))
     rows = data.read(cfg.data, cfg.image_folder)
-    assert model.language.is_gradient_checkpointing and model.count == 1 and photos.said.shape[:2] == (2, 12)
-    assert counts == {"broken pictures": 0, "conversations shortened": 0, "conversations left out": 0}
+    assert (
+        model.language.is_gradient_checkpointing
+        and model.count == 1
+        and photos.said.shape[:2] == (2, 12)
+    )
+    assert counts == {
+        "broken pictures": 0,
+        "conversations shortened": 0,
+        "conversations left out": 0,
+    }
     for one, made in zip(rows, samples):
-        assert [photos.paths[i].name for i in made["images"]] == ([one["image"]] if "image" in one else [])
+        assert [photos.paths[i].name for i in made["images"]] == (
+            [one["image"]] if "image" in one else []
+        )
     learned = [tokenizer.decode(s["ids"]) for s in samples[14:]]
     judged = evaluate.paragraphs(40)
     assert len(learned) == 14
-    assert not any(page.startswith(text[:60]) for text in learned for page in judged)  # none of those it is judged by
+    # None of those it is judged by
+    assert not any(page.startswith(text[:60]) for text in learned for page in judged)
 
 
-def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(lesson, monkeypatch, tmp_path):
+def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
+    lesson, monkeypatch, tmp_path
+):
     tokenizer, model, *_ = teach.prepare(replace(lesson, text_share=0.0), torch.device("cpu"))
     seen, read = {}, []
 
@@ -452,7 +533,9 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(lesson,
 
     monkeypatch.setattr(evaluate, "text_loss", text_loss)
     monkeypatch.setattr(evaluate, "judge", judge)
-    monkeypatch.setattr(probe, "yardsticks", lambda eye, fruit, learn, chosen: {"yard": [learn, chosen]})
+    monkeypatch.setattr(
+        probe, "yardsticks", lambda eye, fruit, learn, chosen: {"yard": [learn, chosen]}
+    )
     monkeypatch.setattr(tower, "said", lambda eye, images: torch.ones(len(images), 49, 1280))
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: None)
     fruit = data.data.groceries(224)
@@ -460,7 +543,9 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(lesson,
     assert found["text loss"] == {"after": 1.0, "before": 0.0}
     assert read == [(learned, evaluate.paragraphs(3)) for learned in (True, False)]
     learn, chosen = found["yard"]
-    assert {fruit.split[i] for i in chosen} == {"test"} and "test" not in {fruit.split[i] for i in learn}
+    assert {fruit.split[i] for i in chosen} == {"test"} and "test" not in {
+        fruit.split[i] for i in learn
+    }
     assert seen["features"].eq(1).all()
     with torch.no_grad():
         for p in model.vision.parameters():
@@ -468,7 +553,8 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(lesson,
     teach.scored(replace(lesson, judged=3, train_type="none"), tokenizer, model, tmp_path)
     with torch.no_grad():
         right = model.vision(model.vision.pixels(fruit.images[chosen]))
-    torch.testing.assert_close(seen["features"], right, atol=1e-3, rtol=1e-3)  # asked anew, after it has learned
+    # Asked anew, after it has learned
+    torch.testing.assert_close(seen["features"], right, atol=1e-3, rtol=1e-3)
 
 
 def test_packed_equals_unpacked_and_resumed_equals_uninterrupted(lesson, parity, tmp_path):
@@ -478,7 +564,14 @@ def test_packed_equals_unpacked_and_resumed_equals_uninterrupted(lesson, parity,
     )
     first, second = losses(plain), losses(packed)
     assert first[-1] < first[0]
-    parity("LLaVA, training", "llava.train, packed", "unpacked, losses of three steps", first, second, 1e-4)
+    parity(
+        "LLaVA, training",
+        "llava.train, packed",
+        "unpacked, losses of three steps",
+        first,
+        second,
+        1e-4,
+    )
     short = replace(plain, out=str(tmp_path / "c"), max_steps=2, lr_scheduler_type="constant")
     losses(short)
     again = losses(replace(short, max_steps=3, resume=True))
@@ -493,22 +586,30 @@ def test_a_rate_of_zero_freezes_what_was_trained_before(lesson, tmp_path):
     frozen = replace(lesson, out=str(tmp_path / "frozen"), **flags)
     projector = replace(lesson, out=str(tmp_path / "projector"), train_type="projector")
     assert losses(frozen) == losses(projector)
-    assert weights(frozen).keys() == weights(projector).keys() and all("connector" in k for k in weights(frozen))
+    assert weights(frozen).keys() == weights(projector).keys() and all(
+        "connector" in k for k in weights(frozen)
+    )
     decayed = replace(projector, out=str(tmp_path / "decayed"), weight_decay=0.5)
     losses(decayed)
     assert any(not torch.equal(weights(decayed)[k], x) for k, x in weights(projector).items())
 
 
-def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(lesson, tmp_path, capsys):
+def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(
+    lesson, tmp_path, capsys
+):
     rows = data.read(lesson.data, lesson.image_folder)
     talk = [("What?", "a pear"), ("Tell more", "very " * 200)]
     long = data.row("long", rows[0]["image"], talk)
     endless = data.row("endless", None, talk[1:])
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([*rows[:2], long, endless]), "utf-8")
-    found = teach.main(replace(lesson, data=str(path), out=str(tmp_path / "out"), max_steps=1, text_share=0.0))
+    found = teach.main(
+        replace(lesson, data=str(path), out=str(tmp_path / "out"), max_steps=1, text_share=0.0)
+    )
     assert found["conversations shortened"] == found["conversations left out"] == 1
-    line = "longer than the model's positions: 1 conversations lost turns at their end, 1 are left out"
+    line = (
+        "longer than the model's positions: 1 conversations lost turns at their end, 1 are left out"
+    )
     assert line in capsys.readouterr().out
 
 
@@ -516,11 +617,37 @@ def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(lesso
 def test_two_ranks_are_one_with_twice_the_batch(lesson, parity, tmp_path):
     one = replace(lesson, per_device_train_batch_size=6, out=str(tmp_path / "one"))
     two = replace(lesson, per_device_train_batch_size=3, ranks=2, out=str(tmp_path / "two"))
-    parts = replace(one, per_device_train_batch_size=3, gradient_accumulation_steps=2, out=str(tmp_path / "parts"))
+    parts = replace(
+        one,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        out=str(tmp_path / "parts"),
+    )
     first = losses(one)
-    parity("LLaVA, training", "llava.train, 2 ranks", "1 rank, twice the batch", losses(two), first, 1e-4)
-    parity("LLaVA, training", "llava.train, 2 parts a step", "1 part, twice the batch", losses(parts), first, 1e-4)
-    parity("LLaVA, training", "llava.train, 2 ranks, weights", "1 rank", weights(two), weights(one), 1e-3)
+    parity(
+        "LLaVA, training",
+        "llava.train, 2 ranks",
+        "1 rank, twice the batch",
+        losses(two),
+        first,
+        1e-4,
+    )
+    parity(
+        "LLaVA, training",
+        "llava.train, 2 parts a step",
+        "1 part, twice the batch",
+        losses(parts),
+        first,
+        1e-4,
+    )
+    parity(
+        "LLaVA, training",
+        "llava.train, 2 ranks, weights",
+        "1 rank",
+        weights(two),
+        weights(one),
+        1e-3,
+    )
 
 
 def zero_runs(cfg):
@@ -535,7 +662,11 @@ def zero_runs(cfg):
     resumed = replace(pieces, resume=True)
     found["again"], found["whole"] = (teach.worker(run)["losses"] for run in (resumed, whole))
     nothing = replace(resumed, out=f"{cfg.out}/nothing")
-    for name, run in (("none", nothing), ("other", replace(resumed, learning_rate=0.5)), ("damaged", resumed)):
+    for name, run in (
+        ("none", nothing),
+        ("other", replace(resumed, learning_rate=0.5)),
+        ("damaged", resumed),
+    ):
         if name == "damaged":
             file = next(Path(pieces.out, "checkpoints").rglob("*optim_states.pt"))
             file.write_bytes(file.read_bytes()[:-9] + b"123456789")
@@ -549,16 +680,26 @@ def zero_runs(cfg):
 @pytest.mark.long
 def test_deepspeed_trains_the_same_and_goes_on_where_it_was(lesson, parity, tmp_path):
     plain = replace(lesson, out=str(tmp_path / "plain"))
-    words = [data.row(f"text-{i}", None, [("What is red and grows?", "an apple")]) for i in range(8)]
+    words = [
+        data.row(f"text-{i}", None, [("What is red and grows?", "an apple")]) for i in range(8)
+    ]
     (tmp_path / "words.json").write_text(json.dumps(words), "utf-8")
     cfg = replace(lesson, zero_stage=2, out=str(tmp_path))
     (found,) = ranks.launch(zero_runs, cfg, 1)
     parity(
-        "LLaVA, training", "llava.train", "DeepSpeed ZeRO-2, losses of three steps", losses(plain), found["zero"], 1e-3
+        "LLaVA, training",
+        "llava.train",
+        "DeepSpeed ZeRO-2, losses of three steps",
+        losses(plain),
+        found["zero"],
+        1e-3,
     )
     assert len(found["words"]) == 2  # no picture in a step, and nothing but the connector to learn
     assert found["again"] == found["whole"]
-    mine, theirs = weights(replace(cfg, out=str(tmp_path / "a"))), weights(replace(cfg, out=str(tmp_path / "b")))
+    mine, theirs = (
+        weights(replace(cfg, out=str(tmp_path / "a"))),
+        weights(replace(cfg, out=str(tmp_path / "b"))),
+    )
     assert all(torch.equal(mine[k], x) for k, x in theirs.items())
     assert "learning_rate" in found["other"] and "damaged" in found["damaged"]
     assert "no checkpoint" in found["none"] and not (tmp_path / "nothing").exists()
@@ -571,10 +712,19 @@ def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
         (pictures / one["image"]).write_bytes((data.photos() / one["image"]).read_bytes())
     (pictures / rows[3]["image"]).write_bytes(b"no picture")
     mended, broken = data.mend(rows, pictures)
-    assert broken == 1 and len(mended) == len(rows) and [a is b for a, b in zip(rows, mended)].count(False) == 1
+    assert (
+        broken == 1
+        and len(mended) == len(rows)
+        and [a is b for a, b in zip(rows, mended)].count(False) == 1
+    )
     assert mended[3]["image"] != rows[3]["image"] and data.mend(rows, pictures) == (mended, broken)
     found = teach.main(
-        replace(lesson, image_folder=str(pictures), group_by_modality_length=True, out=str(tmp_path / "o"))
+        replace(
+            lesson,
+            image_folder=str(pictures),
+            group_by_modality_length=True,
+            out=str(tmp_path / "o"),
+        )
     )
     assert found["broken pictures"] == 1 and len(found["losses"]) == 3
     for path in pictures.iterdir():
@@ -592,14 +742,23 @@ def test_emoji_are_learned_besides(lesson):
 def test_the_printed_next_command_runs_from_another_folder(lesson, tmp_path, monkeypatch, capsys):
     """The language model was named by a relative path; the file names it so that it loads from everywhere."""
     monkeypatch.chdir(Path(lesson.language).parent)
-    cfg = replace(lesson, language=Path(lesson.language).name, out=str(tmp_path / "out"), train_type="projector")
+    cfg = replace(
+        lesson,
+        language=Path(lesson.language).name,
+        out=str(tmp_path / "out"),
+        train_type="projector",
+    )
     losses(cfg)
     command = re.search(r"next: (.*)", capsys.readouterr().out)[1]
     Image.new("RGB", (40, 40), "red").save(tmp_path / "PHOTO.png")
     monkeypatch.chdir(tmp_path)
     words = [w.replace("PHOTO", "PHOTO.png") for w in shlex.split(command)]
-    assert words[:2] == ["python", "vlm/llava.py"] and os.path.isabs(words[words.index("--model") + 1])
-    asked = tyro.cli(llava.Config, args=[*words[2:], "--max_new_tokens", "2", "--out", str(tmp_path / "answers")])
+    assert words[:2] == ["python", "vlm/llava.py"] and os.path.isabs(
+        words[words.index("--model") + 1]
+    )
+    asked = tyro.cli(
+        llava.Config, args=[*words[2:], "--max_new_tokens", "2", "--out", str(tmp_path / "answers")]
+    )
     assert llava.main(asked)["tokens_of_a_photo"] == 9
     _, model = llava.load(tmp_path / "out" / "model.safetensors")
     learned = weights(cfg)["connector.mlp.0.weight"].float()
