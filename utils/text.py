@@ -44,14 +44,15 @@ def printable(value: Any) -> str:
 def control_tokens(tokenizer: Any) -> list[str]:
     """What this tokenizer reads as commands: its special tokens, and the marks that its chat template writes."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {token.content for token in added if token.special} | set(
-        getattr(tokenizer, "all_special_tokens", ())
-    )
+    marks = {token.content for token in added if token.special}
+    marks |= set(getattr(tokenizer, "all_special_tokens", ()))
+    # A tokenizer has one chat template, or several by their names
     template = getattr(tokenizer, "chat_template", None) or ""
-    # several, by their names
     for written in template.values() if isinstance(template, dict) else [template]:
         marks |= set(TEMPLATE_MARKS.findall(str(written)))
-    return sorted((mark for mark in marks if len(mark.strip()) > 1), key=len, reverse=True)
+    # The longest first: one may be part of another
+    long_enough = [mark for mark in marks if len(mark.strip()) > 1]
+    return sorted(long_enough, key=len, reverse=True)
 
 
 def plain(text: str, tokenizer: Any) -> str:
