@@ -121,6 +121,29 @@ def groceries(size: int = 224) -> Groceries:
     return Groceries(tensors["images"], tensors["coarse"], tensors["fine"], *lists)
 
 
+class EasyVQA(NamedTuple):
+    images: Tensor  # uint8 (N,3,64,64), one coloured shape each
+    questions: list[str]  # Q of them, some ten for an image
+    answers: list[str]  # one of 13 words for each question
+    image_of: Tensor  # int64 (Q,), index into images
+
+
+def easy_vqa(split: str = "train") -> EasyVQA:
+    """Visual question answering on drawn shapes: 4000 images and 38 575 questions, of "test" 1000 and 9673."""
+    folder = fetch("easy_vqa") / "easy_vqa/data" / split
+
+    def decode() -> Made:
+        rows = json.loads((folder / "questions.json").read_text("utf-8"))
+        questions, answers, numbers = zip(*rows)
+        paths = [folder / f"images/{i}.png" for i in range(max(numbers) + 1)]
+        shown = bar(paths, len(paths), name=f"read easy_vqa {split}")
+        images = torch.stack([read_image(path, 64) for path in shown])
+        return {"images": images, "image_of": torch.tensor(numbers)}, [questions, answers]
+
+    tensors, (questions, answers) = cached(folder.with_name(f"{split}.safetensors"), decode)
+    return EasyVQA(tensors["images"], questions, answers, tensors["image_of"])
+
+
 def tweets(kind: str = "tweets") -> list[tuple[str, float]]:
     """(text, mean rating by 20 people, -4..4) of 4200 tweets, or of {movieReview,amazonReview,nytEditorial}Snippets."""
     path = fetch("tweets") / "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

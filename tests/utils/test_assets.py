@@ -201,7 +201,7 @@ def test_list_says_licence_and_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VLM_ACTION_CACHE", str(tmp_path))
     assets.main(assets.Config())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(assets.ASSETS) == 10
+    assert len(lines) == len(assets.ASSETS) == 11
     assert all(
         asset.licence in line and " - " in line
         for asset, line in zip(assets.ASSETS.values(), lines)

@@ -301,3 +301,44 @@ def test_bars_show_what_takes_long(cache, monkeypatch):
     assert labels.tolist() == [i % 10 for i in range(2500)] and images[:, 0, 9, 9].tolist() == [
         i % 256 for i in range(2500)
     ]
+
+
+def test_easy_vqa():
+    train = data.easy_vqa()
+    test = data.easy_vqa("test")
+    for split, images, questions, yes_or_no in (
+        (train, 4000, 38575, 28407),
+        (test, 1000, 9673, 7136),
+    ):
+        assert split.images.shape == (images, 3, 64, 64) and split.images.dtype == torch.uint8
+        assert len(split.questions) == len(split.answers) == len(split.image_of) == questions
+        assert sum(answer in ("yes", "no") for answer in split.answers) == yes_or_no
+        assert split.image_of.unique().tolist() == list(range(images))
+    assert len(set(train.answers)) == 13 == len(set(train.answers) | set(test.answers))
+
+
+def test_easy_vqa_reads_questions_with_their_images(tmp_path, monkeypatch):
+    folder = tmp_path / "easy_vqa/data/train"
+    (folder / "images").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(folder / f"images/{i}.png")
+    (folder / "questions.json").write_text('[["a?", "yes", 2], ["b?", "red", 0], ["c?", "no", 1]]')
+    monkeypatch.setattr(data, "fetch", lambda name: tmp_path)
+    for _ in range(2):  # the second time from the cache
+        split = data.easy_vqa()
+        assert split.questions == ["a?", "b?", "c?"] and split.answers == ["yes", "red", "no"]
+        assert split.images[split.image_of, 0, 0, 0].tolist() == [160, 0, 80]
+
+
+def test_easy_vqa_answers_belong_to_their_images():
+    """The colour that is asked for is the colour of the picture: its pixels are nearest to that name's mean."""
+    split = data.easy_vqa("test")
+    asked = [i for i, q in enumerate(split.questions) if q == "what color is the shape?"]
+    # the shape is what differs from the ground, the colour in the corner
+    pixels = split.images[split.image_of[asked]].float().flatten(2)
+    shape = (pixels - pixels[:, :, :1]).abs().sum(1, keepdim=True) > 60
+    mean = (pixels * shape).sum(2) / shape.sum(2)
+    names = sorted({split.answers[i] for i in asked})
+    labels = torch.tensor([names.index(split.answers[i]) for i in asked])
+    middle = torch.stack([mean[labels == k].median(0).values for k in range(len(names))])
+    assert (torch.cdist(mean, middle).argmin(1) == labels).float().mean() > 0.95
