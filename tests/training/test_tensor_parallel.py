@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from tests import llamas
-from training import ranks, tensor_parallel
+from training import megatron, ranks, summa, tensor_parallel
 from utils import pretrained, run
 
 SOON = timedelta(seconds=60)  # a rank that waits longer has been forgotten
@@ -49,7 +49,7 @@ def learned(model, ids, loss, steps=12):
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.5), []
     for _ in range(steps):
         optimizer.zero_grad()
-        losses.append(tensor_parallel.step(model, ids, loss)["loss"].item())
+        losses.append(tensor_parallel.forward_backward(model, ids, loss)["loss"].item())
         optimizer.step()
     return losses
 
@@ -61,22 +61,26 @@ def ids():
 def worker(cfg):
     """What each of the ranks finds."""
     found, rank = {}, dist.get_rank()
-    ours = tensor_parallel.apply_tensor_parallel(tiny())
+    ours = megatron.apply_tensor_parallel(tiny())
     with ranks.Traffic() as traffic:
-        found["ours"] = numbers(tensor_parallel.step(ours, ids(), tensor_parallel.cross_entropy))
+        found["ours"] = numbers(
+            tensor_parallel.forward_backward(ours, ids(), megatron.cross_entropy)
+        )
     found |= {"sent": traffic.sent, "calls": traffic.calls, "bytes": ranks.states(ours)}
-    for once in (True, False):
-        model = tensor_parallel.through_torch(tiny(), once)
+    for shared in (True, False):
+        model = tensor_parallel.torch_tensor_parallel(tiny(), shared)
         with CommDebugMode() as counted:
-            found[f"torch {once}"] = numbers(
-                tensor_parallel.step(model, ids(), tensor_parallel.plain)
+            found[f"torch {shared}"] = numbers(
+                tensor_parallel.forward_backward(
+                    model, ids(), tensor_parallel.unsharded_cross_entropy
+                )
             )
-        found[f"torch calls {once}"] = counted.get_total_counts()
+        found[f"torch calls {shared}"] = counted.get_total_counts()
     x = torch.full((2, 3), float(rank + 1), requires_grad=True)  # the operators alone
-    found["g"] = tensor_parallel.g(x).tolist()
-    tensor_parallel.g(x).backward(torch.full((2, 3), 5.0))
+    found["g"] = megatron.g(x).tolist()
+    megatron.g(x).backward(torch.full((2, 3), 5.0))
     found["gradient of g"], x.grad = x.grad.tolist(), None
-    y = tensor_parallel.f(x)
+    y = megatron.f(x)
     found["f"] = y.tolist()
     y.backward(torch.full((2, 3), float(rank + 1)))
     found["gradient of f"] = x.grad.tolist()
@@ -87,7 +91,7 @@ def worker(cfg):
     )
     # Logits of some hundreds: exp alone would be infinite
     weight = words.chunk(N)[rank].clone().requires_grad_()
-    value = tensor_parallel.cross_entropy(states, weight, ids()[:, 1:])
+    value = megatron.cross_entropy(states, weight, ids()[:, 1:])
     value.backward()
     found["our loss"] = numbers({"loss": value.detach(), "gradient": weight.grad})
     weight = words.chunk(N)[rank].clone().requires_grad_()
@@ -98,13 +102,13 @@ def worker(cfg):
         value = F.cross_entropy(logits, ids()[:, 1:].flatten())
         value.backward()
     found["torch loss"] = numbers({"loss": value.full_tensor().detach(), "gradient": weight.grad})
-    found["learned"] = learned(ours, ids(), tensor_parallel.cross_entropy)
-    found["grid"] = tensor_parallel.on_a_grid(cfg)
+    found["learned"] = learned(ours, ids(), megatron.cross_entropy)
+    found["grid"] = summa.worker(cfg)
     for key, value in (("num_key_value_heads", 2), ("vocab_size", 121), ("attention_bias", True)):
         model = tiny()
         setattr(model.config, key, value)
         with pytest.raises(run.UserError) as error:
-            tensor_parallel.apply_tensor_parallel(model)
+            megatron.apply_tensor_parallel(model)
         found[key] = str(error.value)
     with pytest.raises(run.UserError) as error:
         tensor_parallel.worker(cfg)
@@ -120,12 +124,12 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole():
-    return tensor_parallel.step(tiny(), ids(), tensor_parallel.plain)
+    return tensor_parallel.forward_backward(tiny(), ids(), tensor_parallel.unsharded_cross_entropy)
 
 
 def together(parts):
     """Shards of each rank, laid side by side again: columns or rows of the paper's matrices; of norms, the first."""
-    side = {name: tensor_parallel.SHARD_DIM.get(name.split(".")[-2]) for name in parts[0]}
+    side = {name: megatron.SHARD_DIM.get(name.split(".")[-2]) for name in parts[0]}
     return {
         name: tensors(parts[0][name])
         if dim is None
@@ -159,8 +163,8 @@ def test_shards_are_those_of_torch(found, parity):
     for one in found:
         ours = tensors(one["ours"])
         ours["gradients"].pop("model.embed_tokens.weight")  # torch's words are whole
-        for once in (True, False):
-            theirs = tensors(one[f"torch {once}"])
+        for shared in (True, False):
+            theirs = tensors(one[f"torch {shared}"])
             theirs["gradients"].pop("model.embed_tokens.weight")
             parity(
                 "Tensor parallelism", "apply_tensor_parallel", "parallelize_module", ours, theirs
@@ -192,7 +196,7 @@ def test_bytes_and_calls_are_those_of_the_formula(found):
     rotary = sum(b.nbytes for b in tiny().buffers())
     for one in found:
         assert one["bytes"]["weights"] == 4 * ((numbers - norms) // N + norms) + rotary
-        assert one["calls"] == 4 * 2 + tensor_parallel.WORDS
+        assert one["calls"] == 4 * 2 + megatron.VOCABULARY_ALL_REDUCES
         assert one["sent"] == {
             "all_reduce": 2 * (N - 1) / N * 4 * ((4 * 2 + 2) * B * L * D + 3 * B * L)
         }
@@ -200,7 +204,7 @@ def test_bytes_and_calls_are_those_of_the_formula(found):
 
 
 def test_it_learns_what_the_whole_model_learns(found):
-    alone = learned(tiny(), ids(), tensor_parallel.plain)
+    alone = learned(tiny(), ids(), tensor_parallel.unsharded_cross_entropy)
     assert alone[-1] < alone[0] - 0.3
     for one in found:
         torch.testing.assert_close(
