@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training import ranks, tiny, zero
+from training import ranks, tiny, zero, zero_memory
 from utils import run
 from utils.run import UserError
 
@@ -242,11 +242,11 @@ def test_the_production_engines_do_the_same(parity):
 def test_bytes_are_those_of_the_paper(found, stage):
     for row in found:
         row = row["bf16"][stage]
-        said = zero.formula(row["psi"], 2, stage)
+        said = zero_memory.formula(row["psi"], 2, stage)
         for name, size in row["held"].items():
             assert size == pytest.approx(said[name], rel=0.002), name
         sent, weights = sum(row["sent"].values()), 2 * row["psi"]
-        said = zero.volume(weights, 2, stage, 2)
+        said = zero_memory.volume(weights, 2, stage, 2)
         # embedding, head and last norm stay between forward and backward: gathered once a part
         if stage == 3:
             said -= 2 * 0.5 * 2 * (256 * CFG.width + CFG.width)
@@ -305,12 +305,14 @@ def test_a_run_is_resumed_from_the_command(tmp_path):
 def test_the_formulas_at_the_ends():
     psi = 7e9
     for stage in range(4):
-        assert sum(zero.formula(psi, 1, stage).values()) == 16 * psi
-        assert sum(zero.formula(psi, 1, stage, bf16=False).values()) == 16 * psi
-    many = [sum(zero.formula(psi, 10**9, stage).values()) / psi for stage in range(4)]
+        assert sum(zero_memory.formula(psi, 1, stage).values()) == 16 * psi
+        assert sum(zero_memory.formula(psi, 1, stage, bf16=False).values()) == 16 * psi
+    many = [sum(zero_memory.formula(psi, 10**9, stage).values()) / psi for stage in range(4)]
     assert many == pytest.approx([16, 4, 2, 0], abs=1e-6)  # the paper's Fig. 1
     # Its Sec. 7
-    assert [zero.volume(1, 10**9, stage) for stage in range(4)] == pytest.approx([2, 2, 2, 3])
+    assert [zero_memory.volume(1, 10**9, stage) for stage in range(4)] == pytest.approx(
+        [2, 2, 2, 3]
+    )
 
 
 @pytest.mark.parametrize(
