@@ -12,6 +12,18 @@ from transformers import AutoConfig
 
 from tests.llamas import tiny
 from training import pipeline, ranks
+from training.pipeline_schedules import (
+    SCHEDULES,
+    UNITS,
+    bubble,
+    gpipe,
+    idle_fraction,
+    max_in_flight,
+    one_f_one_b,
+    simulate,
+)
+from training.pipeline_stage import Channel, Stage, execute, loss, reduce_tied_gradients
+from training.pipeline_timeline import Timeline
 from utils import pretrained, run
 
 SOON = timedelta(seconds=60)  # a rank that waits longer has been forgotten
@@ -26,7 +38,7 @@ def batch():
 
 def part(model, rank=None):
     """A stage of a copy of the model: this rank's, or another's."""
-    return pipeline.Stage(copy.deepcopy(model), dist.get_rank() if rank is None else rank, P)
+    return Stage(copy.deepcopy(model), dist.get_rank() if rank is None else rank, P)
 
 
 def write_down(order, module, inputs, output):
@@ -46,23 +58,23 @@ def worker(_):
     rank, model, found = dist.get_rank(), tiny(layers=4), {}
     ids, labels = batch()
     parts = [[x.clone() for x in whole.chunk(M)] for whole in (ids, labels)]
-    lanes, ends = (pipeline.Lane(1), pipeline.Lane(-1)), dist.new_group([0, P - 1])
-    for name, (schedule, _) in pipeline.SCHEDULES.items():
+    channels, ends = (Channel(1), Channel(-1)), dist.new_group([0, P - 1])
+    for name, schedule in SCHEDULES.items():
         module = part(model)
-        watch = pipeline.Watch(module, PACE)
-        value = pipeline.execute(schedule(rank, P, M), module, *parts, lanes, watch)
+        timeline = Timeline(module, PACE)
+        value = execute(schedule(rank, P, M), module, *parts, channels, timeline)
         one = {
             "loss": value,
             "untied": gradients(module),
-            "line": watch.line,
-            "in flight": watch.most / watch.one,
+            "line": timeline.line,
+            "in flight": timeline.peak / timeline.one,
         }
-        one["left"] = len(watch.kept)
-        pipeline.tie(module, ends)
+        one["left"] = len(timeline.saved)
+        reduce_tied_gradients(module, ends)
         one["gradients"] = gradients(module)
         module, order = part(model), []
         module.register_forward_hook(partial(write_down, order))
-        one["torch loss"] = pipeline.through_torch(name, module, ids, labels, M)
+        one["torch loss"] = pipeline.torch_pipeline_step(name, module, ids, labels, M)
         one["torch gradients"] = gradients(module)
         one["torch order"] = [(kind, i) for kind, i in order if i >= 0]
         found[name] = one
@@ -70,10 +82,10 @@ def worker(_):
     optimizer = torch.optim.SGD(module.parameters(), 0.5)
     for _ in range(8):
         optimizer.zero_grad()
-        watch = pipeline.Watch(module, 0)
-        actions = pipeline.one_f_one_b(rank, P, M)
-        found["learned"].append(pipeline.execute(actions, module, *parts, lanes, watch))
-        pipeline.tie(module, ends)
+        timeline = Timeline(module, 0)
+        actions = one_f_one_b(rank, P, M)
+        found["learned"].append(execute(actions, module, *parts, channels, timeline))
+        reduce_tied_gradients(module, ends)
         optimizer.step()
     for flags, name in (({"layers": 2}, "layers"), ({"micro": 2}, "micro")):
         with pytest.raises(run.UserError) as error:
@@ -91,7 +103,7 @@ def found():
 def whole():
     """The same step in one process -> its model, with gradients, and its loss."""
     model, (ids, labels) = tiny(layers=4), batch()
-    value = pipeline.loss(model(input_ids=ids, use_cache=False).logits, labels)
+    value = loss(model(input_ids=ids, use_cache=False).logits, labels)
     value.backward()
     return model, value.item()
 
@@ -100,13 +112,13 @@ def tensors(found):
     return {name: torch.tensor(x) for name, x in found.items()}
 
 
-@pytest.mark.parametrize("name", pipeline.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_it_does_what_one_process_does(name, found, whole, parity):
     model, value = whole
     parity("Pipeline", f"{name}, loss", "transformers", found[-1][name]["loss"], value)
     names = 0
     for rank, one in enumerate(found):
-        theirs = {k: p.grad for k, p in pipeline.Stage(model, rank, P).named_parameters()}
+        theirs = {k: p.grad for k, p in Stage(model, rank, P).named_parameters()}
         parity(
             "Pipeline",
             f"{name}, gradients",
@@ -118,7 +130,7 @@ def test_it_does_what_one_process_does(name, found, whole, parity):
     assert names == 4 * 9 + 1 + 2  # all layers once, the last norm, the words twice
 
 
-@pytest.mark.parametrize("name", pipeline.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_it_does_what_torch_does(name, found, parity):
     parity(
         "Pipeline",
@@ -135,7 +147,7 @@ def test_it_does_what_torch_does(name, found, parity):
 def test_tied_words_need_both_ends(found, whole):
     """What the first stage finds about the words is not all: the head, on the last stage, has used them too."""
     right = whole[0].get_input_embeddings().weight.grad
-    for rank, name in ((0, "words.weight"), (P - 1, "head.weight")):
+    for rank, name in ((0, "embedding.weight"), (P - 1, "head.weight")):
         one = found[rank]["1f1b"]
         assert (torch.tensor(one["untied"][name]) - right).abs().max() > 1e-3
         torch.testing.assert_close(
@@ -146,12 +158,12 @@ def test_tied_words_need_both_ends(found, whole):
 def test_the_order_is_torch_s(found):
     """Of 1F1B exactly; of GPipe but for the way back, which torch goes from the first micro-batch to the last."""
     for rank, one in enumerate(found):
-        assert one["1f1b"]["torch order"] == list(pipeline.one_f_one_b(rank, P, M))
-        ours = list(pipeline.gpipe(rank, P, M))
+        assert one["1f1b"]["torch order"] == list(one_f_one_b(rank, P, M))
+        ours = list(gpipe(rank, P, M))
         assert one["gpipe"]["torch order"] == ours[:M] + ours[M:][::-1]
 
 
-@pytest.mark.parametrize("name", pipeline.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_activations_are_let_go(name, found):
     """By bytes: GPipe keeps all micro-batches, 1F1B as many as there are stages from here on; in the end nothing is."""
     for rank, one in enumerate(found):
@@ -159,7 +171,7 @@ def test_activations_are_let_go(name, found):
         assert one[name]["left"] == 0
 
 
-@pytest.mark.parametrize("name", pipeline.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_the_clocks_of_the_ranks(name, found):
     """Each rank keeps its pace, one action after the other; all together are no faster than the formula."""
     times = {
@@ -167,7 +179,7 @@ def test_the_clocks_of_the_ranks(name, found):
     }
     assert len(times) == P * M * 2
     for (_, kind, _), (begin, end) in times.items():
-        assert end - begin >= PACE * pipeline.UNITS[kind] * 0.99
+        assert end - begin >= PACE * UNITS[kind] * 0.99
     for one in found:
         assert all(b[2] >= a[3] for a, b in zip(one[name]["line"], one[name]["line"][1:]))
     span = max(end for _, end in times.values())
@@ -175,19 +187,19 @@ def test_the_clocks_of_the_ranks(name, found):
 
 
 @pytest.mark.parametrize("stages, micro", [(1, 1), (1, 5), (2, 2), (4, 8), (5, 5), (4, 2), (8, 32)])
-@pytest.mark.parametrize("schedule", [pipeline.gpipe, pipeline.one_f_one_b])
+@pytest.mark.parametrize("schedule", [gpipe, one_f_one_b])
 def test_the_plan_has_the_bubble_of_the_formula(schedule, stages, micro):
-    lines = pipeline.simulate(schedule, stages, micro)
-    assert pipeline.idle(lines) == pytest.approx(pipeline.bubble(stages, micro))
+    lines = simulate(schedule, stages, micro)
+    assert idle_fraction(lines) == pytest.approx(bubble(stages, micro))
     for stage, line in enumerate(lines):
         actions = list(schedule(stage, stages, micro))
         assert [(kind, i) for kind, i, _, _ in line] == actions
-        assert sorted(actions) == sorted((kind, i) for kind in pipeline.UNITS for i in range(micro))
+        assert sorted(actions) == sorted((kind, i) for kind in UNITS for i in range(micro))
         assert all(
             actions.index(("forward", i)) < actions.index(("backward", i)) for i in range(micro)
         )
-        assert pipeline.max_in_flight(actions) == (
-            micro if schedule is pipeline.gpipe else min(stages - stage, micro)
+        assert max_in_flight(actions) == (
+            micro if schedule is gpipe else min(stages - stage, micro)
         )
 
 
@@ -196,24 +208,24 @@ def test_a_slow_stage_makes_the_others_wait():
     cost = {
         (s, kind, i): (3 if s else 1) * u
         for s in (0, 1)
-        for kind, u in pipeline.UNITS.items()
+        for kind, u in UNITS.items()
         for i in range(4)
     }
-    lines = pipeline.simulate(pipeline.one_f_one_b, 2, 4, cost)
+    lines = simulate(one_f_one_b, 2, 4, cost)
     assert lines[1][0][2] == 1 and lines[1][-1][3] == 1 + 4 * 9 and lines[0][-1][3] == 1 + 4 * 9 + 2
-    assert pipeline.idle(lines) == pytest.approx(1 - (4 * 3 + 4 * 9) / (2 * 39))
+    assert idle_fraction(lines) == pytest.approx(1 - (4 * 3 + 4 * 9) / (2 * 39))
 
 
 def test_an_order_that_cannot_end_is_found_out():
     def backward_first(stage, stages, micro):
         return (
-            reversed(list(pipeline.gpipe(stage, stages, micro)))
+            reversed(list(gpipe(stage, stages, micro)))
             if stage == 0
-            else pipeline.gpipe(stage, stages, micro)
+            else gpipe(stage, stages, micro)
         )
 
     with pytest.raises(run.UserError, match="backward_first"):
-        pipeline.simulate(backward_first, 3, 2)
+        simulate(backward_first, 3, 2)
 
 
 def test_it_learns_what_one_process_learns(found):
@@ -221,7 +233,7 @@ def test_it_learns_what_one_process_learns(found):
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     for _ in range(8):
         optimizer.zero_grad()
-        value = pipeline.loss(model(input_ids=ids, use_cache=False).logits, labels)
+        value = loss(model(input_ids=ids, use_cache=False).logits, labels)
         value.backward()
         losses.append(value.item())
         optimizer.step()
