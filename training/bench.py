@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from training import ddp, memory, ranks, tiny
+from training import ddp, memory, memory_trace, ranks, tiny
 from utils import run
 
 
@@ -42,14 +42,14 @@ def by_mem_tracker(cfg):
     """The same two steps under PyTorch's tracker -> bytes at the highest moment."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    with memory.fake_ranks(1), FakeTensorMode():
-        model, batch, moving = memory.set_up(cfg)
+    with memory_trace.fake_ranks(1), FakeTensorMode():
+        model, batch, moving = memory_trace.set_up(cfg)
         tracker = MemTracker()
         tracker.track_external(model, moving.optimizer, *batch.values())
         with tracker:
-            memory.two_steps(model, batch, moving, cfg, steps=1)
+            memory_trace.training_steps(model, batch, moving, cfg, steps=1)
             tracker.reset_mod_stats()  # it takes one step at a time
-            memory.two_steps(model, batch, moving, cfg, steps=1)
+            memory_trace.training_steps(model, batch, moving, cfg, steps=1)
         return sum(size["Total"] for size in tracker.get_tracker_snapshot("peak").values())
 
 

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests import fuzz
 from tests.conftest import ROOT
-from training import formulas, memory, presets
+from training import formulas, memory, memory_fit, memory_model, presets
 from training.memory import Config
 from training.tracker import Tracker
 from utils.run import UserError
@@ -170,7 +170,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_step_without_numbers_has_the_peak_of_the_step_with_them(small, case):
+def test_peak_on_fake_tensors_is_the_measured_peak(small, case):
     """To the byte, but for Python numbers: an operator makes tensors of 4 or 8 bytes of them, where nobody looks."""
     cfg = replace(small, **CASES[case])
     assert abs(memory.exact(cfg)["peak"] - memory.measured(cfg)) <= 32
@@ -223,7 +223,7 @@ def test_offload_and_checkpointing_take_away_what_they_should(small):
     assert again["activations"] < 0.5 * memory.exact(small)["activations"]
 
 
-def test_lora_stays_out_of_the_eye():
+def test_lora_leaves_the_vision_tower_alone():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoConfig
 
@@ -231,7 +231,7 @@ def test_lora_stays_out_of_the_eye():
         "llava", vision_config=VISION, text_config=SMALL, image_token_index=999
     )
     with FakeTensorMode():
-        model = presets.build(Config(method="lora"), config)
+        model = memory_model.build(Config(method="lora"), config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("language_model" in name and "lora" in name for name in trained)
 
@@ -251,7 +251,7 @@ def test_tracker_counts_a_storage_once_and_until_it_is_gone():
 def test_largest_finds_the_edge():
     for budget in (10, 99, 100, 12345):
         for peak in (lambda x: 7 + 3 * x, lambda x: max(50, x * x)):
-            x, _ = memory.largest(peak, budget)
+            x, _ = memory_fit.largest(peak, budget)
             assert (x == 0 or peak(x) <= budget) and peak(x + 1) > budget
 
 
@@ -323,10 +323,10 @@ def test_a_picture_takes_the_places_that_its_tower_gives(select, places, tmp_pat
         "image_token_index": 999,
     }
     cfg = write(tmp_path, values | {"vision_feature_select_strategy": select})
-    assert presets.places(presets.configuration(cfg.model)) == places
+    assert presets.image_tokens(presets.configuration(cfg.model)) == places
     assert abs(memory.exact(cfg)["peak"] - memory.measured(cfg)) <= 32
     with pytest.raises(UserError, match=f"a picture takes {places} tokens"):
-        memory.allow(replace(cfg, seq_len=places))
+        memory.check_flags(replace(cfg, seq_len=places))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_picture_takes_the_places_that_its_tower_gives(select, places, tmp_pat
 )
 def test_other_kinds_of_models_are_refused_in_one_line(kind, tmp_path):
     with pytest.raises(UserError) as error:
-        memory.allow(write(tmp_path, {"model_type": kind}))
+        memory.check_flags(write(tmp_path, {"model_type": kind}))
     assert kind in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
 
 
@@ -367,9 +367,9 @@ def test_retries_of_the_hub_are_not_told(capfd, monkeypatch):
 def refused_or_as_written(path):
     """The configuration is refused, or its sizes are those in the file: none is transformers' own default."""
     cfg = Config(str(path), seq_len=8)
-    memory.allow(cfg)
+    memory.check_flags(cfg)
     config, written = presets.configuration(cfg.model), json.loads(path.read_text("utf-8-sig"))
-    for key in presets.NEEDED:
+    for key in presets.SIZES:
         assert getattr(config, key) == written[key]
     assert config.num_key_value_heads == written.get(
         "num_key_value_heads", config.num_attention_heads
@@ -399,7 +399,7 @@ def test_damaged_configurations(way, tmp_path):
 def test_another_tower_is_refused(tmp_path):
     vision = {"model_type": "siglip_vision_model"}
     with pytest.raises(UserError, match="sees by a siglip_vision_model, not by CLIP"):
-        memory.allow(
+        memory.check_flags(
             write(tmp_path, {"model_type": "llava", "vision_config": vision, "text_config": SMALL})
         )
 
@@ -416,7 +416,7 @@ def test_a_key_that_is_nearly_right_or_missing_is_named(tmp_path):
         (SMALL | {"hidden_act": "silly"}, "no known hidden_act: silly"),
     ):
         with pytest.raises(UserError, match=said):
-            memory.allow(write(tmp_path, values))
+            memory.check_flags(write(tmp_path, values))
 
 
 def test_a_broken_configuration_is_one_line(tmp_path):
