@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from papers import clip
-from rag import multimodal_rag
+from rag import image_projection
 from utils.run import UserError
 
 
@@ -166,13 +166,13 @@ def test_the_retriever_of_pictures_reads_what_was_saved(tmp_path):
     cfg = clip.Config(steps=3, batch=16)
     towers, _ = clip.fit(x, t, cfg)
     clip.save(towers, tmp_path, cfg)
-    space = multimodal_rag.load_space(tmp_path)
+    space = image_projection.load_space(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(
-            multimodal_rag.project(space, x), towers.encode_image(x), atol=1e-5, rtol=0
+            image_projection.project(space, x), towers.encode_image(x), atol=1e-5, rtol=0
         )
         torch.testing.assert_close(
-            multimodal_rag.project_text(space, t), towers.encode_text(t), atol=1e-6, rtol=0
+            image_projection.project_text(space, t), towers.encode_text(t), atol=1e-6, rtol=0
         )
 
 
@@ -182,9 +182,9 @@ def test_a_space_of_another_tower_is_refused(tmp_path):
     )
     clip.save(towers, tmp_path, cfg)
     with pytest.raises(UserError, match="mae"):
-        multimodal_rag.load_space(tmp_path)
+        image_projection.load_space(tmp_path)
     with pytest.raises(UserError):
-        multimodal_rag.load_space(tmp_path / "none")
+        image_projection.load_space(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from langchain_core.retrievers import BaseRetriever
 from PIL import Image
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
+from rag import image_data, multimodal_scores, scores
+from rag import image_projection as projection
 from rag import multimodal_rag as mm
-from rag import scores
 from tests.conftest import ROOT
 from utils import data
 from utils.run import UserError
@@ -42,97 +43,106 @@ def retriever(tmp_path_factory):
 def test_ridge_is_least_squares_of_torch_and_numpy(parity):
     """A penalty is the same as more equations: sqrt(weight) W = 0 below x W = y."""
     x, y = 3 + torch.randn(40, 12), torch.randn(40, 5)
-    W, b = mm.ridge(x, y, 2.5)
+    W, b = projection.ridge(x, y, 2.5)
     left = torch.cat([(x - x.mean(0)).double(), 2.5**0.5 * torch.eye(12).double()])
     right = torch.cat([(y - y.mean(0)).double(), torch.zeros(12, 5).double()])
     theirs = torch.linalg.lstsq(left, right).solution
-    parity("Multimodal RAG", "multimodal_rag.ridge", "torch.linalg.lstsq", W, theirs, atol=1e-6)
+    parity("Multimodal RAG", "image_projection.ridge", "torch.linalg.lstsq", W, theirs, atol=1e-6)
     theirs = torch.from_numpy(np.linalg.lstsq(left.numpy(), right.numpy(), rcond=None)[0])
-    parity("Multimodal RAG", "multimodal_rag.ridge", "numpy.linalg.lstsq", W, theirs, atol=1e-6)
+    parity("Multimodal RAG", "image_projection.ridge", "numpy.linalg.lstsq", W, theirs, atol=1e-6)
     torch.testing.assert_close(b, y.mean(0) - x.mean(0) @ W)
 
 
 def test_at_the_ridge_solution_the_gradient_is_zero():
     x, y = torch.randn(30, 50) + 1, torch.randn(30, 4)  # fewer pictures than features
-    W, b = (p.double().requires_grad_() for p in mm.ridge(x, y, 3.0))
+    W, b = (p.double().requires_grad_() for p in projection.ridge(x, y, 3.0))
     ((x.double() @ W + b - y).square().sum() + 3 * W.square().sum()).backward()
     assert W.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
 
 
 def test_ridge_finds_a_planted_map():
     x, true = torch.randn(200, 10), torch.randn(10, 4)
-    W, b = mm.ridge(x, x @ true + 7, 1e-6)
+    W, b = projection.ridge(x, x @ true + 7, 1e-6)
     torch.testing.assert_close(W, true, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(b, torch.full((4,), 7.0), atol=1e-4, rtol=1e-4)
 
 
 def test_info_nce_is_clip_s_loss_and_gradient(parity):
     ours, theirs = ([v.requires_grad_() for v in pairs()] for _ in range(2))
-    a = mm.info_nce(*ours, 0.07)
+    a = projection.info_nce(*ours, 0.07)
     b = image_text_contrastive_loss(theirs[1] @ theirs[0].T / 0.07)
     a.backward()
     b.backward()
     name = "transformers clip image_text_contrastive_loss"
     mine, them = ({"loss": x, "z": v[0].grad, "t": v[1].grad} for x, v in ((a, ours), (b, theirs)))
-    parity("Multimodal RAG", "multimodal_rag.info_nce", name, mine, them, atol=1e-5)
+    parity("Multimodal RAG", "image_projection.info_nce", name, mine, them, atol=1e-5)
 
 
 def test_equal_captions_are_no_negatives():
     """Two pictures of one caption cannot be told apart: CLIP's loss stops at log 2, ours goes on to 0."""
     t = torch.eye(4)[[0, 0, 1, 1]]
-    assert float(mm.info_nce(t, t, 0.01)) == pytest.approx(np.log(2), abs=1e-4)
-    assert float(mm.info_nce(t, t, 0.01, same=t @ t.T > 0.9999)) == pytest.approx(0, abs=1e-4)
+    assert float(projection.info_nce(t, t, 0.01)) == pytest.approx(np.log(2), abs=1e-4)
+    assert float(projection.info_nce(t, t, 0.01, same=t @ t.T > 0.9999)) == pytest.approx(
+        0, abs=1e-4
+    )
     z, t = pairs()
-    assert mm.info_nce(z, t, 0.1, same=t @ t.T > 0.9999) == mm.info_nce(z, t, 0.1)
+    assert projection.info_nce(z, t, 0.1, same=t @ t.T > 0.9999) == projection.info_nce(z, t, 0.1)
 
 
 def test_knowing_nothing_costs_log_b():
     z = torch.ones(32, 4) / 2
-    assert float(mm.info_nce(z, z, 0.05)) == pytest.approx(np.log(32), rel=1e-5)
+    assert float(projection.info_nce(z, z, 0.05)) == pytest.approx(np.log(32), rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["ridge", "infonce", "both"])
 def test_every_way_learns_a_planted_space(how):
     x, t = planted()
-    space = mm.fit(x[:200], t[:200], mm.Config(steps=200, batch=100, lr=1e-2, ridge=1.0), how)
-    ranks = mm.places(mm.project(space, x[200:]), t[200:])
+    space = projection.fit(
+        x[:200], t[:200], mm.Config(steps=200, batch=100, lr=1e-2, ridge=1.0), how
+    )
+    ranks = multimodal_scores.retrieval_ranks(projection.project(space, x[200:]), t[200:])
     assert scores.hit(ranks, 1).mean() > 0.5  # chance: 0.01
-    torch.testing.assert_close(mm.project(space, x).norm(dim=-1), torch.ones(300))
+    torch.testing.assert_close(projection.project(space, x).norm(dim=-1), torch.ones(300))
 
 
 def test_the_loss_falls():
     x, t = planted()
     W, b = 0.01 * torch.randn(20, 8), torch.zeros(8)
-    losses = list(mm.train(W, b, x, t, mm.Config(steps=60, batch=100, lr=1e-2)))
+    losses = list(projection.train(W, b, x, t, mm.Config(steps=60, batch=100, lr=1e-2)))
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
 def test_the_same_seed_gives_the_same_space():
     x, t = planted()
-    a, b, c = (mm.fit(x, t, mm.Config(steps=5, batch=50, seed=s)).W for s in (0, 0, 1))
+    a, b, c = (projection.fit(x, t, mm.Config(steps=5, batch=50, seed=s)).W for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_places_count_who_is_nearer():
+def test_retrieval_ranks_count_who_is_nearer():
     t = torch.eye(3)
-    assert mm.places(t, t).tolist() == [1, 1, 1]
-    assert mm.places(t[[1, 0, 2]], t).tolist() == [2, 2, 1]
+    assert multimodal_scores.retrieval_ranks(t, t).tolist() == [1, 1, 1]
+    assert multimodal_scores.retrieval_ranks(t[[1, 0, 2]], t).tolist() == [2, 2, 1]
     # For the first text the third picture is best
     z = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]])
-    assert mm.places(z, torch.tensor([[1.0, 0], [0, 1], [1, 0]])).tolist() == [3, 2, 1]
+    assert multimodal_scores.retrieval_ranks(
+        z, torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    ).tolist() == [3, 2, 1]
 
 
-def test_twins_are_left_out_by_picture_and_by_name():
+def test_near_duplicates_are_left_out_by_image_and_by_name():
     x, t = torch.randn(8, 30), F.normalize(torch.randn(8, 30), dim=-1)
     test = torch.tensor([True, True] + [False] * 6)
     x[2] = x[0] + 0.01 * torch.randn(30)  # looks like a test picture
     t[3] = F.normalize(t[1] + 0.01 * torch.randn(30), dim=-1)  # is called like one
     x[5] = x[4]  # twins on the same side do no harm
-    assert mm.without_twins(x, t, test, 0.9).tolist() == [False] * 4 + [True] * 4
+    assert (
+        multimodal_scores.without_near_duplicates(x, t, test, 0.9).tolist()
+        == [False] * 4 + [True] * 4
+    )
 
 
 def test_the_split_does_not_depend_on_how_many_there_are():
-    few, many = mm.emoji(50, "cpu"), data.emoji(72)
+    few, many = image_data.emoji(50, "cpu"), data.emoji(72)
     assert len(set(few.sources)) == 50 and set(few.captions) <= set(many[1])
     assert 3 <= int(few.test.sum()) <= 20
     i = many[1].index(few.captions[7])
@@ -148,8 +158,8 @@ def test_documents_carry_source_id_and_score_best_first(retriever):
     assert len({d.metadata["id"] for d in found}) == 10
 
 
-def test_only_pictures_that_nobody_trained_on_are_found(retriever):
-    p = retriever.pictures
+def test_only_held_out_images_are_found(retriever):
+    p = retriever.images
     assert p.test.all() and retriever.index.ntotal == len(p.captions)
     assert all(s.startswith(("emoji/", "groceries/test/")) for s in p.sources)
 
@@ -157,14 +167,14 @@ def test_only_pictures_that_nobody_trained_on_are_found(retriever):
 def test_the_retriever_ranks_as_the_formula_does(retriever):
     """Through text encoder, index and documents the same places come out as from one product of matrices."""
     p, z = (
-        retriever.pictures,
+        retriever.images,
         torch.from_numpy(retriever.index.reconstruct_n(0, retriever.index.ntotal)),
     )
     t = retriever.encode(p.captions)
     asked = [i for i, c in enumerate(p.coarse) if c == ""][:20]
     questions = [SimpleNamespace(text=p.captions[i], gold=p.sources[i]) for i in asked]
     ranks, _, _ = scores.measure(retriever, questions)
-    expected = mm.places(z, t)[asked]
+    expected = multimodal_scores.retrieval_ranks(z, t)[asked]
     assert np.array_equal(ranks, np.where(expected <= 10, expected, 0))
 
 
@@ -190,7 +200,7 @@ def test_a_folder_of_ones_own(tmp_path):
     for d in found:  # name and picture belong together
         thumb, n = Image.open(d.metadata["source"]), d.metadata["n"]
         shown = (
-            retriever.pictures.thumbs[n].permute(1, 2, 0).float()
+            retriever.images.thumbs[n].permute(1, 2, 0).float()
             - torch.from_numpy(np.array(thumb)).float()
         )
         assert shown.abs().mean() < 8
@@ -198,7 +208,7 @@ def test_a_folder_of_ones_own(tmp_path):
 
 def test_right_cards_have_a_frame():
     thumb = torch.zeros(3, 72, 72, dtype=torch.uint8)
-    plain, right = mm.card(thumb, 0.5), mm.card(thumb, 0.5, True)
+    plain, right = mm.result_card(thumb, 0.5), mm.result_card(thumb, 0.5, True)
     assert plain.shape == right.shape == (3, 90, 78)
     assert (plain[:, 0, 0] == 1).all() and right[0, 0, 0] < 0
     assert torch.equal(plain[:, 78:], right[:, 78:]) and torch.equal(
@@ -215,11 +225,18 @@ def test_the_command_writes_what_it_promises(tmp_path):
     done = command("--emoji", "200", "--photos", "60", "--steps", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for way in ("chance", "ridge", "infonce", "both", "both, no twins", "both, fewer by lot"):
+    for way in (
+        "chance",
+        "ridge",
+        "infonce",
+        "both",
+        "both, near-duplicates removed",
+        "both, random subset",
+    ):
         row = metrics[f"emoji, {way}"]
         assert 0 <= row["hit@1"] <= row["hit@5"] <= row["hit@10"] <= 1
     assert metrics["emoji, ridge"]["hit@10"] > metrics["emoji, chance"]["hit@10"]
-    assert 0 <= metrics["photos, from emoji and photos"]["5 kinds, P@10"] <= 1
+    assert 0 <= metrics["photos, trained on emoji and photos"]["5 coarse classes, P@10"] <= 1
     assert (
         (tmp_path / "found.png").is_file()
         and "[1] 0." in done.stdout
@@ -254,20 +271,26 @@ def test_the_cache_knows_features_of_other_weights_and_pictures(tmp_path, monkey
     """A network trained on, or other pictures of the same shape: their features are made, not found."""
     weights = {"w": torch.ones(1)}
     made = []
-    monkeypatch.setattr(mm.assets, "cache", lambda: tmp_path)
+    monkeypatch.setattr(image_data.assets, "cache", lambda: tmp_path)
     monkeypatch.setattr(
-        mm.pretrained, "efficientnet", lambda device: SimpleNamespace(state_dict=lambda: weights)
+        image_data.pretrained,
+        "efficientnet",
+        lambda device: SimpleNamespace(state_dict=lambda: weights),
     )
 
     def look(network, part, batch):
         made.append(len(part))
         return part.float().mean((1, 2, 3))[:, None] * weights["w"]
 
-    monkeypatch.setattr(mm.pretrained, "efficientnet_features", look)
+    monkeypatch.setattr(image_data.pretrained, "efficientnet_features", look)
     images = torch.full((3, 3, 8, 8), 5, dtype=torch.uint8)
     for _ in range(2):
-        assert mm.features(images, "cpu").tolist() == [[5.0]] * 3
+        assert image_data.image_features(images, "cpu").tolist() == [[5.0]] * 3
     assert made == [3]
     weights["w"] = torch.full((1,), 2.0)
-    assert mm.features(images, "cpu").tolist() == [[10.0]] * 3
-    assert mm.features(images + 1, "cpu").tolist() == [[12.0]] * 3 and made == [3, 3, 3]
+    assert image_data.image_features(images, "cpu").tolist() == [[10.0]] * 3
+    assert image_data.image_features(images + 1, "cpu").tolist() == [[12.0]] * 3 and made == [
+        3,
+        3,
+        3,
+    ]
