@@ -19,7 +19,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import corpus, raw_rag
+from rag import chunking, corpus, raw_rag
 from utils import run
 from utils.run import check
 
@@ -37,10 +37,12 @@ class Config(raw_rag.Config):
 
 def family(sections, parent, child, overlap=0, titles=False):
     """-> parents, and children whose metadata name their `parent`."""
-    parents = corpus.passages(sections, parent, 0) if parent else corpus.whole(sections)
+    parents = (
+        chunking.passages(sections, parent, 0) if parent else chunking.whole_sections(sections)
+    )
     children = []
     for one in parents:
-        for part in corpus.passages([one], child, overlap, titles):
+        for part in chunking.passages([one], child, overlap, titles):
             metadata = part.metadata | {
                 "parent": one.metadata["id"],
                 "section": one.metadata["section"],

@@ -12,11 +12,8 @@ and where a script puts no blanks between words, each character and each pair of
     python rag/advanced_rag_merge_retrievers.py --positions 8    # also: does it matter where the answer stands?
 """
 
-import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +23,9 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
 from rag import answer, corpus, raw_rag
+from rag.word_segmentation import terms
 from utils import figures, run
 from utils.run import check
-
-# scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana, Han
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 
 
 @dataclass(frozen=True)
@@ -46,43 +41,11 @@ class Config(raw_rag.Config):
     out: str = "outputs/advanced_rag_merge_retrievers"
 
 
-def words(text):
-    """Lower-case words; `task_acks_late` counts as one and as its parts, a run of Han as characters and pairs."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    found = []
-    for word in corpus.word_pattern().findall(folded):
-        if word.isascii():
-            found.append(word)
-        else:
-            found += in_scripts(word)
-    return found + [
-        part for word in found if "_" in word.strip("_") for part in word.split("_") if part
-    ]
-
-
-@lru_cache(maxsize=1)
-def script_pattern():
-    """A character of a script without blanks, with its marks; or a run of any other letters."""
-    return re.compile(rf"[{UNSPACED}][{corpus.marks()}]*|[^{UNSPACED}]+")
-
-
-def in_scripts(word):
-    """A word -> words: itself, or where its script has no blanks each character and each two neighbours."""
-    found, before = [], ""
-    for part in script_pattern().findall(word):
-        single = re.match(f"[{UNSPACED}]", part) is not None
-        found.append(part)
-        if single and before:
-            found.append(before + part)
-        before = part if single else ""
-    return found
-
-
 class BM25:
     """An inverted index: for each word the passages that hold it, and what the word is worth there."""
 
     def __init__(self, texts, k1=1.5, b=0.75):
-        counts = [Counter(words(text)) for text in texts]
+        counts = [Counter(terms(text)) for text in texts]
         length = np.array([sum(c.values()) for c in counts], float)
         postings: dict[str, list] = {}
         for i, count in enumerate(counts):
@@ -101,7 +64,7 @@ class BM25:
     def scores(self, query):
         """-> (N,): what the words of the query are worth in each passage, added up."""
         total = np.zeros(self.size)
-        for word in words(query):
+        for word in terms(query):
             if word in self.postings:
                 where, worth = self.postings[word]
                 total[where] += worth

@@ -27,7 +27,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import corpus, embedder, raw_rag, store
+from rag import chunking, corpus, embedder, raw_rag, store
 from utils import assets, figures, run
 from utils.run import UserError, check
 
@@ -136,7 +136,7 @@ def lessons(cfg, encoder):
         for s in corpus.manuals()[0]
         if not re.search("/faq|releases/|history/|news", s.metadata["source"])
     ]
-    passages = corpus.passages(sections, cfg.chunk, cfg.overlap)
+    passages = chunking.passages(sections, cfg.chunk, cfg.overlap)
     index = store.FaissStore(encoder)
     index.sync(passages)
     asked = [s for s in sections if len(title(s).split()) >= 3 and len(body(s)) >= 100]

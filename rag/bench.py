@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import torch
 
-from rag import corpus, raw_rag, store
+from rag import chunking, corpus, raw_rag, store
 from rag.embedder import Embedder
 from utils import run
 from utils.run import check
@@ -97,9 +97,9 @@ def indexing(cfg, encoder):
     rows, count = [], 0
     for i in range(cfg.rounds):
         part = sections[200 * i : 200 * i + cfg.sections]
-        texts = [p.page_content for p in corpus.passages(part, cfg.chunk)]
+        texts = [p.page_content for p in chunking.passages(part, cfg.chunk)]
         a, _ = seconds(
-            lambda part=part: store.FaissStore(encoder).sync(corpus.passages(part, cfg.chunk))
+            lambda part=part: store.FaissStore(encoder).sync(chunking.passages(part, cfg.chunk))
         )
         b, _ = seconds(
             lambda texts=texts: encoder.model.encode(

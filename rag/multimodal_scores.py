@@ -105,6 +105,7 @@ def photo_queries(names, encode):
 
 def photo_scores(images, t, encode, cfg):
     """Precision at 10 of queries for classes of photos, trained with and without photos."""
+    # What is searched: held-out photos, and all held-out images
     is_photo = torch.tensor([c != "" for c in images.coarse])
     shown = subset(images, images.test & is_photo)
     index = subset(images, images.test)
@@ -115,14 +116,17 @@ def photo_scores(images, t, encode, cfg):
         "trained on emoji": ~images.test & ~is_photo,
         "trained on emoji and photos": ~images.test,
     }
+    # A space for each training set
     for training, mask in training_sets.items():
         space = fit(images.x[mask], t[mask], cfg, name=training)
         rows[training] = {}
         # Precision at 10 among the held-out photos
         z = project(space, shown.x)
         for what, truth in classes.items():
+            # A query for each class, and which photos are relevant to it
             names = sorted(set(truth))
             right = torch.tensor([[name == c for c in truth] for name in names]).float()  # (Q,N)
+            # The ten most similar photos of each query
             similarity = photo_queries(names, encode) @ z.T
             found = similarity.topk(min(10, len(z))).indices
             rows[training][f"{what}, P@10"] = scores.interval(right.gather(1, found).mean(1))

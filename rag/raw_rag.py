@@ -25,7 +25,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import answer, corpus, scores, store
+from rag import answer, chunking, corpus, scores, store
 from rag.embedder import Embedder
 from utils import figures, run
 from utils.run import check
@@ -89,7 +89,7 @@ def build_retriever(cfg: Config) -> BaseRetriever:
 
 def passages(cfg):
     """The corpus of this run, cut as this run wants it."""
-    return corpus.passages(corpus.load(cfg)[0], cfg.chunk, cfg.overlap, cfg.titles)
+    return chunking.passages(corpus.load(cfg)[0], cfg.chunk, cfg.overlap, cfg.titles)
 
 
 def open_index(cfg, documents):

@@ -25,7 +25,7 @@ import numpy as np
 from langchain_core.documents import Document
 from langchain_core.vectorstores import VectorStore
 
-from rag import corpus
+from rag import chunking, corpus
 from rag.embedder import Embedder
 from utils import figures, run
 from utils.run import UserError, check
@@ -381,7 +381,7 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     check(cfg.repeat >= 1, "--repeat: 1 or more")
     sections, questions = corpus.load(cfg)
-    parts = corpus.passages(sections, cfg.chunk, cfg.overlap)
+    parts = chunking.passages(sections, cfg.chunk, cfg.overlap)
     check(
         len(parts) >= 100,
         f"{len(parts)} passages are too few to compare kinds of index: 100 or more",

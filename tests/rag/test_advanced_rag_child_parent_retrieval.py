@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rag import advanced_rag_child_parent_retrieval as small_to_big
-from rag import corpus, raw_rag
+from rag import corpus, document_loaders, raw_rag
 from tests.passages import QUICK, document
 from utils.run import UserError
 
@@ -97,7 +97,7 @@ def test_parents_come_back_once_each_as_many_as_asked():
 
 def test_titles_and_lengths_reach_the_children(tmp_path, monkeypatch):
     """Titles are searched with the children, and are no part of the parents that are read."""
-    section = corpus.section(
+    section = document_loaders.section(
         "a.md", 1, ("Above",), "Title", "\n\n".join(f"w{i} " * 30 for i in range(6))
     )
     parents, children = small_to_big.family([section], 400, 100, titles=True)

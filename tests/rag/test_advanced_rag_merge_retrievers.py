@@ -11,7 +11,7 @@ from qdrant_client.hybrid.fusion import reciprocal_rank_fusion
 from rank_bm25 import BM25Okapi
 
 from rag import advanced_rag_merge_retrievers as merging
-from rag import corpus
+from rag import corpus, word_segmentation
 from rag.advanced_rag_merge_retrievers import BM25
 from tests.passages import QUICK, TEXTS, dense, documents
 from utils.run import UserError
@@ -28,13 +28,16 @@ def texts():
 def test_bm25_is_that_of_rank_bm25_with_our_idf(texts, parity):
     """Its own idf falls below zero for words that half of the texts hold, and is then replaced: ours never does."""
     known, asked = texts
-    mine, theirs = BM25(known), BM25Okapi([merging.words(t) for t in known], k1=1.5, b=0.75)
+    mine, theirs = (
+        BM25(known),
+        BM25Okapi([word_segmentation.terms(t) for t in known], k1=1.5, b=0.75),
+    )
     held = {w: sum(w in freq for freq in theirs.doc_freqs) for w in theirs.idf}
     theirs.idf = {w: merging.idf(n, len(known)) for w, n in held.items()}
     a = torch.tensor(np.stack([mine.scores(q) for q in asked]))
-    b = torch.tensor(np.stack([theirs.get_scores(merging.words(q)) for q in asked]))
+    b = torch.tensor(np.stack([theirs.get_scores(word_segmentation.terms(q)) for q in asked]))
     parity("RAG", "merge.BM25.scores (Eq. 3.15)", "rank_bm25 BM25Okapi with the same idf", a, b)
-    okapi = BM25Okapi([merging.words(t) for t in known], k1=1.5, b=0.75)
+    okapi = BM25Okapi([word_segmentation.terms(t) for t in known], k1=1.5, b=0.75)
     rare = {w: x for w, x in okapi.idf.items() if held[w] <= 3}
     diff = [merging.idf(held[w], len(known)) - x for w, x in rare.items()]
     # For rare words both are the same but for the one in the logarithm
@@ -47,7 +50,7 @@ def test_bm25_by_hand():
     worth, mean = index.scores("c"), 8 / 3
     by_hand = np.log(1 + 1.5 / 2.5) * 4 * 2.5 / (4 + 1.5 * (0.25 + 0.75 * 4 / mean))
     assert worth[2] == pytest.approx(by_hand) and worth[2] > worth[1] > worth[0] == 0
-    assert merging.words("Set task_acks_late, OK?") == [
+    assert word_segmentation.terms("Set task_acks_late, OK?") == [
         "set",
         "task_acks_late",
         "ok",
@@ -158,14 +161,18 @@ def test_the_curve_of_positions(tmp_path):
 
 def test_words_are_those_of_any_script():
     """Decomposed letters, wide letters, marks of Hindi; Chinese and Japanese by characters and pairs of them."""
-    assert merging.words("Cafe\u0301") == merging.words("CAF\u00c9") == ["caf\u00e9"]
-    assert merging.words("\uff21\uff22\uff11") == ["ab1"] and merging.words(
+    assert (
+        word_segmentation.terms("Cafe\u0301")
+        == word_segmentation.terms("CAF\u00c9")
+        == ["caf\u00e9"]
+    )
+    assert word_segmentation.terms("\uff21\uff22\uff11") == ["ab1"] and word_segmentation.terms(
         "STRASSE"
-    ) == merging.words("Stra\u00dfe")
-    assert merging.words("हिन्दी में") == ["हिन्दी", "में"]
-    assert merging.words("黑猫在睡") == ["黑", "猫", "黑猫", "在", "猫在", "睡", "在睡"]
-    assert merging.words("用Python写") == ["用", "python", "写"]
-    assert merging.words("ไทย")[:3] == ["ไ", "ท", "ไท"]
+    ) == word_segmentation.terms("Stra\u00dfe")
+    assert word_segmentation.terms("हिन्दी में") == ["हिन्दी", "में"]
+    assert word_segmentation.terms("黑猫在睡") == ["黑", "猫", "黑猫", "在", "猫在", "睡", "在睡"]
+    assert word_segmentation.terms("用Python写") == ["用", "python", "写"]
+    assert word_segmentation.terms("ไทย")[:3] == ["ไ", "ท", "ไท"]
     index = BM25(["黑猫在睡觉", "天气很好", "狗在跑", "cafe\u0301 हिन्दी"])
     assert index.scores("猫").argmax() == 0 and index.scores("天气").argmax() == 1
     assert index.scores("caf\u00e9").argmax() == 3 and index.scores("हिन्दी").argmax() == 3

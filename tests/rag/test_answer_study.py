@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rag import answer, answer_study, corpus
+from rag import answer, answer_study, corpus, document_loaders
 from tests.passages import document, documents
 from utils.run import UserError
 
@@ -25,7 +25,9 @@ def test_a_key_fact_is_held_as_whole_words_in_any_writing():
 @pytest.mark.parametrize("part", SETS)
 def test_each_key_fact_is_in_the_documents_and_not_in_the_question(part):
     manuals = {q.text: q.answer for q in corpus.manuals()[1]}
-    own = "\n".join(s.page_content for s in corpus.folder(answer_study.HERE / "documents"))
+    own = "\n".join(
+        s.page_content for s in document_loaders.load_folder(answer_study.HERE / "documents")
+    )
     for kind, rows in SETS[part].items():
         for row in rows if not kind.startswith("not") else ():
             text = manuals[row["question"]] if kind == "manuals" else own

@@ -1,4 +1,4 @@
-"""rag/corpus.py: sections, questions and passages of the manuals, and of any folder."""
+"""rag/corpus.py and what it reads with: sections, questions and passages of manuals and folders."""
 
 import time
 from collections import Counter
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from pypdf import PdfWriter
 
-from rag import corpus
+from rag import chunking, corpus, document_loaders, markup, word_segmentation
 from tests import fuzz
 from utils.run import UserError
 
@@ -38,11 +38,11 @@ Last.
 
 
 def test_a_page_is_cut_at_its_titles_and_a_section_knows_what_it_stands_below():
-    parts = corpus.cut(PAGE, corpus.rst_titles(PAGE))
+    parts = markup.split_at_titles(PAGE, markup.rst_titles(PAGE))
     assert [(above, t.text if t else None) for above, t, _ in parts] == [
         ((), None), ((), "Page"), (("Page",), "One"), (("Page", "One"), "Two"), (("Page",), "Three"),
     ]  # fmt: skip
-    assert corpus.plain(parts[2][2]) == "Text of one, see pkg.One or there:\n\n    code()"
+    assert markup.rst_to_text(parts[2][2]) == "Text of one, see pkg.One or there:\n\n    code()"
     assert "".join(body for _, _, body in parts).count("Last.") == 1
 
 
@@ -76,16 +76,16 @@ def test_a_sample_keeps_every_answer_and_is_the_same_every_time():
 
 def test_passages_lose_no_word_and_are_no_longer_than_asked():
     sections = corpus.manuals()[0][:200]
-    parts = corpus.passages(sections, 300)
+    parts = chunking.passages(sections, 300)
     assert max(len(p.page_content) for p in parts) <= 300
     for s in sections[:50]:
         own = " ".join(p.page_content for p in parts if p.metadata["section"] == s.metadata["id"])
         assert own.split() == s.page_content.split()
     assert len({p.metadata["id"] for p in parts}) == len(parts)
-    [titled] = corpus.passages(sections[1:2], 10_000, titles=True)
+    [titled] = chunking.passages(sections[1:2], 10_000, titles=True)
     assert titled.page_content.startswith(sections[1].metadata["title"] + "\n\n")
     with pytest.raises(UserError, match="--chunk"):
-        corpus.passages(sections, 100, 100)
+        chunking.passages(sections, 100, 100)
 
 
 def test_a_folder_is_read_and_what_is_broken_is_named_and_counted(tmp_path, capsys):
@@ -103,8 +103,8 @@ def test_a_folder_is_read_and_what_is_broken_is_named_and_counted(tmp_path, caps
     blank = PdfWriter()
     blank.add_blank_page(100, 100)
     blank.write(tmp_path / "i.pdf")
-    (tmp_path / "j.txt").write_bytes(b"x" * (corpus.MEGABYTES * 1_000_000 + 1))
-    found = corpus.folder(tmp_path)
+    (tmp_path / "j.txt").write_bytes(b"x" * (document_loaders.MAX_MEGABYTES * 1_000_000 + 1))
+    found = document_loaders.load_folder(tmp_path)
     texts = {s.metadata["id"]: s.page_content for s in found}
     assert (
         texts["a.md#1-apples"] == "Apples\n\nAre red."
@@ -130,7 +130,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path, capsys):
     (inside / "fine.md").write_text("all is well")
     (inside / "link.txt").symlink_to(tmp_path / "secret.txt")
     (inside / "here.txt").symlink_to(inside / "fine.md")
-    texts = " ".join(s.page_content for s in corpus.folder(inside))
+    texts = " ".join(s.page_content for s in document_loaders.load_folder(inside))
     assert "swordfish" not in texts and texts.count("all is well") == 2
     assert "skipped link.txt: a link that leads out of the folder" in capsys.readouterr().err
 
@@ -138,7 +138,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path, capsys):
 def test_a_broken_pdf_costs_one_line(tmp_path, capfd):
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4\nnothing else")
     (tmp_path / "fine.md").write_text("all is well")
-    corpus.folder(tmp_path)
+    document_loaders.load_folder(tmp_path)
     assert len(capfd.readouterr().err.splitlines()) == 2  # the file, and the count
 
 
@@ -152,7 +152,7 @@ def test_a_pdf_is_a_section_a_page(tmp_path):
             figure.text(0.5, 0.5, f"the {word} page")
             pdf.savefig(figure)
             plt.close(figure)
-    found = corpus.folder(tmp_path)
+    found = document_loaders.load_folder(tmp_path)
     assert [s.page_content for s in found] == [
         "page 1\n\nthe first page",
         "page 2\n\nthe second page",
@@ -165,7 +165,7 @@ def test_a_pdf_is_a_section_a_page(tmp_path):
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_is_refused(tmp_path, make, said):
     with pytest.raises(UserError, match=said):
-        corpus.folder(make(tmp_path))
+        document_loaders.load_folder(make(tmp_path))
 
 
 MARKDOWN = """# Install ##
@@ -194,16 +194,16 @@ make
 
 
 def test_a_comment_in_a_block_of_code_is_no_title(tmp_path):
-    titles = corpus.markdown_titles(MARKDOWN)
+    titles = markup.markdown_titles(MARKDOWN)
     assert [(t.depth, t.text) for t in titles] == [(1, "Install"), (2, "Use C#"), (2, "Last")]
     (tmp_path / "a.md").write_text(MARKDOWN, "utf-8")
-    [first, second] = corpus.folder(tmp_path)
+    [first, second] = document_loaders.load_folder(tmp_path)
     assert "# nor this" in first.page_content and "# still code" in second.page_content
     (tmp_path / "a.md").unlink()
     (tmp_path / "b.html").write_text(
         "<h1>Install</h1><pre># not a title\nmake</pre><h2>Use</h2>x", "utf-8"
     )
-    assert [s.metadata["title"] for s in corpus.folder(tmp_path)] == [
+    assert [s.metadata["title"] for s in document_loaders.load_folder(tmp_path)] == [
         "b.html > Install",
         "b.html > Install > Use",
     ]
@@ -215,7 +215,7 @@ def test_html_is_read_as_browsers_show_it(tmp_path):
         "<h2>open<div>in a block</div><script>if (a < b) x()</script><style>y</style>&#xD800; end <b"
     )
     (tmp_path / "a.html").write_text(page, "utf-8")
-    texts = {s.metadata["id"]: s.page_content for s in corpus.folder(tmp_path)}
+    texts = {s.metadata["id"]: s.page_content for s in document_loaders.load_folder(tmp_path)}
     assert texts == {
         "a.html#1-big-red": "Big red\n\na & b",
         "a.html#2-open": "open\n\nin a block\ufffd end <b",
@@ -247,7 +247,7 @@ def test_reading_takes_time_in_proportion_to_the_size(suffix, tmp_path):
         times = []
         for _ in range(2):
             start = time.process_time()
-            corpus.READERS[suffix](path)
+            document_loaders.READERS[suffix](path)
             times.append(time.process_time() - start)
         return min(times)
 
@@ -261,7 +261,7 @@ def test_blanks_and_colons_of_a_manual_are_no_trouble():
     """Once 20 000 blanks took 6.5 s, and 8000 colons 0.3 s with four times as much for twice as many."""
     for text in ("x" + " " * 100_000 + "y", ":" * 100_000, "`a" + " " * 100_000, ":a" * 50_000):
         start = time.process_time()
-        corpus.plain(text)
+        markup.rst_to_text(text)
         assert time.process_time() - start < 1
 
 
@@ -297,7 +297,7 @@ def test_damaged_documents_are_read_or_refused(suffix, page_of_each_kind, tmp_pa
         path.write_bytes(bad)
         start = time.process_time()
         try:
-            sections = corpus.folder(tmp_path)
+            sections = document_loaders.load_folder(tmp_path)
         except UserError as error:
             assert "no file could be read" in str(error)
             [line, count] = capsys.readouterr().err.splitlines()
@@ -324,23 +324,23 @@ def test_damaged_documents_are_read_or_refused(suffix, page_of_each_kind, tmp_pa
 
 def test_words_and_cuts_of_any_script(tmp_path):
     """Marks stay with their letters, titles of Hindi keep their names, and Chinese is cut behind a full stop."""
-    assert corpus.word_pattern().findall("हिन्दी में, e\u0301te\u0301!") == [
+    assert word_segmentation.word_pattern().findall("हिन्दी में, e\u0301te\u0301!") == [
         "हिन्दी",
         "में",
         "e\u0301te\u0301",
     ]
     (tmp_path / "a.md").write_text("# हिन्दी\n\nयह है।\n\n# Cafe\u0301\n\nx", "utf-8")
-    hindi, cafe = corpus.folder(tmp_path)
+    hindi, cafe = document_loaders.load_folder(tmp_path)
     assert hindi.metadata["id"] == "a.md#1-हिन्दी" and cafe.metadata["id"] == "a.md#2-caf\u00e9"
     assert cafe.page_content == "Caf\u00e9\n\nx"
     sentence = "今天天气很好我们去公园散步吧。"
-    found = corpus.passages([corpus.section("a", 0, (), "", sentence * 9)], 50)
+    found = chunking.passages([document_loaders.section("a", 0, (), "", sentence * 9)], 50)
     assert (
         all(p.page_content.endswith("。") for p in found)
         and "".join(p.page_content for p in found) == sentence * 9
     )
     letter = "q\u0323\u0307"  # has no composed form
-    for part in corpus.passages([corpus.section("a", 0, (), "", letter * 60)], 50):
+    for part in chunking.passages([document_loaders.section("a", 0, (), "", letter * 60)], 50):
         assert len(part.page_content) % 3 == 0 and part.page_content[0] == "q"
 
 
@@ -348,7 +348,7 @@ def test_names_of_files_that_are_no_utf8_stay_apart_and_can_be_printed(tmp_path,
     for name in (b"a\xe9.md", b"a\xe8.md", b"b\xe9.bin"):
         with open(bytes(tmp_path) + b"/" + name, "w", encoding="utf-8") as file:
             file.write("# T\n\nx")
-    sources = [s.metadata["source"] for s in corpus.folder(tmp_path)]
+    sources = [s.metadata["source"] for s in document_loaders.load_folder(tmp_path)]
     assert sorted(sources) == ["a\\xe8.md", "a\\xe9.md"]
     assert capsys.readouterr().err.splitlines()[0].startswith("skipped b\\xe9.bin: none of .md")
 
@@ -359,7 +359,7 @@ def test_files_of_other_kinds_are_named_and_counted(tmp_path, capsys):
         (tmp_path / f"report{i}.docx").write_bytes(b"PK")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "config").write_text("x", "utf-8")
-    corpus.folder(tmp_path)
+    document_loaders.load_folder(tmp_path)
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith(
         "skipped report0.docx, report1.docx, report2.docx, report3.docx, report4.docx and 2 more"
@@ -367,7 +367,7 @@ def test_files_of_other_kinds_are_named_and_counted(tmp_path, capsys):
     assert told[1] == "skipped 7 of 8 files"
     (tmp_path / "a.md").unlink()
     with pytest.raises(UserError, match="nothing there ends in .*; there are report0.docx"):
-        corpus.folder(tmp_path)
+        document_loaders.load_folder(tmp_path)
 
 
 def test_bytes_of_another_encoding_are_said_in_one_line(tmp_path, capsys):
@@ -375,7 +375,7 @@ def test_bytes_of_another_encoding_are_said_in_one_line(tmp_path, capsys):
     (tmp_path / "a.md").write_bytes("\ufeff# Marked\r\n\r\nfine".encode())
     (tmp_path / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "c.txt").write_bytes("caf\xe9".encode("utf-16"))
-    [only] = corpus.folder(tmp_path)
+    [only] = document_loaders.load_folder(tmp_path)
     assert only.page_content == "Marked\n\nfine"
     told = capsys.readouterr().err.splitlines()
     assert told == [
@@ -389,7 +389,7 @@ def test_half_characters_out_of_a_pdf_are_replaced(tmp_path, monkeypatch):
     page = SimpleNamespace(extract_text=lambda: "half \ud835 of a letter\0")
     monkeypatch.setattr("pypdf.PdfReader", lambda _: SimpleNamespace(pages=[page]))
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    [only] = corpus.folder(tmp_path)
+    [only] = document_loaders.load_folder(tmp_path)
     assert only.page_content == "page 1\n\nhalf \ufffd of a letter"
 
 
@@ -418,8 +418,8 @@ def test_titles_sample_and_skip_reach_the_passages():
             corpus.load(
                 SimpleNamespace(**{"docs": "", "skip": "", "distractors": 0, "seed": 0} | wrong)
             )
-    one = corpus.section("a.md", 3, ("Above",), "Title", "word " * 40)
-    plain, titled = corpus.passages([one], 100), corpus.passages([one], 100, titles=True)
+    one = document_loaders.section("a.md", 3, ("Above",), "Title", "word " * 40)
+    plain, titled = chunking.passages([one], 100), chunking.passages([one], 100, titles=True)
     assert len(plain) == len(titled) == 3
     for a, b in zip(plain, titled):
         assert (
@@ -427,8 +427,8 @@ def test_titles_sample_and_skip_reach_the_passages():
             and a.metadata == b.metadata
         )
         assert a.metadata["section"] == "a.md#3-title" == one.metadata["id"]
-    numbers = corpus.section("a.md", 3, (), "", " ".join(f"w{i}" for i in range(60)))
+    numbers = document_loaders.section("a.md", 3, (), "", " ".join(f"w{i}" for i in range(60)))
     first, second = (
-        p.page_content.split() for p in corpus.passages([numbers], 100, overlap=30)[:2]
+        p.page_content.split() for p in chunking.passages([numbers], 100, overlap=30)[:2]
     )
     assert second[0] in first and second[0] != first[0]
