@@ -27,7 +27,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import chunking, corpus, embedder, raw_rag, store
+from rag import chunking, corpus, embedder, faiss_store, raw_rag
 from utils import assets, figures, run
 from utils.run import UserError, check
 
@@ -137,7 +137,7 @@ def lessons(cfg, encoder):
         if not re.search("/faq|releases/|history/|news", s.metadata["source"])
     ]
     passages = chunking.passages(sections, cfg.chunk, cfg.overlap)
-    index = store.FaissStore(encoder)
+    index = faiss_store.FaissStore(encoder)
     index.sync(passages)
     asked = [s for s in sections if len(title(s).split()) >= 3 and len(body(s)) >= 100]
     asked = random.Random(cfg.seed).sample(asked, min(cfg.train, len(asked)))

@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import torch
 
-from rag import chunking, corpus, raw_rag, store
+from rag import chunking, corpus, faiss_store, raw_rag
 from rag.embedder import Embedder
 from utils import run
 from utils.run import check
@@ -69,7 +69,7 @@ def queries(cfg, encoder):
     passages = raw_rag.passages(cfg)
     asked = [q.text for q in raw_rag.spread(corpus.manuals()[1], cfg.queries)]
     known = Known(encoder, asked)
-    ours = store.FaissStore(known)
+    ours = faiss_store.FaissStore(known)
     ours.sync(passages)
     flat = faiss.IndexFlatIP(encoder.size)
     flat.add(encoder.vectors([p.page_content for p in passages]))
@@ -99,7 +99,9 @@ def indexing(cfg, encoder):
         part = sections[200 * i : 200 * i + cfg.sections]
         texts = [p.page_content for p in chunking.passages(part, cfg.chunk)]
         a, _ = seconds(
-            lambda part=part: store.FaissStore(encoder).sync(chunking.passages(part, cfg.chunk))
+            lambda part=part: faiss_store.FaissStore(encoder).sync(
+                chunking.passages(part, cfg.chunk)
+            )
         )
         b, _ = seconds(
             lambda texts=texts: encoder.model.encode(

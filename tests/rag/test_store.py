@@ -13,7 +13,7 @@ import torch
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore
 
-from rag import store
+from rag import faiss_store, qdrant_store, store, store_sync
 from rag.raw_rag import Config
 from tests.passages import TEXTS, Bag, document, documents
 from utils.run import UserError
@@ -23,7 +23,10 @@ CFG = Config(chunk=1000)
 
 
 def both():
-    return [store.FaissStore(Bag(), SETTINGS), store.QdrantStore.open("", Bag(), SETTINGS)]
+    return [
+        faiss_store.FaissStore(Bag(), SETTINGS),
+        qdrant_store.QdrantStore.open("", Bag(), SETTINGS),
+    ]
 
 
 def search(one, query="a cat on a mat", k=3):
@@ -46,10 +49,10 @@ def test_the_search_is_the_largest_cosine(parity):
     for one in both():
         one.sync(passages)
         mine = one.similarity_search_with_score("a b c", 10)
-        name = type(one).__name__
+        name = f"{type(one).__module__.removeprefix('rag.')}.{type(one).__name__}"
         scores = torch.tensor([s for _, s in mine])
-        parity("RAG", f"store.{name} search", "numpy: sorted cosines", scores, exact)
-        parity("RAG", f"store.{name} search", "langchain_core InMemoryVectorStore", scores,
+        parity("RAG", f"{name} search", "numpy: sorted cosines", scores, exact)
+        parity("RAG", f"{name} search", "langchain_core InMemoryVectorStore", scores,
                torch.tensor([s for _, s in langchain]).float())  # fmt: skip
         assert [d.metadata["id"] for d, _ in mine[:3]] == [
             d.metadata["id"] for d, _ in langchain[:3]
@@ -80,7 +83,7 @@ def test_both_stores_find_the_same():
 
 def test_what_was_saved_is_opened(tmp_path):
     one = store.open_store(CFG, Bag(), documents(), tmp_path / "index")
-    again = store.FaissStore.open(tmp_path / "index", Bag(), SETTINGS)
+    again = faiss_store.FaissStore.open(tmp_path / "index", Bag(), SETTINGS)
     assert search(again) == search(one) and again.sync(documents()) == (0, 0)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "index").iterdir()}
     # Nothing changed: nothing is written
@@ -98,15 +101,15 @@ def test_another_model_or_length_is_refused_and_the_index_stays(tmp_path):
         store.open_store(CFG, other, documents(), tmp_path)
     with pytest.raises(UserError, match="chunk 1000, now 500"):
         store.open_store(replace(CFG, chunk=500), Bag(), documents(), tmp_path)
-    assert len(search(store.FaissStore.open(tmp_path, Bag(), SETTINGS), "moon", 9)) == 4
+    assert len(search(faiss_store.FaissStore.open(tmp_path, Bag(), SETTINGS), "moon", 9)) == 4
 
 
 def test_another_model_is_refused_by_qdrant_too():
-    one = store.QdrantStore.open("", Bag(), SETTINGS)
+    one = qdrant_store.QdrantStore.open("", Bag(), SETTINGS)
     one.sync(documents())
     [record] = one.client.scroll(one.NAME, limit=1)[0]
     with pytest.raises(UserError, match="chunk 1000, now 7"):
-        store.refuse_others(
+        store_sync.refuse_other_settings(
             record.payload["metadata"]["settings"], SETTINGS | {"chunk": 7}, "there"
         )
 
@@ -123,21 +126,21 @@ def test_a_damaged_index_is_refused(tmp_path):
             data[where] ^= 1 << int(generator.integers(8))
             path.write_bytes(bytes(data))
             try:
-                opened = store.FaissStore.open(tmp_path, Bag(), SETTINGS)
+                opened = faiss_store.FaissStore.open(tmp_path, Bag(), SETTINGS)
                 # a flag of the record that nobody reads
                 assert search(opened) and path == names["store"]
             except UserError as error:
                 assert "damaged" in str(error) or "was made with" in str(error)
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match="damaged"):
-            store.FaissStore.open(tmp_path, Bag(), SETTINGS)
+            faiss_store.FaissStore.open(tmp_path, Bag(), SETTINGS)
         path.write_bytes(whole)
-    assert search(store.FaissStore.open(tmp_path, Bag(), SETTINGS))
+    assert search(faiss_store.FaissStore.open(tmp_path, Bag(), SETTINGS))
 
 
 def save_again_and_again(folder):
     """What the process does that is killed."""
-    one = store.FaissStore(Bag(), {})
+    one = faiss_store.FaissStore(Bag(), {})
     one.sync([document(f"text {i}", str(i)) for i in range(300)])
     while True:
         for n in (299, 300):
@@ -147,7 +150,7 @@ def save_again_and_again(folder):
 
 def test_a_kill_while_saving_leaves_an_index(tmp_path):
     """Killed at a random moment of saving again and again: what is there opens, and is one of the two."""
-    one = store.FaissStore(Bag(), {})
+    one = faiss_store.FaissStore(Bag(), {})
     one.sync([document(f"text {i}", str(i)) for i in range(300)])
     one.save(tmp_path)
     wait = np.random.default_rng(0)
@@ -161,7 +164,7 @@ def test_a_kill_while_saving_leaves_an_index(tmp_path):
         time.sleep(float(wait.uniform(0.2, 0.6)))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert len(store.FaissStore.open(tmp_path, Bag(), {}).documents) in (299, 300)
+        assert len(faiss_store.FaissStore.open(tmp_path, Bag(), {}).documents) in (299, 300)
 
 
 class Kill(BaseException):
@@ -209,7 +212,7 @@ def kill_at(monkeypatch, moment):
 
         return run
 
-    monkeypatch.setattr(store, "open", Cut, raising=False)
+    monkeypatch.setattr(faiss_store, "open", Cut, raising=False)
     for name in ("replace", "fsync", "unlink"):
         monkeypatch.setattr(os, name, wrapped(name, getattr(os, name)))
     return done
@@ -230,7 +233,7 @@ def test_a_kill_at_every_step_of_saving_leaves_the_old_index_or_the_new_one(tmp_
                 killed = False
             except Kill:
                 killed = True
-        found = len(store.FaissStore.open(folder, Bag(), SETTINGS).documents)
+        found = len(faiss_store.FaissStore.open(folder, Bag(), SETTINGS).documents)
         assert found in (2, 4), done
         seen.add(found)
         if not killed:
@@ -241,7 +244,7 @@ def test_a_kill_at_every_step_of_saving_leaves_the_old_index_or_the_new_one(tmp_
 
 
 def test_a_filter_is_kept_and_what_is_not_known_is_refused():
-    one = store.FaissStore(Bag(), SETTINGS)
+    one = faiss_store.FaissStore(Bag(), SETTINGS)
     one.sync(
         [
             *documents(),
@@ -263,10 +266,10 @@ def test_a_filter_is_kept_and_what_is_not_known_is_refused():
         with pytest.raises(TypeError, match="does not know score_threshold"):
             ask("the moon", score_threshold=0.5)
     with pytest.raises(TypeError, match="does not know ids"):
-        store.FaissStore.from_texts(["a"], Bag(), ids=["1"])
+        faiss_store.FaissStore.from_texts(["a"], Bag(), ids=["1"])
 
 
-@pytest.mark.parametrize("kind", [store.FaissStore, store.QdrantStore])
+@pytest.mark.parametrize("kind", [faiss_store.FaissStore, qdrant_store.QdrantStore])
 def test_an_empty_store_and_a_question_of_no_known_word_find_nothing(kind):
     """A vector of length zero has no direction: no KeyError, no NaN, and not the first passages by chance."""
 
@@ -290,7 +293,7 @@ def test_questions_are_encoded_as_questions_and_passages_as_documents():
             asked.append((task, *texts))
             return super().encode(texts)
 
-    for kind in (store.FaissStore, store.QdrantStore):
+    for kind in (faiss_store.FaissStore, qdrant_store.QdrantStore):
         asked: list = []
         one = kind.from_texts(["the moon"], Two())
         one.similarity_search("a dog")
@@ -301,15 +304,15 @@ def test_questions_are_encoded_as_questions_and_passages_as_documents():
 
 
 def test_an_empty_store_is_saved_and_opened(tmp_path):
-    store.FaissStore(Bag(), SETTINGS).save(tmp_path)
-    again = store.FaissStore.open(tmp_path, Bag(), SETTINGS)
+    faiss_store.FaissStore(Bag(), SETTINGS).save(tmp_path)
+    again = faiss_store.FaissStore.open(tmp_path, Bag(), SETTINGS)
     assert again.similarity_search("moon") == [] and again.sync(documents()) == (4, 0)
     assert len(search(again, "moon", 9)) == 4
 
 
 def test_text_and_metadata_both_name_a_passage():
     a, b = document("the moon", "a"), document("the moon", "b")
-    one = store.FaissStore(Bag(), SETTINGS)
+    one = faiss_store.FaissStore(Bag(), SETTINGS)
     assert one.sync([a, b]) == (2, 0)
     assert {d.metadata["id"] for d in one.similarity_search("moon", 9)} == {"a", "b"}
 
@@ -322,7 +325,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_nobody_at_the_url():
     with pytest.raises(UserError, match="no Qdrant at --store-url http://127.0.0.1:9"):
-        store.QdrantStore.open("http://127.0.0.1:9", Bag(), SETTINGS)
+        qdrant_store.QdrantStore.open("http://127.0.0.1:9", Bag(), SETTINGS)
     with pytest.raises(UserError, match="add --store qdrant"):
         store.open_store(replace(CFG, store_url="http://127.0.0.1:9"), Bag(), documents())
 
@@ -345,7 +348,7 @@ def test_kinds_of_index_lose_what_they_should():
         exact, np.argsort(-(queries @ vectors.T), 1, kind="stable")[:, :10]
     )
     assert store.recall(exact, exact).mean() == 1
-    recipes = store.kinds(64, 3000)
+    recipes = store.index_kinds(64, 3000)
     index, _ = store.build(recipes["ivf"][0], vectors)
     few, most = (
         store.recall(store.search(index, queries, 10, p)[0], exact).mean() for p in (1, 64)
