@@ -21,9 +21,9 @@ def test_every_retriever_has_a_row():
 
 
 def test_command(tmp_path):
-    metrics = compare.main(compare.Config(distractors=0, limit=10, only="turns", out=str(tmp_path)))
-    assert metrics["questions"] == 10 and {"raw", "merged by turns"} <= metrics.keys()
-    assert json.loads((tmp_path / "metrics.json").read_text())["best"] in ("raw", "merged by turns")
+    metrics = compare.main(compare.Config(distractors=0, limit=10, only="round", out=str(tmp_path)))
+    assert metrics["questions"] == 10 and {"dense", "round robin"} <= metrics.keys()
+    assert json.loads((tmp_path / "metrics.json").read_text())["best"] in ("dense", "round robin")
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert (
         len(lines) == 4
@@ -49,10 +49,12 @@ def test_the_rows_are_what_their_names_say():
         assert cfg.titles == ("with titles" in name), name
         assert cfg.skip == (compare.NOTES if "release notes" in name else ""), name
         assert (cfg.distractors, cfg.embedder, cfg.llm, cfg.seed) == (7, "e", "l", 3)
-    assert rows["child to section"][1].parent == 0 < rows["child to parent"][1].parent
-    assert [rows[n][1].merge for n in ("words alone (BM25)", "merged by rank fusion", "merged by turns")] == [
+    assert (
+        rows["parent-document, whole sections"][1].parent == 0 < rows["parent-document"][1].parent
+    )
+    assert [rows[n][1].merge for n in ("BM25", "reciprocal rank fusion (RRF)", "round robin")] == [
         "bm25", "rrf", "round-robin"]  # fmt: skip
-    assert [rows[n][1].reranker for n in ("reranked by MaxSim", "reranked by cross-encoder")] == [
+    assert [rows[n][1].reranker for n in ("MaxSim reranking", "cross-encoder reranking")] == [
         "maxsim",
         "cross",
     ]
@@ -63,7 +65,7 @@ def test_the_rows_are_what_their_names_say():
     ]
 
 
-def test_a_row_is_compared_with_raw_on_its_own_questions(tmp_path, monkeypatch):
+def test_a_row_is_compared_with_dense_retrieval_on_its_own_questions(tmp_path, monkeypatch):
     """A row in which the model writes asks fewer questions: the baseline is cut to the same ones."""
     questions = [corpus.Question(f"q{i}", str(i), "") for i in range(8)]
     monkeypatch.setattr(compare.corpus, "manuals", lambda: ([], questions))
