@@ -33,7 +33,7 @@ class Config:
 def training_step(model, batch, bf16):
     """A function that makes one step: forward, backward, AdamW."""
     network = sentiment.network(model)
-    optimizer = torch.optim.AdamW(llama2_full.moving(model), 1e-4)
+    optimizer = torch.optim.AdamW(llama2_full.trainable_parameters(model), 1e-4)
 
     def step():
         with run.autocast(torch.device("cpu")) if bf16 else nullcontext():

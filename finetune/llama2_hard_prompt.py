@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from finetune import llama2_full, llama2_prefix, sentiment
+from finetune import llama2_prefix, sentiment, task_setup
 from utils import figures, run
 
 
@@ -89,7 +89,7 @@ def main(cfg: Config) -> dict:
         cfg.shots and min(cfg.shots) >= 0,
         "--shots takes one or more numbers, none of them negative",
     )
-    bench, metrics = llama2_full.start(cfg), {}
+    bench, metrics = task_setup.start(cfg), {}
     tokenizer, parts, folder = bench.tokenizer, bench.parts, bench.folder
     texts, truth = zip(*parts["scored"])
     for name, (pattern, words) in wordings(cfg).items():

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import adapters, llama2_full, sentiment
+from finetune import adapters, llama2_full, sentiment, task_setup
 from utils import figures, pretrained, run
 from utils.text import printable
 
@@ -35,7 +35,7 @@ Variant = Literal["lora", "rslora", "dora", "ia3"]
 
 
 @dataclass(frozen=True)
-class Config(llama2_full.Training):
+class Config(task_setup.Training):
     """Adapt a language model by low-rank updates of its weights and score it."""
 
     lr: float = 2e-3  # peak learning rate
@@ -267,9 +267,9 @@ def lora_plus_groups(model, ratio=1.0):
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     lora_b = [p for name, p in trained if "lora_B" in name]
     others = [p for name, p in trained if "lora_B" not in name]
-    groups = [llama2_full.group(others, 1.0)]
+    groups = [llama2_full.param_group(others, 1.0)]
     if lora_b:
-        groups.append(llama2_full.group(lora_b, ratio))
+        groups.append(llama2_full.param_group(lora_b, ratio))
     return groups
 
 
@@ -472,7 +472,7 @@ def through_peft(model, cfg):
 
 def main(cfg: Config) -> dict:
     """Inject, train, score; write the adapter in PEFT's layout."""
-    bench = llama2_full.start(cfg, lambda model: allow(model, cfg))
+    bench = task_setup.start(cfg, lambda model: allow(model, cfg))
     model = bench.model
     folder = bench.folder
     base = adapters.base_of(model)

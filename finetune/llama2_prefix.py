@@ -20,12 +20,12 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from finetune import llama2_full, llama2_prompt, sentiment
+from finetune import llama2_full, llama2_prompt, sentiment, task_setup
 from utils import run
 
 
 @dataclass(frozen=True)
-class Config(llama2_full.Training):
+class Config(task_setup.Training):
     """Learn keys and values before a frozen language model, and score it."""
 
     lr: float = 3e-4  # peak learning rate
@@ -135,7 +135,7 @@ def through_peft(model, cfg, projection=True) -> Any:
 def main(cfg: Config) -> dict:
     """Train the encoder, score; write the keys and values that it ends with in PEFT's layout."""
     run.check(min(cfg.tokens, cfg.hidden) > 0, "--tokens and --hidden must be at least 1")
-    bench = llama2_full.start(cfg, sizes, before=cfg.tokens)
+    bench = task_setup.start(cfg, sizes, before=cfg.tokens)
     if cfg.backend == "peft":
         model = through_peft(bench.model, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, llama2_prompt.peft_network(model))

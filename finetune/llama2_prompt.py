@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from finetune import adapters, llama2_full, sentiment
+from finetune import adapters, llama2_full, sentiment, task_setup
 from utils import run
 from utils.text import clean, printable
 
@@ -27,7 +27,7 @@ START = "Does this tweet sound negative or positive? Answer with one word, negat
 
 
 @dataclass(frozen=True)
-class Config(llama2_full.Training):
+class Config(task_setup.Training):
     """Learn a soft prompt before a frozen language model and score it."""
 
     lr: float = 3e-2  # peak learning rate
@@ -151,7 +151,7 @@ def through_peft(model, tokenizer, cfg):
 def main(cfg: Config) -> dict:
     """Start from words, train, score; write the prompt in PEFT's layout and the words nearest to what was learned."""
     run.check(cfg.tokens > 0, "--tokens must be at least 1")
-    bench = llama2_full.start(cfg, before=cfg.tokens)
+    bench = task_setup.start(cfg, before=cfg.tokens)
     if cfg.backend == "peft":
         model = through_peft(bench.model, bench.tokenizer, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, peft_network(model))

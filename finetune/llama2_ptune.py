@@ -17,12 +17,12 @@ from typing import Literal
 
 from torch import nn
 
-from finetune import llama2_full, llama2_prompt
+from finetune import llama2_full, llama2_prompt, task_setup
 from utils import run
 
 
 @dataclass(frozen=True)
-class Config(llama2_full.Training):
+class Config(task_setup.Training):
     """Learn a network that writes a soft prompt before a frozen language model, and score it."""
 
     lr: float = 3e-3  # peak learning rate
@@ -77,7 +77,7 @@ def through_peft(model, cfg):
 def main(cfg: Config) -> dict:
     """Train the encoder, score; write the prompt that it ends with in PEFT's layout."""
     run.check(min(cfg.tokens, cfg.hidden) > 0, "--tokens and --hidden must be at least 1")
-    bench = llama2_full.start(cfg, before=cfg.tokens)
+    bench = task_setup.start(cfg, before=cfg.tokens)
     if cfg.backend == "peft":
         model = through_peft(bench.model, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, llama2_prompt.peft_network(model))

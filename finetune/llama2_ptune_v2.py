@@ -18,12 +18,12 @@ from typing import Literal
 
 from torch import nn
 
-from finetune import llama2_full, llama2_prefix, llama2_prompt
+from finetune import llama2_full, llama2_prefix, llama2_prompt, task_setup
 from utils import run
 
 
 @dataclass(frozen=True)
-class Config(llama2_full.Training):
+class Config(task_setup.Training):
     """Learn keys and values, each by itself, before a frozen language model, and score it."""
 
     lr: float = 1e-2  # peak learning rate
@@ -51,7 +51,7 @@ class DeepPrompt(nn.Module):
 def main(cfg: Config) -> dict:
     """Train the prefix, score; write it in PEFT's layout."""
     run.check(cfg.tokens > 0, "--tokens must be at least 1")
-    bench = llama2_full.start(cfg, llama2_prefix.sizes, before=cfg.tokens)
+    bench = task_setup.start(cfg, llama2_prefix.sizes, before=cfg.tokens)
     start = llama2_prefix.beginning(bench, cfg)
     if cfg.backend == "peft":
         model = llama2_prefix.through_peft(bench.model, cfg, projection=False)

@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import adapters, llama2_full, llama2_lora, sentiment
+from finetune import adapters, llama2_full, llama2_lora, peak_memory, sentiment, task_setup
 from utils import figures, run
 
 
 @dataclass(frozen=True)
-class Config(llama2_full.Training):
+class Config(task_setup.Training):
     """Adapt a language model whose frozen weights are stored in few bits, and score it."""
 
     lr: float = 1e-3  # peak learning rate
@@ -317,7 +317,7 @@ def gradients(bench, cfg, layers) -> Any:
     """The gradients of some weights for one batch, in fp32."""
     for layer in layers:
         layer.float().requires_grad_(True)
-    batch = llama2_full.draw(bench.tokenizer, bench.parts["train"], cfg, 0)
+    batch = task_setup.draw(bench.tokenizer, bench.parts["train"], cfg, 0)
     with run.autocast(bench.device):
         llama2_full.loss(
             sentiment.network(bench.model), *(x.to(bench.device) for x in batch)
@@ -342,7 +342,7 @@ def main(cfg: Config) -> dict:
     )
     run.check(theirs, "bitsandbytes has nf4 and fp4, and blocks of 64, 128, ... 4096")
     lora = llama2_lora.Config(rank=cfg.rank, alpha=cfg.alpha, targets=cfg.targets)
-    bench = llama2_full.start(cfg, lambda model: llama2_lora.allow(model, lora))
+    bench = task_setup.start(cfg, lambda model: llama2_lora.allow(model, lora))
     model = bench.model
     metrics = {}
     # What quantisation costs: errors of real weights, and what fp16 would lose of real gradients.
@@ -361,7 +361,9 @@ def main(cfg: Config) -> dict:
     # Quantise the frozen weights.
     make = QuantLinear if cfg.backend == "ours" else by_bitsandbytes
     store(model, cfg.bits, cfg.codebook, cfg.block, cfg.double, make)
-    metrics["weights_MiB"] = llama2_full.numbers([*model.parameters(), *model.buffers()]) / 2**20
+    metrics["weights_MiB"] = (
+        peak_memory.storage_bytes([*model.parameters(), *model.buffers()]) / 2**20
+    )
     if cfg.bits < 16 and cfg.backend == "ours":
         dequantize_seconds(model)  # the first time is slow
         metrics["dequantize_seconds"] = dequantize_seconds(model)

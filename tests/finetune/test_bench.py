@@ -16,14 +16,16 @@ def model(tmp_path_factory):
 def test_both_train_the_same_number_of_weights_and_move(model):
     cfg = bench.Config(model=model)
     models = bench.pair(cfg, llama2_lora.Config(), bf16=False)
-    ours, theirs = (sum(p.numel() for p in llama2_full.moving(m)) for m in models)
+    ours, theirs = (sum(p.numel() for p in llama2_full.trainable_parameters(m)) for m in models)
     assert ours == theirs > 0
     ids = torch.randint(2, 100, (2, 8))
     labels = torch.where(torch.arange(8) < 6, -100, ids)
     for m in models:
-        before = [p.clone() for p in llama2_full.moving(m)]
+        before = [p.clone() for p in llama2_full.trainable_parameters(m)]
         bench.training_step(m, (ids, torch.ones_like(ids, dtype=torch.bool), labels), bf16=False)()
-        assert any(not torch.equal(a, b) for a, b in zip(before, llama2_full.moving(m)))
+        assert any(
+            not torch.equal(a, b) for a, b in zip(before, llama2_full.trainable_parameters(m))
+        )
 
 
 def test_command(model, tmp_path):

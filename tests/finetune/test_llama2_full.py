@@ -18,7 +18,9 @@ from finetune import (
     llama2_ptune,
     llama2_ptune_v2,
     llama2_qlora,
+    peak_memory,
     sentiment,
+    task_setup,
 )
 from tests.finetune.test_sentiment import Letters
 from tests.llamas import batch, folder, tiny
@@ -209,7 +211,7 @@ def test_texts_of_a_step_have_like_lengths():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sentiment, "batch", lambda tokenizer, cfg, chosen: texts.append(chosen))
         for i in range(300):
-            llama2_full.draw(None, pairs, cfg, i)
+            task_setup.draw(None, pairs, cfg, i)
     lengths = [[len(t) for t, _ in chosen] for chosen in texts]
     assert max(max(x) - min(x) for x in lengths) <= 4 and {n for x in lengths for n in x} == set(
         range(1, 51)
@@ -227,7 +229,7 @@ def test_peak_counts_weights_gradients_optimizer_and_activations():
         optimizer.step()
 
     step()  # so that AdamW has its two moments
-    in_weights = llama2_full.peak(layer, optimizer, step) / (4 * 500_000)
+    in_weights = peak_memory.peak(layer, optimizer, step) / (4 * 500_000)
     # weight, gradient, two moments, and AdamW's two temporaries
     assert in_weights == pytest.approx(6, abs=0.01)
 
@@ -286,9 +288,11 @@ def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(
 
     def spy_peak(moving, optimizer, step):
         assert moving.training
-        before = [p.clone() for p in llama2_full.moving(moving)]
+        before = [p.clone() for p in llama2_full.trainable_parameters(moving)]
         size = real_peak(moving, optimizer, step)
-        weights.append(all(torch.equal(a, b) for a, b in zip(before, llama2_full.moving(moving))))
+        weights.append(
+            all(torch.equal(a, b) for a, b in zip(before, llama2_full.trainable_parameters(moving)))
+        )
         monkeypatch.setattr(
             sentiment, "judge", lambda *args: judged.append((moving.training, args[3])) or {}
         )
@@ -307,37 +311,48 @@ def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(
 def test_groups_keep_their_proportion_and_follow_the_schedule(monkeypatch):
     cfg, rates = llama2_full.Config(steps=10, lr=0.5), []
     weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD(
-        [llama2_full.group(weights[:1], 1.0), llama2_full.group(weights[1:], 16.0)], lr=1.0
-    )
+    groups = [llama2_full.param_group(weights[:1], 1.0), llama2_full.param_group(weights[1:], 16.0)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
 
-    def spy(network, optimizer, batch, device):
+    def spy(loss, optimizer, batch, device):
         rates.append([g["lr"] for g in optimizer.param_groups])
         return torch.zeros(())
 
     monkeypatch.setattr(llama2_full, "step", spy)
-    monkeypatch.setattr(llama2_full, "draw", lambda tokenizer, pairs, cfg, i: i)
-    assert len(list(llama2_full.train(None, optimizer, None, [], cfg, None, start=3))) == 7
+    assert len(list(llama2_full.train(None, range(3, 10), optimizer, cfg, None, start=3))) == 7
     want = [llama2_full.learning_rate(cfg, i) for i in range(3, 10)]
     assert rates == [[r, 16 * r] for r in want]
 
 
-def test_a_step_is_at_most_of_length_one_and_leaves_no_gradient(monkeypatch):
+def test_the_loop_knows_no_task():
+    """A regression of its own: batches of two tensors and a loss of them, no tokens and no network."""
+    cfg = llama2_full.Config(steps=50, lr=0.3)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([llama2_full.param_group([weight], 1.0)], lr=1.0)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(cfg.steps, 8, 2, generator=random)
+    y = x @ torch.tensor([2.0, -1.0])
+    loss = lambda x, y: (x @ weight - y).square().mean()  # noqa: E731
+    losses = list(llama2_full.train(loss, zip(x, y), optimizer, cfg, torch.device("cpu")))
+    assert len(losses) == cfg.steps and losses[-1] < 0.02 * losses[0]
+
+
+def test_a_step_is_at_most_of_length_one_and_leaves_no_gradient():
     weight = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    monkeypatch.setattr(llama2_full, "loss", lambda network, x: (weight * x).sum())
+    loss = lambda x: (weight * x).sum()  # noqa: E731
     x = torch.tensor([3.0, 0, 4, 0])
-    llama2_full.step(None, optimizer, [x], torch.device("cpu"))
+    llama2_full.step(loss, optimizer, [x], torch.device("cpu"))
     torch.testing.assert_close(weight.detach(), -x / 5, atol=1e-4, rtol=1e-4)
     assert weight.grad is None
-    llama2_full.step(None, optimizer, [x / 100], torch.device("cpu"))  # shorter than one: as it is
+    llama2_full.step(loss, optimizer, [x / 100], torch.device("cpu"))  # shorter than one: as it is
     torch.testing.assert_close(weight.detach(), -x / 5 - x / 100, atol=1e-4, rtol=1e-4)
 
 
 def test_texts_of_a_step_depend_on_the_seed_and_the_step(monkeypatch):
     pairs = [(f"text {i}", i % 2) for i in range(400)]
     monkeypatch.setattr(sentiment, "batch", lambda tokenizer, cfg, chosen: chosen)
-    draw = lambda seed, i: llama2_full.draw(None, pairs, llama2_full.Config(batch=4, seed=seed), i)  # noqa: E731
+    draw = lambda seed, i: task_setup.draw(None, pairs, llama2_full.Config(batch=4, seed=seed), i)  # noqa: E731
     assert draw(0, 1) == draw(0, 1)
     assert len({tuple(draw(seed, i)) for seed in (0, 1) for i in (0, 1)}) == 4
 
@@ -347,16 +362,16 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_written():
 
     model, words = tiny(), Letters()
     cfg = llama2_full.Config(pattern="x{text}y", words=("no", "yes"))
-    llama2_full.supported(model, words, cfg, 128 - 64 - 2 - 4)
+    task_setup.check_model(model, words, cfg, 128 - 64 - 2 - 4)
     with pytest.raises(run.UserError, match="129 positions, this model has 128"):
-        llama2_full.supported(model, words, cfg, 128 - 64 - 2 - 4 + 1)
+        task_setup.check_model(model, words, cfg, 128 - 64 - 2 - 4 + 1)
     with pytest.raises(run.UserError, match="bloom take no position_ids"):
         bloom = BloomForCausalLM(BloomConfig(vocab_size=120, hidden_size=32, n_layer=1, n_head=4))
-        llama2_full.supported(bloom, words, cfg)
+        task_setup.check_model(bloom, words, cfg)
     for end, message in (
         (None, "no end token"),
         (120, "the number 120, and the model knows 120 words"),
     ):
         words.eos_token_id = end
         with pytest.raises(run.UserError, match=message):
-            llama2_full.supported(model, words, cfg)
+            task_setup.check_model(model, words, cfg)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import llama2_full, llama2_hard_prompt, sentiment
+from finetune import llama2_hard_prompt, sentiment, task_setup
 from tests.finetune.test_sentiment import Letters
 from tests.llamas import tiny
 from utils import run
@@ -42,7 +42,7 @@ def test_examples_come_from_training_and_calibration_from_an_empty_text(monkeypa
         "train": [(f"train {i}", i % 2) for i in range(8)],
         "scored": [("a", 0), ("b", 1), ("c", 1)],
     }
-    bench = llama2_full.Bench(tmp_path, torch.device("cpu"), Letters(), tiny(), parts)
+    bench = task_setup.Bench(tmp_path, torch.device("cpu"), Letters(), tiny(), parts)
     read, asked = [], []
 
     def likelihood(network, tokenizer, questions, answers, device):
@@ -55,7 +55,7 @@ def test_examples_come_from_training_and_calibration_from_an_empty_text(monkeypa
         )
         return truth[: len(questions)] + 1.5 * leaning
 
-    monkeypatch.setattr(llama2_full, "start", lambda cfg: bench)
+    monkeypatch.setattr(task_setup, "start", lambda cfg: bench)
     monkeypatch.setattr(
         llama2_hard_prompt, "after", lambda model, tokenizer, text: read.append(text)
     )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune import adapters, llama2_full, llama2_lora, sentiment
+from finetune import adapters, llama2_full, llama2_lora, sentiment, task_setup
 from tests import fuzz
 from tests.conftest import gradients
 from tests.llamas import batch, tiny
@@ -398,8 +398,8 @@ def recorded(monkeypatch, tmp_path, script, **flags):
         found.update(model=model, groups=groups, network=network)
         raise Recorded
 
-    bench = llama2_full.Bench(tmp_path, torch.device("cpu"), None, tiny(), {})
-    monkeypatch.setattr(llama2_full, "start", lambda cfg, *allow, **kw: bench)
+    bench = task_setup.Bench(tmp_path, torch.device("cpu"), None, tiny(), {})
+    monkeypatch.setattr(task_setup, "start", lambda cfg, *allow, **kw: bench)
     monkeypatch.setattr(llama2_full, "experiment", experiment)
     with pytest.raises(Recorded):
         script.main(script.Config(**flags))

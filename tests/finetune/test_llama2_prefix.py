@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from finetune import llama2_full, llama2_prefix, llama2_prompt, sentiment
+from finetune import llama2_prefix, llama2_prompt, sentiment, task_setup
 from tests.finetune.test_sentiment import Letters
 from tests.llamas import learned_positions, tiny
 from utils import run
@@ -48,7 +48,7 @@ def test_a_model_that_forgets_what_is_far_away_is_refused():
 
 
 def test_a_prefix_begins_as_the_words_of_start_and_as_nothing_without_them():
-    bench = llama2_full.Bench(None, torch.device("cpu"), Letters(), tiny(), {})
+    bench = task_setup.Bench(None, torch.device("cpu"), Letters(), tiny(), {})
     start = llama2_prefix.beginning(bench, llama2_prefix.Config(start="abc", tokens=5))
     words = llama2_prompt.first_words(Letters(), "abc", 5, 0)
     assert torch.equal(start, llama2_prefix.read(tiny(), words)) and start.shape == (5, 64)
@@ -57,9 +57,9 @@ def test_a_prefix_begins_as_the_words_of_start_and_as_nothing_without_them():
 
 def test_the_words_of_start_reach_the_encoder(monkeypatch):
     """Before the first step the prefix that is trained is what the model remembers of --start."""
-    bench = llama2_full.Bench(None, torch.device("cpu"), Letters(), tiny(), {})
+    bench = task_setup.Bench(None, torch.device("cpu"), Letters(), tiny(), {})
     seen = []
-    monkeypatch.setattr(llama2_full, "start", lambda *about, **more: bench)
+    monkeypatch.setattr(task_setup, "start", lambda *about, **more: bench)
     monkeypatch.setattr(
         llama2_prompt,
         "experiment",

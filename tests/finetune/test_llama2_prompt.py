@@ -13,6 +13,7 @@ from finetune import (
     llama2_ptune,
     llama2_ptune_v2,
     sentiment,
+    task_setup,
 )
 from tests import fuzz
 from tests.conftest import gradients
@@ -219,13 +220,13 @@ def test_what_is_saved_is_what_was_trained_in_the_end_and_names_its_base(
         moving = {n for n, p in whole.named_parameters() if p.requires_grad}
         assert moving and all(n.startswith("soft.") for n in moving)
         with torch.no_grad():
-            for p in llama2_full.moving(whole):
+            for p in llama2_full.trainable_parameters(whole):
                 p.add_(0.1 * torch.randn_like(p))
             found["logits"] = network(*text)
         return {}
 
     text = batch()
-    bench = llama2_full.Bench(tmp_path, torch.device("cpu"), Letters(), model, {})
+    bench = task_setup.Bench(tmp_path, torch.device("cpu"), Letters(), model, {})
     monkeypatch.setattr(
         llama2_full, "start", lambda cfg, *allow, before=0: found.update(before=before) or bench
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune import llama2_full, llama2_lora, llama2_qlora, sentiment
+from finetune import llama2_full, llama2_lora, llama2_qlora, sentiment, task_setup
 from tests.llamas import batch, learned_positions, tiny
 from utils import run
 
@@ -236,8 +236,8 @@ def test_every_flag_reaches_the_layers(bits, monkeypatch, tmp_path):
         found["model"] = model
         raise Recorded
 
-    found, bench = {}, llama2_full.Bench(tmp_path, torch.device("cpu"), None, tiny(), {})
-    monkeypatch.setattr(llama2_full, "start", lambda cfg, *allow, **kw: bench)
+    found, bench = {}, task_setup.Bench(tmp_path, torch.device("cpu"), None, tiny(), {})
+    monkeypatch.setattr(task_setup, "start", lambda cfg, *allow, **kw: bench)
     monkeypatch.setattr(llama2_full, "experiment", experiment)
     monkeypatch.setattr(llama2_qlora, "gradients", lambda bench, cfg, layers: [torch.ones(1)])
     monkeypatch.setattr(llama2_qlora, "draw", lambda *args: None)
