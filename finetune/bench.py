@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune import llama2_full, llama2_lora, llama2_qlora, sentiment
+from finetune import llama2_full, llama2_lora, llama2_qlora, lora_inject, lora_layers, sentiment
 from utils import pretrained, run
 
 
@@ -25,7 +25,7 @@ class Config:
     rounds: int = 6  # interleaved repetitions; the median of the ratios is reported
     batch: int = 4  # texts per step
     length: int = 64  # tokens of a text
-    variants: tuple[llama2_lora.Variant, ...] = ("lora", "dora")  # what is compared
+    variants: tuple[lora_layers.Variant, ...] = ("lora", "dora")  # what is compared
     seed: int = 0  # same seed, same weights
     out: str = "outputs/finetune_bench"  # where the results go
 
@@ -67,7 +67,7 @@ def pair(cfg, lora, bf16):
         else lambda: pretrained.language_model(cfg.model)
     )
     models = []
-    for inject in (lambda m: llama2_lora.inject(m, lora.targets, lora.rank, lora.alpha, variant=lora.variant),
+    for inject in (lambda m: lora_inject.inject(m, lora.targets, lora.rank, lora.alpha, variant=lora.variant),
                    lambda m: llama2_lora.through_peft(m, lora)):  # fmt: skip
         _, model = load()
         llama2_qlora.cast(model, torch.bfloat16 if bf16 else torch.float32)

@@ -28,7 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import adapters, llama2_full, llama2_lora, peak_memory, sentiment, task_setup
+from finetune import (
+    adapters,
+    llama2_full,
+    llama2_lora,
+    lora_inject,
+    peak_memory,
+    peft_io,
+    sentiment,
+    task_setup,
+)
 from utils import figures, run
 
 
@@ -368,10 +377,10 @@ def main(cfg: Config) -> dict:
         dequantize_seconds(model)  # the first time is slow
         metrics["dequantize_seconds"] = dequantize_seconds(model)
     # Train LoRA beside them.
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha)
     metrics |= llama2_full.experiment(cfg, bench, sentiment.network(model), model)
     base = adapters.base_of(model)
-    llama2_lora.save(model, bench.folder / "adapter", lora, base)
+    peft_io.save(model, bench.folder / "adapter", lora, base)
     print(adapters.usage(bench.folder / "adapter", base))
     metrics["checkpoint_MiB"] = llama2_full.size(bench.folder / "adapter")
     return run.report(bench.folder, metrics, then="python finetune/compare.py")

@@ -19,6 +19,7 @@ from finetune import (
     llama2_ptune_v2,
     llama2_qlora,
     peak_memory,
+    peft_io,
     sentiment,
     task_setup,
 )
@@ -156,7 +157,7 @@ def test_a_merged_model_is_an_ordinary_folder(model, data, tmp_path):
     _, merged = pretrained.language_model(tmp_path / "merged")
     _, adapted = pretrained.language_model(model)
     _, base = pretrained.language_model(model)
-    llama2_lora.load(adapted, tmp_path / "adapter")
+    peft_io.load(adapted, tmp_path / "adapter")
     ids, mask = batch()
     a, b, c = (sentiment.network(m.float())(ids, mask)[mask] for m in (merged, adapted, base))
     assert (a - b).norm() < 0.02 * (b - c).norm()  # the folder is in bf16

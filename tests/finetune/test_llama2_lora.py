@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune import adapters, llama2_full, llama2_lora, sentiment, task_setup
+from finetune import (
+    adapters,
+    llama2_full,
+    llama2_lora,
+    lora_inject,
+    lora_layers,
+    peft_io,
+    sentiment,
+    task_setup,
+)
 from tests import fuzz
 from tests.conftest import gradients
 from tests.llamas import batch, tiny
@@ -27,7 +36,7 @@ def config(variant, **kw):
 def ours(variant, bias=False):
     """A tiny Llama with adapters that have moved away from where they start."""
     model, cfg = tiny(bias=bias), config(variant)
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -41,11 +50,11 @@ def test_equals_peft_and_its_files_are_ours(variant, tmp_path, parity):
     from peft import PeftModel
 
     model, cfg = ours(variant)
-    llama2_lora.save(model, tmp_path / "ours", cfg)
+    peft_io.save(model, tmp_path / "ours", cfg)
     theirs = PeftModel.from_pretrained(tiny(), tmp_path / "ours", is_trainable=True).eval()
     ids, mask = batch()
     mine, other = (sentiment.network(m)(ids, mask)[mask] for m in (model, theirs))
-    layer = "IA3Linear" if variant == "ia3" else llama2_lora.LORA_LAYERS[variant].__name__
+    layer = "IA3Linear" if variant == "ia3" else lora_layers.LORA_LAYERS[variant].__name__
     parity("LoRA", layer, f"peft {variant}", mine, other)
 
     def key(name):
@@ -61,7 +70,7 @@ def test_equals_peft_and_its_files_are_ours(variant, tmp_path, parity):
 
     theirs.save_pretrained(tmp_path / "theirs")
     again = tiny()
-    llama2_lora.load(again, tmp_path / "theirs")
+    peft_io.load(again, tmp_path / "theirs")
     torch.testing.assert_close(
         sentiment.network(again)(ids, mask), sentiment.network(model)(ids, mask)
     )
@@ -71,7 +80,7 @@ def test_equals_peft_and_its_files_are_ours(variant, tmp_path, parity):
 def test_step_0_is_the_base_model_and_peft_starts_there_too(variant):
     ids, mask = batch()
     base, model, cfg = sentiment.network(tiny())(ids, mask), tiny(), config(variant)
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, variant=variant)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha, variant=variant)
     torch.testing.assert_close(sentiment.network(model)(ids, mask), base)
     theirs = llama2_lora.through_peft(tiny(), cfg)
     count = lambda m: sum(p.numel() for p in m.parameters() if p.requires_grad)  # noqa: E731
@@ -84,7 +93,7 @@ def test_layers_with_a_bias_equal_peft(variant, tmp_path):
     from peft import PeftModel
 
     model, cfg = ours(variant, bias=True)
-    llama2_lora.save(model, tmp_path, cfg)
+    peft_io.save(model, tmp_path, cfg)
     theirs = PeftModel.from_pretrained(tiny(bias=True), tmp_path).eval()
     ids, mask = batch()
     mine, other = (sentiment.network(m)(ids, mask)[mask] for m in (model, theirs))
@@ -97,11 +106,11 @@ def test_dropout_comes_before_a_as_in_peft(variant, tmp_path):
     from peft import PeftModel
 
     model, cfg = tiny(), config(variant, dropout=0.5)
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha, cfg.dropout, cfg.variant)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
-    llama2_lora.save(model, tmp_path, cfg)
+    peft_io.save(model, tmp_path, cfg)
     theirs = PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
     ids, mask = batch()
     out = []
@@ -118,8 +127,8 @@ def test_merged_equals_unmerged(variant, bias):
     model, _ = ours(variant, bias)
     ids, mask = batch()
     before = sentiment.network(model)(ids, mask)
-    merged = llama2_lora.merge(model)
-    assert merged is model and not llama2_lora.names(model)
+    merged = lora_inject.merge(model)
+    assert merged is model and not lora_inject.names(model)
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     torch.testing.assert_close(sentiment.network(model)(ids, mask), before, atol=1e-5, rtol=1e-4)
 
@@ -135,13 +144,13 @@ def test_rank_and_number_of_what_is_trained():
 
 def test_modules_trained_whole_move_and_a_wrong_name_is_refused():
     model, cfg = tiny(), config("lora")
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha, also=("model.norm",))
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha, also=("model.norm",))
     assert (
         model.model.norm.weight.requires_grad
         and not model.model.layers[0].input_layernorm.weight.requires_grad
     )
     with pytest.raises(run.UserError, match="--also norm"):
-        llama2_lora.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=("norm",))
+        lora_inject.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=("norm",))
 
 
 def test_weights_that_are_shared_are_refused():
@@ -149,7 +158,7 @@ def test_weights_that_are_shared_are_refused():
     for change in ({"also": ("lm_head",)}, {"targets": ("lm_head",)}):
         cfg = config("lora", **change) if "also" in change else llama2_lora.Config(**change)
         with pytest.raises(run.UserError, match="one and the same weight"):
-            llama2_lora.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=cfg.also)
+            lora_inject.inject(tiny(), cfg.targets, cfg.rank, cfg.alpha, also=cfg.also)
 
 
 def test_flags_that_cannot_be_meant_are_refused():
@@ -178,36 +187,36 @@ def test_targets_by_ending_or_expression_and_nothing_outside():
     model = nn.ModuleDict(
         {"vision": nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), "language": tiny()}
     )
-    everywhere = llama2_lora.find(model, ("q_proj",))
+    everywhere = lora_inject.find(model, ("q_proj",))
     assert len(everywhere) == 3
     with pytest.raises(run.UserError, match=r"outside of language: vision\.q_proj"):
-        llama2_lora.find(model, ("q_proj",), within="language")
-    inside = llama2_lora.find(model, (r"language\..*\.1\..*[qk]_proj",), within="language")
+        lora_inject.find(model, ("q_proj",), within="language")
+    inside = lora_inject.find(model, (r"language\..*\.1\..*[qk]_proj",), within="language")
     assert inside == [f"language.model.layers.1.self_attn.{x}_proj" for x in "qk"]
     with pytest.raises(run.UserError, match=r"names no linear layer.*self_attn\.q_proj"):
-        llama2_lora.find(model, ("roj",))  # the end of a word is not the end of a name
+        lora_inject.find(model, ("roj",))  # the end of a word is not the end of a name
     with pytest.raises(run.UserError, match="not a regular expression"):
-        llama2_lora.find(model, ("q_proj(",))
+        lora_inject.find(model, ("q_proj(",))
 
 
 def test_extra_trained_modules_are_in_the_file_and_a_missing_one_fails(tmp_path):
     model, cfg = ours("lora")
-    llama2_lora.save(model, tmp_path, cfg, also=["model.norm"])
+    peft_io.save(model, tmp_path, cfg, also=["model.norm"])
     again = tiny()
     with torch.no_grad():
         again.model.norm.weight.fill_(5)
-    llama2_lora.load(again, tmp_path)
+    peft_io.load(again, tmp_path)
     assert torch.equal(again.model.norm.weight, model.model.norm.weight)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors.pop("base_model.model.model.norm.weight")
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(run.UserError, match=r"missing.*model\.norm"):
-        llama2_lora.load(tiny(), tmp_path)
+        peft_io.load(tiny(), tmp_path)
 
 
 def test_files_say_what_they_are(tmp_path):
     model, cfg = ours("dora")
-    llama2_lora.save(model, tmp_path, cfg, base="smollm2")
+    peft_io.save(model, tmp_path, cfg, base="smollm2")
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (
         written["use_dora"]
@@ -217,14 +226,14 @@ def test_files_say_what_they_are(tmp_path):
     written["peft_type"] = "PREFIX_TUNING"
     (tmp_path / "adapter_config.json").write_text(json.dumps(written))
     with pytest.raises(run.UserError, match="PREFIX_TUNING"):
-        llama2_lora.load(tiny(), tmp_path)
+        peft_io.load(tiny(), tmp_path)
     with pytest.raises(run.UserError, match="no adapter in"):
-        llama2_lora.load(tiny(), tmp_path / "nowhere")
+        peft_io.load(tiny(), tmp_path / "nowhere")
     for wrong, message in ((b"{}", "of kind None"), (b"[]", "of kind None"), (b"\xff", "not UTF-8"),
                            (b'{"peft_type": "LORA"}', "lacks r, lora_alpha, target_modules")):  # fmt: skip
         (tmp_path / "adapter_config.json").write_bytes(wrong)
         with pytest.raises(run.UserError, match=message):
-            llama2_lora.load(tiny(), tmp_path)
+            peft_io.load(tiny(), tmp_path)
 
 
 def test_tree_draws_equal_layers_once():
@@ -239,12 +248,12 @@ def test_tree_draws_equal_layers_once():
 
 def test_changes_are_zero_at_the_start_and_then_those_of_the_merged_weights():
     model, cfg = tiny(), config("lora")
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha)
     assert llama2_lora.changes(model) == {t: [0.0, 0.0] for t in ("q_proj", "v_proj", "down_proj")}
     model, _ = ours("lora")
     got = llama2_lora.changes(model)["q_proj"][1]
     before = tiny().model.layers[1].self_attn.q_proj.weight
-    after = llama2_lora.merge(model).model.layers[1].self_attn.q_proj.weight
+    after = lora_inject.merge(model).model.layers[1].self_attn.q_proj.weight
     assert got == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
 
 
@@ -281,13 +290,13 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_settings_that_are_not_known_are_refused_by_name(key, tmp_path):
     model, cfg = ours("dora")
-    llama2_lora.save(model, tmp_path, cfg)
+    peft_io.save(model, tmp_path, cfg)
     path = tmp_path / "adapter_config.json"
     written = json.loads(path.read_text())
     for value in REFUSED[key]:
         path.write_text(json.dumps(written | {key: value}))
         with pytest.raises(run.UserError, match=f"{key}.*does not know") as error:
-            llama2_lora.load(tiny(), tmp_path)
+            peft_io.load(tiny(), tmp_path)
         assert "\n" not in str(error.value)
 
 
@@ -299,23 +308,21 @@ def test_all_settings_that_peft_writes_by_default_are_known(tmp_path):
         LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian", lora_dropout=0.1),
     )
     made.save_pretrained(tmp_path)
-    assert llama2_lora.load(tiny(), tmp_path) == [
-        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
-    ]
+    assert peft_io.load(tiny(), tmp_path) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
 def test_a_list_holds_ends_and_a_string_never_takes_for_ever(tmp_path):
     """PEFT takes entries of a list as names, a string as an expression, here one that backtracks for years."""
     model, cfg = tiny(), config("lora")
     cfg = replace(cfg, targets=("q_proj",))
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
-    llama2_lora.save(model, tmp_path, cfg)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    peft_io.save(model, tmp_path, cfg)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(tensors, tmp_path / "adapter_model.safetensors")  # as PEFT would: no hash
     path = tmp_path / "adapter_config.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps(written | {"target_modules": "(.*)*(.*)*(.*)*q_pro[^k]"}))
-    assert llama2_lora.load(tiny(), tmp_path) == llama2_lora.names(model)
+    assert peft_io.load(tiny(), tmp_path) == lora_inject.names(model)
     for targets, message in (
         (["q_proj", "v_proj"], "missing"),
         ([".*q_proj"], "no linear layer"),
@@ -323,12 +330,12 @@ def test_a_list_holds_ends_and_a_string_never_takes_for_ever(tmp_path):
     ):
         path.write_text(json.dumps(written | {"target_modules": targets}))
         with pytest.raises(run.UserError, match=message):
-            llama2_lora.load(tiny(), tmp_path)
+            peft_io.load(tiny(), tmp_path)
 
 
 def test_another_shape_damage_and_what_is_no_number_are_refused(tmp_path):
     model, cfg = ours("lora")
-    llama2_lora.save(model, tmp_path, cfg)
+    peft_io.save(model, tmp_path, cfg)
     path, key = (
         tmp_path / "adapter_model.safetensors",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
@@ -336,32 +343,32 @@ def test_another_shape_damage_and_what_is_no_number_are_refused(tmp_path):
     tensors, whole = load_file(path), path.read_bytes()
     path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:])
     with pytest.raises(run.UserError, match="is damaged"):
-        llama2_lora.load(tiny(), tmp_path)
+        peft_io.load(tiny(), tmp_path)
     for wrong, message in (
         (tensors[key].T.contiguous(), "has the shape"),
         (tensors[key] / 0, "finite numbers"),
     ):
         save_file(tensors | {key: wrong}, path)
         with pytest.raises(run.UserError, match=message):
-            llama2_lora.load(tiny(), tmp_path)
+            peft_io.load(tiny(), tmp_path)
     path.write_bytes(whole)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | {"lora_alpha": 8.0}))
     with pytest.raises(run.UserError, match="not as it was written: lora_alpha"):
-        llama2_lora.load(tiny(), tmp_path)
+        peft_io.load(tiny(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(written | {"base_model_name_or_path": "elsewhere"})
     )
-    llama2_lora.load(tiny(), tmp_path)
+    peft_io.load(tiny(), tmp_path)
 
 
 def test_500_damaged_adapters_are_refused_or_read_right(tmp_path):
     """Bits of the weights, bytes and types of the settings: what is read is what was written, or an error is."""
     model = tiny(layers=1)
     cfg = replace(config("lora"), rank=1, targets=("q_proj",))
-    llama2_lora.inject(model, cfg.targets, cfg.rank, cfg.alpha)
+    lora_inject.inject(model, cfg.targets, cfg.rank, cfg.alpha)
     nn.init.normal_(model.model.layers[0].self_attn.q_proj.lora_B)
-    llama2_lora.save(model, tmp_path, cfg)
+    peft_io.save(model, tmp_path, cfg)
     settings, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     good, bytes_of, stored = (
         json.loads(settings.read_text()),
@@ -380,7 +387,7 @@ def test_500_damaged_adapters_are_refused_or_read_right(tmp_path):
         if fuzz.reads_or_refuses(lambda: adapters.read(tmp_path, ("LORA", "IA3"))) is None:
             continue
         again = copy.deepcopy(blank)
-        if fuzz.reads_or_refuses(lambda: llama2_lora.load(again, tmp_path)):  # noqa: B023
+        if fuzz.reads_or_refuses(lambda: peft_io.load(again, tmp_path)):  # noqa: B023
             read += 1
             assert torch.equal(sentiment.network(again)(*text), expected)
     assert 0 < read < 200
@@ -441,9 +448,9 @@ def test_every_flag_reaches_the_adapters(backend, monkeypatch, tmp_path):
 
 def test_dora_starts_at_the_length_of_rows_and_rslora_divides_by_the_root():
     base = nn.Linear(6, 4)
-    layer = llama2_lora.DoRALinear(base, 4, 8.0)
+    layer = lora_layers.DoRALinear(base, 4, 8.0)
     torch.testing.assert_close(layer.magnitude, base.weight.detach().norm(dim=1))
-    assert (layer.scale, llama2_lora.RsLoRALinear(base, 4, 8.0).scale) == (2, 4)
+    assert (layer.scale, lora_layers.RsLoRALinear(base, 4, 8.0).scale) == (2, 4)
 
 
 def test_the_base_is_named_by_the_folder_it_came_from(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune import llama2_full, llama2_lora, llama2_qlora, sentiment, task_setup
+from finetune import llama2_full, llama2_qlora, lora_inject, lora_layers, sentiment, task_setup
 from tests.llamas import batch, learned_positions, tiny
 from utils import run
 
@@ -153,7 +153,7 @@ def test_outliers_are_taken_out():
 def test_a_model_in_four_bits_trains():
     model = llama2_qlora.store(tiny(), 4)
     assert sum(isinstance(m, llama2_qlora.QuantLinear) for m in model.modules()) == 14
-    llama2_lora.inject(model, ("q_proj",), 2, 4.0)
+    lora_inject.inject(model, ("q_proj",), 2, 4.0)
     ids, mask = batch()
     sentiment.network(model)(ids, mask).square().mean().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -244,7 +244,7 @@ def test_every_flag_reaches_the_layers(bits, monkeypatch, tmp_path):
     flags = {"bits": bits, "codebook": "fp4", "block": 16, "double": False, "rank": 2, "alpha": 6.0}
     with pytest.raises(Recorded):
         llama2_qlora.main(llama2_qlora.Config(targets=("q_proj", "down_proj"), **flags))
-    adapters = [m for m in found["model"].modules() if isinstance(m, llama2_lora.LoRALinear)]
+    adapters = [m for m in found["model"].modules() if isinstance(m, lora_layers.LoRALinear)]
     assert len(adapters) == 4 and {(m.scale, len(m.lora_A)) for m in adapters} == {(3.0, 2)}
     bases = {type(m.base) for m in adapters}
     assert all(("lora_" in n) == p.requires_grad for n, p in found["model"].named_parameters())
