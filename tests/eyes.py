@@ -74,8 +74,10 @@ def talker(folder):
     tokenizer, language = pretrained.language_model(llamas.folder(folder))
     # a prompt with 196 places for a photo is longer than 128
     language.config.max_position_embeddings = 512
-    eye = towers.VisionTower(tower())
-    return tokenizer, llava.build(eye, "mlp2x_gelu", shake(language.float(), 0.2), tokenizer).eval()
+    vision_tower = towers.VisionTower(tower())
+    return tokenizer, llava.build(
+        vision_tower, "mlp2x_gelu", shake(language.float(), 0.2), tokenizer
+    ).eval()
 
 
 def shop(photos=40, size=8):
@@ -96,6 +98,6 @@ def shop(photos=40, size=8):
     )
 
 
-def seen(eye, images, key=None):
-    """In the place of `tower.said`: features (n,4,16) that hold the number of their photo, and nothing else."""
+def seen(vision_tower, images, key=None):
+    """In the place of `tower.vision_features`: features (n,4,16) that hold the number of their photo."""
     return images[:, :1, 0, 0].float()[..., None].expand(-1, 4, 16)

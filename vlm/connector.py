@@ -225,7 +225,7 @@ def build(name, dim_in, dim_out, **options):
     if kind == "identity":
         check(
             dim_in == dim_out,
-            f"identity: the eye has {dim_in} numbers a token, the language model {dim_out}",
+            f"identity: the vision encoder has {dim_in} numbers a token, the language model {dim_out}",
         )
         return nn.Identity()
     if kind == "concat":

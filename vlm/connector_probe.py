@@ -162,10 +162,10 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     # vision features of the photos to learn from and of the held-out ones
     fruit = data.groceries(224)
-    eye = tower.load("efficientnet", on=on)
+    vision_tower = tower.load("efficientnet", on=on)
     learn, unseen = fruit_photos.split(fruit, cfg.judged)
-    maps = tower.said(eye, fruit.images[learn])
-    others = tower.said(eye, fruit.images[unseen])
+    maps = tower.vision_features(vision_tower, fruit.images[learn])
+    others = tower.vision_features(vision_tower, fruit.images[unseen])
     marker = grid(maps[:1])[0, 3:5, 3:5]  # the middle of one photo
     metrics = {}
     for name, join in joins.items():

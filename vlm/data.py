@@ -287,7 +287,7 @@ def piece(image, random):
     return image.flip(-1) if random.random() < 0.5 else image
 
 
-def features(eye, paths, views=1, seed=0):
+def features(vision_tower, paths, views=1, seed=0):
     """What the tower says of each picture, kept for the next time -> bf16 (views, len(paths), N, D).
 
     View 0 is the middle square, the others are random pieces. Raises UserError for a picture that cannot be read.
@@ -296,13 +296,20 @@ def features(eye, paths, views=1, seed=0):
 
     def look(view):
         if not view:
-            return torch.stack([data.read_image(Path(p), eye.size) for p in paths])
-        random, large = np.random.default_rng([seed, view]), 3 * eye.size // 2
+            return torch.stack([data.read_image(Path(p), vision_tower.size) for p in paths])
+        random, large = np.random.default_rng([seed, view]), 3 * vision_tower.size // 2
         pieces = [piece(data.read_image(Path(p), large), random) for p in paths]
-        return torch.stack([anyres.resize(x, (eye.size, eye.size)) for x in pieces])
+        return torch.stack(
+            [anyres.resize(x, (vision_tower.size, vision_tower.size)) for x in pieces]
+        )
 
     keys = [(VERSION, content, view, view and seed) for view in range(views)]
-    return torch.stack([tower.said(eye, partial(look, view), key) for view, key in enumerate(keys)])
+    return torch.stack(
+        [
+            tower.vision_features(vision_tower, partial(look, view), key)
+            for view, key in enumerate(keys)
+        ]
+    )
 
 
 def main(cfg: Config) -> dict:

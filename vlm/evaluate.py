@@ -24,7 +24,7 @@ from deploy import decode
 from utils import data, figures, run
 from utils.run import check
 from utils.text import plain
-from vlm import captions, fruit_photos, llava, probe, prompts, tower
+from vlm import answer_ranking, captions, fruit_photos, llava, probe, prompts, tower
 from vlm.fruit_photos import QUESTION
 
 
@@ -42,8 +42,8 @@ class Config:
     out: str = "outputs/evaluate"
 
 
-def asked(tokenizer, model, prompt, features):
-    """Photos as what the tower said of them (B,N,D), and a question -> embeddings (B,T,E)."""
+def prompt_embeddings(tokenizer, model, prompt, features):
+    """Vision features of photos (B,N,D), and a question -> embeddings of the prompt (B,T,E)."""
     seen = model.project(features)
     return model.embed(
         llava.question(tokenizer, model, prompt, seen.shape[1])
@@ -54,33 +54,37 @@ def asked(tokenizer, model, prompt, features):
 
 
 @torch.no_grad()
-def likelihoods(tokenizer, model, features, names, prompt=QUESTION):
-    """log p(name and the end of it | photo, question) -> (B,C). The question is read once, each name after it.
+def answer_likelihoods(tokenizer, model, features, answers, prompt=QUESTION):
+    """log p(answer and the end of it | photo, question) -> (B,C). The question is read once, each answer after it.
 
-    Raises UserError for a name without a word, or a tokenizer without a word that ends an answer.
+    Raises UserError for an answer without a word, or a tokenizer without a word that ends an answer.
     """
-    embeds = asked(tokenizer, model, prompt, features)
+    embeds = prompt_embeddings(tokenizer, model, prompt, features)
+    # answers as ids, each with its end
     end = prompts.end_of_answer(tokenizer)
     check(end, "the tokenizer has no word that ends an answer: set its eos_token")
     end_id = tokenizer.convert_tokens_to_ids(end)
-    out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-    first, cache, scores = out.logits[:, -1].float().log_softmax(-1), out.cache, []
-    for name in names:
-        ids = tokenizer(plain(name, tokenizer), add_special_tokens=False).input_ids
-        check(ids, f"a name of no words cannot be scored: {name!r}")
+    targets = []
+    for answer in answers:
+        ids = tokenizer(plain(answer, tokenizer), add_special_tokens=False).input_ids
+        check(ids, f"a name of no words cannot be scored: {answer!r}")
         decode.check_length(model.language, embeds.shape[1], len(ids) + 1)
-        ids = torch.tensor([[*ids, end_id]], device=embeds.device).expand(len(embeds), -1)
-        more = model.language(input_ids=ids[:, :-1], cache=cache, use_cache=True).logits
-        rest = more.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        scores.append(first[:, ids[0, 0]] + rest.sum(1))
-        cache.crop(1 - ids.shape[1])  # forget this name
-    return torch.stack(scores, 1)
+        targets.append([*ids, end_id])
+    # read the question once
+    out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    first_log_p = out.logits[:, -1].float().log_softmax(-1)
+
+    # each answer after it
+    def next_logits(ids):
+        return model.language(input_ids=ids, cache=out.cache, use_cache=True).logits
+
+    return answer_ranking.likelihoods(first_log_p, next_logits, out.cache, targets)
 
 
 @torch.no_grad()
-def spoken(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
-    """What the model says about each photo, greedily -> texts."""
-    embeds = asked(tokenizer, model, prompt, features)
+def generated_answers(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
+    """Generated answers about each photo, greedy decoding -> texts."""
+    embeds = prompt_embeddings(tokenizer, model, prompt, features)
     decode.check_length(model.language, embeds.shape[1], max_new_tokens)
     new = model.language.generate(
         inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
@@ -113,7 +117,7 @@ def text_loss(tokenizer, language, texts):
     return summed / tokens
 
 
-def judge(tokenizer, model, features, fruit, chosen, prompt=QUESTION, batch=32):
+def evaluate_photos(tokenizer, model, features, fruit, chosen, prompt=QUESTION, batch=32):
     """-> accuracies of 14 kinds and 5 groups by likelihood, of what was said, and the texts and scores themselves.
 
     features (B,N,D) of the photos `chosen` of the groceries. What was said is right if it is the name, word for word.
@@ -123,8 +127,8 @@ def judge(tokenizer, model, features, fruit, chosen, prompt=QUESTION, batch=32):
     for part in features.split(batch):
         part = part.to(next(model.connector.parameters(), part).device)
         with run.autocast(part.device):
-            scores.append(likelihoods(tokenizer, model, part, names, prompt).cpu())
-            texts += spoken(tokenizer, model, part, prompt)
+            scores.append(answer_likelihoods(tokenizer, model, part, names, prompt).cpu())
+            texts += generated_answers(tokenizer, model, part, prompt)
     log_p = torch.cat(scores)
     truth = [names[k] for k in fruit.fine[chosen]]
     said = [captions.normalise(a) == captions.normalise(b) for a, b in zip(texts, truth)]
@@ -185,8 +189,8 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     fruit = data.groceries(model.vision.size)
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
-    features = tower.said(model.vision, fruit.images[chosen])
-    found, texts, log_p = judge(
+    features = tower.vision_features(model.vision, fruit.images[chosen])
+    found, texts, log_p = evaluate_photos(
         tokenizer, model, features.float(), fruit, chosen, cfg.prompt, cfg.batch
     )
     metrics = {"photos": len(chosen), "LLaVA": found}

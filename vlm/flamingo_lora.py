@@ -1,4 +1,4 @@
-"""LoRA in a trained Flamingo: new words for what it sees, by all of its new layers, LoRA in them, or their gates.
+"""LoRA in a trained Flamingo: other names for the same photos, learned by all new layers, LoRA in them, or their gates.
 
 The Flamingo of vlm/flamingo.py names fruit in English; here it learns to do so in French. Whatever is trained sits
 between the layers of the language model, which stays as it is. LoRA (Hu et al. 2021, arXiv:2106.09685) in the gated
@@ -19,7 +19,8 @@ from typing import Literal
 from finetune import llama2_lora
 from utils import data, figures, pretrained, run
 from utils.run import check
-from vlm import flamingo, fruit_photos, probe, tower
+from vlm import few_shot, flamingo, fruit_photos, probe, tower
+from vlm.gated_cross_attention import GatedCrossAttention
 
 FRENCH = {
     "Anjou": "poire d'Anjou", "Cantaloupe": "melon cantaloup", "Conference": "poire Conférence", "Satsumas": "satsuma",
@@ -51,8 +52,8 @@ class Config:
     out: str = "outputs/flamingo_lora"
 
 
-def choose(model, way, cfg):
-    """Who learns; the rest is frozen."""
+def set_trainable(model, way, cfg):
+    """Trainable parameters of a way to learn; the rest is frozen."""
     if way == "lora":
         llama2_lora.inject(model.cross, cfg.targets, cfg.rank, 2 * cfg.rank)
     model.requires_grad_(False)
@@ -63,8 +64,8 @@ def choose(model, way, cfg):
     return model
 
 
-def unplug(model):
-    """Take LoRA out, in place: what was there before."""
+def remove_lora(model):
+    """Take LoRA out, in place: the layers from before."""
     for name in llama2_lora.names(model.cross):
         parent, _, child = name.rpartition(".")
         setattr(model.cross.get_submodule(parent), child, model.cross.get_submodule(name).base)
@@ -77,18 +78,24 @@ def draw(path, rows, losses):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(rows)}
+    # losses
     for name, line in losses.items():
         left.plot(range(1, len(line) + 1), line, color=colours[name], label=name)
     left.set(xlabel="step", ylabel="-log p of a word", yscale="log")
     left.legend(fontsize=8)
+    # accuracies: a point each, its name beside it
     for name, r in rows.items():
-        side, ha = ((-8, -3), "right") if name in ("before", "lora") else ((8, -3), "left")
+        offset = (8, -3)
+        ha = "left"
+        if name in ("before", "lora"):
+            offset = (-8, -3)
+            ha = "right"
         if name == "LoRA taken out":  # where it was before
-            side, ha = (0, -16), "center"
-        right.scatter(r["English"], r["French"], s=60, color=colours[name])
-        right.annotate(
-            name, (r["English"], r["French"]), side, textcoords="offset points", ha=ha, fontsize=8
-        )
+            offset = (0, -16)
+            ha = "center"
+        point = (r["English"], r["French"])
+        right.scatter(*point, s=60, color=colours[name])
+        right.annotate(name, point, offset, textcoords="offset points", ha=ha, fontsize=8)
     right.set(xlabel="right of 14 kinds, named in English", ylabel="... in French")
     right.margins(0.3)
     return figures.close(figure, path)
@@ -96,57 +103,62 @@ def draw(path, rows, losses):
 
 def main(cfg: Config) -> dict:
     """Learn in each way from the same start, with the same photos in the same order."""
-    check(
-        min(cfg.steps, cfg.batch, cfg.longest, cfg.rank) > 0 and min(cfg.lr, cfg.lora_lr) > 0,
-        "all numbers must be above 0",
-    )
+    positive = min(cfg.steps, cfg.batch, cfg.longest, cfg.rank) > 0
+    check(positive and min(cfg.lr, cfg.lora_lr) > 0, "all numbers must be above 0")
     check(cfg.ways and cfg.judged >= 0, "--ways needs one at least, --judged must be 0 or more")
-    llama2_lora.find(flamingo.GatedCrossAttention(4, 4), cfg.targets)  # a wrong target ends it here
+    llama2_lora.find(GatedCrossAttention(4, 4), cfg.targets)  # a wrong target ends it here
     run.seed(cfg.seed)
     on = run.device(cfg.device)
+    # frozen parts, photos, and their names in both languages as ids
     tokenizer, language = pretrained.smollm2(on)
-    new, first = flamingo.add_words(tokenizer, language), flamingo.start(tokenizer)
+    new_ids = few_shot.add_words(tokenizer, language)
+    start_id = few_shot.start_token(tokenizer)
     language.set_attn_implementation("eager")
-    eye, fruit = tower.load("efficientnet", on=on), data.groceries(224)
-    names = {"English": fruit_photos.NAMES, "French": FRENCH}
-    chunks = {
-        k: [flamingo.chunk(tokenizer, of[kind]) for kind in fruit.fine_names]
-        for k, of in names.items()
-    }
+    vision_tower = tower.load("efficientnet", on=on)
+    fruit = data.groceries(224)
+    chunks = {}
+    for name, names in (("English", fruit_photos.NAMES), ("French", FRENCH)):
+        chunks[name] = [few_shot.chunk(tokenizer, names[kind]) for kind in fruit.fine_names]
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
     folder = run.output(cfg.out, cfg)
-    said, unseen, kinds = (
-        tower.said(eye, fruit.images[learn]),
-        tower.said(eye, fruit.images[chosen]),
-        fruit.fine[learn],
-    )
+    # vision features, once
+    features = tower.vision_features(vision_tower, fruit.images[learn])
+    kinds = fruit.fine[learn]
+    heldout = tower.vision_features(vision_tower, fruit.images[chosen])
 
-    def score(model, language):
-        return flamingo.judge(
-            model.eval(), unseen, first, chunks[language], said, kinds, 0, cfg, on
-        )
+    def accuracies(model):
+        """Zero-shot accuracy on held-out photos, in each language."""
+        found = {}
+        for name, names in chunks.items():
+            log_p = few_shot.evaluate(
+                model.eval(), heldout, start_id, names, features, kinds, 0, cfg, on
+            )
+            found[name] = probe.share(log_p.argmax(-1) == fruit.fine[chosen])
+        return found
 
-    def known(model):
-        return {k: probe.share(score(model, k).argmax(-1) == fruit.fine[chosen]) for k in names}
+    def shipped():
+        return flamingo.load(flamingo.WEIGHTS, language, new_ids, on)
 
-    start = lambda: flamingo.load(flamingo.WEIGHTS, language, new, on)  # noqa: E731
-    rows, losses = {"before": known(start())}, {}
+    rows = {"before": accuracies(shipped())}
+    losses = {}
     for way in cfg.ways:
+        # the same start for each way
         run.seed(cfg.seed)
-        model = choose(
-            flamingo.Flamingo(language, new).to(on) if way == "from nothing" else start(), way, cfg
-        )
+        model = flamingo.Flamingo(language, new_ids).to(on) if way == "from nothing" else shipped()
+        set_trainable(model, way, cfg)
         if way == "lora":
             print(llama2_lora.tree(model))
+        # training on French names
         clock = time.process_time()
-        rated = replace(cfg, lr=cfg.lora_lr) if way == "lora" else cfg
-        steps = flamingo.train(model, said, kinds, first, chunks["French"], rated, on)
+        way_cfg = replace(cfg, lr=cfg.lora_lr) if way == "lora" else cfg
+        steps = few_shot.train(model, features, kinds, start_id, chunks["French"], way_cfg, on)
         losses[way] = list(run.progress(steps, cfg.steps))
         seconds = (time.process_time() - clock) / cfg.steps
+        # accuracies, and those without LoRA
         learned = sum(p.numel() for p in model.trainable_parameters().values())
-        rows[way] = known(model) | {"learned": learned, "CPU s a step": seconds}
+        rows[way] = accuracies(model) | {"learned": learned, "CPU s a step": seconds}
         if way == "lora":
-            rows["LoRA taken out"] = known(unplug(model))
+            rows["LoRA taken out"] = accuracies(remove_lora(model))
     draw(folder / "flamingo_lora.png", rows, losses)
     return run.report(folder, rows, "python vlm/flamingo.py --pretrained")
 

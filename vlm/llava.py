@@ -1,6 +1,6 @@
 """LLaVA: image tokens, vision features through a connector, among the token embeddings of a language model.
 
-Liu et al. 2023, arXiv:2304.08485 (a matrix between eye and language); 1.5: Liu et al. 2023, arXiv:2310.03744 (two
+Liu et al. 2023, arXiv:2304.08485 (a matrix as connector); 1.5: Liu et al. 2023, arXiv:2310.03744 (two
 layers); 1.6: Liu et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into tokens, a connector turns these
 into vectors of the size of word embeddings, and where the text says <image> they are put in. Nothing else is new: the
 language model reads on as it always has.
@@ -56,7 +56,7 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 
 
 class Llava(nn.Module):
-    """An eye, a connector, a language model. Sec. 4.1."""
+    """An vision_tower, a connector, a language model. Sec. 4.1."""
 
     def __init__(self, vision, join, language, image_id, newline=False):
         super().__init__()
@@ -169,15 +169,17 @@ def question(tokenizer, model, prompt, tokens):
 @torch.no_grad()
 def see(model, image, tiles=1):
     """A photo, uint8 (3,H,W) -> what the language model reads in its place (1,N,E)."""
-    eye, on = model.vision, next(model.language.parameters()).device
+    vision_tower = model.vision
+    size = vision_tower.size
+    on = next(model.language.parameters()).device
     if tiles > 1:
-        most = tiles * eye.size**2
-        sizes = [
-            s for s in model.grids or anyres.candidates(eye.size, tiles) if s[0] * s[1] <= most
-        ]
-        pixels = eye.pixels(anyres.tiles(image, eye.size, sizes).to(on))
-        return model.tile_features(pixels, image.shape[1:], sizes)
-    return model.image_features(eye.pixels(anyres.resize(image, (eye.size, eye.size))[None].to(on)))
+        # any-resolution tiles: grids of at most so many of the encoder's squares
+        grids = model.grids or anyres.candidates(size, tiles)
+        grids = [grid for grid in grids if grid[0] * grid[1] <= tiles * size**2]
+        pixels = vision_tower.pixels(anyres.tiles(image, size, grids).to(on))
+        return model.tile_features(pixels, image.shape[1:], grids)
+    square = anyres.resize(image, (size, size))[None]
+    return model.image_features(vision_tower.pixels(square.to(on)))
 
 
 @torch.no_grad()

@@ -39,10 +39,12 @@ class Parts(NamedTuple):
 
 def build(vision, join, language, tokenizer, layer=-2, select="patch", words=(IMAGE,), on="cpu"):
     """Names of a tower and a connector, and a language model -> Parts; the words are added to its vocabulary."""
-    eye = tower.load(vision, layer, select, on=on) if isinstance(vision, str) else vision
+    vision_tower = tower.load(vision, layer, select, on=on) if isinstance(vision, str) else vision
     width = language.config.get_text_config().hidden_size
     image_id = add_words(tokenizer, language, words)
-    return Parts(eye, connector.build(join, eye.width, width).to(on), language, image_id)
+    return Parts(
+        vision_tower, connector.build(join, vision_tower.width, width).to(on), language, image_id
+    )
 
 
 def speaker(name, on="cpu"):
@@ -168,14 +170,14 @@ def from_transformers(theirs, name="the model"):
         language: Any = AutoModelForCausalLM.from_config(config.text_config)
     language.model, language.lm_head = inner.language_model, theirs.lm_head
     language.generation_config = theirs.generation_config
-    eye = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
+    vision_tower = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
     select = "patch" if config.vision_feature_select_strategy == "default" else "all"
-    eye = tower.VisionTower(eye, config.vision_feature_layer, select)
-    join: Any = connector.build("mlp2x_gelu", eye.width, config.text_config.hidden_size)
+    vision_tower = tower.VisionTower(vision_tower, config.vision_feature_layer, select)
+    join: Any = connector.build("mlp2x_gelu", vision_tower.width, config.text_config.hidden_size)
     join[0], join[2] = inner.multi_modal_projector.linear_1, inner.multi_modal_projector.linear_2
     newline = getattr(inner, "image_newline", None)
     grids = () if newline is None else tuple(tuple(size) for size in config.image_grid_pinpoints)
-    return Parts(eye, join, language, config.image_token_id, newline, grids)
+    return Parts(vision_tower, join, language, config.image_token_id, newline, grids)
 
 
 def to_transformers(model):
@@ -187,8 +189,8 @@ def to_transformers(model):
         LlavaNextForConditionalGeneration,
     )
 
-    eye, join = model.vision, model.connector
-    known = hasattr(getattr(eye.network, "config", None), "patch_size") and [
+    vision_tower, join = model.vision, model.connector
+    known = hasattr(getattr(vision_tower.network, "config", None), "patch_size") and [
         type(m) for m in join.children()
     ] == [
         nn.Linear,
@@ -196,15 +198,16 @@ def to_transformers(model):
         nn.Linear,
     ]
     check(
-        known and eye.lead < 2,
+        known and vision_tower.lead < 2,
         "transformers' LLaVA has an encoder of its own kind and a connector mlp2x_gelu",
     )
     next_one = model.newline is not None
     kind = LlavaNextConfig if next_one else LlavaConfig
     config = kind(
-        vision_config=eye.network.config, text_config=model.language.config, image_token_index=model.image_id,
-        vision_feature_layer=eye.layer, vision_feature_select_strategy="default" if eye.lead else "full",
-        image_seq_length=eye.count, tie_word_embeddings=model.language.config.tie_word_embeddings,
+        vision_config=vision_tower.network.config, text_config=model.language.config,
+        image_token_index=model.image_id, vision_feature_layer=vision_tower.layer,
+        vision_feature_select_strategy="default" if vision_tower.lead else "full",
+        image_seq_length=vision_tower.count, tie_word_embeddings=model.language.config.tie_word_embeddings,
         multimodal_projector_bias=join[0].bias is not None,
     )  # fmt: skip
     if next_one and model.grids:
@@ -214,7 +217,7 @@ def to_transformers(model):
     )(config)
     theirs.to(model.language.dtype)  # before anything is copied: a configuration may ask for bf16
     inner = theirs.model
-    inner.vision_tower.load_state_dict(eye.network.state_dict())
+    inner.vision_tower.load_state_dict(vision_tower.network.state_dict())
     inner.language_model.load_state_dict(model.language.model.state_dict())
     theirs.lm_head.load_state_dict(model.language.lm_head.state_dict())
     inner.multi_modal_projector.linear_1.load_state_dict(join[0].state_dict())
@@ -229,7 +232,7 @@ def save(model, tokenizer, folder, join="mlp2x_gelu"):
 
     Ours: config.json, language/ (with the tokenizer), vision/ unless it is EfficientNet, connector.safetensors.
     """
-    folder, eye = Path(folder), model.vision
+    folder, vision_tower = Path(folder), model.vision
     check(not folder.exists(), f"{folder} is there already: name another")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -245,32 +248,36 @@ def save(model, tokenizer, folder, join="mlp2x_gelu"):
             else:
                 model.language.save_pretrained(ready / "language")
                 tokenizer.save_pretrained(ready / "language")
-                own = hasattr(eye.network, "config")
+                own = hasattr(vision_tower.network, "config")
                 if own:
-                    eye.network.save_pretrained(ready / "vision")
-                    image_processor(eye).save_pretrained(ready / "vision")
+                    vision_tower.network.save_pretrained(ready / "vision")
+                    image_processor(vision_tower).save_pretrained(ready / "vision")
                 checkpoint.write(ready / "connector.safetensors", model.connector.state_dict())
                 about = {
                     "model_type": "llava-of-parts",
                     "vision": "vision" if own else "efficientnet",
                 }
-                about |= {"connector": join, "layer": eye.layer, "select": eye.select}
+                about |= {
+                    "connector": join,
+                    "layer": vision_tower.layer,
+                    "select": vision_tower.select,
+                }
                 run.write_json(ready / "config.json", about)
             shutil.move(ready, folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
 
 
-def image_processor(eye):
-    """transformers' image processor that does what `eye.pixels` does."""
+def image_processor(vision_tower):
+    """transformers' image processor that does what `vision_tower.pixels` does."""
     from transformers import CLIPImageProcessorPil
 
-    side = {"height": eye.size, "width": eye.size}
+    side = {"height": vision_tower.size, "width": vision_tower.size}
     return CLIPImageProcessorPil(
-        size={"shortest_edge": eye.size},
+        size={"shortest_edge": vision_tower.size},
         crop_size=side,
-        image_mean=list(eye.mean),
-        image_std=list(eye.std),
+        image_mean=list(vision_tower.mean),
+        image_std=list(vision_tower.std),
     )
 
 
@@ -278,10 +285,11 @@ def processor(model, tokenizer):
     """transformers' LlavaProcessor of this model: it puts N words <image> for one, and makes pixels."""
     from transformers import LlavaProcessor
 
-    eye = model.vision
+    vision_tower = model.vision
     return LlavaProcessor(
-        image_processor(eye), tokenizer, patch_size=eye.network.config.patch_size, num_additional_image_tokens=eye.lead,
-        vision_feature_select_strategy="default" if eye.lead else "full", image_token=IMAGE,
+        image_processor(vision_tower), tokenizer, patch_size=vision_tower.network.config.patch_size,
+        num_additional_image_tokens=vision_tower.lead,
+        vision_feature_select_strategy="default" if vision_tower.lead else "full", image_token=IMAGE,
     )  # fmt: skip
 
 
@@ -361,9 +369,15 @@ def described(path):
 def of_parts(path, about, on="cpu"):
     """A folder of ours, in which every part is a folder of its own -> tokenizer, Parts."""
     tokenizer, language = speaker(path / "language", on)
-    eye = about["vision"] if about["vision"] == "efficientnet" else str(path / "vision")
+    vision_tower = about["vision"] if about["vision"] == "efficientnet" else str(path / "vision")
     model = build(
-        eye, about["connector"], language, tokenizer, about["layer"], about["select"], on=on
+        vision_tower,
+        about["connector"],
+        language,
+        tokenizer,
+        about["layer"],
+        about["select"],
+        on=on,
     )
     try:
         model.connector.load_state_dict(checkpoint.read(path / "connector.safetensors")[0])

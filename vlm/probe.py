@@ -20,13 +20,19 @@ def share(right):
 
 def probe(x, y, unseen, weight=1e-4):
     """Multinomial logistic regression on standardised features (N,D) of kinds y -> logits of the unseen ones."""
-    mean, spread, size = x.mean(0), x.std(0) + 1e-6, x.shape[1] ** 0.5
-    x, unseen = (x - mean) / spread / size, (unseen - mean) / spread / size
+    # standardise by the training photos, and divide by the root of the width
+    mean = x.mean(0)
+    spread = x.std(0) + 1e-6
+    size = x.shape[1] ** 0.5
+    x = (x - mean) / spread / size
+    unseen = (unseen - mean) / spread / size
+    # a linear layer that begins at zero
     head = nn.Linear(x.shape[1], int(y.max()) + 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
+    # cross-entropy with an L2 penalty: convex, one optimum
     def closure():
         optimizer.zero_grad()
         value = F.cross_entropy(head(x), y) + weight * head.weight.square().sum() / 2
@@ -37,15 +43,22 @@ def probe(x, y, unseen, weight=1e-4):
     return head(unseen).detach()
 
 
-def probed(eye, fruit, learn, chosen):
-    """What a linear probe on the mean of the features says of the photos `chosen`: {"14 kinds", "5 groups"} of (B,)."""
-    x, unseen = (tower.said(eye, fruit.images[i]).float().mean(1) for i in (learn, chosen))
-    return {name: probe(x, y[learn], unseen).argmax(-1) for name, y in truths(fruit).items()}
+def probed(vision_tower, fruit, learn, chosen):
+    """Linear-probe predictions for the photos `chosen`: {"14 kinds", "5 groups"} of (B,)."""
+    x = tower.vision_features(vision_tower, fruit.images[learn]).float().mean(1)
+    unseen = tower.vision_features(vision_tower, fruit.images[chosen]).float().mean(1)
+    found = {}
+    for name, y in truths(fruit).items():
+        found[name] = probe(x, y[learn], unseen).argmax(-1)
+    return found
 
 
-def yardsticks(eye, fruit, learn, chosen, found=None):
-    """What the most frequent answer, and a linear probe on the mean of the same features, would reach."""
-    found = probed(eye, fruit, learn, chosen) if found is None else found
-    often = {name: share(y[chosen] == y[learn].mode().values) for name, y in truths(fruit).items()}
-    probes = {name: share(found[name] == y[chosen]) for name, y in truths(fruit).items()}
-    return {"the most frequent": often, "linear probe": probes}
+def yardsticks(vision_tower, fruit, learn, chosen, found=None):
+    """Accuracies of the majority class, and of a linear probe on the mean of the same features."""
+    found = probed(vision_tower, fruit, learn, chosen) if found is None else found
+    majority = {}
+    probes = {}
+    for name, y in truths(fruit).items():
+        majority[name] = share(y[chosen] == y[learn].mode().values)
+        probes[name] = share(found[name] == y[chosen])
+    return {"the most frequent": majority, "linear probe": probes}

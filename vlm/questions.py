@@ -185,7 +185,7 @@ def is_file(path):
 
 def choose(tokenizer, model, features, question, choices, per_token=False):
     """The index of the most probable choice: features (1,N,D)."""
-    log_p = evaluate.likelihoods(tokenizer, model, features, choices, question)[0].tolist()
+    log_p = evaluate.answer_likelihoods(tokenizer, model, features, choices, question)[0].tolist()
     lengths = [
         len(tokenizer(plain(c, tokenizer), add_special_tokens=False).input_ids) + 1 for c in choices
     ]  # and the end
@@ -197,7 +197,7 @@ def answer(tokenizer, model, rows, features, per_token=False):
     on, done = next(model.language.parameters()).device, []
     for one, seen in run.bar(zip(rows, features[:, None].float()), len(rows), name="questions"):
         with run.autocast(on):
-            said = evaluate.spoken(tokenizer, model, seen.to(on), one["question"])[0]
+            said = evaluate.generated_answers(tokenizer, model, seen.to(on), one["question"])[0]
             mine = {"said": said}
             if one["choices"]:
                 mine["chosen"] = choose(
@@ -249,7 +249,9 @@ def main(cfg: Config) -> dict:
         (folder / "pictures").mkdir(exist_ok=True)
         rows = read(fruit(folder / "pictures", cfg.count, cfg.seed), images=folder / "pictures")
     pictures = torch.stack([data.read_image(r["image"], model.vision.size) for r in rows])
-    done = answer(tokenizer, model, rows, tower.said(model.vision, pictures), cfg.per_token)
+    done = answer(
+        tokenizer, model, rows, tower.vision_features(model.vision, pictures), cfg.per_token
+    )
     run.write_json(folder / "answers.json", [r | {"image": str(r["image"])} for r in done])
     for r in done[:5]:
         print(

@@ -70,7 +70,7 @@ class VisionTower(nn.Module):
         self.count, self.width = self.tokens(states).shape[1:]
 
     def states(self, pixels):
-        """What the chosen layer says: (B,N,D), or maps (B,D,h,w)."""
+        """Hidden states of the chosen layer: (B,N,D), or maps (B,D,h,w)."""
         pixels = pixels.to(next(self.network.parameters()).dtype)
         if isinstance(self.network, EfficientNetMaps):
             return self.network(pixels)
@@ -144,43 +144,43 @@ def interpolate_positions(network, size):
     network.config.image_size = size
 
 
-def fingerprint(eye):
+def fingerprint(vision_tower):
     """A hash of all that its features depend on: weights and buffers, configuration, layer, size, normalisation, code.
 
     Not its name: a tower retrained in place keeps its name and says something else.
     """
-    network = eye.network
+    network = vision_tower.network
     weights = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     config: Any = getattr(network, "config", None)
     described = config.to_json_string(use_diff=False) if config is not None else ""
     settings = (
-        eye.layer,
-        eye.select,
-        eye.size,
-        eye.lead,
-        tuple(eye.mean),
-        tuple(eye.std),
+        vision_tower.layer,
+        vision_tower.select,
+        vision_tower.size,
+        vision_tower.lead,
+        tuple(vision_tower.mean),
+        tuple(vision_tower.std),
         network.training,
     )
     return checkpoint.digest(weights, repr((VERSION, type(network).__name__, described, settings)))
 
 
 @torch.no_grad()
-def said(eye, images, key=None, batch=4):
-    """What a tower says of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D).
+def vision_features(vision_tower, images, key=None, batch=4):
+    """Vision features of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D).
 
     With a key, which says all that the pictures depend on, `images` is a function, and called the first time only.
     """
     shape = b"" if key else repr(tuple(images.shape)).encode()
     content = repr(key).encode() if key else images.contiguous().numpy().tobytes()
-    name = hashlib.sha256(fingerprint(eye).encode() + shape + content).hexdigest()[:16]
+    name = hashlib.sha256(fingerprint(vision_tower).encode() + shape + content).hexdigest()[:16]
     path = assets.cache() / "features" / f"tower-{name}.safetensors"
     with suppress(UserError):  # not there yet, or damaged: look again
         return checkpoint.read(path)[0]["features"]
     # larger batches are slower on a CPU
-    on, parts = device(eye.network), (images() if key else images).split(batch)
+    on, parts = device(vision_tower.network), (images() if key else images).split(batch)
     found = [
-        eye(eye.pixels(part.to(on))).bfloat16().cpu()
+        vision_tower(vision_tower.pixels(part.to(on))).bfloat16().cpu()
         for part in run.bar(parts, len(parts), name="look")
     ]
     checkpoint.write(path, {"features": torch.cat(found)})

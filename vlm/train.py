@@ -206,15 +206,15 @@ class Photos:
 
     paths: list
     said: Any = None
-    eye: Any = None
+    vision_tower: Any = None
 
     def __call__(self, numbers, random):
         """-> features (len,N,D) or pixels (len,3,S,S) of these pictures, a view of each drawn by `random`."""
         if self.said is not None:
             views = random.integers(len(self.said), size=len(numbers))
             return self.said[torch.from_numpy(views), torch.tensor(numbers)].float()
-        images = [read_image(self.paths[i], self.eye.size) for i in numbers]
-        return self.eye.pixels(torch.stack(images))
+        images = [read_image(self.paths[i], self.vision_tower.size) for i in numbers]
+        return self.vision_tower.pixels(torch.stack(images))
 
 
 def rows_of(cfg):
@@ -336,9 +336,9 @@ def prepare(cfg, on):
     if on.type == "cpu":
         # On rows as short as these faster than the fused kernel
         language.set_attn_implementation("eager")
-    eye = tower.load(cfg.vision, cfg.layer, cfg.select, on=on)
+    vision_tower = tower.load(cfg.vision, cfg.layer, cfg.select, on=on)
     run.seed(cfg.seed)
-    model = llava.build(eye, cfg.connector, language, tokenizer, on=on)
+    model = llava.build(vision_tower, cfg.connector, language, tokenizer, on=on)
     freeze(model, cfg)
     if cfg.gradient_checkpointing:
         language.gradient_checkpointing_enable(
@@ -348,9 +348,9 @@ def prepare(cfg, on):
     rows, broken = data.mend(rows, folder) if cfg.data else (rows, 0)
     names = sorted({row["image"] for row in rows if row.get("image")})
     paths = [folder / name for name in names]
-    photos = Photos(paths, eye=eye)
+    photos = Photos(paths, vision_tower=vision_tower)
     if cfg.train_type != "none":
-        photos.said = data.features(eye, paths, cfg.views, cfg.seed) if paths else None
+        photos.said = data.features(vision_tower, paths, cfg.views, cfg.seed) if paths else None
     number = {name: i for i, name in enumerate(names)}
     samples, shortened, left_out = data.samples(tokenizer, rows, model.count, number, longest)
     if cfg.text_share:
@@ -435,13 +435,13 @@ def scored(cfg, tokenizer, model, folder):
     """Photos that no training saw, and pages of words alone, before and after: the corrections can be taken away."""
     fruit, on = data.data.groceries(model.vision.size), next(model.language.parameters()).device
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
-    if cfg.train_type == "none":  # this eye is like no other: nothing of it is kept
+    if cfg.train_type == "none":  # a tower that learns is like no other: its features are not kept
         parts = fruit.images[chosen].split(8)
         with torch.no_grad():
             features = torch.cat([model.vision(model.vision.pixels(x.to(on))).cpu() for x in parts])
     else:
-        features = tower.said(model.vision, fruit.images[chosen])
-    found, texts, _ = evaluate.judge(tokenizer, model, features.float(), fruit, chosen)
+        features = tower.vision_features(model.vision, fruit.images[chosen])
+    found, texts, _ = evaluate.evaluate_photos(tokenizer, model, features.float(), fruit, chosen)
     truth = [fruit_photos.name_of(fruit, i) for i in chosen]
     shown = fruit_photos.spread(torch.arange(len(chosen)))
     said, are = ([x[i] for i in shown] for x in (texts, truth))

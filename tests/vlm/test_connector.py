@@ -168,7 +168,7 @@ def test_shapes_and_counts(name):
 
 
 def test_a_resampler_does_not_care_where(seeded):
-    """Without positions in what the eye says, latents see a bag: the order of tokens changes nothing."""
+    """Without positions in the vision features, latents see a bag: the order of tokens changes nothing."""
     x, order = torch.randn(1, 49, 16), torch.randperm(49)
     ours = connector.build("perceiver", 16, 16)
     torch.testing.assert_close(ours(x), ours(x[:, order]), atol=1e-5, rtol=1e-4)
@@ -230,8 +230,8 @@ def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tm
     fruit, shown = eyes.shop(), []
     monkeypatch.setattr(study.data, "groceries", lambda size: fruit)
     monkeypatch.setattr(study.tower, "load", lambda *about, **more: None)
-    said = lambda eye, images: images[:, :1, 0, 0].float()[..., None].expand(-1, 49, 1280)  # noqa: E731
-    monkeypatch.setattr(study.tower, "said", said)
+    said = lambda vision_tower, images: images[:, :1, 0, 0].float()[..., None].expand(-1, 49, 1280)  # noqa: E731
+    monkeypatch.setattr(study.tower, "vision_features", said)
     monkeypatch.setattr(study, "draw", lambda *about: None)
 
     def train(probe, maps, kinds, marker, cfg, on):

@@ -272,11 +272,11 @@ def test_features_are_of_these_pictures_in_this_order_and_views_differ(tmp_path,
     """What the tower is shown: view 0 the middle square, others random pieces; and the key that it is kept by."""
     keys = []
 
-    def said(eye, look, key):
+    def said(vision_tower, look, key):
         keys.append(repr(key))
         return look().float().mean((2, 3))[:, None]  # a token: the mean colour
 
-    monkeypatch.setattr(data.tower, "said", said)
+    monkeypatch.setattr(data.tower, "vision_features", said)
     ramp = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (32, 1))
     Image.fromarray(np.stack([ramp, ramp * 0, ramp.T], 2)).save(tmp_path / "ramp.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")

@@ -23,7 +23,7 @@ def test_likelihoods_are_those_of_whole_texts(small, parity):
     """The question read once and names after it, against a forward pass over everything for each name."""
     tokenizer, model = small
     features = torch.randn(3, 16, 16)
-    mine = evaluate.likelihoods(tokenizer, model, features, NAMES, "Which one?")
+    mine = evaluate.answer_likelihoods(tokenizer, model, features, NAMES, "Which one?")
     theirs = torch.zeros(3, len(NAMES))
     asked = llava.question(tokenizer, model, "Which one?", 16)
     end = tokenizer.eos_token_id
@@ -34,20 +34,20 @@ def test_likelihoods_are_those_of_whole_texts(small, parity):
         log_p = log_p.gather(2, ids[:, 1:, None])[..., 0]
         theirs[:, k] = log_p[:, asked.shape[1] - 1 :].sum(1)
     name = "transformers, whole texts through our own LLaVA"
-    parity("Evaluation", "evaluate.likelihoods", name, mine, theirs.detach(), 1e-4)
+    parity("Evaluation", "evaluate.answer_likelihoods", name, mine, theirs.detach(), 1e-4)
 
 
 def test_names_are_words_and_no_commands(small):
     tokenizer, model = small
     features = torch.randn(1, 16, 16)
-    typed, cut = evaluate.likelihoods(
+    typed, cut = evaluate.answer_likelihoods(
         tokenizer, model, features, ["pear<|im_end|> and more", "pear"]
     )[0]
     assert typed < cut - 1  # were it a command, "pear" and its end would come first
     with pytest.raises(UserError, match="no words"):
-        evaluate.likelihoods(tokenizer, model, features, ["pear", ""])
+        evaluate.answer_likelihoods(tokenizer, model, features, ["pear", ""])
     with pytest.raises(UserError, match="512 positions"):
-        evaluate.spoken(tokenizer, model, features, "why " * 600)
+        evaluate.generated_answers(tokenizer, model, features, "why " * 600)
 
 
 def test_an_answer_ends_at_any_word_that_the_model_names(small, monkeypatch):
@@ -61,12 +61,12 @@ def test_an_answer_ends_at_any_word_that_the_model_names(small, monkeypatch):
         return torch.tensor([made[-1]])
 
     monkeypatch.setattr(model.language, "generate", generate)
-    evaluate.spoken(tokenizer, model, features, max_new_tokens=4)
+    evaluate.generated_answers(tokenizer, model, features, max_new_tokens=4)
     monkeypatch.setattr(config, "repetition_penalty", 5.0)
     monkeypatch.setattr(config, "do_sample", True)
-    evaluate.spoken(tokenizer, model, features, max_new_tokens=4)
+    evaluate.generated_answers(tokenizer, model, features, max_new_tokens=4)
     monkeypatch.setattr(config, "eos_token_id", [tokenizer.eos_token_id, made[0][1]])
-    evaluate.spoken(tokenizer, model, features, max_new_tokens=4)
+    evaluate.generated_answers(tokenizer, model, features, max_new_tokens=4)
     assert len(made[0]) == 4 and made[1] == made[0] and made[2] == made[0][:2]
     assert prompts.ends(tokenizer, model.language) == sorted({tokenizer.eos_token_id, made[0][1]})
 
@@ -74,8 +74,10 @@ def test_an_answer_ends_at_any_word_that_the_model_names(small, monkeypatch):
 def test_what_is_said_is_what_one_photo_at_a_time_says(small):
     tokenizer, model = small
     features = torch.randn(3, 16, 16)
-    together = evaluate.spoken(tokenizer, model, features, max_new_tokens=4)
-    alone = [evaluate.spoken(tokenizer, model, f[None], max_new_tokens=4)[0] for f in features]
+    together = evaluate.generated_answers(tokenizer, model, features, max_new_tokens=4)
+    alone = [
+        evaluate.generated_answers(tokenizer, model, f[None], max_new_tokens=4)[0] for f in features
+    ]
     assert together == alone
 
 
@@ -98,7 +100,9 @@ def test_the_probe_learns_from_the_photos_to_learn_from_alone(monkeypatch):
     """Features that say nothing of the kind, as many as photos: learned by heart on one side, worth nothing there."""
     fruit = eyes.shop(80)
     noise = torch.randn(80, 4, 200)
-    monkeypatch.setattr(tower, "said", lambda eye, images: noise[images[:, 0, 0, 0].long()])
+    monkeypatch.setattr(
+        tower, "vision_features", lambda vision_tower, images: noise[images[:, 0, 0, 0].long()]
+    )
     learn, judged = fruit_photos.split(fruit)
     found = probe.yardsticks(None, fruit, learn, judged)
     assert found["linear probe"]["14 kinds"] < 0.7 and found["the most frequent"][
@@ -107,7 +111,9 @@ def test_the_probe_learns_from_the_photos_to_learn_from_alone(monkeypatch):
     by_heart = probe.yardsticks(None, fruit, learn, learn)
     assert by_heart["linear probe"]["14 kinds"] == 1.0
     monkeypatch.setattr(
-        tower, "said", lambda eye, images: torch.eye(3)[images[:, 0, 0, 0].long() % 3][:, None]
+        tower,
+        "vision_features",
+        lambda vision_tower, images: torch.eye(3)[images[:, 0, 0, 0].long() % 3][:, None],
     )
     assert probe.yardsticks(None, fruit, learn, judged)["linear probe"] == {
         "14 kinds": 1.0,
@@ -141,10 +147,12 @@ def test_what_is_judged_is_asked_of_the_right_photos_with_the_right_question(mon
         asked.append((len(part), prompt))
         return [f"{NAMED[i % 3]}." if i % 2 else "a banana" for i in part[:, 0, 0].long().tolist()]
 
-    monkeypatch.setattr(evaluate, "likelihoods", likelihoods)
-    monkeypatch.setattr(evaluate, "spoken", spoken)
+    monkeypatch.setattr(evaluate, "answer_likelihoods", likelihoods)
+    monkeypatch.setattr(evaluate, "generated_answers", spoken)
     model = SimpleNamespace(connector=torch.nn.Linear(1, 1))
-    found, texts, log_p = evaluate.judge(None, model, features, fruit, chosen, "What?", batch=16)
+    found, texts, log_p = evaluate.evaluate_photos(
+        None, model, features, fruit, chosen, "What?", batch=16
+    )
     assert (
         found == {"14 kinds": 1.0, "5 groups": 1.0, "said the name": 0.5}
         and len(texts) == len(log_p) == 20
@@ -166,7 +174,7 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
     vision = SimpleNamespace(size=8)
     model = SimpleNamespace(vision=vision, language=None)
     monkeypatch.setattr(evaluate.llava, "load", lambda *about: (None, model))
-    monkeypatch.setattr(tower, "said", eyes.seen)
+    monkeypatch.setattr(tower, "vision_features", eyes.seen)
     monkeypatch.setattr(evaluate, "text_loss", lambda *about: 2.5)
     monkeypatch.setattr(evaluate, "paragraphs", lambda count: [])
 
@@ -176,7 +184,7 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
         said = [NAMED[k] for k in kinds]
         return {"14 kinds": 1.0}, said, torch.nn.functional.one_hot((kinds + 1) % 3, 3).float()
 
-    monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(evaluate, "evaluate_photos", judge)
     monkeypatch.setattr(
         evaluate, "confusion", lambda path, log_p, of, chosen: shown.update(drawn=(log_p, chosen))
     )

@@ -13,7 +13,7 @@ from tests import eyes, llamas
 from tests.conftest import gradients
 from utils import checkpoint, pretrained
 from utils.run import UserError
-from vlm import flamingo
+from vlm import few_shot, flamingo, flamingo_figures, gated_cross_attention
 
 IMAGE, END, WORD = 98, 99, 5
 
@@ -23,7 +23,7 @@ def model(kind="llama", every=1, **more):
     language = eyes.speaker(kind)
     torch.manual_seed(3)
     made = flamingo.Flamingo(
-        language, [IMAGE, END], dim_in=16, every=every, latents=3, seen=12, **more
+        language, [IMAGE, END], dim_in=16, every=every, latents=3, latent_width=12, **more
     ).eval()
     eyes.shake(made.cross, 0.3)
     return made
@@ -43,7 +43,7 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     )  # fmt: skip
     config._attn_implementation = "eager"
     theirs = eyes.shake(IdeficsGatedCrossAttentionLayer(config, layer_idx=0).eval(), 0.2)
-    ours = flamingo.GatedCrossAttention(
+    ours = gated_cross_attention.GatedCrossAttention(
         24, 12, heads=4, head_dim=6, hidden=40, use_rmsnorm_swiglu=True
     )
     names = {
@@ -60,7 +60,7 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     weights = theirs.state_dict()
     ours.load_state_dict({name: weights[theirs_of(name)] for name in ours.state_dict()})
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12)
-    mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
+    mask = gated_cross_attention.visible(gated_cross_attention.media_mask(text(), IMAGE), 2, 3)
     assert not mask[:, 0].any() and mask[:, -1].any()  # both cases are there
     bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None]
     look = partial(
@@ -70,13 +70,19 @@ def test_the_gated_layer_is_that_of_idefics(parity):
         cross_attention_gate=mask.any(-1).float(),
     )
     name = "transformers IdeficsGatedCrossAttentionLayer"
-    parity("Flamingo", "flamingo.GatedCrossAttention", name, ours(x, latents, mask), look(x))
+    parity(
+        "Flamingo",
+        "gated_cross_attention.GatedCrossAttention",
+        name,
+        ours(x, latents, mask),
+        look(x),
+    )
     mine, them = gradients(ours, ours(x, latents, mask)), gradients(theirs, look(x))
     assert len(mine) == len(names) == len(them)
     found = {k: v for k, v in mine.items()}
     parity(
         "Flamingo",
-        "flamingo.GatedCrossAttention, gradients",
+        "gated_cross_attention.GatedCrossAttention, gradients",
         name,
         found,
         {k: them[theirs_of(k)] for k in found},
@@ -123,7 +129,7 @@ PAPER = {
 def test_the_default_gated_layer_is_that_of_the_paper(parity):
     torch.manual_seed(4)
     theirs = eyes.shake(Paper(24, 12, heads=4, hidden=40), 0.3)
-    ours = flamingo.GatedCrossAttention(24, 12, heads=4, head_dim=6, hidden=40)
+    ours = gated_cross_attention.GatedCrossAttention(24, 12, heads=4, head_dim=6, hidden=40)
     weights, names = theirs.state_dict(), {}
     for name in ours.state_dict():
         head, _, leaf = name.partition(".")
@@ -131,11 +137,11 @@ def test_the_default_gated_layer_is_that_of_the_paper(parity):
         names[name] = other if other in weights else other.replace("_proj.weight", "_proj_weight")
     ours.load_state_dict({name: weights[other] for name, other in names.items()})
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12)
-    mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
+    mask = gated_cross_attention.visible(gated_cross_attention.media_mask(text(), IMAGE), 2, 3)
     name = "torch MultiheadAttention and transformers relu2, as the paper's Fig. 4"
     parity(
         "Flamingo",
-        "flamingo.GatedCrossAttention, default",
+        "gated_cross_attention.GatedCrossAttention, default",
         name,
         ours(x, latents, mask),
         theirs(x, latents, mask),
@@ -144,14 +150,21 @@ def test_the_default_gated_layer_is_that_of_the_paper(parity):
     them = gradients(theirs, theirs(x, latents, mask))
     assert len(mine) == len(them) == 12
     them = {k: them[names[k]] for k in mine}
-    parity("Flamingo", "flamingo.GatedCrossAttention, default, gradients", name, mine, them, 1e-4)
+    parity(
+        "Flamingo",
+        "gated_cross_attention.GatedCrossAttention, default, gradients",
+        name,
+        mine,
+        them,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("kind", eyes.SPEAKERS)
 def test_closed_gates_leave_any_language_model_as_it_is(kind):
     language, ids = eyes.speaker(kind), text().where(text() < IMAGE, WORD)
     before = language(ids).logits
-    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
+    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, latent_width=12)
     latents = made.resample(torch.randn(2, 2, 4, 16))
     old = torch.arange(IMAGE)
     assert torch.equal(made(ids, latents)[..., old], before[..., old])
@@ -163,9 +176,9 @@ def test_closed_gates_leave_any_language_model_as_it_is(kind):
 
 
 def test_the_counts_of_photos_are_known():
-    counts = flamingo.media_mask(text(), IMAGE)
+    counts = gated_cross_attention.media_mask(text(), IMAGE)
     assert counts.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 2, 2, 2]]
-    mask = flamingo.visible(counts, 2, 3)
+    mask = gated_cross_attention.visible(counts, 2, 3)
     assert mask[0, 3].tolist() == [True] * 3 + [False] * 3 and not mask[0, 1].any()
     assert mask.sum(-1).tolist() == [[3 * (c > 0) for c in row] for row in counts.tolist()]
 
@@ -173,9 +186,10 @@ def test_the_counts_of_photos_are_known():
 @pytest.mark.parametrize("use_rmsnorm_swiglu", [False, True])
 def test_cross_attention_gives_zero_before_any_photo(use_rmsnorm_swiglu):
     block = eyes.shake(
-        flamingo.GatedCrossAttention(24, 12, use_rmsnorm_swiglu=use_rmsnorm_swiglu), 0.3
+        gated_cross_attention.GatedCrossAttention(24, 12, use_rmsnorm_swiglu=use_rmsnorm_swiglu),
+        0.3,
     )
-    mask = flamingo.visible(flamingo.media_mask(text(), IMAGE), 2, 3)
+    mask = gated_cross_attention.visible(gated_cross_attention.media_mask(text(), IMAGE), 2, 3)
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12, requires_grad=True)
     said = block.attend(x, latents, mask)
     assert torch.equal(said[0, :2], torch.zeros(2, 24)) and said[0, 2:].abs().min() > 0
@@ -199,7 +213,7 @@ def reach(made):
 def test_a_word_sees_the_last_photo_before_it_and_no_other(monkeypatch):
     # One new layer, before the first: what is seen in it still wanders on by self-attention
     first = model(every=2)
-    blocks = flamingo.blocks(first.language)
+    blocks = flamingo.decoder_layers(first.language)
     before = []
     blocks[0].register_forward_pre_hook(lambda m, a: before.append(a[0].clone()))
     ids, features = text()[:1], torch.randn(1, 2, 4, 16)
@@ -249,12 +263,12 @@ def test_the_loss_is_that_of_all_logits_at_learned_words():
     wanted = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     )
-    torch.testing.assert_close(flamingo.loss(made, ids, learned, features), wanted)
+    torch.testing.assert_close(few_shot.loss(made, ids, learned, features), wanted)
 
 
 def test_patch_dropout_hides_half_of_the_places_others_every_time():
     features = torch.arange(49.0)[None, None, :, None].expand(2, 3, -1, 5)
-    kept = [flamingo.patch_dropout(features)[..., 0] for _ in range(2)]
+    kept = [few_shot.patch_dropout(features)[..., 0] for _ in range(2)]
     for part in kept:
         assert part.shape == (2, 3, 25) and part[0, 0].unique().numel() == 25
     assert set(kept[0][0, 0].tolist()) != set(kept[1][0, 0].tolist())
@@ -272,21 +286,21 @@ def steps_of(monkeypatch, **flags):
     def clip(parameters, most):
         clipped.append((list(parameters), most))
 
-    whole = flamingo.loss
+    whole = few_shot.loss
 
     def loss(made, ids, learned, features):
         shown.append((ids, features))
         return whole(made, ids, learned, features)
 
-    monkeypatch.setattr(flamingo.torch.optim, "AdamW", Watched)
-    monkeypatch.setattr(flamingo.nn.utils, "clip_grad_norm_", clip)
-    monkeypatch.setattr(flamingo, "loss", loss)
+    monkeypatch.setattr(few_shot.torch.optim, "AdamW", Watched)
+    monkeypatch.setattr(few_shot.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(few_shot, "loss", loss)
     language = eyes.speaker()
-    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
+    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, latent_width=12)
     chunks, kinds = [[IMAGE, 20, END], [IMAGE, 21, END], [IMAGE, 22, END]], torch.arange(12) % 3
     said = torch.arange(12.0)[:, None, None].expand(-1, 6, 16)  # the number of the photo
     cfg = flamingo.Config(**{"batch": 12, "longest": 3, "lr": 1e-3, "steps": 4} | flags)
-    list(flamingo.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
+    list(few_shot.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
     return made, shown, rates, clipped
 
 
@@ -331,9 +345,9 @@ def test_examples_are_training_photos_with_their_own_names_new_ones_for_every_pa
         asked.append((features, shots, examples))
         return features[:, :1, 0]
 
-    monkeypatch.setattr(flamingo, "likelihoods", likelihoods)
+    monkeypatch.setattr(few_shot, "name_likelihoods", likelihoods)
     about = (flamingo.Config(), torch.device("cpu"))
-    found = flamingo.judge(None, judged, 1, [], said, kinds, 4, *about)
+    found = few_shot.evaluate(None, judged, 1, [], said, kinds, 4, *about)
     assert torch.equal(found[:, 0], judged[:, 0, 0]) and [len(x) for x, _, _ in asked] == [
         20,
         20,
@@ -345,7 +359,9 @@ def test_examples_are_training_photos_with_their_own_names_new_ones_for_every_pa
 
 
 def test_gates_that_begin_open_disturb_the_language_model():
-    made = flamingo.Flamingo(eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
+    made = flamingo.Flamingo(
+        eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, latent_width=12
+    )
     latents, plain = made.resample(torch.randn(2, 2, 4, 16)), made(text())
     for block in made.cross:
         torch.nn.init.ones_(block.gate_attention)
@@ -360,7 +376,7 @@ def test_only_new_parts_learn():
     frozen = {k: p.clone() for k, p in made.language.named_parameters()}
     optimizer = torch.optim.SGD(made.trainable_parameters().values(), 1.0)
     ids = text()
-    flamingo.loss(made, ids, ids != IMAGE, torch.randn(2, 2, 4, 16)).backward()
+    few_shot.loss(made, ids, ids != IMAGE, torch.randn(2, 2, 4, 16)).backward()
     missing = [
         k
         for k, p in made.trainable_parameters().items()
@@ -392,12 +408,12 @@ def smollm2():
 def test_the_vocabulary_grows_by_two(smollm2):
     tokenizer, language = smollm2
     before = language.get_input_embeddings().weight.clone()
-    new = flamingo.add_words(tokenizer, language)
+    new = few_shot.add_words(tokenizer, language)
     assert new == [len(before), len(before) + 1]
     assert torch.equal(language.get_input_embeddings().weight[: len(before)], before)
     assert not language.get_input_embeddings().weight.requires_grad
-    assert tokenizer.convert_ids_to_tokens(new) == [flamingo.IMAGE, flamingo.END]
-    ids = flamingo.chunk(tokenizer, "Royal Gala apple")
+    assert tokenizer.convert_ids_to_tokens(new) == [flamingo.IMAGE, few_shot.END]
+    ids = few_shot.chunk(tokenizer, "Royal Gala apple")
     assert (
         ids[0] == new[0]
         and ids[-1] == new[1]
@@ -409,7 +425,7 @@ def test_interleaved_chains_learn_names_and_their_end():
     chunks, kinds = [[IMAGE, 7, END], [IMAGE, 8, 9, END]], torch.tensor([0, 1, 1, 0, 1])
     seen, sizes = set(), set()
     for seed in range(20):
-        ids, supervised, photos = flamingo.interleaved_batch(
+        ids, supervised, photos = few_shot.interleaved_batch(
             np.random.default_rng(seed), 1, chunks, kinds, 12, 3
         )
         sizes.add(photos.shape)
@@ -435,16 +451,16 @@ def task(steps=80, ends=True):
     with torch.no_grad():
         # a language model that can be sure of a word; random ones are not
         language.lm_head.weight *= 50
-    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, seen=12)
+    made = flamingo.Flamingo(language, [IMAGE, END], dim_in=16, every=1, latents=3, latent_width=12)
     cfg = flamingo.Config(steps=steps, batch=24, longest=3, lr=1e-2)
     if not ends:  # the error: the word that ends a name is not among what is learned
-        whole = flamingo.interleaved_batch
-        flamingo.interleaved_batch = lambda *about: (lambda i, x, p: (i, x & (i != END), p))(
+        whole = few_shot.interleaved_batch
+        few_shot.interleaved_batch = lambda *about: (lambda i, x, p: (i, x & (i != END), p))(
             *whole(*about)
         )
-    losses = list(flamingo.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
+    losses = list(few_shot.train(made, said, kinds, 1, chunks, cfg, torch.device("cpu")))
     if not ends:
-        flamingo.interleaved_batch = whole
+        few_shot.interleaved_batch = whole
     return made.eval(), said, kinds, chunks, losses, cfg
 
 
@@ -452,11 +468,13 @@ def test_it_learns_to_name_what_it_sees():
     made, said, kinds, chunks, losses, cfg = task()
     assert losses[-1] < 0.3 * losses[0] and made.gates().abs().min() > 0
     for shots in (0, 2):
-        found = flamingo.judge(made, said, 1, chunks, said, kinds, shots, cfg, torch.device("cpu"))
+        found = few_shot.evaluate(
+            made, said, 1, chunks, said, kinds, shots, cfg, torch.device("cpu")
+        )
         assert float((found.argmax(-1) == kinds).float().mean()) > 0.9
         # Most of that it would say is a name and its end
         assert float(found.exp().sum(1).mean()) > 0.5
-    blind = flamingo.judge(
+    blind = few_shot.evaluate(
         made, said.roll(1, 0), 1, chunks, said, kinds, 0, cfg, torch.device("cpu")
     )
     assert float((blind.argmax(-1) == kinds).float().mean()) < 0.1  # it is the photo that tells
@@ -464,7 +482,7 @@ def test_it_learns_to_name_what_it_sees():
 
 def test_without_the_end_in_the_labels_no_name_ends():
     made, said, kinds, chunks, _, cfg = task(ends=False)
-    found = flamingo.judge(made, said, 1, chunks, said, kinds, 0, cfg, torch.device("cpu"))
+    found = few_shot.evaluate(made, said, 1, chunks, said, kinds, 0, cfg, torch.device("cpu"))
     assert float(found.exp().sum(1).max()) < 0.1
 
 
@@ -473,7 +491,7 @@ def test_names_after_a_remembered_prompt_score_as_in_one_reading():
     # Random language models hardly listen to earlier words; this one does
     eyes.shake(made.language, 0.1)
     features, examples = torch.randn(4, 5, 16), torch.randn(2, 5, 16)
-    found = flamingo.likelihoods(made, features, 1, chunks, [2, 0], examples)
+    found = few_shot.name_likelihoods(made, features, 1, chunks, [2, 0], examples)
     for k, name in enumerate(chunks):
         ids = torch.tensor([[1] + chunks[2] + chunks[0] + name]).expand(4, -1)
         photos = torch.cat([examples.expand(4, -1, -1, -1), features[:, None]], 1)
@@ -485,19 +503,19 @@ def test_names_after_a_remembered_prompt_score_as_in_one_reading():
         torch.testing.assert_close(
             found[:, k], log_p[:, 1 - len(name) :].sum(1), atol=1e-4, rtol=1e-5
         )
-    other = flamingo.likelihoods(made, features, 1, chunks, [2, 0], examples + 1)
+    other = few_shot.name_likelihoods(made, features, 1, chunks, [2, 0], examples + 1)
     assert (found - other).abs().max() > 0.01  # examples are read
 
 
 def test_image_attention_map_is_a_fraction_of_attention():
     made = model()
-    found = flamingo.image_attention_map(made, torch.randn(3, 4, 16), 1)
+    found = flamingo_figures.image_attention_map(made, torch.randn(3, 4, 16), 1)
     assert found.shape == (3, 4) and (found > 0).all() and (found.sum(1) < 1.0001).all()
     assert all(not cross._forward_pre_hooks for cross in made.cross)
 
 
 def test_weights_come_back_and_those_of_another_model_are_refused(tmp_path):
-    made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "seen": 12}
+    made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "latent_width": 12}
     checkpoint.write(tmp_path / "x.safetensors", made.trainable_parameters(), about)
     again = flamingo.load(tmp_path / "x.safetensors", eyes.speaker(), [IMAGE, END])
     features = torch.randn(2, 2, 4, 16)
@@ -515,7 +533,7 @@ def test_files_with_the_old_names_of_parameters_still_load(tmp_path):
     """The shipped weights are one of them."""
     shipped = checkpoint.read(flamingo.WEIGHTS)[0]
     assert flamingo.OLD_NAMES.keys() <= shipped.keys()
-    made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "seen": 12}
+    made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "latent_width": 12}
     older = {today: old for old, today in flamingo.OLD_NAMES.items()}
     tensors = {older.get(name, name): p for name, p in made.trainable_parameters().items()}
     assert "words" in tensors and "new_embeddings" not in tensors
@@ -555,11 +573,11 @@ def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
     fruit, shown = eyes.shop(), {}
     monkeypatch.setattr(flamingo.data, "groceries", lambda size: fruit)
     monkeypatch.setattr(flamingo.tower, "load", lambda *about, **more: Eye())
-    monkeypatch.setattr(flamingo.tower, "said", eyes.seen)
-    monkeypatch.setattr(flamingo, "add_words", lambda *about: [IMAGE, END])
-    monkeypatch.setattr(flamingo, "start", lambda tokenizer: 1)
+    monkeypatch.setattr(flamingo.tower, "vision_features", eyes.seen)
+    monkeypatch.setattr(few_shot, "add_words", lambda *about: [IMAGE, END])
+    monkeypatch.setattr(few_shot, "start_token", lambda tokenizer: 1)
     monkeypatch.setattr(
-        flamingo, "chunk", lambda tokenizer, name: [IMAGE, 20 + sorted(NAMED).index(name), END]
+        few_shot, "chunk", lambda tokenizer, name: [IMAGE, 20 + sorted(NAMED).index(name), END]
     )
     speaker = eyes.speaker()
     monkeypatch.setattr(flamingo.pretrained, "language_model", lambda *about: (None, speaker))
@@ -573,9 +591,9 @@ def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
         right = torch.nn.functional.one_hot(features[:, 0, 0].long() % 3, 3).float()
         return right if shots == 0 else -right  # right without examples, wrong with them
 
-    monkeypatch.setattr(flamingo, "train", train)
-    monkeypatch.setattr(flamingo, "judge", judge)
-    monkeypatch.setattr(flamingo, "draw", lambda *about: shown.update(draw=about))
+    monkeypatch.setattr(few_shot, "train", train)
+    monkeypatch.setattr(few_shot, "evaluate", judge)
+    monkeypatch.setattr(flamingo_figures, "draw", lambda *about: shown.update(draw=about))
     found = flamingo.main(
         flamingo.Config(
             language="tiny", every=1, shots=(0, 1), steps=1, judged=15, out=str(tmp_path)
@@ -611,9 +629,9 @@ def test_gates_that_never_learned_are_bars(tmp_path):
     import matplotlib.pyplot as plt
 
     figure, (one, many) = plt.subplots(1, 2)
-    flamingo.draw_gates(one, torch.tensor([[0.1, -0.2, 0.3]]), "attention")
+    flamingo_figures.draw_gates(one, torch.tensor([[0.1, -0.2, 0.3]]), "attention")
     assert [round(bar.get_height(), 3) for bar in one.patches] == [0.1, -0.2, 0.3]
-    flamingo.draw_gates(many, torch.rand(5, 3), "attention")
+    flamingo_figures.draw_gates(many, torch.rand(5, 3), "attention")
     assert (
         len([line for line in many.lines if len(line.get_xdata()) == 5]) == 3 and not many.patches
     )

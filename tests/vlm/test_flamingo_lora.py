@@ -9,7 +9,7 @@ from finetune import llama2_lora
 from tests import eyes, llamas
 from utils import data, pretrained
 from utils.run import UserError
-from vlm import flamingo, flamingo_lora, fruit_photos, tower
+from vlm import few_shot, flamingo, flamingo_lora, fruit_photos, tower
 
 IMAGE, END = 98, 99
 
@@ -17,7 +17,7 @@ IMAGE, END = 98, 99
 def model():
     torch.manual_seed(3)
     made = flamingo.Flamingo(
-        eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, seen=12
+        eyes.speaker(), [IMAGE, END], dim_in=16, every=1, latents=3, latent_width=12
     ).eval()
     eyes.shake(made.cross, 0.3)
     return made
@@ -29,7 +29,7 @@ def text():
 
 @pytest.mark.parametrize("way", flamingo_lora.WAYS)
 def test_what_learns_is_what_was_asked_for(way):
-    made = flamingo_lora.choose(model(), way, flamingo_lora.Config(rank=2))
+    made = flamingo_lora.set_trainable(model(), way, flamingo_lora.Config(rank=2))
     names = set(made.trainable_parameters())
     assert names and not any(n.startswith("language") for n in names)
     if way == "gates":
@@ -46,16 +46,16 @@ def test_lora_begins_as_nothing_moves_something_and_can_be_taken_out():
     made, features = model(), torch.randn(1, 2, 4, 16)
     with torch.no_grad():
         before = made(text(), made.resample(features))
-        flamingo_lora.choose(made, "lora", flamingo_lora.Config(rank=2))
+        flamingo_lora.set_trainable(made, "lora", flamingo_lora.Config(rank=2))
         assert len(llama2_lora.names(made.cross)) == 12
         assert torch.equal(made(text(), made.resample(features)), before)
-    loss = flamingo.loss(made, text(), text() != IMAGE, features)
+    loss = few_shot.loss(made, text(), text() != IMAGE, features)
     loss.backward()
     with torch.no_grad():
         for p in made.trainable_parameters().values():
             p.add_(torch.randn_like(p))
         assert not torch.allclose(made(text(), made.resample(features)), before, atol=1e-3)
-        assert torch.equal(flamingo_lora.unplug(made)(text(), made.resample(features)), before)
+        assert torch.equal(flamingo_lora.remove_lora(made)(text(), made.resample(features)), before)
     assert not llama2_lora.names(made)
 
 
@@ -81,7 +81,7 @@ def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_
     """The whole script before a Flamingo of a few thousand weights, whose trainings and judgements are written down."""
     tokenizer, _ = pretrained.smollm2()
     trained, judged = [], []
-    real_train, real_judge, tiny = flamingo.train, flamingo.judge, flamingo.Flamingo
+    real_train, real_judge, tiny = few_shot.train, few_shot.evaluate, flamingo.Flamingo
 
     def load(path, language, new, on):
         assert path == flamingo.WEIGHTS
@@ -110,11 +110,14 @@ def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_
     language = lambda on: (tokenizer, llamas.tiny(layers=6, vocabulary=len(tokenizer)))  # noqa: E731
     monkeypatch.setattr(pretrained, "smollm2", language)
     monkeypatch.setattr(tower, "load", lambda name, on: None)
-    monkeypatch.setattr(tower, "said", eyes.seen)
+    monkeypatch.setattr(tower, "vision_features", eyes.seen)
     monkeypatch.setattr(data, "groceries", lambda size: eyes.shop())
-    monkeypatch.setattr(flamingo, "Flamingo", partial(tiny, dim_in=16, every=3, latents=3, seen=12))
-    for name, made in (("load", load), ("train", train), ("judge", judge)):
-        monkeypatch.setattr(flamingo, name, made)
+    monkeypatch.setattr(
+        flamingo, "Flamingo", partial(tiny, dim_in=16, every=3, latents=3, latent_width=12)
+    )
+    monkeypatch.setattr(flamingo, "load", load)
+    for name, made in (("train", train), ("evaluate", judge)):
+        monkeypatch.setattr(few_shot, name, made)
     cfg = flamingo_lora.Config(
         steps=2, batch=4, longest=2, judged=8, rank=2, lr=0.25, lora_lr=0.5, out=str(tmp_path)
     )
@@ -146,7 +149,9 @@ def test_each_way_starts_alike_learns_french_at_its_rate_and_is_judged_on_other_
 
 def parameters(way, tokenizer):
     made = flamingo.Flamingo(llamas.tiny(layers=6, vocabulary=len(tokenizer)), [5, 6])
-    return list(flamingo_lora.choose(made, way, flamingo_lora.Config(rank=2)).named_parameters())
+    return list(
+        flamingo_lora.set_trainable(made, way, flamingo_lora.Config(rank=2)).named_parameters()
+    )
 
 
 @pytest.mark.long

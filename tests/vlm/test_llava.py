@@ -1,4 +1,4 @@
-"""vlm/llava.py and vlm/train.py: the library's LLaVA, any eye with any speaker, words, masks, training."""
+"""vlm/llava.py and vlm/train.py: the library's LLaVA, any vision tower and language model, masks, training."""
 
 import copy
 import json
@@ -138,12 +138,12 @@ def test_the_classic_mistakes_with_tiles_change_the_answer():
 @pytest.mark.parametrize("speaks", eyes.SPEAKERS)
 @pytest.mark.parametrize("sees", ["clip_vision_model", "dinov2_with_registers", "resnet", "swin"])
 def test_any_eye_with_any_speaker(sees, speaks):
-    eye, language = tower.VisionTower(eyes.tower(sees)), eyes.speaker(speaks)
+    vision_tower, language = tower.VisionTower(eyes.tower(sees)), eyes.speaker(speaks)
     join = llava.connector.build(
-        "mlp2x_gelu", eye.width, language.get_input_embeddings().embedding_dim
+        "mlp2x_gelu", vision_tower.width, language.get_input_embeddings().embedding_dim
     )
-    model = llava.Llava(eye, join, language, IMAGE_ID)
-    ids, pixels = prompt(model.count), torch.randn(2, 3, eye.size, eye.size)
+    model = llava.Llava(vision_tower, join, language, IMAGE_ID)
+    ids, pixels = prompt(model.count), torch.randn(2, 3, vision_tower.size, vision_tower.size)
     logits = model(ids, pixels).logits
     assert logits.shape == (*ids.shape, 100) and logits.isfinite().all()
     moved = model(ids, pixels + torch.randn_like(pixels)).logits
@@ -330,10 +330,10 @@ def test_tiles_are_those_of_the_models_own_grids(tiny, monkeypatch):
 
 
 def test_a_perceiver_with_tiles_is_refused():
-    eye, language = tower.VisionTower(eyes.tower()), eyes.speaker()
+    vision_tower, language = tower.VisionTower(eyes.tower()), eyes.speaker()
     # Sixteen latents look like a grid of four
     join = llava.connector.build("perceiver", 16, 24, latents=16)
-    model = llava.Llava(eye, join, language, IMAGE_ID)
+    model = llava.Llava(vision_tower, join, language, IMAGE_ID)
     with pytest.raises(UserError, match="perceiver's latents have none"):
         llava.see(model, torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), 4)
 
@@ -547,8 +547,8 @@ def tiny(speaker):
     language = language.float()
     # a prompt with 196 places for a photo is longer than 128
     language.config.max_position_embeddings = 512
-    eye = tower.VisionTower(eyes.tower())
-    return tokenizer, llava.build(eye, "mlp2x_gelu", language, tokenizer).eval()
+    vision_tower = tower.VisionTower(eyes.tower())
+    return tokenizer, llava.build(vision_tower, "mlp2x_gelu", language, tokenizer).eval()
 
 
 @pytest.fixture(scope="module")
@@ -590,8 +590,8 @@ def test_a_saved_folder_is_that_of_transformers(tiny, whole, parity):
 
 def test_parts_that_transformers_has_no_llava_for_come_back(tiny, tmp_path):
     tokenizer, language = tiny[0], tiny[1].language
-    eye = tower.VisionTower(eyes.tower("resnet"))
-    model = llava.build(eye, "mlp2x_gelu", language, tokenizer).eval()
+    vision_tower = tower.VisionTower(eyes.tower("resnet"))
+    model = llava.build(vision_tower, "mlp2x_gelu", language, tokenizer).eval()
     llava_io.save(model, tokenizer, tmp_path / "parts")
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["vision"] == "vision"
     _, again = llava.load(tmp_path / "parts")

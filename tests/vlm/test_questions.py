@@ -165,9 +165,9 @@ def test_choices_are_chosen_and_answers_said_of_the_right_picture(monkeypatch):
         asked.append((int(features[0, 0, 0]), question, choices))
         return torch.tensor([[-4.0, -5.0]])
 
-    monkeypatch.setattr(questions.evaluate, "likelihoods", likelihoods)
+    monkeypatch.setattr(questions.evaluate, "answer_likelihoods", likelihoods)
     said = lambda tokenizer, model, features, question: [f"y {int(features[0, 0, 0])} {question}"]  # noqa: E731
-    monkeypatch.setattr(questions.evaluate, "spoken", said)
+    monkeypatch.setattr(questions.evaluate, "generated_answers", said)
     monkeypatch.setattr(questions, "plain", lambda text, tokenizer: text)
     model = SimpleNamespace(language=torch.nn.Linear(1, 1))
     # The mean of two tokens is -2, of four -1.25: another choice
@@ -232,8 +232,13 @@ def test_the_choice_is_the_one_that_transformers_finds_likeliest(speaking, parit
     tokenizer, model = speaking
     features = torch.randn(1, 16, 16)
     choices = ["orange", "Royal Gala apple", "watermelon"]
-    mine = questions.evaluate.likelihoods(tokenizer, model, features, choices, "What is it?")[0]
-    start, theirs = questions.evaluate.asked(tokenizer, model, "What is it?", features), []
+    mine = questions.evaluate.answer_likelihoods(
+        tokenizer, model, features, choices, "What is it?"
+    )[0]
+    start, theirs = (
+        questions.evaluate.prompt_embeddings(tokenizer, model, "What is it?", features),
+        [],
+    )
     for text in choices:
         ids = tokenizer(
             f"{text}<|im_end|>", add_special_tokens=False, return_tensors="pt"
@@ -244,7 +249,7 @@ def test_the_choice_is_the_one_that_transformers_finds_likeliest(speaking, parit
             theirs.append(-model.language(inputs_embeds=whole, labels=labels).loss * ids.shape[1])
     parity(
         "Scores",
-        "evaluate.likelihoods",
+        "evaluate.answer_likelihoods",
         "transformers loss, one reading",
         mine,
         torch.stack(theirs),

@@ -185,10 +185,10 @@ def weights(cfg):
 
 
 def small(kind="llama"):
-    """An eye, a matrix, a language model, all of large random weights: a wrong neighbour is felt."""
+    """An vision_tower, a matrix, a language model, all of large random weights: a wrong neighbour is felt."""
     torch.manual_seed(4)
-    eye, join = tower.VisionTower(eyes.tower()), connector.build("linear", 16, 24)
-    model = llava.Llava(eye, join, eyes.speaker(kind), 99)
+    vision_tower, join = tower.VisionTower(eyes.tower()), connector.build("linear", 16, 24)
+    model = llava.Llava(vision_tower, join, eyes.speaker(kind), 99)
     eyes.shake(model, 0.2)
     model.language.set_attn_implementation("eager")
     return model.eval()
@@ -415,11 +415,11 @@ def test_photos_are_those_that_are_asked_for():
 def test_a_tower_that_learns_sees_pixels(tmp_path):
     for i, grey in enumerate((0, 255, 128)):
         Image.new("L", (4, 4), grey).save(tmp_path / f"{i}.png")
-    eye = tower.VisionTower(eyes.tower())
-    photos = teach.Photos([tmp_path / f"{i}.png" for i in range(3)], eye=eye)
+    vision_tower = tower.VisionTower(eyes.tower())
+    photos = teach.Photos([tmp_path / f"{i}.png" for i in range(3)], vision_tower=vision_tower)
     found = photos([2, 0, 1], np.random.default_rng(0))
     assert found.shape == (3, 3, 28, 28)
-    right = eye.pixels(
+    right = vision_tower.pixels(
         torch.tensor([128, 0, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 28, 28)
     )
     torch.testing.assert_close(found, right)
@@ -475,14 +475,14 @@ def test_deepspeed_leaves_a_frozen_tower_as_it_is(monkeypatch):
 
     monkeypatch.setattr(checkpoints.zero_config, "read", lambda cfg: {})
     monkeypatch.setattr(checkpoints.zero_config, "quiet", Casting)
-    eye = tower.load("efficientnet")
-    model = llava.Llava(eye, connector.build("linear", 1280, 24), eyes.speaker(), 99)
+    vision_tower = tower.load("efficientnet")
+    model = llava.Llava(vision_tower, connector.build("linear", 1280, 24), eyes.speaker(), 99)
     cfg = still(train_type="projector", precision="bf16", zero_stage=2)
     teach.freeze(model, cfg)
     image = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
-    before = eye(eye.pixels(image))
+    before = vision_tower(vision_tower.pixels(image))
     checkpoints.engine_of(teach.Learner(model), teach.groups(model, cfg), cfg)
-    assert torch.equal(eye(eye.pixels(image)), before)
+    assert torch.equal(vision_tower(vision_tower.pixels(image)), before)
     assert {p.dtype for p in model.connector.parameters()} == {torch.bfloat16}
     teach.freeze(model, cfg := replace(cfg, train_type="none"))
     with pytest.raises(UserError, match="--train_type none.*--precision fp32"):
@@ -532,11 +532,13 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
         return {"14 kinds": 0.5}, ["pear"] * len(chosen), None
 
     monkeypatch.setattr(evaluate, "text_loss", text_loss)
-    monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(evaluate, "evaluate_photos", judge)
     monkeypatch.setattr(
-        probe, "yardsticks", lambda eye, fruit, learn, chosen: {"yard": [learn, chosen]}
+        probe, "yardsticks", lambda vision_tower, fruit, learn, chosen: {"yard": [learn, chosen]}
     )
-    monkeypatch.setattr(tower, "said", lambda eye, images: torch.ones(len(images), 49, 1280))
+    monkeypatch.setattr(
+        tower, "vision_features", lambda vision_tower, images: torch.ones(len(images), 49, 1280)
+    )
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: None)
     fruit = data.data.groceries(224)
     found = teach.scored(replace(lesson, judged=3), tokenizer, model, tmp_path)
