@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import ddpm
+from models.batches import batches
 from models.unet import AttentionBlock, Stage
 from models.vae import kl_divergence, reparameterize
 from utils import checkpoint, data, figures, pretrained, run
@@ -200,7 +201,7 @@ def train(model, ema, optimizer, images, cfg, start=0, discriminator=None, optim
     """Steps `start` to cfg.steps; yields the loss of each. Images are mirrored at random."""
     device = next(model.parameters()).device
     classifier = pretrained.efficientnet(device)
-    for i, x in zip(range(start, cfg.steps), ddpm.batches(images, cfg.batch, cfg.seed, start)):
+    for i, x in zip(range(start, cfg.steps), batches(images, cfg.batch, cfg.seed, start)):
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
         x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(3)).to(device)
         with run.autocast(device):

@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 
 from models import quality
-from models.unet import UNet
+from models.batches import batches
+from models.digit_unet import build, check_channels
+from models.prediction_type import Predict, at, target, to_eps
+from models.training_state import TrainingState
 from models.vae import learning_rate
 from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "ddpm.safetensors"
-Predict = Literal["eps", "x0", "v"]
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,6 @@ class Schedule:
         return self
 
 
-def at(table, t):
-    """table[t] for a batch: (T,), (B,) -> (B, 1, 1, 1) in single precision, to be multiplied with images."""
-    return table[t][:, None, None, None].float()
-
-
 def add_noise(schedule, x0, t, eps):
     """Forward process q(x_t | x_0), t steps of noise at once: (B, C, H, W), (B,), (B, C, H, W) -> xt (B, C, H, W)."""
     sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
@@ -130,42 +127,11 @@ def predict_x0(schedule, xt, t, eps):
 def posterior(schedule, x0, xt, t):
     """Posterior q(x_{t-1} | x_t, x_0), a Gaussian: its mean (B, C, H, W) and variance (B, 1, 1, 1)."""
     # Eq. 7
-    mean = at(schedule.posterior_mean_coef_x0, t) * x0 + at(schedule.posterior_mean_coef_xt, t) * xt
-    variance = at(schedule.posterior_variance, t)  # Eq. 7
+    coef_x0 = at(schedule.posterior_mean_coef_x0, t)
+    coef_xt = at(schedule.posterior_mean_coef_xt, t)
+    mean = coef_x0 * x0 + coef_xt * xt
+    variance = at(schedule.posterior_variance, t)
     return mean, variance
-
-
-def check_prediction_type(predict):
-    """Raises UserError unless a network can be asked for that."""
-    run.check(
-        predict in ("eps", "x0", "v"),
-        f"a network cannot predict '{predict}'; it may be eps, x0 or v",
-    )
-
-
-def target(schedule, x0, t, eps, predict="eps"):
-    """What the network should predict: the noise, the image, or v (v-prediction)."""
-    check_prediction_type(predict)
-    if predict == "eps":
-        return eps
-    if predict == "x0":
-        return x0
-    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
-    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
-    # v-prediction: Salimans & Ho 2022, App. D
-    return sqrt_alpha_bar * eps - sqrt_one_minus_alpha_bar * x0
-
-
-def to_eps(schedule, xt, t, output, predict="eps"):
-    """The noise that the network's output stands for; exact for all three kinds of prediction."""
-    check_prediction_type(predict)
-    if predict == "eps":
-        return output
-    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
-    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
-    if predict == "x0":
-        return (xt - sqrt_alpha_bar * output) / sqrt_one_minus_alpha_bar  # Eq. 4, solved for eps
-    return sqrt_alpha_bar * output + sqrt_one_minus_alpha_bar * xt  # v-prediction
 
 
 def loss(model, schedule, x0, predict="eps", t=None, eps=None):
@@ -220,23 +186,6 @@ def sample(model, schedule, shape, predict="eps", clip=True):
         yield xt
 
 
-def shuffled(items, batch, seed=0, start=0):
-    """Batches in a new order every epoch, for ever. The seed alone sets it: `start` goes on where it broke off."""
-    per_epoch = len(items) // batch  # batches
-    run.check(per_epoch > 0, f"--batch {batch} is more than the {len(items)} images there are")
-    while True:
-        epoch = start // per_epoch
-        first = start % per_epoch * batch
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed + epoch))
-        yield items[order[first : first + batch]]
-        start += 1
-
-
-def batches(images, batch, seed=0, start=0):
-    """Shuffled batches of uint8 images as floats in [-1, 1]."""
-    return map(data.to_float, shuffled(images, batch, seed, start))
-
-
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Exponential moving average (EMA) of the weights: ema <- decay * ema + (1 - decay) * model."""
@@ -264,21 +213,6 @@ def train(model, ema, optimizer, schedule, images, cfg, start=0):
         yield value.item()
 
 
-def check_channels(channels):
-    """Raises UserError if there is no such U-Net for digits."""
-    run.check(
-        1 <= len(channels) <= 2,
-        "--channels takes one or two widths: 14 x 14 positions can be halved once",
-    )
-
-
-def build(channels, layers, **_):
-    """The U-Net of this chapter: pixels folded 2 x 2, attention at the coarsest resolution."""
-    check_channels(channels)
-    attention = [i == len(channels) - 1 for i in range(len(channels))]  # one per resolution
-    return UNet(1, channels, layers, attention, patch=2)
-
-
 def load(path, device="cpu"):
     """Weights written by this script -> (model, schedule, predict), ready to sample."""
     model, meta = checkpoint.load_model(path, build, device)
@@ -288,10 +222,8 @@ def load(path, device="cpu"):
 
 def main(cfg: Config) -> dict:
     """Train (or load), sample, measure; writes the digits, the film strip, the loss curve and the weights."""
-    run.check(
-        min(cfg.steps, cfg.batch, cfg.layers) > 0,
-        "--steps, --batch and --layers must be at least 1",
-    )
+    sizes = (cfg.steps, cfg.batch, cfg.layers)
+    run.check(min(sizes) > 0, "--steps, --batch and --layers must be at least 1")
     run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
     run.check(
         0 < cfg.lr < math.inf and 0 <= cfg.ema < 1,
@@ -318,32 +250,20 @@ def main(cfg: Config) -> dict:
         model = build(**asdict(cfg)).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
-        losses = []
-
-        # checkpoints: all that a resumed run needs to go on bit for bit
-        state = folder / "state.safetensors"
-        parts = {"model": model, "ema": ema, "optimizer": optimizer}
-        if cfg.resume:
-            before = checkpoint.load_state(state, cfg, **parts)
-            losses = before["losses"]
-            clock = run.Clock(before["seconds"])
-
-        def save():
-            checkpoint.save_state(
-                state, **parts, losses=losses, seconds=clock(), config=asdict(cfg)
-            )
+        # all that a resumed run needs to go on bit for bit
+        state = TrainingState(folder, cfg, clock, model=model, ema=ema, optimizer=optimizer)
+        start = len(state.losses)
 
         # train
         images, _ = data.mnist("train")
-        steps = train(model, ema, optimizer, schedule, images, cfg, len(losses))
-        for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
-            losses.append(value)
-        save()
-        metrics["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
-        metrics["train_seconds"] = clock()
-        figures.curves(
-            folder / "loss.png", {"loss": losses}, "step", f"squared error of {predict}", smooth=50
-        )
+        steps = train(model, ema, optimizer, schedule, images, cfg, start)
+        for value in run.progress(steps, cfg.steps, start, cfg.save_every, state.save):
+            state.losses.append(value)
+        state.save()
+        metrics["final_loss"] = state.final_loss()
+        metrics["train_seconds"] = state.clock()
+        label = f"squared error of {predict}"
+        figures.curves(folder / "loss.png", {"loss": state.losses}, "step", label, smooth=50)
 
         # the EMA is what is kept and sampled from
         checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))

@@ -30,6 +30,7 @@ from einops import rearrange
 from torch import nn
 
 from models import ddim, ddpm, quality
+from models.batches import shuffled
 from models.unet import Attention, TimeEmbedding, timestep_embedding
 from utils import checkpoint, data, figures, run
 
@@ -181,7 +182,7 @@ def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
     """Steps `start` to cfg.steps of ddpm's Algorithm 1, with labels; yields the loss of each."""
     device = schedule.beta.device
     null = model.label.num_embeddings - 1
-    picks = ddpm.shuffled(torch.arange(len(images)), cfg.batch, cfg.seed, start)
+    picks = shuffled(torch.arange(len(images)), cfg.batch, cfg.seed, start)
     for i, pick in zip(range(start, cfg.steps), picks):
         # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)

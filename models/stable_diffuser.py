@@ -30,6 +30,7 @@ import tyro
 from torch.nn.parallel import DistributedDataParallel
 
 from models import autoencoder, ddim, ddpm, quality
+from models.batches import shuffled
 from models.unet import UNet
 from utils import checkpoint, data, figures, pretrained, run
 from utils.text import plain, printable
@@ -136,7 +137,7 @@ def train(
     """
     device = schedule.beta.device
     numbers = torch.arange(len(latents))
-    for i, pick in zip(range(start, cfg.steps), ddpm.shuffled(numbers, cfg.batch, cfg.seed, start)):
+    for i, pick in zip(range(start, cfg.steps), shuffled(numbers, cfg.batch, cfg.seed, start)):
         # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
         # all that is random, drawn for the whole batch: time steps, noise, which captions are dropped for guidance

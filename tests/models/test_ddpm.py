@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models import ddpm, quality, vae
+from models.batches import batches
 from tests.conftest import ROOT
 from utils import checkpoint, data, figures, run
 from utils.run import UserError
@@ -156,14 +157,14 @@ def test_no_noise_at_the_last_step():
 
 
 def test_images_are_in_minus_one_to_one():
-    x = next(ddpm.batches(data.mnist("test")[0], 256))
+    x = next(batches(data.mnist("test")[0], 256))
     assert x.min() == -1 and x.max() == 1
 
 
 def test_batches_go_on_where_they_broke_off():
     x = torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)
-    whole = [b for b, _ in zip(ddpm.batches(x, 3, seed=1), range(8))]
-    rest = [b for b, _ in zip(ddpm.batches(x, 3, seed=1, start=5), range(3))]
+    whole = [b for b, _ in zip(batches(x, 3, seed=1), range(8))]
+    rest = [b for b, _ in zip(batches(x, 3, seed=1, start=5), range(3))]
     assert all(torch.equal(a, b) for a, b in zip(whole[5:], rest))
     assert not torch.equal(whole[0], whole[3])  # the second epoch has another order
     assert len(torch.cat(whole[:3])[:, 0, 0, 0].unique()) == 9  # and no image comes twice in one
