@@ -11,19 +11,16 @@ Shapes: B or N images, D = 64 features, K = 10 classes.
     python models/quality.py --pretrained   # only the scores
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import nn
 
-from utils import assets, checkpoint, data, figures, pretrained, run
+from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "quality.safetensors"
 
@@ -146,52 +143,6 @@ def judge(device="cpu"):
         return score(model, images.float(), real) | {"frechet_of_real": floor}
 
     return scores
-
-
-# Text to image: does a picture show its prompt? Asked in the features of an ImageNet classifier, EfficientNet-lite0.
-
-# Where emoji have them on the circle of colours
-HUES = {"red": 0.0, "green": 1 / 3, "blue": 0.58, "yellow": 0.14}
-
-
-def picture_features(images):
-    """(N, 3, H, W) in [-1, 1] or uint8 -> unit vectors (N, 1280)."""
-    network, parts = pretrained.efficientnet(), images.split(16)
-    shown = run.bar(parts, len(parts), name="features") if len(parts) > 4 else parts
-    return F.normalize(torch.cat([pretrained.efficientnet_features(network, x) for x in shown]))
-
-
-def emoji_features(images):
-    """The same for the whole emoji set, which takes a minute: kept in the cache, by the hash of the pictures."""
-    key = hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:16]
-    path = assets.cache() / f"efficientnet-emoji-{key}.safetensors"
-    if not path.exists():
-        checkpoint.write(path, {"features": picture_features(images)})
-    return checkpoint.read(path)[0]["features"]
-
-
-def cosine(x, y):
-    """Similarity of unit vectors, row by row: (N, D), (N, D) -> (N,)."""
-    return (x * y).sum(-1)
-
-
-def nearest_rank(drawn, features, index):
-    """How many emoji are nearer to a picture than the one it should show: (N, D), (M, D), (N,) -> (N,); 0 is best."""
-    similarity = drawn @ features.T
-    return (similarity > similarity.gather(1, index[:, None])).sum(1)
-
-
-def hue(image):
-    """The word of HUES for the colour of most of the picture (3, H, W) in [-1, 1]; "" if it is grey."""
-    rgb = data.to_uint8(image).permute(1, 2, 0).numpy()
-    hsv = np.array(Image.fromarray(rgb).convert("HSV"))
-    h, s, _ = (torch.from_numpy(hsv).float() / 255).unbind(-1)
-    strong = s > 0.4
-    if strong.float().mean() < 0.02:
-        return ""
-    votes = {word: ((h[strong] - at + 0.5) % 1 - 0.5).abs() for word, at in HUES.items()}
-    nearest = torch.stack(list(votes.values())).argmin(0).bincount(minlength=len(HUES))
-    return list(HUES)[int(nearest.argmax())]
 
 
 def not_digits(x):

@@ -19,7 +19,6 @@ schedule (see ddpm.py).
 import copy
 import math
 import os
-import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,11 +28,13 @@ import torch.distributed as dist
 import tyro
 from torch.nn.parallel import DistributedDataParallel
 
-from models import autoencoder, ddim, ddpm, quality
+from models import autoencoder, ddim, ddpm
 from models.batches import shuffled
+from models.prompt_alignment import evaluate, guidance_rows
+from models.text_encoder import TextEncoder
+from models.training_state import TrainingState
 from models.unet import UNet
-from utils import checkpoint, data, figures, pretrained, run
-from utils.text import plain, printable
+from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "stable_diffuser.safetensors"
 
@@ -60,38 +61,11 @@ class Config:
     out: str = "outputs/stable_diffuser"  # where the results go
 
 
-class TextEncoder:
-    """Captions -> word features (N, L, E) and a mask (N, L), True where there is a word. Sec. 3.3's tau, frozen.
-
-    Raises UserError for a caption of more than L tokens, of which two are the marks of start and end.
-    """
-
-    def __init__(self, device="cpu", words=16):
-        self.tokenizer, self.model = pretrained.minilm(device)
-        self.words = words
-
-    @torch.no_grad()
-    def __call__(self, captions, batch=256):
-        states, masks = [], []
-        for i in range(0, len(captions), batch):
-            part = [plain(caption, self.tokenizer) for caption in captions[i : i + batch]]
-            tokens = self.tokenizer(
-                part, padding="max_length", max_length=self.words, verbose=False
-            )
-            for caption, ids in zip(part, tokens["input_ids"]):
-                needed = f"has {len(ids) - 2} tokens and the network reads {self.words - 2}: say it shorter"
-                run.check(len(ids) <= self.words, f'"{printable(caption)}" {needed}')
-            tokens = tokens.convert_to_tensors("pt").to(self.model.device)
-            states.append(self.model(**tokens).last_hidden_state)
-            masks.append(tokens["attention_mask"].bool())
-        return torch.cat(states), torch.cat(masks)
-
-
 def drop_text(words, mask, empty, empty_mask, dropped):
     """Replace the caption by the empty one where `dropped` (B,) is True. Ho & Salimans 2022, Algorithm 1."""
-    return torch.where(dropped[:, None, None], empty, words), torch.where(
-        dropped[:, None], empty_mask, mask
-    )
+    words = torch.where(dropped[:, None, None], empty, words)
+    mask = torch.where(dropped[:, None], empty_mask, mask)
+    return words, mask
 
 
 def classifier_free_guidance(model, words, mask, empty, empty_mask, guidance_scale):
@@ -145,10 +119,8 @@ def train(
         eps = torch.randn(cfg.batch, *latents.shape[1:])
         dropped = torch.rand(cfg.batch) < cfg.drop_text
         # the part of this process
-        z0, w, m, t, eps, dropped = (
-            x[rank::world].to(device)
-            for x in (latents[pick], words[pick], mask[pick], t, eps, dropped)
-        )
+        batch = (latents[pick], words[pick], mask[pick], t, eps, dropped)
+        z0, w, m, t, eps, dropped = (x[rank::world].to(device) for x in batch)
         w, m = drop_text(w, m, *empty, dropped=dropped)
         # forward pass and loss, matrix products in bf16
         with run.autocast(device):
@@ -169,8 +141,11 @@ def processes(device):
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def build(channels, latent, **_):
@@ -196,71 +171,21 @@ class Painter:
     def draw(self, prompts, noise, guidance_scale=3.0, n=50, negative=""):
         """Prompts, noise (B, D, h, w) -> images (B, 3, H, W) in [-1, 1]."""
         device = self.schedule.beta.device
-        text, empty = self.text(list(prompts)), self.text([negative])
+        text = self.text(list(prompts))
+        empty = self.text([negative])
         with run.autocast(device), torch.no_grad():
-            chain = sample(
-                self.model, self.schedule, noise.to(device), *text, *empty, guidance_scale, n
-            )
+            network = (self.model, self.schedule)
+            chain = sample(*network, noise.to(device), *text, *empty, guidance_scale, n)
             z0 = ddim.last(run.bar(chain, n + 1, name="sample")).float()
         return autoencoder.decode_all(self.decoder, z0 / self.scale)
 
 
-def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
-    """Do pictures show their prompt? -> metrics, figures {file: (rows {label: images}, titles of the columns)}."""
-    seen, unseen = (
-        torch.tensor([i for i, h in enumerate(held_out) if h == kind]) for kind in (False, True)
-    )
-    seen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:count]]
-    unseen = unseen[torch.randperm(len(unseen), generator=torch.Generator().manual_seed(0))[:count]]
-    noise = torch.randn(count, *shape)
-    drawn, new = (
-        painter.draw(
-            [captions[i] for i in pick], noise[: len(pick)], cfg.guidance_scale, cfg.sampling_steps
-        )
-        for pick in (seen, unseen)
-    )
-    features = quality.emoji_features(images)
-    ranks = quality.nearest_rank(quality.picture_features(drawn), features, seen)
-    truth, other = (
-        quality.cosine(quality.picture_features(new), features[pick])
-        for pick in (unseen, unseen.roll(1))
-    )
-    pairs = [(colour, thing) for colour in quality.HUES for thing in ("heart", "circle", "book")]
-    prompts = [" ".join(pair) for pair in pairs]
-    coloured = painter.draw(prompts, noise[: len(pairs)], cfg.guidance_scale, cfg.sampling_steps)
-    metrics = {
-        "seen_top1": float((ranks == 0).float().mean()), "seen_top10": float((ranks < 10).float().mean()),
-        "chance_top1": 1 / len(images), "chance_top10": 10 / len(images),
-        "held_out_similarity": float(truth.mean()), "random_similarity": float(other.mean()),
-        "held_out_closer_than_random": float((truth > other).float().mean()),
-        "colours_right": sum(quality.hue(x) == c for x, (c, _) in zip(coloured, pairs)) / len(pairs),
-    }  # fmt: skip
-    true, wrapped = data.to_float(images), [textwrap.fill(c, 12) for c in captions]
-    return metrics, {
-        "seen.png": (
-            {"drawn": drawn[:12], "true": true[seen[:12]]},
-            [wrapped[i] for i in seen[:12]],
-        ),
-        "held_out.png": (
-            {"drawn": new[:12], "true": true[unseen[:12]]},
-            [wrapped[i] for i in unseen[:12]],
-        ),
-        "colours.png": (
-            {x: coloured[i::3] for i, x in enumerate(("heart", "circle", "book"))},
-            list(quality.HUES),
-        ),
-    }
-
-
-def main(cfg: Config) -> dict:
-    """Train (or load), draw, measure; process 0 writes the weights and the pictures."""
-    device = run.device(cfg.device)
-    rank, world = processes(device)
+def check_flags(cfg, world):
+    """Raises UserError for flags that make no sense, alone or together, on `world` processes."""
     sizes = (cfg.steps, cfg.batch, cfg.sampling_steps)
     run.check(min(sizes) > 0, "--steps, --batch and --sampling-steps must be at least 1")
-    run.check(
-        cfg.sampling_steps <= 1000, "--sampling-steps: the schedule has 1000 steps and no more"
-    )
+    most = "--sampling-steps: the schedule has 1000 steps and no more"
+    run.check(cfg.sampling_steps <= 1000, most)
     run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.check(
         not (cfg.pretrained and cfg.autoencoder),
@@ -275,94 +200,95 @@ def main(cfg: Config) -> dict:
     run.check(cfg.guidance_scale > 1 or not cfg.negative, needed)
     run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
     for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
-        run.check(
-            not words or words.strip(), f"{flag} is blank: name what to draw, or leave it out"
-        )
-    run.check(
-        cfg.channels and all(c > 0 and c % 32 == 0 for c in cfg.channels),
-        "--channels must be multiples of 32",
-    )
-    run.seed(cfg.seed)
-    coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
-    text, schedule = TextEncoder(device), ddpm.Schedule(kind="cosine").to(device)
-    text([cfg.prompt, cfg.negative])  # too long is said now, not after the training
-    shape = tuple(coder.encode(torch.zeros(1, 3, 64, 64, device=device))[0].shape[1:])
-    halvings = len(cfg.channels) - 1
+        blank = words and not words.strip()
+        run.check(not blank, f"{flag} is blank: name what to draw, or leave it out")
+    multiples = all(c > 0 and c % 32 == 0 for c in cfg.channels)
+    run.check(cfg.channels and multiples, "--channels must be multiples of 32")
+
+
+def latent_shape(coder, channels, device):
+    """(D, h, w) of the latents of a picture. Raises UserError if the U-Net cannot halve them so often."""
+    mean, _ = coder.encode(torch.zeros(1, 3, 64, 64, device=device))
+    shape = tuple(mean.shape[1:])
+    halvings = len(channels) - 1
     halved = f"--channels: latents of {shape[1]} x {shape[2]}, folded 2 x 2, cannot be halved {halvings} times"
-    run.check(shape[1] % 2 ** len(cfg.channels) == 0, halved)
-    folder, clock = run.output(cfg.out, cfg), run.Clock()
+    run.check(shape[1] % 2 ** len(channels) == 0, halved)
+    return shape
+
+
+def main(cfg: Config) -> dict:
+    """Train (or load), draw, measure; process 0 writes the weights and the pictures."""
+    device = run.device(cfg.device)
+    rank, world = processes(device)
+    check_flags(cfg, world)
+    run.seed(cfg.seed)
+
+    # the two networks that are trained already, and the noise schedule
+    coder, scale = autoencoder.load(cfg.autoencoder or autoencoder.WEIGHTS, device)
+    text = TextEncoder(device)
+    text([cfg.prompt, cfg.negative])  # too long is said now, not after the training
+    shape = latent_shape(coder, cfg.channels, device)
+    schedule = ddpm.Schedule(kind="cosine").to(device)
+
+    # data: emoji and their names, a tenth of them held out
+    folder = run.output(cfg.out, cfg)
+    clock = run.Clock()
     images, captions, _ = data.emoji(64)
     held_out = torch.tensor(autoencoder.split(captions))
-    metrics, state = {}, folder / "state.safetensors"
+    metrics = {}
+
     if cfg.pretrained:
         model = load(WEIGHTS, device)
     else:
+        # what the U-Net learns from: latents, scaled to variance 1, and the words of each caption
         latents = autoencoder.encode_all(coder, images[~held_out]) * scale
-        words, mask = (x.cpu() for x in text([c for c, h in zip(captions, held_out) if not h]))
+        words, mask = text([c for c, h in zip(captions, held_out) if not h])
+        learn = (latents, words.cpu(), mask.cpu(), text([""]))
+        # model, its EMA, optimizer, and all that a resumed run needs to go on bit for bit
         model = build(cfg.channels, shape[0]).to(device)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
-        parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
-        if cfg.resume:
-            before = checkpoint.load_state(state, cfg, **parts)
-            losses, clock = before["losses"], run.Clock(before["seconds"])
-        values = {"losses": losses, "config": asdict(cfg)}
+        state = TrainingState(folder, cfg, clock, model=model, ema=ema, optimizer=optimizer)
+        start = len(state.losses)
 
-        def save():
-            if rank == 0:
-                checkpoint.save_state(state, **parts, **values, seconds=clock())
-
+        # train; process 0 saves
         shared = DistributedDataParallel(model) if world > 1 else model
-        steps = train(
-            shared,
-            ema,
-            optimizer,
-            schedule,
-            latents,
-            words,
-            mask,
-            text([""]),
-            cfg,
-            len(losses),
-            rank,
-            world,
-        )
-        for value in run.progress(steps, cfg.steps, len(losses), 500, save):
-            losses.append(value)
-        save()
-        metrics |= {
-            "final_loss": sum(losses[-100:]) / len(losses[-100:]),
-            "train_seconds": clock(),
-            "processes": world,
-        }
+        steps = train(shared, ema, optimizer, schedule, *learn, cfg, start, rank, world)
+        save = state.save if rank == 0 else None
+        for value in run.progress(steps, cfg.steps, start, 500, save):
+            state.losses.append(value)
+        metrics["final_loss"] = state.final_loss()
+        metrics["train_seconds"] = state.clock()
+        metrics["processes"] = world
+
+        # the EMA is what is kept and draws
         model = ema
         if rank == 0:
-            figures.curves(
-                folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50
-            )
-            checkpoint.write(
-                folder / "model.safetensors", ema.state_dict(), asdict(cfg) | {"latent": shape[0]}
-            )
+            state.save()
+            figure = folder / "loss.png"
+            figures.curves(figure, {"loss": state.losses}, "step", "squared error of v", smooth=50)
+            meta = asdict(cfg) | {"latent": shape[0]}
+            checkpoint.write(folder / "model.safetensors", ema.state_dict(), meta)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank > 0:
         return metrics
+
+    # draw the prompt that was asked for
     painter = Painter(model, coder, scale, text, schedule)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    noise, clock = torch.randn(8, *shape), run.Clock()
+    noise = torch.randn(8, *shape)
+    clock = run.Clock()
     if cfg.prompt:
-        pictures = painter.draw(
-            [cfg.prompt] * 8, noise, cfg.guidance_scale, cfg.sampling_steps, cfg.negative
-        )
+        flags = (cfg.guidance_scale, cfg.sampling_steps, cfg.negative)
+        pictures = painter.draw([cfg.prompt] * 8, noise, *flags)
         figures.grid(folder / "prompt.png", pictures, 4, scale=3)
         metrics["sample_seconds"] = clock()
         return run.report(folder, metrics, then=f"open {folder}/prompt.png")
+
+    # or draw known prompts: do the pictures show them, and what does guidance do?
     scores, pictures = evaluate(painter, images, captions, held_out.tolist(), shape, cfg)
-    scales = (1.0, 2.0, 3.0, 5.0, 8.0)
-    prompts = ["red apple", "blue heart", "cat face", "crying face"]
-    prompts += ["evergreen tree", "flag: japan", "yellow circle", "umbrella"]
-    drawn = {f"scale {s:g}": painter.draw(prompts, noise, s, cfg.sampling_steps) for s in scales}
-    pictures["guidance.png"] = drawn, [p.replace(" ", "\n") for p in prompts]
+    pictures["guidance.png"] = guidance_rows(painter, noise, cfg)
     for name, (rows, titles) in pictures.items():
         figures.rows(folder / name, rows, titles)
     then = f'open {folder}/guidance.png; then add --pretrained --prompt "red apple"'

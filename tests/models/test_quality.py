@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import quality
+from models import prompt_alignment, quality
 from tests.models.test_ddpm import one_line
 from utils import checkpoint, data, figures
 from utils.run import UserError
@@ -287,19 +287,19 @@ def test_bad_input(args, tmp_path, monkeypatch, capsys):
 
 def test_hue_names_the_colour_of_most_of_a_picture():
     picture = torch.ones(3, 10, 10)
-    assert quality.hue(picture) == ""  # white
+    assert prompt_alignment.hue(picture) == ""  # white
     picture[:, 3:] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
-    assert quality.hue(picture) == "red"
+    assert prompt_alignment.hue(picture) == "red"
     picture[:, 3:] = torch.tensor([1.0, -1.0, -0.8])[:, None, None]  # 0.98 of the circle, next to 0
-    assert quality.hue(picture) == "red"
+    assert prompt_alignment.hue(picture) == "red"
     picture[:, 5:] = torch.tensor([-1.0, 1.0, -1.0])[:, None, None]
-    assert quality.hue(picture) == "green"
+    assert prompt_alignment.hue(picture) == "green"
 
 
-def test_nearest_rank_counts_who_is_nearer():
+def test_retrieval_rank_counts_who_is_nearer():
     features = torch.eye(4)
     drawn = torch.tensor([[0.9, 0.3, 0.2, 0.1], [0.9, 0.3, 0.2, 0.1]])
-    assert quality.nearest_rank(drawn, features, torch.tensor([0, 2])).tolist() == [0, 2]
+    assert prompt_alignment.retrieval_rank(drawn, features, torch.tensor([0, 2])).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

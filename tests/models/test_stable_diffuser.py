@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from models import autoencoder, ddim, ddpm, quality, stable_diffuser
+from models import autoencoder, ddim, ddpm, prompt_alignment, stable_diffuser
 from models.unet import UNet
 from tests.conftest import ROOT
 from tests.models.test_ddpm import OneWeight, command, followed, one_line, only_noise, part_of, same
@@ -396,7 +396,7 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
             return torch.stack([true.get(p, c) for p, c in zip(prompts, plain)])
 
     held_out = [i % 4 == 0 for i in range(24)]
-    scores, pictures = stable_diffuser.evaluate(
+    scores, pictures = prompt_alignment.evaluate(
         Knows(), images, captions, held_out, (4, 16, 16), stable_diffuser.Config(), 6
     )
     assert scores["seen_top1"] == scores["seen_top10"] == scores["colours_right"] == 1
@@ -416,12 +416,16 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
 
 def test_features_of_other_pictures_are_not_taken_from_the_cache(monkeypatch, tmp_path):
     """As many pictures, but others: each set has an entry of its own."""
-    monkeypatch.setattr(quality.assets, "cache", lambda: tmp_path)
-    monkeypatch.setattr(quality, "picture_features", lambda images: images.float().mean((2, 3)))
+    monkeypatch.setattr(prompt_alignment.assets, "cache", lambda: tmp_path)
+    monkeypatch.setattr(
+        prompt_alignment, "picture_features", lambda images: images.float().mean((2, 3))
+    )
     a, b = torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.ones(3, 3, 4, 4, dtype=torch.uint8)
-    assert (quality.emoji_features(a) == 0).all() and (quality.emoji_features(b) == 1).all()
-    monkeypatch.setattr(quality, "picture_features", None)
-    assert (quality.emoji_features(a) == 0).all()
+    assert (prompt_alignment.emoji_features(a) == 0).all() and (
+        prompt_alignment.emoji_features(b) == 1
+    ).all()
+    monkeypatch.setattr(prompt_alignment, "picture_features", None)
+    assert (prompt_alignment.emoji_features(a) == 0).all()
 
 
 TINY = "--steps 3 --batch 4 --channels 32 32 --sampling-steps 2 --prompt x".split()
