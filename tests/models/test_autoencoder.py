@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models import autoencoder, ddpm
+from models import adversarial_loss, autoencoder, ddpm, perceptual_loss
 from models.autoencoder import Autoencoder
 from tests.conftest import gradients
 from tests.models.test_ddpm import command, one_line, part_of, same
@@ -61,24 +61,24 @@ def test_perceptual_distance_sees_what_l1_does_not():
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     brighter = x + (blurred - x).abs().mean()
     distance = [
-        float(autoencoder.perceptual_distance(classifier, x, y)) for y in (x, blurred, brighter)
+        float(perceptual_loss.perceptual_distance(classifier, x, y)) for y in (x, blurred, brighter)
     ]
     assert distance[0] < 1e-6 and distance[1] > 2 * distance[2] > 0
 
 
 def test_features_are_compared_as_unit_vectors(monkeypatch):
     """Three times the same features is no distance; at a right angle it is 2, at each place, in each map."""
-    monkeypatch.setattr(autoencoder, "features", lambda classifier, x: [x, 5 * x])
+    monkeypatch.setattr(perceptual_loss, "features", lambda classifier, x: [x, 5 * x])
     a, b = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     a[:, 0], b[:, 1] = 0.3, 7.0
-    assert float(autoencoder.perceptual_distance(None, a, 3 * a)) < 1e-6
-    assert float(autoencoder.perceptual_distance(None, a, b)) == pytest.approx(4.0)  # two maps
+    assert float(perceptual_loss.perceptual_distance(None, a, 3 * a)) < 1e-6
+    assert float(perceptual_loss.perceptual_distance(None, a, b)) == pytest.approx(4.0)  # two maps
     b[:, :, 2:] = a[:, :, 2:]  # half of the places are alike
-    assert float(autoencoder.perceptual_distance(None, a, b)) == pytest.approx(2.0)
+    assert float(perceptual_loss.perceptual_distance(None, a, b)) == pytest.approx(2.0)
 
 
 def test_features_are_those_of_the_stem_and_of_strides_4_8_16():
-    maps = autoencoder.features(pretrained.efficientnet(), torch.zeros(1, 3, 64, 64))
+    maps = perceptual_loss.features(pretrained.efficientnet(), torch.zeros(1, 3, 64, 64))
     assert [m.shape[-1] for m in maps] == [32, 16, 8, 4] and float(maps[0].min()) >= 0
 
 
@@ -262,15 +262,17 @@ def test_adaptive_weight_balances_the_gradients():
     """Esser et al., Eq. 7: weighted so, the adversarial loss pulls at the last layer as hard as the reconstruction."""
     w = torch.randn(5, requires_grad=True)
     a, b = (w * 3).sum(), (w**2).sum() * 40
-    weight = autoencoder.adaptive_weight(a, b, w)
+    weight = adversarial_loss.adaptive_weight(a, b, w)
     grad = torch.autograd.grad(weight * b, w)[0]
     torch.testing.assert_close(grad.norm(), torch.tensor(3 * 5**0.5), rtol=1e-3, atol=0)
 
 
 def test_discriminator_loss_is_hinge():
-    assert float(autoencoder.discriminator_loss(torch.tensor([2.0]), torch.tensor([-2.0]))) == 0
-    assert float(autoencoder.discriminator_loss(torch.tensor([0.0]), torch.tensor([0.0]))) == 1
-    assert autoencoder.Discriminator()(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 8, 8)
+    assert (
+        float(adversarial_loss.discriminator_loss(torch.tensor([2.0]), torch.tensor([-2.0]))) == 0
+    )
+    assert float(adversarial_loss.discriminator_loss(torch.tensor([0.0]), torch.tensor([0.0]))) == 1
+    assert adversarial_loss.Discriminator()(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 8, 8)
 
 
 def test_scaled_latents_have_variance_one():
