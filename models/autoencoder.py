@@ -230,8 +230,7 @@ def main(cfg: Config) -> dict:
         model = ema
         scale = scale_factor(encode_all(ema, images[~held_out]))
         metrics["train_seconds"] = state.clock()
-        figure = folder / "loss.png"
-        figures.curves(figure, {"loss": state.losses}, "step", "L1 + perceptual", smooth=50)
+        state.draw_losses("L1 + perceptual")
         meta = asdict(cfg) | {"scale": scale}
         checkpoint.write(folder / "model.safetensors", model.state_dict(), meta)
 

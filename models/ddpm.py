@@ -262,8 +262,7 @@ def main(cfg: Config) -> dict:
         state.save()
         metrics["final_loss"] = state.final_loss()
         metrics["train_seconds"] = state.clock()
-        label = f"squared error of {predict}"
-        figures.curves(folder / "loss.png", {"loss": state.losses}, "step", label, smooth=50)
+        state.draw_losses(f"squared error of {predict}")
 
         # the EMA is what is kept and sampled from
         checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))

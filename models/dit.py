@@ -31,8 +31,10 @@ from torch import nn
 
 from models import ddim, ddpm, quality
 from models.batches import shuffled
+from models.guidance_study import accuracy, draw
+from models.training_state import TrainingState
 from models.unet import Attention, TimeEmbedding, timestep_embedding
-from utils import checkpoint, data, figures, run
+from utils import checkpoint, data, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "dit.safetensors"
 SIZES = {  # blocks, width D, heads: Table 1, and one small enough for a laptop
@@ -42,6 +44,7 @@ SIZES = {  # blocks, width D, heads: Table 1, and one small enough for a laptop
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+SCALES = (1, 1.5, 2, 3, 4, 6)  # of guidance, compared by default
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,11 @@ class Config:
     lr: float = 3e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     size: str = "tiny"  # tiny, or the paper's S, B, L, XL
     patch: int = 4  # side of a patch in pixels; half of it is four times the tokens
-    # share of labels hidden in training, so that the network also learns "no class"
+    # conditioning dropout: share of labels replaced by "no class", which guidance needs
     dropout: float = 0.1
     ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
     # classifier-free guidance scales to compare; 1 is no guidance
-    guidance_scale: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--guidance"])] = (
-        1,
-        1.5,
-        2,
-        3,
-        4,
-        6,
-    )
+    guidance_scale: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--guidance"])] = SCALES
     samples: int = 100  # digits to sample and measure at each guidance scale
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
@@ -75,13 +71,15 @@ class Config:
 
 
 def position_embedding(dim, size):
-    """Where a token stands, in sines and cosines of its column and its row: (size * size, dim). Sec. 3.2, as in MAE."""
+    """Position embedding: sines and cosines of the column and the row of a token, (size * size, dim). Sec. 3.2."""
     run.check(dim % 4 == 0, f"a width of {dim} is no multiple of 4: sines, cosines, columns, rows")
     frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(size)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # (size, dim / 2)
-    # Column first
-    return torch.cat([line.repeat(size, 1), line.repeat_interleave(size, 0)], dim=-1)
+    # column first, as in MAE
+    column = line.repeat(size, 1)
+    row = line.repeat_interleave(size, 0)
+    return torch.cat([column, row], dim=-1)
 
 
 def modulate(x, shift, scale):
@@ -94,9 +92,8 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = (
-            nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2)
-        )
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(width, width // heads, bias=True)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
@@ -104,10 +101,14 @@ class Block(nn.Module):
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        # beta, gamma, alpha
+        # adaLN-Zero: beta, gamma, alpha of attention and MLP, all from the condition
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        # attention
+        y = modulate(self.norm1(x), shift1, scale1)
+        x = x + gate1 * self.attention(y)
+        # feed-forward network
+        y = modulate(self.norm2(x), shift2, scale2)
+        return x + gate2 * self.mlp(y)
 
 
 class DiT(nn.Module):
@@ -115,9 +116,10 @@ class DiT(nn.Module):
 
     def __init__(self, depth, width, heads, patch, image=28, channels=1, classes=10):
         super().__init__()
-        self.patch, self.side = patch, image // patch
+        self.patch = patch
+        self.side = image // patch
         self.embed = nn.Linear(channels * patch**2, width)
-        # Not learned
+        # not learned
         self.register_buffer("position", position_embedding(width, self.side), persistent=False)
         self.time = TimeEmbedding(256, width)
         self.label = nn.Embedding(classes + 1, width)
@@ -129,11 +131,13 @@ class DiT(nn.Module):
 
     def initialise(self):
         """As the authors' code: zero gates make a block the identity, a zero head the output zero. Sec. 3.2."""
+        # linear layers, then the embeddings of class and time step
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         for layer in (self.label, self.time.linear_1, self.time.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
+        # shifts, scales and gates, and the head
         adaln = [m.adaln[1] for m in self.modules() if isinstance(m, (Block, DiT))]
         for linear in (*adaln, self.head):
             nn.init.zeros_(linear.weight)
@@ -142,18 +146,19 @@ class DiT(nn.Module):
         # "patchify", Fig. 4
         x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         x = self.embed(x) + self.position  # (B, N, D)
+        # the condition: time step and class
         c = self.time(timestep_embedding(t, 256)) + self.label(y)  # (B, D)
         for block in self.blocks:
             x = block(x, c)
-        # (B, N, P P C)
-        x = self.head(modulate(self.norm(x), *self.adaln(c)[:, None].chunk(2, dim=-1)))
-        return rearrange(
-            x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=self.patch, q=self.patch
-        )
+        # "linear and reshape": tokens to pixels
+        shift, scale = self.adaln(c)[:, None].chunk(2, dim=-1)
+        x = self.head(modulate(self.norm(x), shift, scale))  # (B, N, P P C)
+        p = self.patch
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=p, q=p)
 
 
 def drop_labels(y, share, null):
-    """Hide this share of the labels behind the null class: (B,) -> (B,). Ho & Salimans 2022, Algorithm 1."""
+    """Conditioning dropout: this share of the labels becomes the null class, (B,) -> (B,). Ho & Salimans, Alg. 1."""
     return torch.where(torch.rand(y.shape, device=y.device) < share, null, y)
 
 
@@ -168,8 +173,7 @@ def classifier_free_guidance(model, y, guidance_scale):
     def guided(xt, t):
         if guidance_scale == 1:
             return model(xt, t, y)
-        # both halves in one batch: the conditional one and the unconditional one
-        # (2 B, C, H, W)
+        # both halves in one batch, (2 B, C, H, W): the conditional one and the unconditional one
         output = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
         conditional, unconditional = output.float().chunk(2)
         # from the unconditional answer towards the conditional one, and beyond it
@@ -203,18 +207,16 @@ def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
         yield value.item()
 
 
-def possible(size, patch):
+def check_network(size, patch):
     """Raises UserError if there is no such network for digits."""
     run.check(size in SIZES, f"there is no --size {size}; there are: {', '.join(SIZES)}")
-    run.check(
-        patch > 0 and 28 % patch == 0,
-        f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14",
-    )
+    divides = patch > 0 and 28 % patch == 0
+    run.check(divides, f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14")
 
 
 def build(size, patch, **_):
     """The network of this chapter, for digits."""
-    possible(size, patch)
+    check_network(size, patch)
     return DiT(*SIZES[size], patch)
 
 
@@ -224,63 +226,59 @@ def load(path, device="cpu"):
     return model, ddpm.Schedule(kind="cosine").to(device), meta
 
 
-def accuracy(classifier, images, y):
-    """Share of images (N, 1, 28, 28) that the classifier takes for the digit asked for, y (N,)."""
-    return float((quality.evaluate(classifier, images)[1].argmax(-1) == y).float().mean())
-
-
 def main(cfg: Config) -> dict:
     """Train (or load), sample at every guidance scale, measure; writes the digits, what guidance does, the weights."""
-    run.check(
-        min(cfg.steps, cfg.batch, cfg.save_every) > 0,
-        "--steps, --batch and --save-every must be at least 1",
-    )
+    sizes = (cfg.steps, cfg.batch, cfg.save_every)
+    run.check(min(sizes) > 0, "--steps, --batch and --save-every must be at least 1")
     run.check(cfg.samples >= 10, "--samples must be at least 10, one of each digit")
-    run.check(
-        0 < cfg.lr < math.inf and 0 <= cfg.ema < 1,
-        "--lr must be above 0 and finite, --ema in [0, 1)",
-    )
+    paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
+    run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(0 <= cfg.dropout < 1, "--dropout must be at least 0 and less than 1")
     finite = all(0 <= scale < math.inf for scale in cfg.guidance_scale)
-    run.check(
-        cfg.guidance_scale and finite,
-        "--guidance-scale takes one or more scales, finite and not negative",
-    )
-    possible(cfg.size, cfg.patch)
+    needed = "--guidance-scale takes one or more scales, finite and not negative"
+    run.check(cfg.guidance_scale and finite, needed)
+    check_network(cfg.size, cfg.patch)
     run.seed(cfg.seed)
-    folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
-    metrics, state = {}, folder / "state.safetensors"
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
+    clock = run.Clock()
+    metrics = {}
+
     if cfg.pretrained:
         model, schedule, _ = load(WEIGHTS, device)
     else:
-        schedule, model = ddpm.Schedule(kind="cosine").to(device), build(**asdict(cfg)).to(device)
+        # model, its EMA, optimizer without weight decay: Sec. 4
+        schedule = ddpm.Schedule(kind="cosine").to(device)
+        model = build(**asdict(cfg)).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
-        # No decay: Sec. 4
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)
-        parts, losses = {"model": model, "ema": ema, "optimizer": optimizer}, []
-        if cfg.resume:
-            before = checkpoint.load_state(state, cfg, **parts)
-            losses, clock = before["losses"], run.Clock(before["seconds"])
+        # all that a resumed run needs to go on bit for bit
+        state = TrainingState(folder, cfg, clock, model=model, ema=ema, optimizer=optimizer)
+        start = len(state.losses)
 
-        def save():
-            values = {"losses": losses, "seconds": clock(), "config": asdict(cfg)}
-            checkpoint.save_state(state, **parts, **values)
+        # train
+        steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, start)
+        for value in run.progress(steps, cfg.steps, start, cfg.save_every, state.save):
+            state.losses.append(value)
+        state.save()
+        metrics["final_loss"] = state.final_loss()
+        metrics["train_seconds"] = state.clock()
+        state.draw_losses("squared error of v")
 
-        steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, len(losses))
-        for value in run.progress(steps, cfg.steps, len(losses), cfg.save_every, save):
-            losses.append(value)
-        save()
-        metrics |= {"final_loss": sum(losses[-100:]) / len(losses[-100:]), "train_seconds": clock()}
-        figures.curves(
-            folder / "loss.png", {"loss": losses}, "step", "squared error of v", smooth=50
-        )
+        # the EMA is what is kept and sampled from
         checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
         model = ema.eval()
-    clock, classifier, judge = run.Clock(), quality.load(device), quality.judge(device)
+
+    # sample every digit and measure, at each guidance scale from the same noise
+    clock = run.Clock()
+    classifier = quality.load(device)
+    judge = quality.judge(device)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     y = torch.arange(cfg.samples) % 10
-    noise, digits, scores = torch.randn(cfg.samples, 1, 28, 28), {}, {}
-    for scale in cfg.guidance_scale:  # the same noise under each
+    noise = torch.randn(cfg.samples, 1, 28, 28)
+    digits = {}
+    scores = {}
+    for scale in cfg.guidance_scale:
         with run.autocast(device):
             network = classifier_free_guidance(model, y.to(device), scale)
             chain = ddim.sample(network, schedule, noise.to(device), 50, "v")
@@ -289,22 +287,12 @@ def main(cfg: Config) -> dict:
         error = quality.standard_error(right, cfg.samples)
         scores[scale] = {"accuracy": right, "accuracy_error": error} | judge(digits[scale])
         metrics |= {f"guidance {scale:g}: {k}": v for k, v in scores[scale].items()}
+
+    # the best scale has the smallest Frechet distance
     best = min(scores, key=lambda scale: scores[scale]["frechet"])
-    metrics |= {"best_guidance": best, "sample_seconds": clock()}
-    figures.rows(folder / "samples.png", {str(k): digits[best][y == k][:8] for k in range(10)})
-    figures.rows(
-        folder / "guidance.png",
-        {f"scale {scale:g}": x[:10] for scale, x in digits.items()},
-        range(10),
-    )
-    labels = {
-        "accuracy": f"share drawn as asked, of {cfg.samples}",
-        "frechet": "Frechet distance to test digits",
-    }
-    for name, label in labels.items():
-        values = [s[name] for s in scores.values()]
-        curve = {label: (list(scores), values)}
-        figures.curves(folder / f"guidance_{name}.png", curve, "guidance scale (1: none)", label)
+    metrics["best_guidance"] = best
+    metrics["sample_seconds"] = clock()
+    draw(folder, digits, y, scores, best)
     return run.report(folder, metrics, then=f"open {folder}/guidance.png")
 
 

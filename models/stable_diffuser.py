@@ -265,8 +265,7 @@ def main(cfg: Config) -> dict:
         model = ema
         if rank == 0:
             state.save()
-            figure = folder / "loss.png"
-            figures.curves(figure, {"loss": state.losses}, "step", "squared error of v", smooth=50)
+            state.draw_losses("squared error of v")
             meta = asdict(cfg) | {"latent": shape[0]}
             checkpoint.write(folder / "model.safetensors", ema.state_dict(), meta)
     if dist.is_initialized():

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from utils import checkpoint, run
+from utils import checkpoint, figures, run
 
 
 class TrainingState:
@@ -13,6 +13,7 @@ class TrainingState:
     """
 
     def __init__(self, folder, cfg, clock, **parts):
+        self.folder = folder
         self.path = folder / "state.safetensors"
         self.cfg = cfg
         self.clock = clock
@@ -32,3 +33,8 @@ class TrainingState:
         """Mean loss of the last hundred steps."""
         last = self.losses[-100:]
         return sum(last) / len(last)
+
+    def draw_losses(self, label):
+        """loss.png, smoothed over fifty steps; label: what the loss is."""
+        losses = {"loss": self.losses}
+        figures.curves(self.folder / "loss.png", losses, "step", label, smooth=50)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ddim, ddpm, dit, quality
+from models import ddim, ddpm, dit, guidance_study, quality
 from tests.conftest import gradients
 from tests.models.test_ddpm import (
     OneWeight,
@@ -304,7 +304,9 @@ def test_training_hides_labels_behind_the_null_class_and_keeps_images_with_their
 def test_accuracy_compares_with_the_class_asked_for(monkeypatch):
     said = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 2]), 10).float()
     monkeypatch.setattr(quality, "evaluate", lambda classifier, images: (None, said))
-    assert dit.accuracy(None, torch.zeros(4, 1, 28, 28), torch.tensor([0, 1, 2, 3])) == 0.75
+    assert (
+        guidance_study.accuracy(None, torch.zeros(4, 1, 28, 28), torch.tensor([0, 1, 2, 3])) == 0.75
+    )
 
 
 def test_main_asks_the_ema_for_every_digit_at_every_scale(monkeypatch, tmp_path):

@@ -1,0 +1,32 @@
+"""Guidance scales compared: how often the digit is the class asked for, how far samples are from real digits."""
+
+from models import quality
+from utils import figures
+
+
+def accuracy(classifier, images, y):
+    """Share of images (N, 1, 28, 28) that the classifier takes for the digit asked for, y (N,)."""
+    _, probabilities = quality.evaluate(classifier, images)
+    return float((probabilities.argmax(-1) == y).float().mean())
+
+
+def draw(folder, digits, y, scores, best):
+    """Four figures: samples at the best scale, the same noises at all of them, two scores over the scale.
+
+    digits: {scale: images (N, 1, 28, 28)} of the classes y (N,); scores: {scale: {name: value}}.
+    """
+    # eight samples of each digit
+    rows = {str(k): digits[best][y == k][:8] for k in range(10)}
+    figures.rows(folder / "samples.png", rows)
+    # what guidance does to the same noises
+    rows = {f"scale {scale:g}": images[:10] for scale, images in digits.items()}
+    figures.rows(folder / "guidance.png", rows, range(10))
+    # accuracy and Frechet distance over the scale
+    labels = {
+        "accuracy": f"share drawn as asked, of {len(y)}",
+        "frechet": "Frechet distance to test digits",
+    }
+    for name, label in labels.items():
+        values = [score[name] for score in scores.values()]
+        curve = {label: (list(scores), values)}
+        figures.curves(folder / f"guidance_{name}.png", curve, "guidance scale (1: none)", label)
