@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.conftest import ROOT
-from training import ddp, manifest, ranks, tiny
+from training import ddp, manifest, ranks, ring_all_reduce, tiny
 from utils import run
 from utils.run import UserError
 
@@ -68,7 +68,7 @@ def worker(folder):
         x = torch.randn(size, generator=torch.Generator().manual_seed(dist.get_rank())).double()
         theirs = x.clone()
         dist.all_reduce(theirs)
-        found["ring"].append(float((ddp.ring_all_reduce(x) - theirs).abs().max()))
+        found["ring"].append(float((ring_all_reduce.all_reduce(x) - theirs).abs().max()))
     run.seed(0)
     model = Two()
     parallel = ddp.DataParallel(model)
@@ -109,18 +109,25 @@ def test_three_ranks_are_one_process(parity, found, backend, parts):
 
 def test_the_ring_is_an_all_reduce(parity, found):
     for row in found:
-        parity("DDP", "ddp.ring_all_reduce", "dist.all_reduce", row["ring"], [0.0] * 4, atol=1e-12)
+        parity(
+            "DDP",
+            "ring_all_reduce.all_reduce",
+            "dist.all_reduce",
+            row["ring"],
+            [0.0] * 4,
+            atol=1e-12,
+        )
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_the_plan_of_the_ring_gives_everyone_every_sum(n):
     parts = np.eye(n)[:, None, :].repeat(n, 1)  # (rank, piece, whose): each begins with its own
-    for first, action in ddp.ring(n):
+    for first, action in ring_all_reduce.schedule(n):
         before = parts.copy()
         for rank in range(n):
             piece, to = (first + rank) % n, (rank + 1) % n
             parts[to, piece] = before[rank, piece] + (before[to, piece] if action == "add" else 0)
-    assert (parts == 1).all() and len(ddp.ring(n)) == 2 * (n - 1)
+    assert (parts == 1).all() and len(ring_all_reduce.schedule(n)) == 2 * (n - 1)
 
 
 def test_weights_without_a_gradient_hang_nobody(found):
