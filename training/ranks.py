@@ -127,6 +127,13 @@ def finish():
     dist.destroy_process_group()
 
 
+def rank_and_world_size():
+    """-> (this rank, how many there are); (0, 1) without a process group."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def device():
     """The device of this rank: a GPU of its own, or the CPU that all share."""
     if not torch.cuda.is_available():

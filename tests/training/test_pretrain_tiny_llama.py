@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from training import flops, ngram, pretrain_model, pretrain_text, ranks
 from training import pretrain_tiny_llama as tiny
-from training import ranks
+from training.lr_schedule import learning_rate
 from utils import checkpoint, data, run
 
 CPU = torch.device("cpu")
@@ -41,6 +42,11 @@ def config(folder, **more):
     return tiny.Config(**flags | {"out": str(folder)} | more)
 
 
+def cosine(cfg, step):
+    """The schedule of the paper, with a warm-up of a twentieth."""
+    return learning_rate(step, cfg.steps, cfg.lr, warmup=cfg.steps // 20, decay="cosine")
+
+
 def weights(folder):
     return checkpoint.read(folder / "state.safetensors")[0]
 
@@ -61,7 +67,7 @@ def runs(tmp_path_factory):
                 broken_off(config(folders[name]))
         tiny.main(config(folders["resumed"], resume=True))
         run.output(folders["two"], cfg := config(folders["two"]))
-        tiny.tokens(cfg)
+        pretrain_text.tokens(cfg)
     given = config(folders["two"]), config(folders["moved"], resume=True)
     found = ranks.launch(on_two_ranks, given, 2, timeout=timedelta(seconds=60))
     return SimpleNamespace(
@@ -91,12 +97,12 @@ def on_two_ranks(given):
         "scores": whole["scores"],
         "resumed": tiny.worker(resumed)["losses"],
     }
-    ids, _ = tiny.tokens(fresh)
-    pieces = tiny.draw(ids["learn"], fresh, 0).chunk(2)[dist.get_rank()]
+    ids, _ = pretrain_text.tokens(fresh)
+    pieces = pretrain_text.draw(ids["learn"], fresh, 0).chunk(2)[dist.get_rank()]
     for name in ("ours", "ddp"):
-        model = tiny.llama(fresh)
+        model = pretrain_model.llama(fresh)
         network = DistributedDataParallel(model) if name == "ddp" else model
-        tiny.losses(network, pieces).mean().backward()
+        pretrain_model.losses(network, pieces).mean().backward()
         if name == "ours":
             tiny.average([p.grad for p in model.parameters()])
         found[name] = {k: p.grad.tolist() for k, p in model.named_parameters()}
@@ -122,18 +128,22 @@ def test_two_ranks_learn_what_one_does(runs):
 
 def test_pages_to_learn_are_what_is_read(runs):
     """The loss of the first step is that of the untrained model on the pieces of step 0, of pages that are learned."""
-    ids, _ = tiny.tokens(cfg := config(runs.whole))
-    value = tiny.losses(tiny.llama(cfg), tiny.draw(ids["learn"], cfg, 0)).mean().item()
+    ids, _ = pretrain_text.tokens(cfg := config(runs.whole))
+    value = (
+        pretrain_model.losses(pretrain_model.llama(cfg), pretrain_text.draw(ids["learn"], cfg, 0))
+        .mean()
+        .item()
+    )
     assert runs.ranks[0]["loss"][0] == pytest.approx(value, abs=1e-5)
 
 
-def test_the_tokenizer_never_saw_a_page_held_out(tmp_path, monkeypatch):
-    real, seen = tiny.learn_tokens, []
+def test_tokenizer_is_trained_without_held_out_pages(tmp_path, monkeypatch):
+    real, seen = pretrain_text.learn_tokens, []
     monkeypatch.setattr(
-        tiny, "learn_tokens", lambda texts, size: seen.append(texts) or real(texts, size)
+        pretrain_text, "learn_tokens", lambda texts, size: seen.append(texts) or real(texts, size)
     )
-    tiny.tokens(config(tmp_path))
-    assert seen == [tiny.split(PAGES)[0]]
+    pretrain_text.tokens(config(tmp_path))
+    assert seen == [pretrain_text.split(PAGES)[0]]
 
 
 class Watched(torch.optim.SGD):
@@ -146,7 +156,7 @@ class Watched(torch.optim.SGD):
 
 def test_gradients_are_clipped_and_rates_are_those_of_the_schedule(tmp_path):
     cfg = config(tmp_path, steps=40)
-    model, ids = tiny.llama(cfg), torch.randint(1, 400, (999,))
+    model, ids = pretrain_model.llama(cfg), torch.randint(1, 400, (999,))
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(20)  # a gradient longer than 1
     optimizer = Watched(model.parameters(), 1.0)
@@ -154,13 +164,13 @@ def test_gradients_are_clipped_and_rates_are_those_of_the_schedule(tmp_path):
     losses = tiny.train(model, optimizer, ids, cfg, CPU, start=10)
     value = next(losses)
     rate, length = optimizer.seen[0]
-    assert rate == tiny.learning_rate(cfg, 10) < cfg.lr and length == pytest.approx(1.0, abs=1e-3)
-    alone = tiny.losses(model, tiny.draw(ids, cfg, 10)).mean()
+    assert rate == cosine(cfg, 10) < cfg.lr and length == pytest.approx(1.0, abs=1e-3)
+    alone = pretrain_model.losses(model, pretrain_text.draw(ids, cfg, 10)).mean()
     gradient = torch.autograd.grad(alone, list(model.parameters()))
     assert alone.item() == pytest.approx(value, abs=1e-5)
     assert torch.cat([g.flatten() for g in gradient]).norm() > 1.5
     next(losses)
-    assert optimizer.seen[1][0] == tiny.learning_rate(cfg, 11) and optimizer.seen[1][1] <= 1.001
+    assert optimizer.seen[1][0] == cosine(cfg, 11) and optimizer.seen[1][1] <= 1.001
 
 
 def test_a_run_broken_off_and_resumed_is_the_whole_run_bit_for_bit(runs):
@@ -187,7 +197,7 @@ def test_the_folder_is_an_ordinary_model(runs):
     ids = tokenizer(text := "How do I paginate?\n\n   • a → b")["input_ids"]
     assert (
         tokenizer.decode(ids) == text
-        and ids == tiny.tokens(config(runs.whole))[1][0].encode(text).ids
+        and ids == pretrain_text.tokens(config(runs.whole))[1][0].encode(text).ids
     )
     for name in ("bits.png", "samples.txt", "metrics.json", "config.json"):
         assert (runs.whole / name).stat().st_size > 0
@@ -228,8 +238,8 @@ TEXT = "the theme of these models: them, then themes; a model, a mode, another o
 
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_ngrams_are_kneser_ney(order):
-    grams = tiny.windows([" themy model"], order)
-    ours = tiny.NGrams([TEXT], order).probability(grams, order)
+    grams = ngram.windows([" themy model"], order)
+    ours = ngram.KneserNey([TEXT], order).probability(grams, order)
     text = bytes(order) + b" themy model"
     theirs = [
         by_hand(TEXT.encode(), order, text[i : i + order], text[i + order])
@@ -239,68 +249,76 @@ def test_ngrams_are_kneser_ney(order):
 
 
 def test_probabilities_sum_to_one():
-    learn, held = tiny.split(PAGES)
-    ngrams = tiny.NGrams(learn, 7)
+    learn, held = pretrain_text.split(PAGES)
+    ngrams = ngram.KneserNey(learn, 7)
     last = np.arange(256, dtype=np.uint64)
     # Also contexts never seen
-    for gram in [*tiny.windows(held, 7)[::500], np.uint64(0), np.uint64(2**64 - 1)]:
+    for gram in [*ngram.windows(held, 7)[::500], np.uint64(0), np.uint64(2**64 - 1)]:
         for order in range(8):
             p = ngrams.probability((gram & ~np.uint64(255)) | last, order)
             assert p.min() > 0 and p.sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_a_longer_ngram_of_the_same_counts_is_better_on_what_it_has_read():
-    learn, _ = tiny.split(PAGES)
-    ngrams = tiny.NGrams(learn, 4)
+    learn, _ = pretrain_text.split(PAGES)
+    ngrams = ngram.KneserNey(learn, 4)
     bits = [ngrams.bits(learn, k) for k in range(5)]
     assert bits == sorted(bits, reverse=True) and bits[0] < 8
 
 
 def test_pages_held_out_are_not_learned():
-    learn, held = tiny.split(
+    learn, held = pretrain_text.split(
         pages := [(f"{p}/{i}", f"{p}{i}") for p in ("django", "celery") for i in range(400)]
     )
     assert sorted(learn + held) == sorted(t for _, t in pages) and not set(learn) & set(held)
     assert len(held) == pytest.approx(25, abs=15)
-    assert tiny.split(pages[::-1])[1] == held[::-1]  # the path alone decides
+    assert pretrain_text.split(pages[::-1])[1] == held[::-1]  # the path alone decides
 
 
 def test_tokens_are_lossless_and_the_same_again():
     texts = [text for _, text in PAGES]
-    a, b = (tiny.learn_tokens(texts, 500) for _ in range(2))
-    assert a.to_str() == b.to_str() and a.get_vocab_size() == 500 and a.token_to_id(tiny.END) == 0
+    a, b = (pretrain_text.learn_tokens(texts, 500) for _ in range(2))
+    assert (
+        a.to_str() == b.to_str()
+        and a.get_vocab_size() == 500
+        and a.token_to_id(pretrain_text.END) == 0
+    )
     assert all(a.decode(a.encode(t).ids) == t for t in [*texts, "never seen: \t日本 \x7f"])
-    every_byte = tiny.learn_tokens(texts, 257)
+    every_byte = pretrain_text.learn_tokens(texts, 257)
     assert len(every_byte.encode("Größe\n").ids) == len("Größe\n".encode())
 
 
 @pytest.mark.parametrize("rows,length", [(1, 16), (3, 40)])
 def test_flops_are_those_that_torch_counts(rows, length, parity):
-    model = tiny.llama(tiny.Config(width=128, vocabulary=300))
+    model = pretrain_model.llama(tiny.Config(width=128, vocabulary=300))
     pieces = torch.randint(300, (rows, length + 1))
     with FlopCounterMode(display=False) as forward:
-        tiny.losses(model, pieces)
+        pretrain_model.losses(model, pieces)
     parity(
         "Pretraining",
         "forward_flops",
         "FlopCounterMode",
-        tiny.forward_flops(model.config, rows, length) / 1.0,
+        flops.forward_flops(model.config, rows, length) / 1.0,
         forward.get_total_flops() / 1.0,
     )
-    ours = tiny.flops_per_token(model, length) * rows * length
+    ours = flops.flops_per_token(model, length) * rows * length
     assert (
         ours
-        == tiny.counted_flops(model, pieces)
-        == 3 * tiny.forward_flops(model.config, rows, length)
+        == flops.counted_flops(model, pieces)
+        == 3 * flops.forward_flops(model.config, rows, length)
     )
 
 
 def test_losses_are_the_library_s(parity):
-    model = tiny.llama(tiny.Config(width=64, vocabulary=300))
+    model = pretrain_model.llama(tiny.Config(width=64, vocabulary=300))
     pieces = torch.randint(300, (2, 17))
     theirs = model(input_ids=pieces, labels=pieces).loss
     parity(
-        "Pretraining", "losses, mean", "LlamaForCausalLM", tiny.losses(model, pieces).mean(), theirs
+        "Pretraining",
+        "losses, mean",
+        "LlamaForCausalLM",
+        pretrain_model.losses(model, pieces).mean(),
+        theirs,
     )
 
 
@@ -331,7 +349,7 @@ def test_learning_rate_is_the_library_s_cosine(parity):
         theirs.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    ours = [tiny.learning_rate(cfg, i) for i in range(100)]
+    ours = [cosine(cfg, i) for i in range(100)]
     parity(
         "Pretraining",
         "learning_rate, after warm-up",
@@ -344,9 +362,9 @@ def test_learning_rate_is_the_library_s_cosine(parity):
 
 
 def test_only_matrices_decay():
-    model = tiny.llama(tiny.Config(width=64, vocabulary=300))
+    model = pretrain_model.llama(tiny.Config(width=64, vocabulary=300))
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    optimizer = tiny.adamw(model, tiny.Config(lr=0.1, decay=0.5))
+    optimizer = pretrain_model.adamw(model, tiny.Config(lr=0.1, decay=0.5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -356,9 +374,9 @@ def test_only_matrices_decay():
 
 def test_a_step_is_the_same_text_for_any_number_of_ranks():
     cfg, ids = tiny.Config(batch=8), torch.arange(1000)
-    assert torch.equal(tiny.draw(ids, cfg, 3), tiny.draw(ids, cfg, 3))
-    assert not torch.equal(tiny.draw(ids, cfg, 3), tiny.draw(ids, cfg, 4))
-    last = torch.cat([tiny.draw(ids, replace(cfg, seed=s), 0) for s in range(400)]).max()
+    assert torch.equal(pretrain_text.draw(ids, cfg, 3), pretrain_text.draw(ids, cfg, 3))
+    assert not torch.equal(pretrain_text.draw(ids, cfg, 3), pretrain_text.draw(ids, cfg, 4))
+    last = torch.cat([pretrain_text.draw(ids, replace(cfg, seed=s), 0) for s in range(400)]).max()
     assert last == 999  # the end of the text is within reach, and nothing beyond
 
 
