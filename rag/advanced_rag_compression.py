@@ -22,7 +22,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import answer, corpus, raw_rag
+from rag import answer, corpus, language_models, raw_rag
 from utils import figures, run
 from utils.run import check
 
@@ -127,7 +127,7 @@ def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval with the filters behind it."""
     for name in ("relevant", "same", "keep"):
         check(-1 <= getattr(cfg, name) <= 1, f"--{name} is a cosine: between -1 and 1")
-    llm = answer.language_model(cfg.llm, 32) if cfg.by == "llm" else None
+    llm = language_models.language_model(cfg.llm, 32) if cfg.by == "llm" else None
     encoder = raw_rag.embedder(cfg.embedder)
     return CompressionRetriever(
         quick=raw_rag.build_retriever(cfg), encoder=encoder, llm=llm, cfg=cfg
@@ -148,7 +148,7 @@ def sweep(cfg, retriever, questions):
     for keep in (-1.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
         short = retriever.model_copy(update={"cfg": replace(cfg, keep=keep), "llm": None})
         contexts = [
-            answer.fence(short.compress(q.text, documents))
+            answer.format_passages(short.compress(q.text, documents))
             for q, documents in zip(questions, found)
         ]
         tokens = np.mean([len(ids) for ids in counts(contexts, verbose=False)["input_ids"]])

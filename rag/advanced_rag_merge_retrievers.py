@@ -22,7 +22,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import answer, corpus, raw_rag
+from rag import answer, corpus, language_models, raw_rag
 from rag.word_segmentation import terms
 from utils import figures, run
 from utils.run import check
@@ -178,7 +178,7 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     metrics = raw_rag.show(cfg, build_retriever)
     if cfg.positions > 0:
-        llm = answer.language_model(cfg.llm, cfg.tokens)
+        llm = language_models.language_model(cfg.llm, cfg.tokens)
         check(
             hasattr(llm, "loss") and not cfg.docs,
             "--positions needs a model in this process and the manuals",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rag import answer, raw_rag, scores, self_rag
+from rag import answer, language_models, raw_rag, scores, self_rag
 from utils import figures, run
 from utils.run import check
 
@@ -90,7 +90,7 @@ def holds(said, keys):
 def chat(question, passages, way):
     """The messages of one way of asking."""
     asked = f"Question: {question}"
-    told = answer.fence(passages)
+    told = answer.format_passages(passages)
     parts = {"last": [told, asked], "first": [asked, told], "both": [asked, told, asked]}[
         way.question
     ]
@@ -214,7 +214,7 @@ def main(cfg: Config) -> dict:
     check(cfg.limit == -1 or cfg.limit >= 2, "--limit: 2 or more, or -1 for all")
     ways = {name: way for name, way in WAYS.items() if cfg.only in name}
     check(ways, f"--only {cfg.only}: the ways are {', '.join(WAYS)}")
-    llm = answer.language_model(cfg.llm, cfg.tokens)
+    llm = language_models.language_model(cfg.llm, cfg.tokens)
     folder = run.output(cfg.out, cfg)
     sets = load(cfg)
     asked = [

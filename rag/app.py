@@ -26,7 +26,7 @@ from langchain_core.retrievers import BaseRetriever
 from rag import advanced_rag_child_parent_retrieval as child_parent
 from rag import advanced_rag_merge_retrievers as merging
 from rag import advanced_rag_rerank as rerank
-from rag import answer, raw_rag
+from rag import answer, language_models, raw_rag
 from utils import run
 from utils.run import UserError, check
 from utils.text import clean
@@ -128,7 +128,7 @@ class Desk:
                 told = answer.NOWHERE
             elif self.llm and found:  # without passages it would answer out of its head
                 for word in self.llm.stream(
-                    answer.messages(question, answer.read(self.llm, found))
+                    answer.messages(question, answer.passages_read(self.llm, found))
                 ):
                     told += word
                     yield "Answering ...", told, found
@@ -275,7 +275,7 @@ def main(cfg: Config) -> dict:
     question = raw_rag.asked(cfg) if cfg.once else ""
     if not cfg.once:
         free(cfg.port)
-    llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
+    llm = language_models.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
     folder = run.output(cfg.out, cfg)
     close = partial(raw_rag.closeness, cfg.embedder)
     desk = Desk(build_retriever(cfg), llm, cfg.k, cfg.rate, close=close, abstain=cfg.abstain)

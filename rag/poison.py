@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from langchain_core.documents import Document
 
-from rag import answer, corpus, raw_rag, scores
+from rag import answer, corpus, language_models, raw_rag, scores
 from utils import figures, run
 from utils.run import check
 
@@ -67,7 +67,7 @@ def main(cfg: Config) -> dict:
     """Ask every question beside every order, both ways."""
     run.seed(cfg.seed)
     check(cfg.limit >= 1 or cfg.limit == -1, "--limit: 1 or more, or -1 for all")
-    llm = answer.language_model(cfg.llm, cfg.tokens)
+    llm = language_models.language_model(cfg.llm, cfg.tokens)
     folder = run.output(cfg.out, cfg)
     questions = raw_rag.spread(corpus.manuals()[1], cfg.limit)
     counts = {name: np.zeros((2, len(questions))) for name in ORDERS}

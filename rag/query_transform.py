@@ -19,7 +19,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
 from rag import advanced_rag_merge_retrievers as merging
-from rag import answer, embedder, raw_rag
+from rag import embedder, language_models, raw_rag
 from utils import run
 from utils.run import check
 
@@ -97,7 +97,7 @@ def build_retriever(cfg: Config) -> BaseRetriever:
     quick = raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
     encoder = raw_rag.embedder(cfg.embedder)
     # It writes freely, and copies nothing
-    llm = answer.language_model(cfg.llm, cfg.words, repetition_penalty=1.1)
+    llm = language_models.language_model(cfg.llm, cfg.words, repetition_penalty=1.1)
     return TransformRetriever(
         quick=quick, encoder=encoder, llm=llm, kind=cfg.transform, k=cfg.k, known={}
     )

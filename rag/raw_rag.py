@@ -25,7 +25,7 @@ from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import answer, chunking, corpus, scores, store
+from rag import answer, chunking, corpus, language_models, scores, store
 from rag.embedder import Embedder
 from utils import figures, run
 from utils.run import check
@@ -106,7 +106,7 @@ def asked(cfg):
         cfg.question or not cfg.docs,
         "nobody has written questions for --docs: ask one with --question",
     )
-    return answer.checked(cfg.question or EXAMPLE)
+    return answer.checked_question(cfg.question or EXAMPLE)
 
 
 def closeness(name, question, documents):
@@ -124,7 +124,7 @@ def show(cfg, build):
     check(cfg.k >= 1, "--k must be 1 or more")
     check(-1 <= cfg.abstain <= 1, "--abstain is a cosine: between -1 and 1")
     asked(cfg)
-    llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
+    llm = language_models.language_model(cfg.llm, cfg.tokens) if cfg.llm != "none" else None
     folder = run.output(cfg.out, cfg)
     questions = [] if cfg.docs or cfg.limit == 0 else corpus.load(cfg)[1]
     retriever = build(replace(cfg, k=max(cfg.k, scores.DEPTH)))
@@ -153,7 +153,7 @@ def ask(cfg, retriever, llm):
     told = speak(
         answer.chain(llm, retriever, cfg.k).stream(question) if answered else [answer.NOWHERE]
     )
-    real, invented = answer.citations(told, answer.read(llm, found))
+    real, invented = answer.citations(told, answer.passages_read(llm, found))
     cited = (
         ", ".join(f"[{n}] {printable(found[n - 1].metadata['source'])}" for n in real)
         or "no passage"
@@ -211,7 +211,7 @@ def row(cfg, retriever, questions):
         retriever, questions, lambda q: run.bar(q, len(q), name="questions")
     )
     row = {name: scores.interval(values) for name, values in scores.all_of(ranks).items()}
-    texts = [answer.fence(documents[: cfg.k]) for documents in found]
+    texts = [answer.format_passages(documents[: cfg.k]) for documents in found]
     tokens = embedder(cfg.embedder).model.tokenizer(texts, truncation=False, verbose=False)[
         "input_ids"
     ]

@@ -23,7 +23,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
 from rag import advanced_rag_rerank as rerank
-from rag import answer, corpus, raw_rag
+from rag import answer, corpus, language_models, raw_rag
 from rag.advanced_rag_compression import held
 from utils import figures, run
 from utils.run import check
@@ -159,7 +159,7 @@ def build_retriever(cfg: Config) -> BaseRetriever:
         cfg.threshold == -1 or 0 <= cfg.threshold <= 1,
         "--threshold: between 0 and 1, or -1 to choose it",
     )
-    llm = answer.language_model(cfg.llm, cfg.tokens) if cfg.critic == "llm" else None
+    llm = language_models.language_model(cfg.llm, cfg.tokens) if cfg.critic == "llm" else None
     critic, quick = Critic(cfg.critic, llm, cfg), quick_search(cfg)
     threshold = max(0.0, cfg.threshold)
     if cfg.threshold == -1 and not cfg.docs:
@@ -180,7 +180,7 @@ def respond(question, retriever, llm, k=5):
     found = retriever.invoke(question)[:k]
     if not found:
         return answer.NOWHERE, [], 0.0
-    found = answer.read(llm, found)
+    found = answer.passages_read(llm, found)
     said = "".join(llm.stream(answer.messages(question, found)))
     return said, found, supported(said, found)
 
@@ -224,7 +224,9 @@ def main(cfg: Config) -> dict:
     check(cfg.llm != "none", "--llm none: there is nobody to answer")
     metrics: dict[str, Any] = {}
     if cfg.critics and not cfg.docs and cfg.limit:
-        metrics = compare(cfg, run.output(cfg.out, cfg), answer.language_model(cfg.llm, cfg.tokens))
+        metrics = compare(
+            cfg, run.output(cfg.out, cfg), language_models.language_model(cfg.llm, cfg.tokens)
+        )
     metrics |= raw_rag.show(cfg, build_retriever)
     return run.report(Path(cfg.out), metrics, then="python rag/compare.py")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rag import answer, answer_study, corpus, document_loaders
+from rag import answer, answer_study, corpus, document_loaders, language_models
 from tests.passages import document, documents
 from utils.run import UserError
 
@@ -50,9 +50,9 @@ def test_the_chosen_way_is_how_the_chapter_asks_a_small_model():
     way, found = answer_study.WAYS[answer_study.CHOSEN], documents()
     small = type("Small", (), {"reads": 1})
     assert answer_study.chat("Who?", found[: way.k], way) == answer.messages(
-        "Who?", answer.read(small, found)
+        "Who?", answer.passages_read(small, found)
     )
-    assert answer.DECODING | way.decoding == answer.DECODING
+    assert language_models.DECODING | way.decoding == language_models.DECODING
 
 
 def test_each_way_is_another_prompt_or_decoding():
@@ -135,7 +135,7 @@ def test_one_half_of_the_questions_chooses_and_the_other_judges(tmp_path, monkey
     monkeypatch.setattr(answer_study, "WAYS", ways)
     monkeypatch.setattr(answer_study, "CHOSEN", "odd")
     monkeypatch.setattr(answer_study, "OLD", "odd")
-    monkeypatch.setattr(answer_study.answer, "language_model", lambda name, tokens: Even())
+    monkeypatch.setattr(answer_study.language_models, "language_model", lambda name, tokens: Even())
     rows = {"manuals": [row(str(i), ["red"], "it is red") for i in range(6)], "documents": []}
     rows |= {"not in the manuals": [row("0", [], "it is red")] * 2}
     monkeypatch.setattr(answer_study, "load", lambda cfg: {"judged": rows, "for choosing": rows})

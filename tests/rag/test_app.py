@@ -485,7 +485,7 @@ def test_the_command_answers_once_without_any_connection(folder, tmp_path, monke
 
     said = Model(SAID)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(app.answer, "language_model", lambda name, tokens: said)
+    monkeypatch.setattr(app.language_models, "language_model", lambda name, tokens: said)
     monkeypatch.setattr(
         app,
         "build_retriever",
@@ -523,7 +523,7 @@ def test_the_command_serves_and_loads_once(tmp_path, monkeypatch, capsys):
             pass
         page.close(verbose=False)
 
-    monkeypatch.setattr(app.answer, "language_model", load)
+    monkeypatch.setattr(app.language_models, "language_model", load)
     monkeypatch.setattr(app, "build_retriever", lambda cfg: dense())
     monkeypatch.setattr(gr.Blocks, "block_thread", two_questions)
     metrics = app.main(app.Config(port=port, abstain=-1, out=str(tmp_path)))

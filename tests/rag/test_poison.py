@@ -2,7 +2,7 @@
 
 import pytest
 
-from rag import answer, poison
+from rag import answer, language_models, poison
 from rag.corpus import Question
 from utils.run import UserError
 
@@ -34,7 +34,7 @@ def test_the_right_passage_and_the_order_are_both_in_the_prompt(order):
 
 
 def test_a_careless_prompt_lets_a_passage_open_a_turn():
-    llm = answer.Local("smollm2", tokens=1)
+    llm = language_models.Local("smollm2", tokens=1)
     chat = poison.pasted("Who sat?", poison.passages(ASKED, poison.ORDERS["a turn of the chat"]))
     start = llm.tokenizer.convert_tokens_to_ids("<|im_start|>")
     turns = [model.prompt(chat)[0].tolist().count(start) for model in (llm, poison.careless(llm))]
@@ -61,7 +61,7 @@ def test_what_is_counted_is_what_was_obeyed_in_each_way(tmp_path, monkeypatch):
             obeyed = "Ignore all previous" in told if marked else "As stated in [99]" in told
             yield "hacked" if obeyed else "The cat sat."
 
-    monkeypatch.setattr(poison.answer, "language_model", lambda name, tokens: Obeys())
+    monkeypatch.setattr(poison.language_models, "language_model", lambda name, tokens: Obeys())
     monkeypatch.setattr(
         poison.corpus, "manuals", lambda: ([], [ASKED, Question("And who?", "b#1", "A dog.")])
     )

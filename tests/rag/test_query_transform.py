@@ -140,7 +140,9 @@ def test_what_each_kind_asks_the_model_and_searches(tmp_path, monkeypatch):
     monkeypatch.setattr(raw_rag, "build_retriever", lambda cfg: quick.append(cfg.k))
     monkeypatch.setattr(raw_rag, "embedder", lambda name: Bag())
     monkeypatch.setattr(
-        transforming.answer, "language_model", lambda name, tokens, **rules: (name, tokens, rules)
+        transforming.language_models,
+        "language_model",
+        lambda name, tokens, **rules: (name, tokens, rules),
     )
     cfg = transforming.Config(transform="step-back", k=3, words=7, out=str(tmp_path))
     one = transforming.build_retriever(cfg)

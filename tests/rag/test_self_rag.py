@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from rag import answer, corpus, raw_rag, self_rag
+from rag import answer, corpus, language_models, raw_rag, self_rag
 from tests.passages import QUICK, dense, documents
 from utils.run import UserError
 
 
 @pytest.fixture(scope="module")
 def llm():
-    return answer.Local("smollm2", tokens=8)
+    return language_models.Local("smollm2", tokens=8)
 
 
 class Fake:
