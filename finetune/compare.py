@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune import sentiment
+from finetune import classification_metrics, sentiment, sentiment_data
 from utils import figures, run
 
 # Rows of llama2_hard_prompt.py
@@ -45,7 +45,7 @@ COLUMNS = {  # of the table: what metrics.json calls it
 
 
 @dataclass(frozen=True)
-class Config(sentiment.Task):
+class Config(sentiment_data.Task):
     """Run the methods of this chapter on one task and write the table and the plot."""
 
     only: tuple[str, ...] = ()  # names of methods; none: all
@@ -156,11 +156,11 @@ def main(cfg: Config) -> dict:
     run.check(min(cfg.steps, cfg.batch) > 0, "--steps and --batch must be above 0")
     unknown = [name for name in cfg.only if name not in METHODS]
     run.check(not unknown, f"--only {unknown}: there are {', '.join(METHODS)}")
-    folder, parts = run.output(cfg.out, replace(cfg, resume=False)), sentiment.load(cfg)
+    folder, parts = run.output(cfg.out, replace(cfg, resume=False)), sentiment_data.load(cfg)
     texts, truth = zip(*parts["scored"])
-    rows = {"majority": sentiment.scores(truth, sentiment.majority(parts))}
+    rows = {"majority": classification_metrics.scores(truth, sentiment.majority(parts))}
     if len(cfg.words) == 2:
-        rows["VADER"] = sentiment.scores(truth, sentiment.vader(texts))
+        rows["VADER"] = classification_metrics.scores(truth, sentiment.vader(texts))
     asked = measure(cfg, "in words", "llama2_hard_prompt.py --shots 0 4", folder)
     for name, key in ASKED.items():
         rows[name] = asked[key] | {"generated": asked[f"{key}, generated"]["accuracy"]}

@@ -181,7 +181,7 @@ def experiment(cfg, bench, network, model, groups=None):
     # score without dropout
     model.eval()
     held_out = bench.parts["scored"]
-    return metrics | sentiment.judge(network, bench.tokenizer, cfg, held_out, bench.device)
+    return metrics | sentiment.evaluate(network, bench.tokenizer, cfg, held_out, bench.device)
 
 
 def choose(model, part):

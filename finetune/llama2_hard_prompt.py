@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from finetune import llama2_prefix, sentiment, task_setup
+from finetune import classification_metrics, llama2_prefix, sentiment, sentiment_data, task_setup
 from utils import figures, run
 
 
 @dataclass(frozen=True)
-class Config(sentiment.Task):
+class Config(sentiment_data.Task):
     """Score a language model on patterns, examples in the prompt, and with calibration; nothing is trained."""
 
     model: str = "smollm2"  # smollm2, a local folder, or a hub id such as meta-llama/Llama-2-7b-hf
@@ -104,16 +104,18 @@ def main(cfg: Config) -> dict:
                 *ask, [pattern.replace("{text}", "N/A")], answers, bench.device
             )
             for label, x in (("", scores), (", calibrated", calibrated(scores, empty))):
-                metrics[f"{name}, {shots} examples{label}"] = sentiment.scores(
+                metrics[f"{name}, {shots} examples{label}"] = classification_metrics.scores(
                     truth, x.argmax(-1).tolist()
                 )
             if name == "yours":
                 written = sentiment.generate(*ask, questions, bench.device, max(map(len, answers)))
-                said = sentiment.named(written, words)
-                metrics[f"{name}, {shots} examples, generated"] = sentiment.scores(truth, said)
-    metrics["majority"] = sentiment.scores(truth, sentiment.majority(parts))
+                said = sentiment.parse_labels(written, words)
+                metrics[f"{name}, {shots} examples, generated"] = classification_metrics.scores(
+                    truth, said
+                )
+    metrics["majority"] = classification_metrics.scores(truth, sentiment.majority(parts))
     if len(cfg.words) == 2:
-        metrics["vader"] = sentiment.scores(truth, sentiment.vader(texts))
+        metrics["vader"] = classification_metrics.scores(truth, sentiment.vader(texts))
     figures.bars(
         folder / "wordings.png",
         {k: (v["accuracy"], v["low"], v["high"]) for k, v in metrics.items()},

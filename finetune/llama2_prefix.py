@@ -109,13 +109,13 @@ def network(model, prefix):
 
     def forward(ids, mask, last=0):
         numbers = prefix()
-        sentiment.room(model, len(numbers) + ids.shape[1])
+        sentiment.check_positions(model, len(numbers) + ids.shape[1])
         cache = remember(numbers, layers, heads, len(ids), model.dtype)
         seen = torch.cat([mask.new_ones(len(ids), len(numbers)), mask], dim=1)
         position = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, len(numbers) :]
         return model(
             input_ids=ids, attention_mask=seen.long(), position_ids=position, cache=cache,
-            logits_to_keep=sentiment.ends(ids, last),
+            logits_to_keep=sentiment.last_positions(ids, last),
         ).logits  # fmt: skip
 
     return forward

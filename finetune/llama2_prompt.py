@@ -62,7 +62,7 @@ def network(model, soft):
 
     def forward(ids, mask, last=0):
         prompt = soft()
-        sentiment.room(model, len(prompt) + ids.shape[1])
+        sentiment.check_positions(model, len(prompt) + ids.shape[1])
         words = model.get_input_embeddings()(ids)  # (B, L, D)
         # (B, P + L, D)
         x = torch.cat([prompt.to(words.dtype).expand(len(ids), -1, -1), words], dim=1)
@@ -71,7 +71,7 @@ def network(model, soft):
         return model(
             inputs_embeds=x, attention_mask=seen.long(), position_ids=position, use_cache=False,
             # What follows a soft word is nobody's business
-            logits_to_keep=sentiment.ends(ids, last),
+            logits_to_keep=sentiment.last_positions(ids, last),
         ).logits  # fmt: skip
 
     return forward
@@ -114,7 +114,9 @@ def peft_network(model):
 
     def forward(ids, mask, last=0):
         return model(
-            input_ids=ids, attention_mask=mask.long(), logits_to_keep=sentiment.ends(ids, last)
+            input_ids=ids,
+            attention_mask=mask.long(),
+            logits_to_keep=sentiment.last_positions(ids, last),
         ).logits
 
     return forward

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import sentiment
+from finetune import sentiment, sentiment_data
 from utils import pretrained, run
 
 
 @dataclass(frozen=True)
-class Training(sentiment.Task):
+class Training(sentiment_data.Task):
     """The flags that all trained methods share, after those of the task."""
 
     model: str = "smollm2"  # smollm2, a local folder, or a hub id such as meta-llama/Llama-2-7b-hf
@@ -82,7 +82,7 @@ def check_model(model, tokenizer, cfg, before=0):
     # the longest question there can be: a text is cut to MAX_TOKENS, its answer and the end token follow
     pattern = len(tokenizer(cfg.pattern.replace("{text}", ""))["input_ids"])
     answer = max(map(len, sentiment.answers(tokenizer, cfg))) + 1
-    sentiment.room(model, before + pattern + sentiment.MAX_TOKENS + answer)
+    sentiment.check_positions(model, before + pattern + sentiment.MAX_TOKENS + answer)
 
 
 def start(cfg, allow=None, before=0):
@@ -96,7 +96,7 @@ def start(cfg, allow=None, before=0):
         positive = min(cfg.steps, cfg.batch) > 0 and cfg.lr > 0
         run.check(positive, "--steps, --batch and --lr must be above 0")
     # data and model
-    parts = sentiment.load(cfg)
+    parts = sentiment_data.load(cfg)
     device = run.device(cfg.device)
     load = partial(pretrained.language_model, cfg.model)
     if cfg.model == "smollm2":

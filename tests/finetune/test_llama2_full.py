@@ -21,6 +21,7 @@ from finetune import (
     peak_memory,
     peft_io,
     sentiment,
+    sentiment_data,
     task_setup,
 )
 from tests.finetune.test_sentiment import Letters
@@ -270,7 +271,7 @@ def test_scores_do_not_depend_on_the_batch(model):
     network = sentiment.network(network)
     questions = ["a lovely day", "no", "this train is late, and the next one as well"]
     device = torch.device("cpu")
-    answers = sentiment.answers(tokenizer, sentiment.Task(words=(" a", " b")))
+    answers = sentiment.answers(tokenizer, sentiment_data.Task(words=(" a", " b")))
     one, many = (
         sentiment.likelihood(network, tokenizer, questions, answers, device, n) for n in (1, 3)
     )
@@ -295,7 +296,7 @@ def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(
             all(torch.equal(a, b) for a, b in zip(before, llama2_full.trainable_parameters(moving)))
         )
         monkeypatch.setattr(
-            sentiment, "judge", lambda *args: judged.append((moving.training, args[3])) or {}
+            sentiment, "evaluate", lambda *args: judged.append((moving.training, args[3])) or {}
         )
         return size
 
@@ -304,7 +305,7 @@ def test_what_is_trained_on_is_never_scored_and_the_last_look_moves_nothing(
     monkeypatch.setattr(llama2_full, "size", lambda folder: 1.0)
     cfg = settings(llama2_lora, model, data, tmp_path, split="valid", texts=5, targets=("q_proj",))
     llama2_lora.main(cfg)
-    parts = sentiment.load(cfg)
+    parts = sentiment_data.load(cfg)
     assert seen <= set(parts["train"]) and len(seen) > 4
     assert judged == [(False, parts["valid"][:5])] and weights == [True]
 

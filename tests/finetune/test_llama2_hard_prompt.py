@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import llama2_hard_prompt, sentiment, task_setup
+from finetune import llama2_hard_prompt, sentiment, sentiment_data, task_setup
 from tests.finetune.test_sentiment import Letters
 from tests.llamas import tiny
 from utils import run
@@ -16,7 +16,7 @@ def test_examples_show_labels_in_turn():
     assert [y for _, y in shown] == [0, 1, 0, 1] and len(set(shown)) == 4
     with pytest.raises(run.UserError, match="--shots 5"):
         llama2_hard_prompt.examples(pairs, 5, ("x", "y"))
-    task = sentiment.Task(pattern="q {text}:", words=(" x", " y"))
+    task = sentiment_data.Task(pattern="q {text}:", words=(" x", " y"))
     text = llama2_hard_prompt.shown(Letters(), task, shown[:2])
     assert text == f"q {shown[0][0]}: x\n\nq {shown[1][0]}: y\n\n"
 
