@@ -96,7 +96,7 @@ def test_nothing_unsafe_or_unwanted():
         chosen = (
             ()
             if path.parts[-2:]
-            in (("vlm", "train.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py"))
+            in (("vlm", "train_config.py"), ("vlm", "checkpoints.py"), ("vlm", "test_train.py"))
             else ("wandb",)
         )  # offline, and only if it is asked for
         for bad in (*unsafe, "import torchvision", *chosen) if path.name != "test_repo.py" else ():

@@ -108,17 +108,22 @@ def load(cfg, model, optimizer, engine=None):
     return state["losses"]
 
 
-def speak_up(cfg, folder):
-    """-> functions that are told (step, loss): TensorBoard's file, Weights & Biases' folder, which stays here."""
-    listeners = []
+def metric_loggers(cfg, folder):
+    """Metric loggers -> functions of (step, loss): TensorBoard's file, Weights & Biases' folder, which stays here."""
+    loggers = []
     if cfg.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(folder / "tensorboard")
-        listeners.append(lambda step, value: (board.add_scalar("loss", value, step), board.flush()))
+
+        def to_tensorboard(step, value):
+            board.add_scalar("loss", value, step)
+            board.flush()
+
+        loggers.append(to_tensorboard)
     if cfg.enable_wandb:
         import wandb  # pyright: ignore[reportMissingImports]
 
         log = wandb.init(project="llava", dir=folder, mode="offline", config=asdict(cfg))
-        listeners.append(lambda step, value: log.log({"loss": value}, step=step))
-    return listeners
+        loggers.append(lambda step, value: log.log({"loss": value}, step=step))
+    return loggers

@@ -1,4 +1,4 @@
-"""vlm/captions.py: BLEU, ROUGE-L and CIDEr of the COCO evaluation; the VQA measure against a second formulation."""
+"""vlm/caption_metrics.py, answer_metrics.py, captions.py: BLEU, ROUGE-L and CIDEr of COCO; VQA accuracy."""
 
 import itertools
 import json
@@ -15,13 +15,17 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from utils import data
 from utils.run import UserError
-from vlm import captions
+from vlm import answer_metrics, caption_metrics, captions
 
 
 def corpus(images=40, references=3):
     """Names of emoji as references; candidates are spoiled ones, among them a copy, an empty and a strange one."""
     rng = random.Random(0)
-    names = [" ".join(captions.words(c)) for c in data.emoji()[1] if len(captions.words(c)) >= 3]
+    names = [
+        " ".join(caption_metrics.words(c))
+        for c in data.emoji()[1]
+        if len(caption_metrics.words(c)) >= 3
+    ]
     refs = [rng.sample(names, rng.randint(1, references)) for _ in range(images)]
     vocabulary = [w for rs in refs for r in rs for w in r.split()]
     made = []
@@ -42,53 +46,67 @@ def coco(scorer, made, refs):
 @pytest.mark.parametrize("references", [1, 5])
 def test_the_scores_are_those_of_the_coco_evaluation(parity, references):
     made, refs = corpus(references=references)
-    assert [" ".join(captions.words(c)) for c in made] == made  # both sides see the same words
+    assert [
+        " ".join(caption_metrics.words(c)) for c in made
+    ] == made  # both sides see the same words
     whole, _ = coco(Bleu(4), made, refs)
     assert whole.min() > 0.01
     parity(
         "Captions",
-        "captions.bleu",
+        "caption_metrics.bleu",
         "pycocoevalcap Bleu",
-        torch.tensor(captions.bleu(made, refs)),
+        torch.tensor(caption_metrics.bleu(made, refs)),
         whole,
     )
     mean, each = coco(Rouge(), made, refs)
-    mine = torch.tensor(captions.rouge_l(made, refs))
-    parity("Captions", "captions.rouge_l", "pycocoevalcap Rouge", [mine.mean(), mine], [mean, each])
+    mine = torch.tensor(caption_metrics.rouge_l(made, refs))
+    parity(
+        "Captions",
+        "caption_metrics.rouge_l",
+        "pycocoevalcap Rouge",
+        [mine.mean(), mine],
+        [mean, each],
+    )
     mean, each = coco(Cider(), made, refs)
-    mine = torch.tensor(captions.cider(made, refs))
+    mine = torch.tensor(caption_metrics.cider(made, refs))
     assert mine.max() > 5 and mine.min() == 0
-    parity("Captions", "captions.cider", "pycocoevalcap Cider", [mine.mean(), mine], [mean, each])
+    parity(
+        "Captions",
+        "caption_metrics.cider",
+        "pycocoevalcap Cider",
+        [mine.mean(), mine],
+        [mean, each],
+    )
 
 
 def test_no_4_gram_in_common_is_nought_where_the_library_says_nearly():
     made, refs = ["a red cat sits here", "two dogs"], [["a cat red here sits"], ["dogs two"]]
-    assert captions.bleu(made, refs)[3] == 0
+    assert caption_metrics.bleu(made, refs)[3] == 0
     assert 0 < coco(Bleu(4), made, refs)[0][3] < 1e-2
 
 
 def test_bleu_of_the_papers_example():
     """Papineni et al. 2002, Sec. 2.1: seven times "the" has a clipped precision of 2/7."""
     refs = [["The cat is on the mat.", "There is a cat on the mat."]]
-    assert captions.bleu(["the the the the the the the"], refs, 1)[0] == pytest.approx(2 / 7)
+    assert caption_metrics.bleu(["the the the the the the the"], refs, 1)[0] == pytest.approx(2 / 7)
 
 
 def test_a_short_candidate_pays_and_a_long_one_does_not():
     ref = [["a b c d e f"]]
-    assert captions.bleu(["a b c"], ref, 1)[0] == pytest.approx(math.exp(1 - 6 / 3))
-    assert captions.bleu(["a b c d e f"], ref, 4) == pytest.approx(np.ones(4))
+    assert caption_metrics.bleu(["a b c"], ref, 1)[0] == pytest.approx(math.exp(1 - 6 / 3))
+    assert caption_metrics.bleu(["a b c d e f"], ref, 4) == pytest.approx(np.ones(4))
     # the closest length counts, and of two as close the shorter one
-    assert captions.bleu(["a b c d e"], [["a b c d e f g", "a b c"]], 1)[0] == 1
-    assert captions.bleu(["a b c d e"], [["a b c d e f", "a"]], 1)[0] == pytest.approx(
+    assert caption_metrics.bleu(["a b c d e"], [["a b c d e f g", "a b c"]], 1)[0] == 1
+    assert caption_metrics.bleu(["a b c d e"], [["a b c d e f", "a"]], 1)[0] == pytest.approx(
         math.exp(1 - 6 / 5)
     )
-    assert captions.bleu([""], ref, 4).tolist() == [0, 0, 0, 0]
+    assert caption_metrics.bleu([""], ref, 4).tolist() == [0, 0, 0, 0]
 
 
 def test_bleu_adds_counts_and_does_not_average_sentences():
     made, refs = ["a b c d", "x y"], [["a b c d"], ["p q"]]
-    assert captions.bleu(made, refs, 1)[0] == pytest.approx(4 / 6)
-    assert np.mean([captions.bleu([m], [r], 1)[0] for m, r in zip(made, refs)]) == 0.5
+    assert caption_metrics.bleu(made, refs, 1)[0] == pytest.approx(4 / 6)
+    assert np.mean([caption_metrics.bleu([m], [r], 1)[0] for m, r in zip(made, refs)]) == 0.5
 
 
 def test_the_longest_common_subsequence_is_that_of_trying_all():
@@ -96,12 +114,12 @@ def test_the_longest_common_subsequence_is_that_of_trying_all():
     for _ in range(60):
         a, b = (rng.choices("xyz", k=rng.randint(0, 6)) for _ in range(2))
         parts = lambda s: {p for n in range(len(s) + 1) for p in itertools.combinations(s, n)}  # noqa: E731
-        assert captions.common(a, b) == max(len(p) for p in parts(a) & parts(b))
+        assert caption_metrics.lcs_length(a, b) == max(len(p) for p in parts(a) & parts(b))
 
 
 def test_rouge_l_leans_to_recall():
     # F of 1 and 1/2, and of 1/2 and 1
-    short, long = captions.rouge_l(["a b", "a b c d e f g h"], [["a b c d"]] * 2)
+    short, long = caption_metrics.rouge_l(["a b", "a b c d e f g h"], [["a b c d"]] * 2)
     assert short == pytest.approx(2.44 * 0.5 / (0.5 + 1.44)) and long == pytest.approx(
         2.44 * 0.5 / (1 + 1.44 * 0.5)
     )
@@ -110,40 +128,40 @@ def test_rouge_l_leans_to_recall():
 
 def test_cider_of_copies_is_ten_and_common_words_weigh_nothing():
     refs = [["a red cat sits here"], ["a big dog runs away"], ["a small bird flies off"]]
-    assert captions.cider([r[0] for r in refs], refs) == pytest.approx(np.full(3, 10))
+    assert caption_metrics.cider([r[0] for r in refs], refs) == pytest.approx(np.full(3, 10))
     # It stands in every image's reference
-    assert captions.cider(["a", "a", "a"], refs).tolist() == [0, 0, 0]
-    again = captions.cider(["cat cat cat cat cat", "", ""], refs)[0]
+    assert caption_metrics.cider(["a", "a", "a"], refs).tolist() == [0, 0, 0]
+    again = caption_metrics.cider(["cat cat cat cat cat", "", ""], refs)[0]
     # Repeating a rare word gains little
-    assert again < captions.cider(["a red cat sits here", "", ""], refs)[0] / 5
+    assert again < caption_metrics.cider(["a red cat sits here", "", ""], refs)[0] / 5
 
 
 def test_a_length_apart_by_sigma_costs_as_the_gaussian_says():
     refs = [["p q r s t u v"], ["x y z"]]
-    cut, whole = (captions.cider(["p q r s t", ""], refs, sigma=s)[0] for s in (2.0, 1e9))
+    cut, whole = (caption_metrics.cider(["p q r s t", ""], refs, sigma=s)[0] for s in (2.0, 1e9))
     assert cut / whole == pytest.approx(math.exp(-0.5))
 
 
 def test_words_are_cut_as_the_docstring_says():
-    assert captions.words("It's 3.5 m, two-hump CAMEL!") == [
+    assert caption_metrics.words("It's 3.5 m, two-hump CAMEL!") == [
         "it's",
         "3.5",
         "m",
         "two-hump",
         "camel",
     ]
-    assert captions.words("woman’s hat...") == ["woman’s", "hat"]
+    assert caption_metrics.words("woman’s hat...") == ["woman’s", "hat"]
 
 
 @pytest.mark.parametrize("made, refs", [([], []), (["a"], []), (["a"], ["a b"]), (["a"], [[]])])
 def test_bad_input_is_said_in_one_line(made, refs):
     with pytest.raises(UserError):
-        captions.bleu(made, refs)
+        caption_metrics.bleu(made, refs)
 
 
 def test_cider_of_one_image_is_refused():
     with pytest.raises(UserError, match="at least two"):
-        captions.cider(["a cat"], [["a cat"]])
+        caption_metrics.cider(["a cat"], [["a cat"]])
 
 
 NORMAL = {
@@ -157,7 +175,7 @@ NORMAL = {
 
 @pytest.mark.parametrize("answer, expected", NORMAL.items())
 def test_known_answers_are_normalised(answer, expected):
-    assert captions.normalise(answer) == expected
+    assert answer_metrics.normalise(answer) == expected
 
 
 def second_normaliser(answer):
@@ -169,7 +187,7 @@ def second_normaliser(answer):
     )
     out = []
     for letter in text:
-        if letter in captions.PUNCTUATION:
+        if letter in answer_metrics.PUNCTUATION:
             out.append(
                 "" if glued or (letter, " ") in neighbours or (" ", letter) in neighbours else " "
             )
@@ -185,7 +203,7 @@ def second_normaliser(answer):
         word = "0" if word == "none" else str(digits.index(word)) if word in digits else word
         lacking = [
             w
-            for w in captions.WHOLE
+            for w in answer_metrics.WHOLE
             if any(w[:i] + w[i + 1 :] == word for i, x in enumerate(w) if x == "'")
         ]
         word = "somebodyd" if word == "somebody'd" else lacking[0] if lacking else word
@@ -196,8 +214,8 @@ def second_normaliser(answer):
 def test_a_second_normaliser_says_the_same_of_random_answers():
     rng = random.Random(0)
     parts = [
-        *captions.CONTRACTIONS,
-        *captions.NUMBERS,
+        *answer_metrics.CONTRACTIONS,
+        *answer_metrics.NUMBERS,
         "a",
         "an",
         "The",
@@ -209,25 +227,28 @@ def test_a_second_normaliser_says_the_same_of_random_answers():
         "e.g.",
         "10",
     ]
-    parts += [*captions.PUNCTUATION, ".", "'", " ", "\n", "\t"]
+    parts += [*answer_metrics.PUNCTUATION, ".", "'", " ", "\n", "\t"]
     for _ in range(3000):
         answer = "".join(
             rng.choice(parts) + rng.choice(["", " "]) for _ in range(rng.randint(0, 6))
         )
-        assert captions.normalise(answer) == second_normaliser(answer), repr(answer)
+        assert answer_metrics.normalise(answer) == second_normaliser(answer), repr(answer)
 
 
 def test_the_table_of_contractions_has_the_size_and_the_ends_of_the_official_one():
     """120 entries there; four begin with a capital, which no lower-case word can match, and two change nothing."""
-    assert len(captions.CONTRACTIONS) == 120 - 4 - 2
-    assert captions.CONTRACTIONS["aint"] == "ain't" and captions.CONTRACTIONS["youve"] == "you've"
+    assert len(answer_metrics.CONTRACTIONS) == 120 - 4 - 2
     assert (
-        captions.CONTRACTIONS["'ow'sat"] == "'ow's'at"
-        and captions.CONTRACTIONS["yall'd've"] == "y'all'd've"
+        answer_metrics.CONTRACTIONS["aint"] == "ain't"
+        and answer_metrics.CONTRACTIONS["youve"] == "you've"
+    )
+    assert (
+        answer_metrics.CONTRACTIONS["'ow'sat"] == "'ow's'at"
+        and answer_metrics.CONTRACTIONS["yall'd've"] == "y'all'd've"
     )
     assert (
         not {"were", "well", "its", "shed", "shell", "ill", "id", "wed", "hell"}
-        & captions.CONTRACTIONS.keys()
+        & answer_metrics.CONTRACTIONS.keys()
     )
 
 
@@ -238,23 +259,25 @@ def test_soft_accuracy_of_ten_people(agree, expected):
     nines = list(itertools.combinations(people, 9))
     by_hand = sum(min(Fraction(group.count("red"), 3), 1) for group in nines) / len(nines)
     assert (
-        captions.vqa_accuracy("Red.", people)
+        answer_metrics.vqa_accuracy("Red.", people)
         == pytest.approx(expected)
         == pytest.approx(float(by_hand))
     )
 
 
 def test_soft_accuracy_normalises_both_sides():
-    assert captions.vqa_accuracy("two", ["2", "The two", "2.", "two!"] + ["x"] * 6) == 1
+    assert answer_metrics.vqa_accuracy("two", ["2", "The two", "2.", "two!"] + ["x"] * 6) == 1
     with pytest.raises(UserError):
-        captions.vqa_accuracy("two", ["two"])
+        answer_metrics.vqa_accuracy("two", ["two"])
 
 
 def test_a_okvqa():
-    assert captions.direct_answer_accuracy("cat", ["cat", "cat", "dog"]) == pytest.approx(2 / 3)
-    assert captions.direct_answer_accuracy("cat", ["cat"] * 10) == 1
-    assert captions.likeliest([-3.0, -1.0, -2.0]) == 1
-    assert captions.likeliest([-3.0, -1.0], lengths=[6, 1]) == 0
+    assert answer_metrics.direct_answer_accuracy("cat", ["cat", "cat", "dog"]) == pytest.approx(
+        2 / 3
+    )
+    assert answer_metrics.direct_answer_accuracy("cat", ["cat"] * 10) == 1
+    assert answer_metrics.likeliest([-3.0, -1.0, -2.0]) == 1
+    assert answer_metrics.likeliest([-3.0, -1.0], lengths=[6, 1]) == 0
     choices = ["ice", "ice cream", "a lake", "two"]
     found = {
         "(b)": 1,
@@ -266,9 +289,9 @@ def test_a_okvqa():
         "snow": None,
         "mice": None,
     }
-    assert {text: captions.match_choice(text, choices) for text in found} == found
-    assert captions.match_choice("red or tan", ["red", "tan"]) is None
-    assert captions.match_choice("z", choices) is None
+    assert {text: answer_metrics.match_choice(text, choices) for text in found} == found
+    assert answer_metrics.match_choice("red or tan", ["red", "tan"]) is None
+    assert answer_metrics.match_choice("z", choices) is None
 
 
 @pytest.mark.parametrize("text, choices, expected", [
@@ -281,11 +304,11 @@ def test_a_okvqa():
     ("a", ["cat", "dog"], 0), ("two", ["one", "two", "two"], None),
 ])  # fmt: skip
 def test_a_choice_is_named_by_what_is_said_and_not_by_what_is_denied(text, choices, expected):
-    assert captions.match_choice(text, choices) == expected
+    assert answer_metrics.match_choice(text, choices) == expected
 
 
 def test_no_choice_is_named_by_an_empty_text():
-    assert captions.match_choice("", ["a", "the"]) is None
+    assert answer_metrics.match_choice("", ["a", "the"]) is None
 
 
 def test_main_shows_what_the_scores_do_not_see(tmp_path):

@@ -154,7 +154,7 @@ def test_what_is_judged_is_asked_of_the_right_photos_with_the_right_question(mon
         None, model, features, fruit, chosen, "What?", batch=16
     )
     assert (
-        found == {"14 kinds": 1.0, "5 groups": 1.0, "said the name": 0.5}
+        found == {"14 kinds": 1.0, "5 groups": 1.0, "name in the generated answer": 0.5}
         and len(texts) == len(log_p) == 20
     )
     assert asked == [

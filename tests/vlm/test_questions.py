@@ -10,7 +10,7 @@ from PIL import Image
 from tests import eyes, fuzz
 from utils.run import UserError
 from utils.text import clean
-from vlm import captions, fruit_photos, llava, questions
+from vlm import answer_metrics, fruit_photos, llava, questions, vqa_data
 
 AOKVQA = {
     "question_id": "a", "image_id": 7, "question": "What is it?", "choices": ["cat", "dog", "cow", "owl"],
@@ -31,7 +31,7 @@ def written(folder, content, name="questions.json"):
 
 
 def test_both_formats_are_read(folder):
-    (one,) = questions.read(written(folder, [AOKVQA]), images=folder)
+    (one,) = vqa_data.read(written(folder, [AOKVQA]), images=folder)
     assert one["image"].name == "000000000007.jpg" and one["choices"][one["right"]] == "dog"
     numbers = {90: "red", 91: "yes"}  # the answers stand in another order than the questions
     asked = {
@@ -44,7 +44,7 @@ def test_both_formats_are_read(folder):
         for n, said in reversed(numbers.items())
     ]
     answers = written(folder, {"annotations": people}, "people.json")
-    two, three = questions.read(written(folder, asked), answers, folder)
+    two, three = vqa_data.read(written(folder, asked), answers, folder)
     assert (
         two["answers"] == ["red"] * 10 and two["choices"] is None and "val2014" in two["image"].name
     )
@@ -66,31 +66,31 @@ def test_both_formats_are_read(folder):
 )  # fmt: skip
 def test_a_wrong_row_is_named(folder, change, says):
     with pytest.raises(UserError, match=f"question 1.*{says}"):
-        questions.read(written(folder, [AOKVQA, AOKVQA | change]), images=folder)
+        vqa_data.read(written(folder, [AOKVQA, AOKVQA | change]), images=folder)
 
 
 def test_files_that_are_none_of_both_are_refused(folder):
     for content, says in (([], "no list of questions"), ({"rows": []}, "no list 'questions'"),
                           ({"questions": [{}]}, "--annotations"), ("text", "no list of questions")):  # fmt: skip
         with pytest.raises(UserError, match=says):
-            questions.read(written(folder, content), images=folder)
+            vqa_data.read(written(folder, content), images=folder)
     with pytest.raises(UserError, match="--annotations goes with that only"):
-        questions.read(
+        vqa_data.read(
             written(folder, [AOKVQA]), written(folder, {"annotations": []}, "people.json"), folder
         )
     twice = {"questions": [{"question_id": 90, "image_id": 9, "question": "What?"}] * 2}
     people = {"annotations": [{"question_id": 90, "answers": [{"answer": "red"}] * 10}]}
     with pytest.raises(UserError, match="question_id twice"):
-        questions.read(written(folder, twice), written(folder, people, "people.json"), folder)
+        vqa_data.read(written(folder, twice), written(folder, people, "people.json"), folder)
     asked, people = (
         written(folder, {"questions": [{}]}),
         written(folder, {"annotations": []}, "people.json"),
     )
     with pytest.raises(UserError, match="lacks 'question_id'"):
-        questions.read(asked, people, folder)
+        vqa_data.read(asked, people, folder)
     (folder / "broken.json").write_text("{")
     with pytest.raises(UserError, match="no readable JSON"):
-        questions.read(folder / "broken.json")
+        vqa_data.read(folder / "broken.json")
 
 
 def right_or_refused(folder, asked, people=None):
@@ -99,7 +99,7 @@ def right_or_refused(folder, asked, people=None):
     if people is not None:
         (folder / "people.json").write_bytes(people)
     more = (folder / "people.json",) if people is not None else ("",)
-    rows = fuzz.reads_or_refuses(lambda: questions.read(folder / "questions.json", *more, folder))
+    rows = fuzz.reads_or_refuses(lambda: vqa_data.read(folder / "questions.json", *more, folder))
     if rows is None:
         return False
     found = json.loads(asked.decode("utf-8-sig"))
@@ -186,13 +186,13 @@ def test_the_same_choice_twice_is_right_both_times():
     found = questions.score(
         [row | {"chosen": 1, "matched": 2}, row | {"chosen": 2, "matched": None}]
     )
-    assert found["chosen by likelihood"] == 1.0 and found["named in what was said"] == 0.5
+    assert found["chosen by likelihood"] == 1.0 and found["named in the generated answer"] == 0.5
 
 
 def test_the_photos_of_the_made_file_were_never_learned_from(monkeypatch, tmp_path):
     fruit = eyes.shop()
     monkeypatch.setattr(questions.data, "groceries", lambda size: fruit)
-    rows = questions.read(questions.fruit(tmp_path, 12), images=tmp_path)
+    rows = vqa_data.read(vqa_data.write_fruit(tmp_path, 12), images=tmp_path)
     names = [fruit_photos.NAMES[kind] for kind in fruit.fine_names]
     for row in rows:
         number = int(row["image"].stem)
@@ -211,14 +211,18 @@ def test_scores_of_a_known_case():
     ]
     done.append({"choices": None, "answers": ["a"] * 9 + ["b"], "said": "b"})
     found = questions.score(done)
-    assert (found["chosen by likelihood"], found["named in what was said"], found["chance"]) == (
+    assert (
+        found["chosen by likelihood"],
+        found["named in the generated answer"],
+        found["chance"],
+    ) == (
         0.5,
         0.5,
         0.25,
     )
     assert found["A-OKVQA direct answer"] == pytest.approx((1 + 1 + 1 / 3) / 3)
     assert found["VQA accuracy"] == pytest.approx(
-        (1 + 1 + captions.vqa_accuracy("b", ["a"] * 9 + ["b"])) / 3
+        (1 + 1 + answer_metrics.vqa_accuracy("b", ["a"] * 9 + ["b"])) / 3
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from utils.run import UserError
-from vlm import strategies, train
+from vlm import strategies, train, train_config
 
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
@@ -17,7 +17,7 @@ def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
     words = strategies.command(name, cfg, Path("out"))
     assert Path(words[1]) == Path(train.__file__)
     found = tyro.cli(train.Config, args=words[2:])
-    train.sane(found)
+    train_config.check_flags(found)
     assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (
         9,
         4,

@@ -31,6 +31,9 @@ from vlm import (
     packing,
     probe,
     tower,
+    train_data,
+    train_evaluation,
+    trainable,
 )
 from vlm import train as teach
 
@@ -94,9 +97,9 @@ def test_what_moves_is_what_was_asked_for(kind, parts):
     """One step on a tiny model: LoRA does not leak into the tower, and nothing that is frozen moves."""
     model = llava.assemble(llava_io.from_transformers(library()))
     cfg = teach.Config(train_type=kind, lora_rank=2, align_steps=0)
-    teach.freeze(model, cfg)
+    trainable.set_trainable(model, cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(teach.groups(model, cfg), 1e-2)
+    optimizer = torch.optim.AdamW(trainable.param_groups(model, cfg), 1e-2)
     for _ in range(2):  # LoRA's A has no gradient before B has moved
         teach.Learner(model)(batch(), torch.randn(2, 3, 28, 28)).backward()
         optimizer.step()
@@ -114,8 +117,8 @@ def test_what_moves_is_what_was_asked_for(kind, parts):
 def test_new_and_old_parts_have_their_own_rates():
     model = llava.assemble(llava_io.from_transformers(library()))
     cfg = teach.Config(lora_rank=2, learning_rate=0.1, learning_rate_pretraining_components=0.01)
-    teach.freeze(model, cfg)
-    new, old = teach.groups(model, cfg)
+    trainable.set_trainable(model, cfg)
+    new, old = trainable.param_groups(model, cfg)
     assert (new["lr"], old["lr"]) == (0.1, 0.01)
     assert sum(p.numel() for p in new["params"]) == sum(
         p.numel() for p in model.connector.parameters()
@@ -124,12 +127,15 @@ def test_new_and_old_parts_have_their_own_rates():
 
 def test_the_first_stage_moves_the_connector_only():
     cfg = teach.Config(align_steps=10, max_steps=30, num_warmup_steps=2)
-    factors = [teach.rates(cfg, i) for i in range(30)]
+    factors = [trainable.lr_multipliers(cfg, i) for i in range(30)]
     assert all(old == 0 for _, old in factors[:10]) and all(
         old == new > 0 for new, old in factors[10:]
     )
     assert factors[0][0] < factors[2][0] and factors[9][0] < 0.1 < factors[12][0]
-    assert [teach.rates(replace(cfg, lr_scheduler_type="constant"), i)[0] for i in (0, 5, 20)] == [
+    assert [
+        trainable.lr_multipliers(replace(cfg, lr_scheduler_type="constant"), i)[0]
+        for i in (0, 5, 20)
+    ] == [
         0.5,
         1,
         1,
@@ -145,7 +151,7 @@ def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks(
             x
             for s in range(steps)
             for r in range(n)
-            for part in teach.draw(samples, cfg, s, r, n)
+            for part in train_data.step_batches(samples, cfg, s, r, n)
             for x in part
         ]
         assert sorted(seen) == samples and seen != samples
@@ -161,14 +167,14 @@ def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
         )
         steps, seen = 36 // (n * size * parts), []
         for s in range(steps):
-            ranks = [teach.draw(samples, cfg, s, r, n) for r in range(n)]
+            ranks = [train_data.step_batches(samples, cfg, s, r, n) for r in range(n)]
             for part in zip(*ranks):
                 assert len({bool(x["images"]) for batch in part for x in batch}) == 1
             seen += [id(x) for drawn in ranks for batch in drawn for x in batch]
         assert sorted(seen) == sorted(map(id, samples))
     plain = teach.Config(per_device_train_batch_size=6)  # the other way does mix them
     assert any(
-        len({bool(x["images"]) for x in teach.draw(samples, plain, s, 0, 1)[0]}) == 2
+        len({bool(x["images"]) for x in train_data.step_batches(samples, plain, s, 0, 1)[0]}) == 2
         for s in range(6)
     )
 
@@ -185,7 +191,7 @@ def weights(cfg):
 
 
 def small(kind="llama"):
-    """An vision_tower, a matrix, a language model, all of large random weights: a wrong neighbour is felt."""
+    """A vision tower, a matrix, a language model, all of large random weights: a wrong neighbour is felt."""
     torch.manual_seed(4)
     vision_tower, join = tower.VisionTower(eyes.tower()), connector.build("linear", 16, 24)
     model = llava.Llava(vision_tower, join, eyes.speaker(kind), 99)
@@ -222,22 +228,22 @@ def one_by_one(model, samples, photos):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_collated_conversations_keep_their_pictures_and_see_no_other(kind, packing):
     """gpt2 has a vector for each position: positions that run on would be felt, too."""
-    model, samples, photos = small(kind), talks(), teach.Photos([], pictures())
+    model, samples, photos = small(kind), talks(), train_data.Photos([], pictures())
     cfg = teach.Config(packing=packing)
     random = np.random.default_rng(0)
     with torch.no_grad():
-        batch, seen = teach.collate(samples, cfg, model, 0, photos, random)
+        batch, seen = train_data.collate(samples, cfg, model, 0, photos, random)
         assert len(batch["ids"]) == (1 if packing else 5) and len(seen) == 4
         value = teach.Learner(model)(batch, seen)
         torch.testing.assert_close(value, one_by_one(model, samples, photos), atol=1e-2, rtol=1e-4)
 
 
 def test_positions_beyond_the_model_are_refused_in_rows_and_rectangles():
-    model, photos = small("gpt2"), teach.Photos([], pictures())
+    model, photos = small("gpt2"), train_data.Photos([], pictures())
     long = {"ids": [5] * 300, "labels": [5] * 300, "images": []}
     for in_rows in (True, False):
         with pytest.raises(UserError, match="300 tokens, but the model has 256 positions"):
-            teach.collate(
+            train_data.collate(
                 [long], teach.Config(packing=in_rows), model, 0, photos, np.random.default_rng(0)
             )
 
@@ -263,9 +269,9 @@ class Recorder:
 def steps(cfg, engine=None, start=0, views=1, samples=None):
     """Train `small` with an optimizer that moves nothing -> losses, the recorder, the model."""
     model = small()
-    teach.freeze(model, cfg)
-    recorder = Recorder(teach.groups(model, cfg))
-    photos = teach.Photos([], pictures(views=views))
+    trainable.set_trainable(model, cfg)
+    recorder = Recorder(trainable.param_groups(model, cfg))
+    photos = train_data.Photos([], pictures(views=views))
     learner = teach.Learner(model)
     made = engine(learner) if engine else None
     values = teach.train(
@@ -294,9 +300,11 @@ def unclipped(monkeypatch):
 def expected(cfg):
     """The gradient of the mean over all tokens of all samples, without the loop."""
     model = small()
-    teach.freeze(model, cfg)
-    samples, groups = talks(), teach.groups(model, cfg)
-    value = one_by_one(model, samples, teach.Photos([], pictures())) / teach.learned(samples)
+    trainable.set_trainable(model, cfg)
+    samples, groups = talks(), trainable.param_groups(model, cfg)
+    value = one_by_one(
+        model, samples, train_data.Photos([], pictures())
+    ) / train_data.count_supervised(samples)
     value.backward()
     parameters = [p for group in groups for p in group["params"]]
     return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -331,7 +339,7 @@ def test_gradients_of_ranks_are_summed_once(unclipped, monkeypatch):
     monkeypatch.setattr(teach, "world", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
     monkeypatch.setattr(teach.dist, "all_reduce", lambda x: x.mul_(2))
-    monkeypatch.setattr(teach, "draw", lambda samples, *rest: [samples])
+    monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [samples])
     losses, recorder, _ = steps(cfg)
     assert losses[0] == pytest.approx(value, rel=1e-4)
     close(recorder.gradients[0], gradients)
@@ -363,7 +371,7 @@ def test_deepspeed_is_given_what_it_divides_by(monkeypatch):
     _, gradients = expected(cfg)
     monkeypatch.setattr(teach, "world", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
-    monkeypatch.setattr(teach, "draw", lambda samples, *rest: [[s] for s in samples])
+    monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [[s] for s in samples])
     losses, recorder, _ = steps(cfg, Engine)
     assert len(found) == 5 and not recorder.rates  # the engine steps
     close(found[-1], [g / 2 for g in gradients])  # the other rank brings the other half
@@ -398,14 +406,14 @@ def test_views_are_drawn_anew_every_step_and_a_resumed_run_draws_the_same():
 
 def test_photos_are_those_that_are_asked_for():
     numbers = torch.arange(3 * 5).view(3, 5, 1, 1) * torch.ones(1, 1, 2, 4)
-    found = teach.Photos([], numbers.bfloat16())([4, 0, 4, 2], np.random.default_rng(0))
+    found = train_data.Photos([], numbers.bfloat16())([4, 0, 4, 2], np.random.default_rng(0))
     assert found.shape == (4, 2, 4) and found.dtype == torch.float32
     assert [int(x) % 5 for x in found[:, 0, 0]] == [4, 0, 4, 2]
     assert (
         len(
             {
                 int(x) // 5
-                for x in teach.Photos([], numbers)([1] * 30, np.random.default_rng(0))[:, 0, 0]
+                for x in train_data.Photos([], numbers)([1] * 30, np.random.default_rng(0))[:, 0, 0]
             }
         )
         == 3
@@ -416,7 +424,7 @@ def test_a_tower_that_learns_sees_pixels(tmp_path):
     for i, grey in enumerate((0, 255, 128)):
         Image.new("L", (4, 4), grey).save(tmp_path / f"{i}.png")
     vision_tower = tower.VisionTower(eyes.tower())
-    photos = teach.Photos([tmp_path / f"{i}.png" for i in range(3)], vision_tower=vision_tower)
+    photos = train_data.Photos([tmp_path / f"{i}.png" for i in range(3)], vision_tower=vision_tower)
     found = photos([2, 0, 1], np.random.default_rng(0))
     assert found.shape == (3, 3, 28, 28)
     right = vision_tower.pixels(
@@ -424,7 +432,7 @@ def test_a_tower_that_learns_sees_pixels(tmp_path):
     )
     torch.testing.assert_close(found, right)
     model = small()
-    teach.freeze(model, still(train_type="none"))
+    trainable.set_trainable(model, still(train_type="none"))
     teach.Learner(model)(packing.pad(talks()[2:3], 0), found[:1]).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.vision.parameters())
 
@@ -444,7 +452,7 @@ def test_a_step_of_words_alone_moves_no_connector(kind):
 def test_adapters_are_scaled_in_training_as_in_the_file():
     """What restore adds to the matrices, W + scale B A, gives the logits of the model that learned."""
     cfg, model = still(lora_rank=4), small()
-    teach.freeze(model, cfg)
+    trainable.set_trainable(model, cfg)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -478,15 +486,15 @@ def test_deepspeed_leaves_a_frozen_tower_as_it_is(monkeypatch):
     vision_tower = tower.load("efficientnet")
     model = llava.Llava(vision_tower, connector.build("linear", 1280, 24), eyes.speaker(), 99)
     cfg = still(train_type="projector", precision="bf16", zero_stage=2)
-    teach.freeze(model, cfg)
+    trainable.set_trainable(model, cfg)
     image = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
     before = vision_tower(vision_tower.pixels(image))
-    checkpoints.engine_of(teach.Learner(model), teach.groups(model, cfg), cfg)
+    checkpoints.engine_of(teach.Learner(model), trainable.param_groups(model, cfg), cfg)
     assert torch.equal(vision_tower(vision_tower.pixels(image)), before)
     assert {p.dtype for p in model.connector.parameters()} == {torch.bfloat16}
-    teach.freeze(model, cfg := replace(cfg, train_type="none"))
+    trainable.set_trainable(model, cfg := replace(cfg, train_type="none"))
     with pytest.raises(UserError, match="--train_type none.*--precision fp32"):
-        checkpoints.engine_of(teach.Learner(model), teach.groups(model, cfg), cfg)
+        checkpoints.engine_of(teach.Learner(model), trainable.param_groups(model, cfg), cfg)
 
 
 # whole runs
@@ -499,7 +507,7 @@ def test_what_is_prepared_is_what_the_flags_say(lesson):
     assert (
         model.language.is_gradient_checkpointing
         and model.count == 1
-        and photos.said.shape[:2] == (2, 12)
+        and photos.features.shape[:2] == (2, 12)
     )
     assert counts == {
         "broken pictures": 0,
@@ -541,7 +549,7 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
     )
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: None)
     fruit = data.data.groceries(224)
-    found = teach.scored(replace(lesson, judged=3), tokenizer, model, tmp_path)
+    found = train_evaluation.evaluate_run(replace(lesson, judged=3), tokenizer, model, tmp_path)
     assert found["text loss"] == {"after": 1.0, "before": 0.0}
     assert read == [(learned, evaluate.paragraphs(3)) for learned in (True, False)]
     learn, chosen = found["yard"]
@@ -552,7 +560,9 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
     with torch.no_grad():
         for p in model.vision.parameters():
             p.mul_(1.01)
-    teach.scored(replace(lesson, judged=3, train_type="none"), tokenizer, model, tmp_path)
+    train_evaluation.evaluate_run(
+        replace(lesson, judged=3, train_type="none"), tokenizer, model, tmp_path
+    )
     with torch.no_grad():
         right = model.vision(model.vision.pixels(fruit.images[chosen]))
     # Asked anew, after it has learned
@@ -736,7 +746,7 @@ def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
 
 
 def test_emoji_are_learned_besides(lesson):
-    rows, folder = teach.rows_of(teach.Config(emoji=3))
+    rows, folder, _ = train_data.read_rows(teach.Config(emoji=3))
     assert len(rows) == 735 and all((folder / one["image"]).is_file() for one in rows[-3:])
     assert {one["image"][:5] for one in rows[-3:]} == {"emoji"} and not list(folder.glob(".*"))
 

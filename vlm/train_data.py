@@ -1,0 +1,129 @@
+"""Training data of vlm/train.py: rows become samples, samples the batches of a step, photos their vision features.
+
+Shapes: B conversations in a batch, N vision features of width D of a photo, V views of it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.data import read_image
+from utils.text import plain
+from vlm import data, evaluate, packing, samplers
+from vlm.prompts import IGNORE
+
+# Pages of manuals that the text loss is measured on, before and after: none of them is learned
+TEXT_LOSS_PAGES = 40
+
+
+@dataclass
+class Photos:
+    """Photos by number: their vision features (V,photos,N,D), or their files, if the tower learns."""
+
+    paths: list
+    features: Any = None
+    vision_tower: Any = None
+
+    def __call__(self, numbers, random):
+        """-> features (len,N,D) or pixels (len,3,S,S) of these photos, a view of each drawn by `random`."""
+        if self.features is not None:
+            views = random.integers(len(self.features), size=len(numbers))
+            return self.features[torch.from_numpy(views), torch.tensor(numbers)].float()
+        images = [read_image(self.paths[i], self.vision_tower.size) for i in numbers]
+        return self.vision_tower.pixels(torch.stack(images))
+
+
+def read_rows(cfg):
+    """-> rows to learn from, the folder of their photos, how many rows had a photo that cannot be decoded."""
+    if cfg.data:
+        folder = Path(cfg.image_folder or Path(cfg.data).parent)
+        rows, broken = data.mend(data.read(cfg.data, folder), folder)
+        return rows, folder, broken
+    rows = data.fruit("train", cfg.seed)
+    folder = data.photos()
+    if cfg.emoji:
+        rows += data.emoji(folder, cfg.emoji, cfg.seed)
+    return rows, folder, 0
+
+
+def read_samples(cfg, tokenizer, model, longest):
+    """-> samples, their Photos, how many rows were replaced, shortened and left out."""
+    rows, folder, broken = read_rows(cfg)
+    # photos, each once: their vision features, unless the tower learns
+    names = sorted({row["image"] for row in rows if row.get("image")})
+    paths = [folder / name for name in names]
+    photos = Photos(paths, vision_tower=model.vision)
+    if cfg.train_type != "none" and paths:
+        photos.features = data.features(model.vision, paths, cfg.views, cfg.seed)
+    # conversations as token ids and labels
+    number = {name: i for i, name in enumerate(names)}
+    samples, shortened, left_out = data.samples(tokenizer, rows, model.count, number, longest)
+    # text alone: other pages than those of the text loss
+    if cfg.text_share:
+        count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))
+        pages = evaluate.paragraphs(TEXT_LOSS_PAGES + count)[TEXT_LOSS_PAGES:]
+        samples += [text_sample(tokenizer, text, longest) for text in pages]
+    counts = {
+        "broken pictures": broken,
+        "conversations shortened": shortened,
+        "conversations left out": left_out,
+    }
+    return samples, photos, counts
+
+
+def text_sample(tokenizer, text, longest=None):
+    """A paragraph without a photo: all of it is supervised, so that the language model stays what it was."""
+    most = min(128, longest or 128)
+    ids = tokenizer(plain(text, tokenizer), truncation=True, max_length=most).input_ids
+    return {"ids": ids, "labels": list(ids), "images": []}
+
+
+def step_batches(samples, cfg, step, rank, n):
+    """Batches of a step on this rank: A parts of B samples. Every epoch has its own order, the same on all ranks."""
+    if cfg.group_by_modality_length:
+        return modality_batches(samples, cfg, step, rank, n)
+    size = cfg.per_device_train_batch_size
+    a_step = size * cfg.gradient_accumulation_steps
+    first = (step * n + rank) * a_step
+    chosen = []
+    for k in range(first, first + a_step):
+        epoch, place = divmod(k, len(samples))
+        order = np.random.default_rng([cfg.seed, 3, epoch]).permutation(len(samples))
+        chosen.append(samples[order[place]])
+    return [chosen[i : i + size] for i in range(0, a_step, size)]
+
+
+def modality_batches(samples, cfg, step, rank, n):
+    """The same, but no batch mixes photos with text alone, on no rank of a step."""
+    size = cfg.per_device_train_batch_size
+    parts = cfg.gradient_accumulation_steps
+    batches = []
+    for k in range(step * parts, (step + 1) * parts):
+        count = len(samplers.by_modality(samples, size, cfg.seed, 0, n)[rank])
+        epoch, place = divmod(k, count)
+        numbers = samplers.by_modality(samples, size, cfg.seed, epoch, n)[rank][place]
+        batches.append([samples[i] for i in numbers])
+    return batches
+
+
+def collate(part, cfg, model, pad, photos, random):
+    """Samples -> a batch as `Learner` takes it, and the features of their photos, in order."""
+    if cfg.packing:
+        # several samples a row, under a block-diagonal mask
+        rows = packing.pack(part, max(256, max(len(s["ids"]) for s in part)))
+        batch = packing.packed(rows, pad)
+        batch["mask"] = packing.attention_mask(model.language, batch)
+        part = [sample for row in rows for sample in row]
+    else:
+        batch = packing.pad(part, pad)
+        packing.check_positions(model.language, batch)
+    numbers = [i for sample in part for i in sample["images"]]
+    return batch, photos(numbers, random) if numbers else None
+
+
+def count_supervised(samples):
+    """Supervised tokens: a first token has nothing before it and is none."""
+    return sum(label != IGNORE for s in samples for label in s["labels"][1:])
