@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import quality
-from utils import checkpoint, data, figures, run
+from models.latent_figures import draw
+from models.vae_network import VAE, paint
+from utils import checkpoint, data, run
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,9 @@ def reconstruction(logits, x):
     run.check(
         x.min() >= -1 and x.max() <= 1, "images must be in [-1, 1]; data.to_float makes them so"
     )
-    # Eq. 11
-    return (
-        F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
-        .flatten(1)
-        .sum(dim=1)
-    )
-
-
-def picture(logits):
-    """Log odds of white -> the expected image, in [-1, 1]: 2 sigmoid(logits) - 1."""
-    return (logits / 2).tanh()
+    white = (x + 1) / 2
+    nats = F.binary_cross_entropy_with_logits(logits, white, reduction="none")  # Eq. 11
+    return nats.flatten(1).sum(dim=1)
 
 
 def loss(model, x, beta=1.0, noise=True):
@@ -82,43 +76,13 @@ def loss(model, x, beta=1.0, noise=True):
 
     `beta` other than 1 gives no bound (0: no KL term); without `noise` the code is a point, mu.
     """
+    # encoder: a Gaussian of codes; a draw from it
     mu, logvar = model.encode(x)
     z = reparameterize(mu, logvar) if noise else mu
-    error, kl = reconstruction(model.decode(z), x).mean(), kl_divergence(mu, logvar).mean()
+    # decoder: how likely the image is under that code
+    error = reconstruction(model.decode(z), x).mean()
+    kl = kl_divergence(mu, logvar).mean()
     return error + beta * kl, error, kl  # Eq. 10
-
-
-class VAE(nn.Module):
-    """q(z | x), two numbers for every latent dimension, and p(x | z), one for every pixel."""
-
-    def __init__(self, latent=2, channels=(16, 32), hidden=256):
-        super().__init__()
-        a, b = channels
-        self.latent = latent
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, a, 4, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(a, b, 4, stride=2, padding=1), nn.SiLU(),
-            nn.Flatten(), nn.Linear(b * 7 * 7, hidden), nn.SiLU(),
-            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent),
-        )  # fmt: skip
-        self.decoder = nn.Sequential(
-            nn.Linear(latent, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-            nn.Linear(hidden, b * 7 * 7), nn.SiLU(), nn.Unflatten(1, (b, 7, 7)),
-            nn.ConvTranspose2d(b, a, 4, stride=2, padding=1), nn.SiLU(),
-            nn.ConvTranspose2d(a, 1, 4, stride=2, padding=1),
-        )  # fmt: skip
-
-    def encode(self, x):
-        """(B, 1, 28, 28) in [-1, 1] -> mu (B, D), logvar (B, D). Eq. 9."""
-        run.check(
-            x.shape[1:] == (1, 28, 28),
-            f"this network reads (B, 1, 28, 28) images, not {tuple(x.shape)}",
-        )
-        return self.encoder(x).chunk(2, dim=1)
-
-    def decode(self, z):
-        """(B, D) -> log odds of white (B, 1, 28, 28); `picture` makes an image of them."""
-        return self.decoder(z)
 
 
 class Variant(NamedTuple):
@@ -131,29 +95,33 @@ def variants(cfg):
     """{name: what is trained}."""
     chosen = {f"{n}-d": Variant(n) for n in cfg.latents}
     if cfg.ablations:
-        chosen |= {
-            "no noise": Variant(cfg.latents[0], noise=False),
-            "no KL": Variant(cfg.latents[0], beta=0.0),
-        }
+        chosen["no noise"] = Variant(cfg.latents[0], noise=False)
+        chosen["no KL"] = Variant(cfg.latents[0], beta=0.0)
     return chosen
 
 
 def learning_rate(cfg, step):
-    """A hundred steps up, then a cosine down to zero."""
-    return cfg.lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+    """Learning rate of a step: a hundred steps of warm-up, then a cosine down to zero."""
+    warm_up = min(1, (step + 1) / 100)
+    cosine = (1 + math.cos(math.pi * step / cfg.steps)) / 2
+    return cfg.lr * warm_up * cosine
 
 
 def train(model, optimizer, images, cfg, curves, variant):
     """Algorithm 1, from step len(curves["kl"]) to cfg.steps; yields each loss and puts its parts into `curves`."""
     for step in range(len(curves["kl"]), cfg.steps):
+        # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+        # a batch of images, a code drawn for each, the bound
         pick = torch.randint(len(images), (cfg.batch,))
         x = data.to_float(images[pick]).to(next(model.parameters()).device)
         value, error, kl = loss(model, x, variant.beta, variant.noise)
+        # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
+        # both parts of the loss
         curves["reconstruction"].append(error.item())
         curves["kl"].append(kl.item())
         yield value.item()
@@ -164,11 +132,17 @@ def fit(name, variant, images, cfg, folder, device):
     run.seed(cfg.seed)
     model = VAE(variant.latent, cfg.channels, cfg.hidden).to(device)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr)
-    parts, curves = {"model": model, "optimizer": optimizer}, {"reconstruction": [], "kl": []}
+    curves = {"reconstruction": [], "kl": []}
+    # all that a resumed run needs to go on bit for bit
+    parts = {"model": model, "optimizer": optimizer}
     state = folder / f"state_{name.replace(' ', '_')}.safetensors"
     if cfg.resume and state.exists():  # those after the interrupted one were never begun
         curves = checkpoint.load_state(state, cfg, **parts)["curves"]
-    save = lambda: checkpoint.save_state(state, **parts, curves=curves, config=asdict(cfg))  # noqa: E731
+
+    def save():
+        checkpoint.save_state(state, **parts, curves=curves, config=asdict(cfg))
+
+    # train; the curves grow on the way
     steps = train(model, optimizer, images, cfg, curves, variant)
     for _ in run.progress(steps, cfg.steps, len(curves["kl"]), cfg.save_every, save):
         pass
@@ -196,37 +170,19 @@ def load(path, device="cpu"):
 @torch.no_grad()
 def measure(model, images):
     """Images (N, 1, 28, 28) in [-1, 1] -> the bound on their log-likelihood, in nats per image; codes (N, D)."""
-    parts = [x.to(next(model.parameters()).device) for x in images.split(500)]
-    sums = torch.stack([torch.stack(loss(model, x)) * len(x) for x in parts]).sum(0)
-    value, error, kl = (sums / len(images)).tolist()
+    device = next(model.parameters()).device
+    parts = [x.to(device) for x in images.split(500)]
+    # the bound and its parts, with noise; the last batch may be a smaller one
+    sums = [torch.stack(loss(model, x)) * len(x) for x in parts]
+    value, error, kl = (torch.stack(sums).sum(0) / len(images)).tolist()
+    # codes: the means of the encoder
     codes = torch.cat([model.encode(x)[0] for x in parts])
     return {"elbo": -value, "reconstruction": error, "kl": kl}, codes
-
-
-@torch.no_grad()
-def paint(model, z):
-    """Codes (N, D) -> expected images (N, 1, 28, 28) in [-1, 1], on the CPU."""
-    return picture(model.decode(z.to(next(model.parameters()).device))).cpu()
 
 
 def sample(model, n):
     """n images from the prior, (n, 1, 28, 28) in [-1, 1]: draw z ~ N(0, 1), decode."""
     return paint(model, torch.randn(n, model.latent))
-
-
-def latent_grid(model, n=20):
-    """n x n images (n^2, 1, 28, 28) of a 2-d latent space, in steps of equal probability (inverse CDF). Fig. 4."""
-    steps = torch.special.ndtri((torch.arange(n) + 0.5) / n)
-    # z_1 to the right, z_2 upwards, as in the scatter plots
-    z = torch.cartesian_prod(steps.flip(0), steps).flip(1)
-    return paint(model, z)
-
-
-def interpolate(model, a, b, n=10):
-    """n images on the straight line between the codes of a and b, (1, 28, 28) each -> (n, 1, 28, 28)."""
-    mu, _ = model.encode(torch.stack([a, b]).to(next(model.parameters()).device))
-    weight = torch.linspace(0, 1, n, device=mu.device)[:, None]
-    return paint(model, mu[:1].lerp(mu[1:], weight))
 
 
 def main(cfg: Config) -> dict:
@@ -236,69 +192,37 @@ def main(cfg: Config) -> dict:
     run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
     run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
     run.check(cfg.samples >= 64, "--samples must be at least 64, as many as the figures show")
-    run.check(
-        cfg.latents and min(cfg.latents) > 1,
-        "--latents must be numbers from 2 on: a map has two axes",
-    )
-    folder, device, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
-    images, models, curves = data.mnist("train")[0], {}, {}
+    two = cfg.latents and min(cfg.latents) > 1
+    run.check(two, "--latents must be numbers from 2 on: a map has two axes")
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
+    clock = run.Clock()
+
+    # train every variant
+    images, _ = data.mnist("train")
+    models = {}
+    curves = {}
     for name, variant in variants(cfg).items():
         models[name], curves[name] = fit(name, variant, images, cfg, folder, device)
     metrics = {"train_seconds": clock()}
     meta = asdict(cfg) | {"latent": {name: model.latent for name, model in models.items()}}
     checkpoint.write(folder / "model.safetensors", nn.ModuleDict(models).state_dict(), meta)
+
+    # measure: the bound on test digits, the score of samples from the prior
     run.seed(cfg.seed)
     test, labels = data.mnist("test")
     test = data.to_float(test)
-    judge, codes, samples = quality.judge(device), {}, {}
+    judge = quality.judge(device)
+    codes = {}
+    samples = {}
     for name, model in run.bar(models.items(), len(models), name="measure"):
         result, codes[name] = measure(model, test)
         samples[name] = sample(model, cfg.samples)
         metrics |= {f"{name}: {k}": v for k, v in (result | judge(samples[name])).items()}
+
+    # draw
     draw(folder, cfg, curves, models, codes, samples, test, labels)
     return run.report(folder, metrics, then=f"open {folder}/; then python models/ddpm.py")
-
-
-def draw(folder, cfg, curves, models, codes, samples, test, labels):
-    """Every figure of the run."""
-    first, best = f"{cfg.latents[0]}-d", f"{cfg.latents[-1]}-d"
-    figures.grid(folder / "samples.png", samples[best][:64])
-    back = {name: paint(model, codes[name][:10]) for name, model in models.items()}
-    figures.rows(folder / "reconstructions.png", {"original": test[:10]} | back)
-    if cfg.latents[0] == 2:
-        # a weave too faint to see, alike at every point
-        grey = latent_grid(VAE(2, cfg.channels, cfg.hidden), n=8)
-        low, high = grey.aminmax()
-        before = f"before training, contrast x {2 / (high - low):.0f}"
-        maps = {
-            before: (grey - low) / (high - low) * 2 - 1,
-            "after training": latent_grid(models[first]),
-        }
-        figures.panels(folder / "map.png", [maps], size=5)
-    strips, weight = {}, torch.linspace(0, 1, 10)[:, None, None, None]
-    for i, j in ((3, 8), (4, 9), (0, 6), (1, 7)):
-        a, b = test[labels == i][1], test[labels == j][1]
-        strips |= {
-            f"{i} to {j}, pixels": a.lerp(b, weight),
-            f"{i} to {j}, {best}": interpolate(models[best], a, b),
-        }
-    figures.rows(folder / "interpolation.png", strips)
-    names = [name for name in models if name == first or not name.endswith("-d")]
-    figures.panels(folder / "latents.png", [
-        {f"{name}: codes of test digits": (codes[name], labels) for name in names},
-        {f"{name}: samples from the prior": samples[name][:64] for name in names},
-    ])  # fmt: skip
-    for part in ("reconstruction", "kl"):
-        log = {name: curve[part] for name, curve in curves.items()}
-        figures.curves(
-            folder / f"{part}.png", log, "step", f"{part}, nats per image", smooth=20, log="y"
-        )
-    bound = {
-        name: [a + b for a, b in zip(*curves[name].values())]
-        for name in curves
-        if name.endswith("-d")
-    }
-    figures.curves(folder / "loss.png", bound, "step", "negative bound, nats per image", smooth=20)
 
 
 if __name__ == "__main__":

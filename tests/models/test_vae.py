@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from models import quality, vae
+from models import latent_figures, quality, vae, vae_network
 from tests.models.test_ddpm import command, one_line, same
 from utils import checkpoint, data, figures
 from utils.run import UserError
@@ -67,9 +67,9 @@ def test_reconstruction(parity):
     parity("VAE", "vae.reconstruction", "torch.distributions.Bernoulli", ours, theirs, atol=1e-3)
     parity(
         "VAE",
-        "vae.picture",
+        "vae_network.picture",
         "torch.distributions.Bernoulli",
-        vae.picture(logits),
+        vae_network.picture(logits),
         2 * coins.mean - 1,
         atol=1e-6,
     )
@@ -151,14 +151,19 @@ def test_shapes():
         and images.max() <= 1
         and images[0].ne(images[1]).any()
     )
-    assert vae.interpolate(model, *torch.zeros(2, 1, 28, 28), n=4).shape == (4, 1, 28, 28)
+    assert latent_figures.interpolate(model, *torch.zeros(2, 1, 28, 28), n=4).shape == (
+        4,
+        1,
+        28,
+        28,
+    )
 
 
 def test_latent_grid_lies_like_the_scatter_plot():
     """Codes by equal steps of probability; z_1 grows to the right and z_2 upwards."""
     model = small()
     model.decode = lambda z: z[:, :, None, None]
-    z = 2 * vae.latent_grid(model, 5).atanh()[:, :, 0, 0].unflatten(0, (5, 5))
+    z = 2 * latent_figures.latent_grid(model, 5).atanh()[:, :, 0, 0].unflatten(0, (5, 5))
     expected = Normal(0, 1).icdf(torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]))
     torch.testing.assert_close(z[2, :, 0], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(z[:, 2, 1], expected.flip(0), atol=1e-4, rtol=0)
@@ -168,7 +173,7 @@ def test_interpolation_goes_straight_from_code_to_code():
     model, images = small(), torch.rand(2, 1, 28, 28) * 2 - 1
     a, b = model.encode(images)[0].detach()
     model.decode = lambda z: z[:, :, None, None]
-    path = 2 * vae.interpolate(model, *images, n=6).atanh()[:, :, 0, 0]
+    path = 2 * latent_figures.interpolate(model, *images, n=6).atanh()[:, :, 0, 0]
     expected = torch.stack([a + (b - a) * i / 5 for i in range(6)])
     torch.testing.assert_close(path, expected, atol=1e-6, rtol=0)
     assert (a - b).abs().max() > 1e-4
@@ -323,9 +328,11 @@ def test_figures_show_the_largest_model_and_every_ablation(monkeypatch, tmp_path
     curves = {
         name: {"reconstruction": [2.0 * i], "kl": [3.0 * i]} for i, name in enumerate(models, 1)
     }
-    vae.draw(tmp_path, cfg, curves, models, codes, samples, test, labels)
+    latent_figures.draw(tmp_path, cfg, curves, models, codes, samples, test, labels)
     assert (drawn["samples.png"] == 1).all()
-    assert torch.equal(drawn["map.png"][0]["after training"], vae.latent_grid(models["2-d"]))
+    assert torch.equal(
+        drawn["map.png"][0]["after training"], latent_figures.latent_grid(models["2-d"])
+    )
     clouds, below = drawn["latents.png"]
     assert list(clouds) == [
         f"{name}: codes of test digits" for name in ("2-d", "no noise", "no KL")
