@@ -1,11 +1,11 @@
-"""Fully sharded data parallel: ZeRO-3 as PyTorch has it. Zhao et al. 2023, arXiv:2304.11277; FSDP2 is `fully_shard`.
+"""Fully sharded data parallel: ZeRO-3 as PyTorch has it. Zhao et al. 2023, arXiv:2304.11277; FSDP2
+is `fully_shard`.
 
-`fully_shard(layer)` replaces the weights of a layer by DTensors, which know their whole shape and hold one rank's
-slice. Before the layer computes they are gathered, afterwards let go, and gradients come back in slices; zero.py shows
-how. Which modules are wrapped decides what is gathered at once. AdamW needs no word of all this: it sees slices.
-
-Checkpoints: sharded (each rank writes its slices, any number of ranks can go on from them), full (one ordinary model
-folder) and, for LoRA, the adapter alone, in PEFT's layout. N: ranks.
+`fully_shard(layer)` replaces the parameters of a layer by DTensors, which know their whole shape
+and hold one rank's shard. Before the layer computes they are all-gathered, afterwards freed, and
+gradients are reduce-scattered; zero_stages.py shows how. Which modules are wrapped decides what is
+gathered at once. AdamW needs no word of all this: it sees shards. fsdp_checkpoint.py has the
+checkpoints: sharded, full, and of LoRA the adapter alone. N: ranks.
 
     python training/fsdp.py
     python training/fsdp.py --method lora --bf16
@@ -21,18 +21,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from training import manifest, ranks, tiny
-from utils import checkpoint, figures, run
+from training import fsdp_checkpoint, manifest, ranks, tiny
+from utils import figures, run
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a small language model whose weights, gradients and optimizer states lie in slices on all ranks."""
+    """Train a small language model, its weights, gradients and optimizer states sharded."""
 
-    method: Literal["full", "lora"] = "full"  # train all weights, or low-rank corrections
+    method: Literal["full", "lora"] = "full"  # train all weights, or low-rank adapters
     # what is gathered at once: a layer, or the whole model
     wrap: Literal["layers", "root"] = "layers"
-    bf16: bool = False  # compute and send in bf16; slices and optimizer stay in fp32
+    bf16: bool = False  # compute and send in bf16; shards and optimizer stay in fp32
     ranks: int = 2  # processes; under torchrun or deepspeed theirs count
     width: int = 256  # of the model
     layers: int = 6  # of the model
@@ -53,111 +53,70 @@ def build(cfg):
     if cfg.method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model,
-            LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
     return model.to(ranks.device())
 
 
 def shard(model, cfg):
-    """Each layer by itself and what is left at the root, as ZeRO-3 does; or everything in one piece.
+    """Each layer by itself and what is left at the root, as ZeRO-3 does; or everything at the root.
 
-    Embedding and head are one weight in this model: both must be in one piece, here the root's. Wrapped one by one they
-    would be two slices of two weights that drift apart; PyTorch refuses that today, and did not always.
+    Embedding and head are one weight in this model: both must be sharded at one place, here the
+    root. Wrapped one by one they would be two weights with shards of their own that drift apart;
+    PyTorch refuses that today, and did not always.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(ranks.device().type, (dist.get_world_size(),))
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32) if cfg.bf16 else MixedPrecisionPolicy()
-    )
+    # Mixed precision: gathered and computed in bf16, gradients reduced in fp32.
+    policy = MixedPrecisionPolicy()
+    if cfg.bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    # What is wrapped by itself is gathered by itself.
     llama = model.get_base_model() if cfg.method == "lora" else model
-    for layer in llama.model.layers if cfg.wrap == "layers" else ():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if cfg.wrap == "layers":
+        for layer in llama.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def train(model, optimizer, text, cfg, start=0):
-    """Steps `start` to cfg.steps; yields the loss over all ranks, before the gradients are let go."""
+    """Steps `start` to cfg.steps; yields the loss over all ranks. Gradients are still there."""
     for i in range(start, cfg.steps):
         optimizer.zero_grad()
-        loss = tiny.loss(model, tiny.share(tiny.batch(text, cfg.seed, i, cfg.batch, cfg.length)))
+        # This rank's part of the batch; each layer is gathered as it is needed.
+        ids = tiny.share(tiny.batch(text, cfg.seed, i, cfg.batch, cfg.length))
+        loss = tiny.loss(model, ids)
+        # Gathered again, backwards; gradients are reduce-scattered.
         loss.backward()
+        # On shards.
         optimizer.step()
         yield tiny.mean(loss.item())
 
 
-def save(folder, model, optimizer, plain):
-    """The sharded checkpoint: every rank writes its own slices, under names and places of the whole."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-    if dist.get_rank() == 0:
-        checkpoint.save_state(folder / "plain.safetensors", **plain)
-
-
-def plain_of(folder):
-    """The plain values of a checkpoint."""
-    return checkpoint.load_state(folder / "plain.safetensors")
-
-
-def load(folder, model, optimizer):
-    """Read into the slices of this rank whatever ranks wrote -> the plain values."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    return plain_of(folder)
-
-
-def export(model, cfg, folder):
-    """The full checkpoint: all slices come to rank 0, which writes an ordinary folder; of LoRA adapter and base."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=cfg.method == "lora"
-    )
-    weights = get_model_state_dict(model, options=options)
-    if dist.get_rank() == 0:
-        if cfg.method == "full":
-            weights.pop("lm_head.weight", None)  # is the embedding
-            checkpoint.write(folder / "model.safetensors", weights)
-            model.config.save_pretrained(folder)
-        else:
-            tensors = {name.replace(".default", ""): x for name, x in weights.items()}
-            checkpoint.write(folder / "adapter_model.safetensors", tensors)
-            # the base was drawn by the seed and stands still: without it the adapter would be of no use
-            run.seed(cfg.seed)
-            base = (folder / "base").resolve()
-            tiny.llama(cfg.width, cfg.layers).save_pretrained(base)
-            model.peft_config["default"].base_model_name_or_path = str(base)
-            model.peft_config["default"].save_pretrained(folder)
-    manifest.wait()
-
-
 def worker(cfg):
     """What every rank does -> losses, and the bytes that it holds and sends."""
-    model, text = shard(build(cfg), cfg), tiny.corpus().to(ranks.device())
-    moving = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(moving, cfg.lr, weight_decay=0.01)
-    folder, losses = Path(cfg.out), []
+    model = shard(build(cfg), cfg)
+    text = tiny.corpus().to(ranks.device())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, cfg.lr, weight_decay=0.01)
+    folder = Path(cfg.out)
+    losses = []
+    # Resume, on any number of ranks; flags are compared before anything is loaded.
     if cfg.resume:
         place = manifest.load(folder / "sharded")
-        # Before anything is loaded
-        run.same_flags(cfg, plain_of(place)["config"] | {"ranks": cfg.ranks}, folder)
-        losses = load(place, model, optimizer)["losses"]
+        before = fsdp_checkpoint.load_plain(place)["config"]
+        run.same_flags(cfg, before | {"ranks": cfg.ranks}, folder)
+        losses = fsdp_checkpoint.load_sharded(place, model, optimizer)["losses"]
     plain = {"config": asdict(cfg), "losses": losses}
+
+    def save(place):
+        fsdp_checkpoint.save_sharded(place, model, optimizer, plain)
+
+    # Training, all collectives counted.
+    start = len(losses)
     with ranks.Traffic() as traffic:
-        start = len(losses)
         for loss in train(model, optimizer, text, cfg, start):
             run.check(
                 math.isfinite(loss),
@@ -165,56 +124,49 @@ def worker(cfg):
             )
             losses.append(loss)
             if cfg.save_every and len(losses) % cfg.save_every == 0:
-                manifest.save(
-                    folder / "sharded",
-                    len(losses),
-                    lambda place: save(place, model, optimizer, plain),
-                )
-    found = {"losses": losses, "held": ranks.states(model, optimizer)}
+                manifest.save(folder / "sharded", len(losses), save)
+    steps = max(1, cfg.steps - start)
+    # Peak memory: what is held, and what one forward and backward pass adds.
+    held = ranks.states(model, optimizer)
     ids = tiny.share(tiny.batch(text, cfg.seed, 0, cfg.batch, cfg.length))
-    found["highest"] = sum(found["held"].values()) + ranks.allocated(
-        lambda: tiny.loss(model, ids).backward()
-    )
-    found["sent"] = {kind: size / max(1, cfg.steps - start) for kind, size in traffic.sent.items()}
-    # DTensors tell the whole shape
-    found["parameters"] = sum(p.numel() for p in model.parameters())
-    found["slices"] = [
-        [name, list(p.shape), list(p.to_local().shape)] for name, p in model.named_parameters()
-    ]
+    added = ranks.allocated(lambda: tiny.loss(model, ids).backward())
+    # DTensors tell the whole shape, and that of the shard.
+    shapes = [[k, list(p.shape), list(p.to_local().shape)] for k, p in model.named_parameters()]
+    found = {
+        "losses": losses,
+        "held": held,
+        "highest": sum(held.values()) + added,
+        "sent": {kind: size / steps for kind, size in traffic.sent.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "shards": shapes,
+    }
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    export(model, cfg, folder / "model")
+    fsdp_checkpoint.save_full(model, cfg, folder / "model")
     return found
 
 
-def draw(path, found):
-    """Who holds which rows of the weights of one layer, of the embedding and of the last norm."""
+def draw_shards(path, found):
+    """Who holds which rows of the parameters: one layer, the embedding, the last norm."""
     import matplotlib.pyplot as plt
 
-    kept = [
-        x
-        for x in found[0]["slices"]
-        if ".layers.0." in x[0] or "embed" in x[0] or x[0].endswith("model.norm.weight")
-    ]
-    figure, axes = plt.subplots(1, len(kept), figsize=(1.25 * len(kept), 2.6))
+    drawn = []
+    for name, whole, _ in found[0]["shards"]:
+        if ".layers.0." in name or "embed" in name or name.endswith("model.norm.weight"):
+            drawn.append((name, whole))
+    figure, axes = plt.subplots(1, len(drawn), figsize=(1.25 * len(drawn), 2.6))
     colours = plt.get_cmap("Set2")
-    for i, (axis, (name, whole, _)) in enumerate(zip(axes, kept)):
+    for i, (axis, (name, whole)) in enumerate(zip(axes, drawn)):
+        # The rows of each rank, one below the other.
         top = 0
         for rank, row in enumerate(found):
-            rows = next(mine[0] for other, _, mine in row["slices"] if other == name)
-            axis.barh(
-                top,
-                1,
-                rows,
-                align="edge",
-                color=colours(rank % 8),
-                label=f"rank {rank}" if i == 0 else None,
-            )
+            rows = next(mine[0] for other, _, mine in row["shards"] if other == name)
+            label = f"rank {rank}" if i == 0 else None
+            axis.barh(top, 1, rows, align="edge", color=colours(rank % 8), label=label)
             top += rows
         axis.set(ylim=(top, 0), xlim=(0, 1), xticks=[], yticks=[0, top])
         axis.tick_params(labelsize=6)
-        axis.set_title(
-            name.removesuffix(".weight").split(".")[-1].replace("_layernorm", "\nnorm"), fontsize=7
-        )
+        short = name.removesuffix(".weight").split(".")[-1].replace("_layernorm", "\nnorm")
+        axis.set_title(short, fontsize=7)
         axis.set_xlabel(" x ".join(map(str, whole)), fontsize=7)
     figure.suptitle("who holds which rows", fontsize=10)
     figure.legend(
@@ -225,7 +177,7 @@ def draw(path, found):
 
 
 def main(cfg: Config) -> dict:
-    """Train in slices, count, save in three ways."""
+    """Train sharded, count bytes, save sharded and full checkpoints."""
     run.check(
         min(cfg.steps, cfg.layers, cfg.batch) > 0 and cfg.lr > 0,
         "--steps, --layers, --batch, --lr: above 0",
@@ -235,23 +187,26 @@ def main(cfg: Config) -> dict:
     n = ranks.count(cfg.ranks)
     run.check(cfg.batch % n == 0, f"--batch {cfg.batch} does not fall into {n} equal shares")
     run.check(cfg.save_every >= 0, "--save-every must be 0 or more")
+    # To resume, there must be a checkpoint.
     if cfg.resume:
-        manifest.load(Path(cfg.out) / "sharded")
-    folder = run.output(cfg.out, cfg) if not cfg.resume else Path(cfg.out)
+        folder = Path(cfg.out)
+        manifest.load(folder / "sharded")
+    else:
+        folder = run.output(cfg.out, cfg)
     found = ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
         return {}
-    mine, psi = found[0], found[0]["parameters"]
+    # The first rank's bytes, beside the formula.
+    mine = found[0]
+    psi = mine["parameters"]
     metrics = {"loss": mine["losses"][-1], "parameters": psi, "ranks": n}
     metrics |= {f"{kind}_MiB": size / 2**20 for kind, size in mine["held"].items()}
-    metrics |= {
-        "total_MiB": sum(mine["held"].values()) / 2**20,
-        "highest_MiB": mine["highest"] / 2**20,
-    }
+    metrics["total_MiB"] = sum(mine["held"].values()) / 2**20
+    metrics["highest_MiB"] = mine["highest"] / 2**20
     if cfg.method == "full":
         metrics["formula_MiB"] = 16 * psi / n / 2**20
     metrics |= {f"{kind}_sent_MiB": size / 2**20 for kind, size in mine["sent"].items()}
-    draw(folder / "slices.png", found)
+    draw_shards(folder / "slices.png", found)
     figures.curves(folder / "loss.png", {"loss": mine["losses"]}, x="step", y="nats a byte")
     return run.report(folder, metrics, then="python training/tensor_parallel.py")
 

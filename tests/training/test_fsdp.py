@@ -1,4 +1,4 @@
-"""FSDP2: slices on two ranks are one process; checkpoints for any number of ranks; what breaks tied weights."""
+"""FSDP2: shards on two ranks are one process; checkpoints for any number of ranks; what breaks tied weights."""
 
 import functools
 import math
@@ -164,14 +164,14 @@ def test_bytes(found):
         psi = row["whole"]["parameters"]
         assert sum(row["whole"]["held"].values()) == pytest.approx(16 * psi / 2, rel=0.01)
         assert row["whole"]["sent"]["reduce_scatter"] == pytest.approx(0.5 * 4 * psi, rel=0.01)
-        assert row["bf16"]["held"] == row["whole"]["held"]  # slices stay in fp32
+        assert row["bf16"]["held"] == row["whole"]["held"]  # shards stay in fp32
         assert row["bf16"]["sent"]["all_gather"] == pytest.approx(
             row["whole"]["sent"]["all_gather"] / 2, rel=0.01
         )
         # Gradients stay in fp32
         assert row["bf16"]["sent"]["reduce_scatter"] == row["whole"]["sent"]["reduce_scatter"]
         layers = sum(
-            4 * math.prod(shape) for name, shape, _ in row["whole"]["slices"] if ".layers." in name
+            4 * math.prod(shape) for name, shape, _ in row["whole"]["shards"] if ".layers." in name
         )
         # layers are gathered twice, forward and backward; what is at the root once
         assert row["whole"]["sent"]["all_gather"] == pytest.approx(
