@@ -1,9 +1,10 @@
 """The same fine-tuning through Hugging Face's accelerate: the loop stays ours; device, precision and ranks are its.
 
-Four calls turn a loop for one CPU into one for many GPUs: `prepare` wraps model and optimizer, `accumulate` says when
-gradients are exchanged, `backward` divides by the parts, `save_state` writes what a run needs to go on. Data, loss and
-score are those of training/llama2_clm_sft_lora_with_zero.py. What moves is fp32, matrix products are bf16 (autocast).
-Gugger et al. 2022, https://github.com/huggingface/accelerate.
+Four calls turn a loop for one CPU into one for many GPUs: `prepare` wraps model and optimizer,
+`accumulate` says when gradients are exchanged, `backward` divides by the parts, `save_state` writes
+what a run needs to go on. Data, loss and score are those of training/sft.py, as with DeepSpeed.
+What moves is fp32, matrix products are bf16 (autocast). Gugger et al. 2022,
+https://github.com/huggingface/accelerate.
 
     python training/accelerate_train.py --ranks 2
     torchrun --nproc_per_node 2 training/accelerate_train.py          # not `accelerate launch --cpu`: it starts one
@@ -18,8 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from training import faq, manifest, ranks
-from training import llama2_clm_sft_lora_with_zero as sft
+from training import faq, manifest, ranks, sft
+from training.lr_schedule import learning_rate
 from utils import checkpoint, run
 
 
@@ -48,10 +49,12 @@ class Config:
 
 
 def train(accelerator, model, optimizer, rows, cfg, ending, start=0):
-    """Steps `start` to cfg.steps; yields the loss of each, a mean over the tokens that all ranks saw."""
+    """Steps `start` to cfg.steps; yields the loss of each, a mean over the tokens of all ranks."""
     for step in range(start, cfg.steps):
+        # Learning rate of this step
+        rate = learning_rate(step, cfg.steps, cfg.lr, warmup=cfg.steps // 10, decay="linear")
         for group in optimizer.param_groups:
-            group["lr"] = sft.learning_rate(cfg, step)
+            group["lr"] = rate
         parts, tokens = faq.draw(rows, cfg, step, ending)
         # Backward divides by A, averaging by N
         weight = cfg.accumulation * accelerator.num_processes / tokens
@@ -68,36 +71,50 @@ def train(accelerator, model, optimizer, rows, cfg, ending, start=0):
         yield sft.add(total)[0] / tokens
 
 
-def worker(cfg):
-    """What every rank does -> its numbers."""
+def build_accelerator(cfg):
+    """accelerate's Accelerator, told what it would guess badly on CPUs."""
     from accelerate import Accelerator
 
-    mixed, cpu = "bf16" if cfg.precision == "bf16" else "no", not torch.cuda.is_available()
+    cpu = not torch.cuda.is_available()
     wanted = {
         "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"],
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    # It guesses badly
-    os.environ |= wanted | ({"DS_ACCELERATOR": "cpu"} if cpu else {}) | dict(os.environ)
+    if cpu:
+        wanted["DS_ACCELERATOR"] = "cpu"
+    # What the environment says already counts
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # no word on tied weights at every save
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=mixed, gradient_accumulation_steps=cfg.accumulation
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+        gradient_accumulation_steps=cfg.accumulation,
     )
+
+
+def worker(cfg):
+    """What every rank does -> its numbers."""
+    # Model, data, optimizer
+    accelerator = build_accelerator(cfg)
+    folder = Path(cfg.out)
     tokenizer, model = sft.prepare(cfg)
-    moving = [p for p in model.parameters() if p.requires_grad]
-    for p in moving:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
         p.data = p.data.float()  # a bf16 weight cannot take a small step
-    ending, folder = tokenizer.eos_token_id, Path(cfg.out)
+    ending = tokenizer.eos_token_id
     learn, held_out = faq.conversations(tokenizer, cfg.length)
-    model, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW(moving, cfg.lr, weight_decay=0.0)
-    )
+    optimizer = torch.optim.AdamW(trained, cfg.lr, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # The last checkpoint, or a new run with its score before training
     if cfg.resume:
-        last, so_far = sft.newest(cfg)
+        last, so_far = sft.last_checkpoint(cfg)
         accelerator.load_state(str(last))
     else:
-        _ = accelerator.is_main_process and run.output(cfg.out, cfg)
+        if accelerator.is_main_process:
+            run.output(cfg.out, cfg)
         so_far = {"losses": [], "before": sft.score(model, held_out, cfg.batch, ending)}
+    losses = so_far["losses"]
 
     def put(place):
         accelerator.save_state(str(place))
@@ -105,32 +122,36 @@ def worker(cfg):
         flags = asdict(cfg) | {"ranks": accelerator.num_processes}
         checkpoint.save_state(own, config=flags, deepspeed=None, **so_far)
 
-    save = lambda: manifest.save(folder / "checkpoints", len(losses), put)  # noqa: E731
-    losses, start, clock = so_far["losses"], len(so_far["losses"]), time.perf_counter()
+    def save():
+        manifest.save(folder / "checkpoints", len(losses), put)
+
+    # Train
+    start = len(losses)
+    clock = time.perf_counter()
     steps = train(accelerator, model, optimizer, learn, cfg, ending, start)
     for value in run.progress(steps, cfg.steps, start, cfg.save_every, save):
         losses.append(value)
     seconds = (time.perf_counter() - clock) / max(1, cfg.steps - start)
     if cfg.save_every:
         save()
+    # Score, then write the adapter or the model
     after = sft.score(model, held_out, cfg.batch, ending)
     if accelerator.is_main_process:
         whole: Any = accelerator.unwrap_model(model)
         target = folder / ("adapter" if cfg.method == "lora" else "model")
         whole.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    held = {k: v / 2**20 for k, v in ranks.states(model, optimizer).items() if k != "gradients"}
-    numbers = {
-        "trained": sum(p.numel() for p in moving),
-        "seconds_per_step": seconds,
-        "after": after,
-    }
-    return numbers | so_far | {"held": held}
+    # What this rank holds
+    states = ranks.states(model, optimizer)
+    held = {name: states[name] / 2**20 for name in ("weights", "optimizer")}
+    numbers = sum(p.numel() for p in trained)
+    found = {"trained": numbers, "seconds_per_step": seconds, "after": after, "held": held}
+    return found | so_far
 
 
 def main(cfg: Config) -> dict:
     """Train, score held-out questions before and after, write the adapter or the model."""
-    sft.sane(cfg)
+    sft.check_flags(cfg)
     found = ranks.launch(worker, cfg, cfg.ranks)
     return sft.summary(cfg, found, "python training/fsdp.py") if found else {}
 

@@ -1,7 +1,8 @@
 """Questions and answers out of three software manuals, and what a language model reads when it learns to answer.
 
-The manuals are reStructuredText: a question is a title, underlined, and its answer is the text until the next title.
-Answers of one sentence that sends the reader elsewhere ("See ...") are left out. Markup goes, words and code stay.
+The manuals are reStructuredText: a question is a title, underlined, and its answer is the text
+until the next title. Answers of one sentence that sends the reader elsewhere ("See ...") are left
+out. Markup goes, words and code stay.
 """
 
 import hashlib
@@ -9,13 +10,13 @@ import re
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from training import ranks
 from utils import data
 from utils.run import check
 from utils.text import plain as without_control_tokens
 
-IGNORE = -100  # a label that is not learned
+IGNORE = -100  # label of a token that is not supervised
 
 UNDERLINE = {"django": "=", "celery": "-", "scrapy": "-"}  # of a question
 # The title of a page has a line above it, too
@@ -50,9 +51,11 @@ def questions():
 
 
 def pairs(text, underline):
-    """reStructuredText -> [(title, the text below it)] of the titles that are underlined so and have an answer."""
-    titles, found = list(TITLE.finditer(text)), []
+    """reStructuredText -> [(title, text below it)] of titles so underlined that have an answer."""
+    titles = list(TITLE.finditer(text))
+    # An answer ends where the next title begins
     ends = [title.start() for title in titles[1:]] + [len(text)]
+    found = []
     for title, end in zip(titles, ends):
         answer = plain(text[title.end() : end])
         if title[2][0] == underline and answer and not POINTER.fullmatch(answer):
@@ -69,54 +72,61 @@ def plain(text):
 
 
 def conversation(tokenizer, question, answer, length):
-    """-> ids, labels: those of the answer and its end are learned, those of the question are not. Cut at `length`.
+    """-> ids, labels: of the answer and its end supervised, of the question not. Cut at `length`.
 
-    A control token that stands in question or answer is broken up: text of others ends no turn. Raises UserError if
-    the tokenizer has no chat template, or one that puts the answer elsewhere.
+    A control token that stands in question or answer is broken up: text of others ends no turn.
+    Raises UserError if the tokenizer has no chat template, or one that puts the answer elsewhere.
     """
-    question, answer = (without_control_tokens(text, tokenizer) for text in (question, answer))
-    check(
-        tokenizer.chat_template,
-        "the tokenizer of --model has no chat template: name a model made for chat",
-    )
-    asked, told = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    no_template = "the tokenizer of --model has no chat template: name a model made for chat"
+    check(tokenizer.chat_template, no_template)
+    question = without_control_tokens(question, tokenizer)
+    answer = without_control_tokens(answer, tokenizer)
+    # The template, with the answer and without
+    asked = {"role": "user", "content": question}
+    told = {"role": "assistant", "content": answer}
     before = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([asked, told], tokenize=False).rstrip()
-    check(
-        whole.startswith(before),
-        "the chat template of --model does not put an answer after its question",
-    )
-    prompt, reply = (
-        tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, whole[len(before) :])
-    )
-    return (prompt + reply)[:length], ([IGNORE] * len(prompt) + reply)[:length]
+    misplaced = "the chat template of --model does not put an answer after its question"
+    check(whole.startswith(before), misplaced)
+    # Tokens of question and answer, the answer's alone supervised
+    prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+    reply = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    ids = prompt + reply
+    labels = [IGNORE] * len(prompt) + reply
+    return ids[:length], labels[:length]
 
 
 def conversations(tokenizer, length):
     """-> [(ids, labels)] to learn, and held out: a fifth of the questions, by a hash of their letters.
 
-    The first rank says how many are cut, and how many left out because their question alone fills the length.
+    The first rank says how many are cut, and how many left out because their question alone fills
+    the length.
     """
-    parts, cut, left_out = ([], []), 0, 0
+    learn = []
+    held_out = []
+    cut = 0
+    left_out = 0
     for _, question, answer in questions():
-        held_out = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
+        part = held_out if hashlib.sha256(question.encode()).digest()[0] % 5 == 0 else learn
+        # One token more tells whether it is longer
         ids, labels = conversation(tokenizer, question, answer, length + 1)
-        cut += len(ids) > length
+        if len(ids) > length:
+            cut += 1
         if learned(labels[:length]):
-            parts[held_out].append((ids[:length], labels[:length]))
+            part.append((ids[:length], labels[:length]))
         else:
             left_out += 1
-    check(all(parts), f"--length {length} leaves no room for answers")
-    if cut and (not dist.is_initialized() or dist.get_rank() == 0):
-        total = sum(map(len, parts)) + left_out
-        print(
-            f"--length {length}: {cut} of {total} conversations are longer and are cut, {left_out} are left out"
-        )
-    return parts
+    check(learn and held_out, f"--length {length} leaves no room for answers")
+    rank, _ = ranks.rank_and_world_size()
+    if cut and rank == 0:
+        total = len(learn) + len(held_out) + left_out
+        longer = f"{cut} of {total} conversations are longer and are cut"
+        print(f"--length {length}: {longer}, {left_out} are left out")
+    return learn, held_out
 
 
 def pad(rows, ending):
-    """[(ids, labels)] -> ids, mask, labels (B, L), filled up on the right."""
+    """[(ids, labels)] -> ids, mask, labels (B, L), with padding on the right."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [ending] * (length - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
@@ -125,18 +135,22 @@ def pad(rows, ending):
 
 
 def learned(labels):
-    """How many tokens of a text are learned. The first is never: nothing comes before it."""
+    """Number of supervised tokens of a text. The first is never one: nothing comes before it."""
     return sum(label != IGNORE for label in labels[1:])
 
 
 def draw(rows, cfg, step, ending):
-    """This rank's share of the texts of a step -> [(ids, mask, labels)] of A parts, tokens to learn in all A N parts.
+    """This rank's share of a step -> [(ids, mask, labels)] of A parts, supervised tokens of all A N.
 
     N ranks with A parts each see the same texts, in the same parts, as one rank with A N parts.
     """
-    n, rank = dist.get_world_size(), dist.get_rank()
+    rank, n = ranks.rank_and_world_size()
+    # All texts of the step, without repeats where there are enough
     size = n * cfg.accumulation * cfg.batch
-    pick = np.random.default_rng([cfg.seed, step]).choice(len(rows), size, replace=size > len(rows))
-    texts = [rows[j] for j in pick]
+    random = np.random.default_rng([cfg.seed, step])
+    picked = random.choice(len(rows), size, replace=size > len(rows))
+    texts = [rows[j] for j in picked]
+    tokens = sum(learned(labels) for _, labels in texts)
+    # Every n-th part is this rank's
     parts = [texts[i * cfg.batch :][: cfg.batch] for i in range(rank, n * cfg.accumulation, n)]
-    return [pad(part, ending) for part in parts], sum(learned(labels) for _, labels in texts)
+    return [pad(part, ending) for part in parts], tokens

@@ -1,8 +1,9 @@
 """Sharded checkpoints of many files and ranks: whole or not at all, with the sha256 of every file.
 
-A library writes its files into a folder, one or more from each rank. What makes them a checkpoint is a list of their
-hashes, written last, and then a file `latest` that names the folder. Whoever is killed before that has the old one.
-A hash tells damage from health. It does not tell friend from foe: load only checkpoints that you or friends wrote.
+A library writes its files into a folder, one or more from each rank. What makes them a checkpoint
+is a list of their hashes, written last, and then a file `latest` that names the folder. Whoever is
+killed before that has the old one. A hash tells damage from health. It does not tell friend from
+foe: load only checkpoints that you or friends wrote.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from training import ranks
 from utils.run import UserError, check
 
 LIST = "manifest.json"  # {"file": its sha256}, beside the files
@@ -26,9 +28,8 @@ def hashes(folder):
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # what is hashed is on the disk
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
 
 
@@ -38,46 +39,46 @@ def write(folder):
 
 
 def verify(folder):
-    """Raises UserError, which names the first such file, if one was damaged, lost or added since `write`."""
+    """Raises UserError, naming the first file that was damaged, lost or added since `write`."""
     folder = Path(folder)
     try:
-        listed, there = json.loads((folder / LIST).read_text("utf-8")), hashes(folder)
-        check(
-            isinstance(listed, dict) and listed,
-            f"{folder / LIST} is not a list of hashes; train again",
-        )
+        listed = json.loads((folder / LIST).read_text("utf-8"))
+        there = hashes(folder)
+        filled = isinstance(listed, dict) and listed
+        check(filled, f"{folder / LIST} is not a list of hashes; train again")
     except (OSError, ValueError):
-        raise UserError(
-            f"{folder} is no whole checkpoint: its {LIST} is missing or damaged; train again"
-        ) from None
-    wrong = [
-        name for name in sorted(listed.keys() | there.keys()) if listed.get(name) != there.get(name)
-    ]
-    check(
-        not wrong,
-        f"{folder}/{wrong[0] if wrong else ''} is damaged, missing or foreign: take a copy or train again",
-    )
+        said = f"its {LIST} is missing or damaged; train again"
+        raise UserError(f"{folder} is no whole checkpoint: {said}") from None
+    # Every file that is listed or there must be both, with the same hash.
+    for name in sorted(listed.keys() | there.keys()):
+        same = listed.get(name) == there.get(name)
+        said = "is damaged, missing or foreign: take a copy or train again"
+        check(same, f"{folder}/{name} {said}")
 
 
 def save(root, step, put):
     """Make the checkpoint of a step: put(folder) writes this rank's files. Call it on every rank.
 
-    A kill at any moment leaves the checkpoint before or this one; those before go when this one is whole. Every rank
-    must see the same folder: with more than one machine, a shared disk. Raises UserError if the disk is full.
+    A kill at any moment leaves the checkpoint before or this one; those before go when this one is
+    whole. Every rank must see the same folder: with more than one machine, a shared disk. Raises
+    UserError if the disk is full.
     """
-    root, first = Path(root), not dist.is_initialized() or dist.get_rank() == 0
+    root = Path(root)
+    rank, _ = ranks.rank_and_world_size()
     folder = root / f"step{step}"
     if newest(root) == folder:  # of an earlier run: never write over the only good one
         folder = root / f"step{step}-again"
     wait()
     try:
-        if first:
+        # The first rank makes the folder, then all write.
+        if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # half of one, from a kill
             folder.mkdir(parents=True)
         wait()
         put(folder)
         wait()
-        if first:
+        # All files are there: hash them, name the folder, and only then drop the old ones.
+        if rank == 0:
             write(folder)
             replace(root / "latest", folder.name)
             for old in root.glob("step*"):
@@ -85,9 +86,8 @@ def save(root, step, put):
                     shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot write {folder}: {reason}; the checkpoint before it is kept"
-        ) from error
+        said = f"cannot write {folder}: {reason}; the checkpoint before it is kept"
+        raise UserError(said) from error
     wait()
     return folder
 
@@ -101,12 +101,10 @@ def newest(root):
 
 
 def load(root) -> Path:
-    """-> the folder of the last whole checkpoint, after a look at every byte. Raises UserError if there is none."""
+    """-> the folder of the last whole checkpoint, every byte verified. Raises UserError."""
     folder: Any = newest(root)
-    check(
-        folder and folder.parent == Path(root),
-        f"no checkpoint in {root} to go on from; leave out --resume",
-    )
+    inside = folder and folder.parent == Path(root)
+    check(inside, f"no checkpoint in {root} to go on from; leave out --resume")
     verify(folder)
     return folder
 
@@ -115,6 +113,7 @@ def replace(path, text):
     """Write a small file whole or not at all."""
     # One writer: what a killed one left is written over
     temporary = path.with_name(f".{path.name}")
+    # The bytes are on the disk before the name is
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

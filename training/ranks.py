@@ -1,8 +1,9 @@
 """Ranks: start the processes of a group, and count what each of them holds and sends.
 
-A rank is one process with its share of the work and, on a cluster, a GPU of its own. Every script of this chapter runs
-in three ways: `python x.py` starts its ranks itself on this machine, `torchrun x.py` and `deepspeed x.py` have started
-them already. On a CPU the ranks talk through gloo, on GPUs through NCCL; the code that they run is the same.
+A rank is one process with its share of the work and, on a cluster, a GPU of its own. Every script
+of this chapter runs in three ways: `python x.py` starts its ranks itself on this machine, `torchrun
+x.py` and `deepspeed x.py` have started them already. On a CPU the ranks talk through gloo, on GPUs
+through NCCL; the code that they run is the same.
 """
 
 import multiprocessing.forkserver
@@ -30,8 +31,9 @@ PRELOADED = ["torch.distributed", "transformers.models.llama.modeling_llama", "t
 def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
     """Run worker(cfg) on every rank -> [what each returned, by rank], or None on all processes but the first.
 
-    worker: a function of a module, not a lambda; what it returns is made of numbers, strings, lists and dicts.
-    ranks: how many to start here; under torchrun or deepspeed their number counts. Raises UserError if one does.
+    worker: a function of a module, not a lambda; what it returns is made of numbers, strings, lists
+    and dicts. ranks: how many to start here; under torchrun or deepspeed their number counts.
+    Raises UserError if one does.
     """
     if "RANK" in os.environ:
         begin(timeout=timeout)
@@ -67,8 +69,9 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
 def start_method():
     """How ranks are started: "forkserver", forks of a process that has torch loaded already, or "spawn", from nothing.
 
-    The server only imports: no thread of a kernel runs in it and CUDA is not initialised, for neither outlives a fork.
-    Where there are GPUs, ranks begin from nothing all the same, and where a fork of loaded libraries is not safe.
+    The server only imports: no thread of a kernel runs in it and CUDA is not initialised, for
+    neither outlives a fork. Where there are GPUs, ranks begin from nothing all the same, and where
+    a fork of loaded libraries is not safe.
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return "spawn"
@@ -194,9 +197,10 @@ def states(model, optimizer=None):
 class Traffic(TorchDispatchMode):
     """Counts the bytes that this rank sends while the block runs, by collective: {"all_gather": bytes, ...}.
 
-    As with rings, which NCCL builds: gathering or reduce-scattering M bytes over N ranks sends (N-1)/N M from each, an
-    all-reduce is both, 2 (N-1)/N M. Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms". Seen are those of
-    NAMES, over all ranks, and not what DistributedDataParallel sends from C++.
+    As with rings, which NCCL builds: gathering or reduce-scattering M bytes over N ranks sends
+    (N-1)/N M from each, an all-reduce is both, 2 (N-1)/N M. Patarasuk & Yuan 2009, "Bandwidth
+    optimal all-reduce algorithms". Seen are those of NAMES, over all ranks, and not what
+    DistributedDataParallel sends from C++.
     """
 
     NAMES = {  # of operator -> what we call it, and which of its tensors is the whole: its position

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.llamas import folder
-from tests.training.test_llama2_clm_sft_lora_with_zero import ROWS, Engine, economical, give
-from training import accelerate_train, faq, ranks
-from training import llama2_clm_sft_lora_with_zero as sft
+from tests.training.test_llama2_clm_sft_lora_with_zero import ROWS, Engine, economical, give, linear
+from training import accelerate_train, faq, ranks, sft
 from utils import pretrained, run
 
 TIME = timedelta(seconds=60)  # a deadlock ends here
@@ -96,7 +95,7 @@ def plain(cfg):
                 p.copy_(start[name])
         optimizer, losses = torch.optim.AdamW(moving.values(), weight_decay=0.0), []
         for step in range(cfg.steps):
-            optimizer.param_groups[0]["lr"] = sft.learning_rate(cfg, step)
+            optimizer.param_groups[0]["lr"] = linear(cfg, step)
             texts, tokens = faq.draw(
                 learn, replace(cfg, accumulation=parts), step, tokenizer.eos_token_id
             )
@@ -245,16 +244,13 @@ def test_a_step_is_the_mean_over_all_tokens_and_clipped_once(parts, monkeypatch)
         right
     )
     for side in sides:
-        assert side.clipped == [(parts, "parameters", 1.0)] and side.rates[0] == sft.learning_rate(
-            cfg, 0
-        )
+        assert side.clipped == [(parts, "parameters", 1.0)] and side.rates[0] == linear(cfg, 0)
 
 
 @pytest.mark.long
-def test_other_ranks_are_refused(cfg, found, monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+def test_other_ranks_are_refused(cfg, found):
     with pytest.raises(run.UserError, match="was written by 2 ranks, here are 1"):
-        sft.newest(replace(cfg, out=f"{cfg.out}/whole 2"))
+        sft.last_checkpoint(replace(cfg, out=f"{cfg.out}/whole 2"))
 
 
 @pytest.mark.parametrize("flags", [{"batch": 0}, {"accumulation": 0}, {"lr": -1.0}, {"length": 1}])

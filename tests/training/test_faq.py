@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.llamas import tiny
-from training import faq
+from training import faq, ranks
 from utils import pretrained, run
 
 TEXT = """
@@ -150,8 +150,7 @@ def test_texts_of_a_step_are_dealt_out_once(accumulation, monkeypatch):
     cfg = SimpleNamespace(seed=0, batch=2, accumulation=accumulation)
 
     def deal(rank, n, step=4, **more):
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: n)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(ranks, "rank_and_world_size", lambda: (rank, n))
         parts, tokens = faq.draw(rows, SimpleNamespace(**vars(cfg) | more), step, 1)
         return [part[0].tolist() for part in parts], tokens
 

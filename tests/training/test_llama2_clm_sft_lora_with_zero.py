@@ -20,8 +20,9 @@ from transformers import LlamaForCausalLM
 
 from tests.conftest import ROOT
 from tests.llamas import folder
-from training import faq, ranks, zero_config
-from training import llama2_clm_sft_lora_with_zero as sft
+from training import faq, ranks, sft, zero_config
+from training import llama2_clm_sft_lora_with_zero as script
+from training.lr_schedule import learning_rate
 from utils import checkpoint, pretrained, run
 
 TIME = timedelta(seconds=60)  # a deadlock ends here
@@ -39,11 +40,16 @@ RUNS = {
 }
 
 
+def linear(cfg, step):
+    """The schedule of both scripts, with a warm-up of a tenth."""
+    return learning_rate(step, cfg.steps, cfg.lr, warmup=cfg.steps // 10, decay="linear")
+
+
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     settings = {"steps": 4, "batch": 2, "length": 64, "lr": 1e-2, "precision": "fp32"}
-    return sft.Config(model=folder(out / "tiny"), out=str(out), **settings)
+    return script.Config(model=folder(out / "tiny"), out=str(out), **settings)
 
 
 def economical():
@@ -66,7 +72,7 @@ def economical():
 def jobs(cfg):
     """On every rank: the runs, with logits of what each trained; one is killed, resumed, damaged, and resumed again."""
     economical()
-    real_loss, real_whole, found, calls, digests = sft.loss, sft.whole, {}, [], {}
+    real_loss, real_whole, found, calls, digests = sft.loss, script.trained_weights, {}, [], {}
 
     def go(name, **kw):
         def whole(engine):
@@ -82,8 +88,8 @@ def jobs(cfg):
             digests[name] = checkpoint.digest({k: x.contiguous() for k, x in kept.items()}, "")
             return real_whole(engine)
 
-        sft.whole = whole
-        found[name] = sft.worker(replace(cfg, out=f"{cfg.out}/{name}", **kw)) | {
+        script.trained_weights = whole
+        found[name] = script.worker(replace(cfg, out=f"{cfg.out}/{name}", **kw)) | {
             "optimizer": digests[name]
         }
 
@@ -136,7 +142,7 @@ def plain(cfg):
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, losses = torch.optim.AdamW(moving.values(), weight_decay=0.0), []
     for step in range(cfg.steps):
-        optimizer.param_groups[0]["lr"] = sft.learning_rate(cfg, step)
+        optimizer.param_groups[0]["lr"] = linear(cfg, step)
         parts, tokens = faq.draw(learn, cfg, step, tokenizer.eos_token_id)
         value = sum(sft.loss(model, *part) for part in parts) / tokens
         value.backward()
@@ -367,7 +373,7 @@ def test_a_wrong_configuration_is_named(content, said, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(run.UserError) as error:
-        zero_config.read(sft.Config(config=str(path)))
+        zero_config.read(script.Config(config=str(path)))
     assert (
         said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
     )
@@ -375,15 +381,15 @@ def test_a_wrong_configuration_is_named(content, said, tmp_path):
 
 def test_our_own_configurations_are_read_and_filled():
     for stage in (0, 1, 2, 3):
-        config = zero_config.read(sft.Config(zero_stage=stage, accumulation=3))
+        config = zero_config.read(script.Config(zero_stage=stage, accumulation=3))
         assert (
             config["zero_optimization"]["stage"] == stage
             and config["gradient_accumulation_steps"] == 3
         )
-    zero = zero_config.read(sft.Config(zero_stage=3, offload="optimizer"))["zero_optimization"]
+    zero = zero_config.read(script.Config(zero_stage=3, offload="optimizer"))["zero_optimization"]
     assert (zero["offload_optimizer"]["device"], zero["offload_param"]["device"]) == ("cpu", "none")
     assert not any(
-        "auto" in json.dumps(zero_config.read(sft.Config(zero_stage=s))) for s in (0, 1, 2, 3)
+        "auto" in json.dumps(zero_config.read(script.Config(zero_stage=s))) for s in (0, 1, 2, 3)
     )
     assert sorted(p.name for p in zero_config.CONFIGS.glob("zero*.json")) == [
         "zero0.json", "zero1.json", "zero2.json", "zero2_offload.json", "zero3.json", "zero3_offload.json",
@@ -408,7 +414,7 @@ def test_an_adapter_names_a_base_that_loads_from_any_folder(cfg, monkeypatch):
 def test_the_learning_rate_is_the_library_s(parity):
     from transformers import get_linear_schedule_with_warmup
 
-    cfg = sft.Config(steps=40, lr=1.0)
+    cfg = script.Config(steps=40, lr=1.0)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 4, 40)
     theirs = []
@@ -416,7 +422,7 @@ def test_the_learning_rate_is_the_library_s(parity):
         theirs.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    ours = [sft.learning_rate(cfg, step) for step in range(40)]
+    ours = [linear(cfg, step) for step in range(40)]
     assert ours[4:] == pytest.approx(theirs[4:])
     # Ours does not waste the first step on zero
     assert ours[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
@@ -441,8 +447,7 @@ class Engine:
 
 def give(monkeypatch, n, rank):
     """As if this were one of n ranks. A text's loss is its length squared: no two means are alike."""
-    monkeypatch.setattr(dist, "get_world_size", lambda: n)
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(ranks, "rank_and_world_size", lambda: (rank, n))
     monkeypatch.setattr(sft, "add", lambda *values: list(values))
     monkeypatch.setattr(sft, "loss", lambda _, ids, mask, labels: (mask.sum(1) ** 2.0).sum())
 
@@ -453,11 +458,11 @@ ROWS = [([3] * k, [faq.IGNORE] + [3] * (k - 1)) for k in range(2, 22)]
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_is_the_mean_over_all_tokens(parts, monkeypatch):
     """What two engines are left with together: the sum of losses, by the tokens of all; the rates are ours."""
-    cfg = sft.Config(batch=2, accumulation=parts, steps=40, lr=1.0)
+    cfg = script.Config(batch=2, accumulation=parts, steps=40, lr=1.0)
     total, engines = 0.0, [Engine(parts, 2) for _ in range(2)]
     for rank, engine in enumerate(engines):
         give(monkeypatch, 2, rank)
-        total += next(sft.train(engine, ROWS, cfg, 1))
+        total += next(script.train(engine, ROWS, cfg, 1))
     _, tokens = faq.draw(ROWS, cfg, 0, 1)
     give(monkeypatch, 1, 0)
     texts, _ = faq.draw(ROWS, replace(cfg, accumulation=2 * parts), 0, 1)
@@ -465,7 +470,7 @@ def test_a_step_is_the_mean_over_all_tokens(parts, monkeypatch):
     assert total == pytest.approx(right) and sum(e.gradient for e in engines) == pytest.approx(
         right
     )
-    assert engines[0].rates == [sft.learning_rate(cfg, 0)] * parts and engines[0].seen == parts
+    assert engines[0].rates == [linear(cfg, 0)] * parts and engines[0].seen == parts
 
 
 def test_held_out_texts_are_scored_once(monkeypatch):
@@ -494,10 +499,10 @@ def test_a_configuration_in_another_encoding_is_one_line(tmp_path):
     path = tmp_path / "config.json"
     # a byte order mark is none of our business
     path.write_bytes(b'\xef\xbb\xbf{"gradient_clipping": 1.0}')
-    assert zero_config.read(sft.Config(config=str(path)))["gradient_clipping"] == 1.0
+    assert zero_config.read(script.Config(config=str(path)))["gradient_clipping"] == 1.0
     path.write_bytes('{"größe": 1}'.encode("latin-1"))
     with pytest.raises(run.UserError, match="is not UTF-8"):
-        zero_config.read(sft.Config(config=str(path)))
+        zero_config.read(script.Config(config=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -510,7 +515,7 @@ def test_a_configuration_in_another_encoding_is_one_line(tmp_path):
 )
 def test_wrong_flags(flags, said, tmp_path):
     with pytest.raises(run.UserError, match=said):
-        sft.main(replace(sft.Config(out=str(tmp_path / "new")), **flags))
+        script.main(replace(script.Config(out=str(tmp_path / "new")), **flags))
     assert not (tmp_path / "new").exists()
 
 
@@ -519,4 +524,4 @@ def test_wrong_flags(flags, said, tmp_path):
 )
 def test_offload_needs_its_stage(flags):
     with pytest.raises(run.UserError, match="--zero-stage"):
-        zero_config.read(replace(sft.Config(), **flags))
+        zero_config.read(replace(script.Config(), **flags))
