@@ -18,7 +18,7 @@ from bs4 import BeautifulSoup
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from rag import answer, app, raw_rag
+from rag import answer, app, question_service, raw_rag
 from tests.passages import TEXTS, dense, fuzz
 from utils import run
 from utils.run import UserError
@@ -78,12 +78,12 @@ SAID = "The cat sat [1] and the dog [4], the cow [9]."
 
 
 @pytest.fixture
-def desk():
-    return app.Desk(dense(), Model(SAID), k=4)
+def service():
+    return question_service.QuestionService(dense(), Model(SAID), k=4)
 
 
-def test_passages_come_first_and_then_a_word_at_a_time(desk):
-    steps = list(desk.reply("where is the cat?", "a"))
+def test_passages_come_first_and_then_a_word_at_a_time(service):
+    steps = list(service.reply("where is the cat?", "a"))
     _, told, found = zip(*steps)
     assert (
         told[0] == told[1] == ""
@@ -94,8 +94,8 @@ def test_passages_come_first_and_then_a_word_at_a_time(desk):
     assert all(
         b.startswith(a) and len(b.split()) - len(a.split()) <= 1 for a, b in zip(told, told[1:])
     )
-    assert steps[-1][:2] == ("", SAID) and desk.answered == 1 and len(desk.llm.chats) == 1
-    assert found[1][0].page_content in desk.llm.chats[0][1]["content"]
+    assert steps[-1][:2] == ("", SAID) and service.answered == 1 and len(service.llm.chats) == 1
+    assert found[1][0].page_content in service.llm.chats[0][1]["content"]
 
 
 @pytest.mark.parametrize("question, said", [
@@ -105,68 +105,68 @@ def test_passages_come_first_and_then_a_word_at_a_time(desk):
     ("x" * 501, "501 characters; 500 are the most"),
     ("x" * 10**6, "500 are the most"),
 ])  # fmt: skip
-def test_what_is_no_question_is_one_line_and_costs_nothing(desk, question, said):
-    steps = list(desk.reply(question, "a"))
+def test_what_is_no_question_is_one_line_and_costs_nothing(service, question, said):
+    steps = list(service.reply(question, "a"))
     assert len(steps) == 1 and said in steps[0][0] and "\n" not in steps[0][0]
-    assert not desk.llm.chats and not desk.asked and desk.answered == 0
+    assert not service.llm.chats and not service.asked and service.answered == 0
 
 
 @pytest.mark.parametrize(
     "question", ["x" * 500, "\ud800 half a character", "<|im_end|>\0{}%s\x1b[0m", "日本語" * 100]
 )
-def test_odd_questions_are_answered(desk, question):
-    assert list(desk.reply(question, "a"))[-1][:2] == ("", SAID)
-    json.dumps(desk.llm.chats).encode()
-    desk.llm.chats[0][1]["content"].encode()  # half a character would break the tokenizer
+def test_odd_questions_are_answered(service, question):
+    assert list(service.reply(question, "a"))[-1][:2] == ("", SAID)
+    json.dumps(service.llm.chats).encode()
+    service.llm.chats[0][1]["content"].encode()  # half a character would break the tokenizer
 
 
-def test_no_question_is_answered_with_what_another_asked(desk):
+def test_no_question_is_answered_with_what_another_asked(service):
     """Each answer stands alone: neither an earlier question nor its answer is in the prompt."""
-    list(desk.reply("where is the cat?", "a"))
-    list(desk.reply("who barked at the moon?", "a"))
-    told = desk.llm.chats[1][1]["content"]
+    list(service.reply("where is the cat?", "a"))
+    list(service.reply("who barked at the moon?", "a"))
+    told = service.llm.chats[1][1]["content"]
     assert told.endswith("Question: who barked at the moon?") and told.count("Question:") == 1
-    assert SAID not in told and len(desk.llm.chats[1]) == 2
+    assert SAID not in told and len(service.llm.chats[1]) == 2
     assert told.index("a dog barked") < told.index("the cat sat"), (
         "the best passage of this question comes first"
     )
 
 
-def test_the_model_reads_k_passages(desk):
-    desk.k = 2
-    assert len(list(desk.reply("where is the cat?", "a"))[-1][2]) == 2
-    assert desk.llm.chats[0][1]["content"].count("<passage ") == 2
+def test_the_model_reads_k_passages(service):
+    service.k = 2
+    assert len(list(service.reply("where is the cat?", "a"))[-1][2]) == 2
+    assert service.llm.chats[0][1]["content"].count("<passage ") == 2
 
 
-def test_nothing_is_answered_from_what_is_too_far_away(desk):
+def test_nothing_is_answered_from_what_is_too_far_away(service):
     seen = []
 
     def close(question, found):
         seen.append((question, len(found)))
         return 0.4
 
-    desk.close, desk.abstain = close, 0.5
-    line, told, found = list(desk.reply("who?", "a"))[-1]
+    service.close, service.abstain = close, 0.5
+    line, told, found = list(service.reply("who?", "a"))[-1]
     assert (
         (line, told, len(found)) == ("", answer.NOWHERE, 4)
-        and not desk.llm.chats
+        and not service.llm.chats
         and seen == [("who?", 4)]
     )
-    desk.abstain = 0.4
-    assert list(desk.reply("who?", "a"))[-1][1] == SAID
+    service.abstain = 0.4
+    assert list(service.reply("who?", "a"))[-1][1] == SAID
 
 
-def test_a_search_that_fails_is_one_line_and_the_next_question_is_answered(desk, caplog):
+def test_a_search_that_fails_is_one_line_and_the_next_question_is_answered(service, caplog):
     class Fails(BaseRetriever):
         def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Document]:
             raise ConnectionResetError("the store is gone\nsecond line")
 
-    whole, desk.retriever = desk.retriever, Fails()
-    line, told, _ = list(desk.reply("who?", "a"))[-1]
+    whole, service.retriever = service.retriever, Fails()
+    line, told, _ = list(service.reply("who?", "a"))[-1]
     assert line == "This could not be answered (ConnectionResetError)." and not told
     assert "the store is gone" in caplog.text, "the owner of the page sees why"
-    desk.retriever = whole
-    assert list(desk.reply("who?", "a"))[-1][1] == SAID and desk.answered == 1
+    service.retriever = whole
+    assert list(service.reply("who?", "a"))[-1][1] == SAID and service.answered == 1
 
 
 def test_fuzz_of_questions():
@@ -177,7 +177,7 @@ def test_fuzz_of_questions():
         metadata = {"source": text[:80], "title": text[:80], "score": 0.5, "id": "0"}
         found = Fixed(documents=[Document(text[:2000], metadata=metadata)])
         line, told, documents = list(
-            app.Desk(found, Model(text[:2000]), rate=1000).reply(text, "a")
+            question_service.QuestionService(found, Model(text[:2000]), rate=1000).reply(text, "a")
         )[-1]
         assert "\n" not in line and (told or line or not text.strip() or not Model(text).words), (
             ascii(text[:80])
@@ -192,10 +192,10 @@ def test_fuzz_of_questions():
 
 def test_rate_of_one_visitor():
     clock = Clock()
-    desk = app.Desk(dense(), Model("yes"), rate=3, clock=clock)
+    service = question_service.QuestionService(dense(), Model("yes"), rate=3, clock=clock)
 
     def ask(visitor):
-        return list(desk.reply("who?", visitor))[-1][0]
+        return list(service.reply("who?", visitor))[-1][0]
 
     for clock.now in (0, 10, 20):
         assert ask("a") == ""
@@ -207,43 +207,46 @@ def test_rate_of_one_visitor():
     clock.now = 60
     assert ask("a") == "" and "in 10.0 s" in ask("a")
     clock.now = 200
-    assert ask("c") == "" and desk.asked.keys() == {"c"}, "who left is remembered"
+    assert ask("c") == "" and service.asked.keys() == {"c"}, "who left is remembered"
 
 
 @pytest.mark.parametrize("limit", [1, 4, 10])
 def test_no_minute_holds_more_than_the_limit_and_none_is_refused_in_vain(limit):
     """Against counting: every moment of an hour of random questions."""
-    dice, desk_time, now = random.Random(limit), Clock(), 0.0
-    desk, let_in = app.Desk(None, None, rate=limit, clock=desk_time), []
+    dice, service_time, now = random.Random(limit), Clock(), 0.0
+    service, let_in = (
+        question_service.QuestionService(None, None, rate=limit, clock=service_time),
+        [],
+    )
     for _ in range(600):
         now += dice.choice([0.0, dice.uniform(0, 3), dice.uniform(0, 30)])
-        desk_time.now = now
+        service_time.now = now
         before = [t for t in let_in if t > now - 60]
-        line = desk.refuse("who?", "a")
+        line = service.refuse("who?", "a")
         assert bool(line) == (len(before) >= limit)
         if line:
-            seconds = app.wait(let_in, now, limit)
+            seconds = question_service.seconds_to_wait(let_in, now, limit)
             assert seconds > 0 and sum(t > now + seconds - 60 + 1e-6 for t in let_in) < limit
         else:
             let_in.append(now)
     assert max(sum(t - 60 < u <= t for u in let_in) for t in let_in) == limit
-    assert len(desk.asked["a"]) <= limit + 1
+    assert len(service.asked["a"]) <= limit + 1
 
 
-def test_a_server_that_fails_is_one_line(desk):
-    desk.llm = Broken()
-    assert list(desk.reply("who?", "a"))[-1][0] == "the server of --llm failed: no answer."
+def test_a_server_that_fails_is_one_line(service):
+    service.llm = Broken()
+    assert list(service.reply("who?", "a"))[-1][0] == "the server of --llm failed: no answer."
 
 
-def test_without_passages_the_model_is_not_asked(desk):
-    desk.retriever = Fixed(documents=[])
-    assert list(desk.reply("who?", "a"))[-1][0].startswith("No passage was found")
-    assert not desk.llm.chats
+def test_without_passages_the_model_is_not_asked(service):
+    service.retriever = Fixed(documents=[])
+    assert list(service.reply("who?", "a"))[-1][0].startswith("No passage was found")
+    assert not service.llm.chats
 
 
-def test_without_a_model_there_are_passages(desk):
-    desk.llm = None
-    line, told, found = list(desk.reply("who?", "a"))[-1]
+def test_without_a_model_there_are_passages(service):
+    service.llm = None
+    line, told, found = list(service.reply("who?", "a"))[-1]
     assert (line, told, len(found)) == ("", "", 4)
 
 
@@ -323,12 +326,12 @@ def free_port():
 
 @pytest.fixture
 def serve():
-    """serve(desk) -> address of its page."""
+    """serve(service) -> address of its page."""
     pages = []
 
-    def start(desk, **rest):
+    def start(service, **rest):
         port = free_port()
-        pages.append(app.page(desk, "A page under test.", **rest))
+        pages.append(app.page(service, "A page under test.", **rest))
         app.serve(pages[-1], port)
         return f"http://{app.HOST}:{port}"
 
@@ -361,17 +364,17 @@ def ask(url, question, session="s", headers=None):
     raise AssertionError("the stream ended early")
 
 
-def test_nothing_is_uploaded(serve, desk):
+def test_nothing_is_uploaded(serve, service):
     """Gradio has a door for files on every page, whether or not anything there takes one."""
     answered = httpx.post(
-        f"{serve(desk)}/gradio_api/upload", files={"files": ("big.bin", b"x" * 2000)}
+        f"{serve(service)}/gradio_api/upload", files={"files": ("big.bin", b"x" * 2000)}
     )
     assert answered.status_code == 413, answered.text
 
 
-def test_by_http(serve, desk):
-    desk.rate, desk.clock = 2, Clock()
-    url = serve(desk)
+def test_by_http(serve, service):
+    service.rate, service.clock = 2, Clock()
+    url = serve(service)
     note, told, cited, passages = ask(url, "where is the cat?", "one")
     assert (
         "The cat sat" in told
@@ -384,11 +387,11 @@ def test_by_http(serve, desk):
     assert "More than 2 a minute" in line, (
         "a new session, or an address that the visitor names, is a new visitor"
     )
-    assert len(desk.llm.chats) == 2
+    assert len(service.llm.chats) == 2
 
 
-def test_what_is_served_names_no_other_machine(serve, desk):
-    url = serve(desk)
+def test_what_is_served_names_no_other_machine(serve, service):
+    url = serve(service)
     got = {path: httpx.get(url + path).raise_for_status().text for path in ("/", "/theme.css")}
     names = re.findall(r"""(?:src|href)=["']?\s*((?:https?:)?//[^"'\s>]+)""", got["/"])
     names += re.findall(
@@ -399,9 +402,9 @@ def test_what_is_served_names_no_other_machine(serve, desk):
     assert "font" in got["/theme.css"] and "googleapis" not in got["/"] + got["/theme.css"]
 
 
-def test_there_is_no_other_door(serve, desk):
-    desk.rate, desk.clock = 1, Clock()
-    url = serve(desk)
+def test_there_is_no_other_door(serve, service):
+    service.rate, service.clock = 1, Clock()
+    url = serve(service)
     info = httpx.get(f"{url}/gradio_api/info").json()
     assert info["named_endpoints"] == info["unnamed_endpoints"] == {}
     for path in ("run/predict", "run/ask", "api/ask"):
@@ -414,11 +417,11 @@ def test_there_is_no_other_door(serve, desk):
     for path in ("rag/app.py", str(app.__file__), "/etc/passwd"):
         assert httpx.get(f"{url}/gradio_api/file={path}").status_code >= 400
     assert httpx.get(f"{url}/monitoring/summary").status_code >= 400
-    assert not desk.llm.chats
-    for _ in "ab":  # Gradio's other name of the queue leads to the same desk
+    assert not service.llm.chats
+    for _ in "ab":  # Gradio's other name of the queue leads to the same service
         event = httpx.post(f"{url}/gradio_api/call/ask", json={"data": ["who?"]}).json()["event_id"]
         told = httpx.get(f"{url}/gradio_api/call/ask/{event}", timeout=30).text
-    assert "More than 1 a minute" in told and len(desk.llm.chats) == 1
+    assert "More than 1 a minute" in told and len(service.llm.chats) == 1
 
 
 def join(url, session, address="127.0.0.1", headers=None):
@@ -430,13 +433,13 @@ def join(url, session, address="127.0.0.1", headers=None):
         return http.post(f"{url}/gradio_api/queue/join", json=body)
 
 
-def test_only_so_many_wait(serve, desk):
+def test_only_so_many_wait(serve, service):
     """Of one visitor two behind the one that is being answered, whatever he calls himself; of all of them eight."""
-    desk.llm, desk.rate = Model("slow " * 20, pause=0.1), 1000
-    url = serve(desk)
+    service.llm, service.rate = Model("slow " * 20, pause=0.1), 1000
+    url = serve(service)
     assert join(url, "first").status_code == 200
     deadline = time.monotonic() + 10
-    while not desk.llm.chats and time.monotonic() < deadline:
+    while not service.llm.chats and time.monotonic() < deadline:
         time.sleep(0.02)
     mine = [
         join(url, str(i), headers={"X-Forwarded-For": f"203.0.113.{i}"})
@@ -450,13 +453,13 @@ def test_only_so_many_wait(serve, desk):
         join(url, f"other {i}", f"127.0.0.{2 + i}") for i in range(app.WAITING - app.PLACES + 2)
     ]
     assert [r.status_code for r in others] == [200] * (app.WAITING - app.PLACES) + [503] * 2
-    assert "full" in others[-1].text and len(desk.llm.chats) == 1, "one is answered at a time"
+    assert "full" in others[-1].text and len(service.llm.chats) == 1, "one is answered at a time"
 
 
-def test_stop_ends_the_answer_and_the_model(serve, desk):
+def test_stop_ends_the_answer_and_the_model(serve, service):
     """The button cancels every way to ask; after that the model says nothing more, and the next one is answered."""
-    desk.llm = Model("word " * 400, pause=0.02)
-    url = serve(desk, examples=["Where is the moon?"])
+    service.llm = Model("word " * 400, pause=0.02)
+    url = serve(service, examples=["Where is the moon?"])
     cancels, config = stop(url)
     asks = {
         d["id"] for d in config["dependencies"] if d["api_name"] and d["api_name"].startswith("ask")
@@ -472,10 +475,10 @@ def test_stop_ends_the_answer_and_the_model(serve, desk):
         stopped = {"session_hash": "one", "fn_index": 0, "event_id": event}
         httpx.post(f"{url}/gradio_api/cancel", json=stopped).raise_for_status()
     deadline = time.monotonic() + 10
-    while not desk.llm.ended and time.monotonic() < deadline:
+    while not service.llm.ended and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert desk.llm.ended == 1 and desk.answered == 0, "the model goes on"
-    desk.llm = Model(SAID)
+    assert service.llm.ended == 1 and service.answered == 0, "the model goes on"
+    service.llm = Model(SAID)
     assert "The cat sat" in ask(url, "where is the dog?", "two")[1]
 
 
@@ -503,7 +506,7 @@ def test_the_command_answers_once_without_any_connection(folder, tmp_path, monke
         app.Config(once=True, distractors=0, out=str(tmp_path), question="How do I bake bread?")
     )
     assert metrics["answer"] == answer.NOWHERE and len(said.chats) == 1, (
-        "--abstain reaches the desk"
+        "--abstain reaches the service"
     )
 
 
@@ -612,8 +615,8 @@ class Visitor:
 
 
 def test_browser_asks_and_follows_a_citation(chromium, serve):
-    desk = app.Desk(dense(), Model(SAID, pause=0.05), k=4)
-    who = Visitor(chromium, serve(desk, examples=["Where is the moon?"]))
+    service = question_service.QuestionService(dense(), Model(SAID, pause=0.05), k=4)
+    who = Visitor(chromium, serve(service, examples=["Where is the moon?"]))
     who.ask("where is the cat?")
     who.see("#passages", TEXTS[0])
     who.see(".cited", "[9] is invented")
@@ -628,13 +631,13 @@ def test_browser_asks_and_follows_a_citation(chromium, serve):
     who.see(".note", "501 characters")
     who.tab.click(".example")
     who.see(".cited", "[9] is invented")
-    assert who.box.input_value() == "Where is the moon?" and len(desk.llm.chats) == 2
+    assert who.box.input_value() == "Where is the moon?" and len(service.llm.chats) == 2
     assert "API" not in who.tab.inner_text("body")
     who.clean()
 
 
 def test_browser_runs_nothing_out_of_texts(chromium, serve):
-    who = Visitor(chromium, serve(app.Desk(poisoned(), Model(POISON))))
+    who = Visitor(chromium, serve(question_service.QuestionService(poisoned(), Model(POISON))))
     who.ask("<img src=x onerror='window.hit = 6'>")
     who.see(".cited", "[77] is invented")
     who.tab.wait_for_timeout(300)
@@ -646,8 +649,8 @@ def test_browser_runs_nothing_out_of_texts(chromium, serve):
 
 
 def test_browser_stops_an_answer(chromium, serve):
-    desk = app.Desk(dense(), Model("word " * 400, pause=0.05), k=4)
-    who = Visitor(chromium, serve(desk))
+    service = question_service.QuestionService(dense(), Model("word " * 400, pause=0.05), k=4)
+    who = Visitor(chromium, serve(service))
     who.ask("where is the cat?")
     who.see(".told", "word word")
     who.tab.click("#stop")
@@ -655,8 +658,8 @@ def test_browser_stops_an_answer(chromium, serve):
     who.tab.wait_for_timeout(300)
     before = who.tab.inner_text(".told")
     who.tab.wait_for_timeout(500)
-    assert who.tab.inner_text(".told") == before and desk.llm.ended == 1, "the model goes on"
-    desk.llm = Model(SAID)
+    assert who.tab.inner_text(".told") == before and service.llm.ended == 1, "the model goes on"
+    service.llm = Model(SAID)
     who.ask("where is the dog?")
     who.see(".cited", "[9] is invented")
     who.clean()
