@@ -23,7 +23,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
 from rag import advanced_rag_rerank as rerank
-from rag import answer, corpus, language_models, raw_rag
+from rag import answer, corpus, cross_encoder, language_models, raw_rag
 from rag.advanced_rag_compression import held
 from utils import figures, run
 from utils.run import check
@@ -70,7 +70,9 @@ class Critic:
                 for d in documents
             ]
         if self.kind == "cross":
-            return [squash((x - rerank.SCALE / 2) / 4) for x in self.again(question, documents)]
+            return [
+                squash((x - cross_encoder.SCALE / 2) / 4) for x in self.again(question, documents)
+            ]
         if self.kind == "maxsim":
             return [x / 2 for x in self.again(question, documents)]  # two cosines, added
         return [d.metadata["score"] for d in documents]

@@ -12,6 +12,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.util import similarity
 
 from rag import advanced_rag_rerank as rerank
+from rag import cross_encoder
 from tests.passages import QUICK, Bag, dense
 from utils.run import UserError
 
@@ -38,19 +39,23 @@ def test_maxsim_of_a_text_with_itself_is_its_length():
 
 
 def test_before_training_the_order_is_that_of_the_quick_search():
-    tokenizer, model = rerank.parts()
-    found = rerank.logits(model.eval(), tokenizer, "a question", ["a text", "another, longer text"])
+    tokenizer, model = cross_encoder.untrained()
+    found = cross_encoder.logits(
+        model.eval(), tokenizer, "a question", ["a text", "another, longer text"]
+    )
     assert found.tolist() == [0, 0]
 
 
 def test_the_loss_and_its_gradient(parity):
     """With zero corrections it is the cross entropy of the cosines; its gradient pushes the right passage up."""
-    tokenizer, model = rerank.parts()
+    tokenizer, model = cross_encoder.untrained()
     cosines = torch.tensor([0.4, 0.5, 0.3])
-    value = rerank.loss(model.eval(), tokenizer, "q", ["right", "wrong", "wrong too"], cosines)
+    value = cross_encoder.loss(
+        model.eval(), tokenizer, "q", ["right", "wrong", "wrong too"], cosines
+    )
     parity(
         "RAG",
-        "rerank.loss at zero",
+        "cross_encoder.loss at zero",
         "torch logsumexp",
         value,
         (20 * cosines).logsumexp(0) - 20 * cosines[0],
@@ -63,7 +68,7 @@ def test_the_loss_and_its_gradient(parity):
 
 def test_the_cross_encoder_is_that_of_sentence_transformers(tmp_path, parity):
     """The merged weights in fp32, read by the library's CrossEncoder."""
-    cross = rerank.Cross(rerank.WEIGHTS)
+    cross = cross_encoder.CrossEncoder(cross_encoder.WEIGHTS)
     cross.model.float().save_pretrained(tmp_path)
     cross.tokenizer.save_pretrained(tmp_path)
     library = CrossEncoder(
@@ -71,11 +76,11 @@ def test_the_cross_encoder_is_that_of_sentence_transformers(tmp_path, parity):
     )
     found = dense().invoke("the moon")
     theirs = library.predict([("the moon", d.page_content) for d in found], show_progress_bar=False)
-    cosines = rerank.SCALE * np.array([d.metadata["score"] for d in found])
+    cosines = cross_encoder.SCALE * np.array([d.metadata["score"] for d in found])
     mine = torch.tensor(np.array(cross("the moon", found)) - cosines).float()
     parity(
         "RAG",
-        "rerank.Cross",
+        "cross_encoder.CrossEncoder",
         "sentence_transformers CrossEncoder",
         mine,
         torch.tensor(theirs),
@@ -85,17 +90,19 @@ def test_the_cross_encoder_is_that_of_sentence_transformers(tmp_path, parity):
 
 def test_it_learns_what_it_is_shown():
     """One question again and again: the right passage comes first, although its cosine is the lowest."""
-    tokenizer, model = rerank.parts()
+    tokenizer, model = cross_encoder.untrained()
     texts, cosines = (
         ["Cats sleep all day.", "Dogs run.", "Fish swim."],
         torch.tensor([0.1, 0.3, 0.2]),
     )
     cfg = rerank.Config(train=80, lr=1e-3)
-    losses = list(rerank.train(model, tokenizer, [("Who sleeps?", texts, cosines)] * 80, cfg))
+    losses = list(
+        cross_encoder.train(model, tokenizer, [("Who sleeps?", texts, cosines)] * 80, cfg)
+    )
     assert losses[0] > 3 and losses[-1] < 0.5
 
 
-def test_lessons_hide_the_title_and_leave_out_the_questions(monkeypatch):
+def test_training_examples_hide_the_title_and_leave_out_the_questions(monkeypatch):
     """Pages of questions and release notes teach nothing; no text begins with the title that it is asked by."""
     pages = {
         "a/one.txt": "Cats sleep",
@@ -115,8 +122,8 @@ def test_lessons_hide_the_title_and_leave_out_the_questions(monkeypatch):
                 metadata={"source": source, "id": f"{source}#{i}", "title": name},
             )
             sections.append(one)
-    monkeypatch.setattr(rerank.corpus, "manuals", lambda: (sections, []))
-    lessons = list(rerank.lessons(rerank.Config(train=10, negatives=3), Bag()))
+    monkeypatch.setattr(cross_encoder.corpus, "manuals", lambda: (sections, []))
+    lessons = list(cross_encoder.training_examples(rerank.Config(train=10, negatives=3), Bag()))
     assert 0 < len(lessons) <= 10
     for question, texts, cosines in lessons:
         assert question.startswith(("Cats", "Owls")) and 1 < len(texts) == len(cosines) <= 4
@@ -124,7 +131,7 @@ def test_lessons_hide_the_title_and_leave_out_the_questions(monkeypatch):
         assert (cosines[1:] < 0.95 * cosines[0]).all()  # what is closer may be right as well
 
 
-def test_the_second_look_changes_the_order():
+def test_reranking_changes_the_order():
     quick = dense()
     again = rerank.RerankRetriever(
         quick=quick, reranker=lambda q, found: [-d.metadata["score"] for d in found], k=2
@@ -208,14 +215,14 @@ def test_the_reranker_sees_as_many_candidates_as_asked_and_keeps_k(tmp_path, mon
 
 def test_the_loss_asks_for_the_first_passage_and_adds_the_cosine(monkeypatch):
     said = torch.tensor([0.0, 1.0, 2.0])
-    monkeypatch.setattr(rerank, "logits", lambda *_, **__: said)
+    monkeypatch.setattr(cross_encoder, "logits", lambda *_, **__: said)
     cosines = torch.tensor([0.4, 0.2, 0.1])
-    expected = -torch.log_softmax(rerank.SCALE * cosines + said, 0)[0]
-    assert float(rerank.loss(None, None, "q", [], cosines)) == pytest.approx(float(expected))
-    cross = object.__new__(rerank.Cross)
+    expected = -torch.log_softmax(cross_encoder.SCALE * cosines + said, 0)[0]
+    assert float(cross_encoder.loss(None, None, "q", [], cosines)) == pytest.approx(float(expected))
+    cross = object.__new__(cross_encoder.CrossEncoder)
     cross.model = cross.tokenizer = None
     found = [Document("x", metadata={"score": float(c)}) for c in cosines]
-    assert cross("q", found) == pytest.approx((rerank.SCALE * cosines + said).tolist())
+    assert cross("q", found) == pytest.approx((cross_encoder.SCALE * cosines + said).tolist())
 
 
 def test_four_titles_make_an_update(monkeypatch):
@@ -225,11 +232,13 @@ def test_four_titles_make_an_update(monkeypatch):
         parameters=lambda: [weight], train=lambda: None, device=torch.device("cpu")
     )
     monkeypatch.setattr(
-        rerank, "loss", lambda model, tokenizer, question, texts, cosines: question * weight.sum()
+        cross_encoder,
+        "loss",
+        lambda model, tokenizer, question, texts, cosines: question * weight.sum(),
     )
     seen = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: seen.append(float(weight.grad)))
     scale = [8.0, 8.0, 8.0, 8.0, 0.1, 0.2, 0.3, 0.4, 1.0]
     lessons = [(x, [], torch.zeros(1)) for x in scale]
-    list(rerank.train(model, None, lessons, rerank.Config(train=9)))
+    list(cross_encoder.train(model, None, lessons, rerank.Config(train=9)))
     assert seen == pytest.approx([1.0, 0.25])  # the first one is clipped to length one

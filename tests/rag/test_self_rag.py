@@ -153,7 +153,7 @@ def test_the_scores_of_reranking_become_marks(kind, mark, monkeypatch):
     monkeypatch.setattr(
         self_rag.rerank, "reranker", lambda cfg: again if cfg.reranker == kind else None
     )
-    monkeypatch.setattr(self_rag.rerank, "SCALE", 1.0)
+    monkeypatch.setattr(self_rag.cross_encoder, "SCALE", 1.0)
     marks = self_rag.Critic(kind, None, SimpleNamespace(embedder="minilm"))("Who?", documents()[:2])
     assert marks[0] == pytest.approx(mark) and marks[0] > marks[1] and seen == [("Who?", 2)]
     assert self_rag.squash(0) == 0.5 and self_rag.squash(9) > 0.99
