@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from finetune import llama2_full, llama2_qlora, lora_inject, lora_layers, sentiment, task_setup
+from finetune import (
+    llama2_full,
+    llama2_qlora,
+    lora_inject,
+    lora_layers,
+    quantization,
+    sentiment,
+    task_setup,
+)
 from tests.llamas import batch, learned_positions, tiny
 from utils import run
 
@@ -18,26 +26,26 @@ def weight(out=48, size=128):
 def test_codebook_and_codes_are_those_of_bitsandbytes(parity):
     from bitsandbytes import functional as bnb
 
-    w, values = weight(), llama2_qlora.nf4()
+    w, values = weight(), quantization.nf4()
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
-    codes, top = llama2_qlora.quantize(w, values)
-    mine = llama2_qlora.pack(codes)
+    codes, top = quantization.quantize(w, values)
+    mine = quantization.pack(codes)
     parity(
         "Quantisation",
-        "qlora.nf4 (Eq. 4)",
+        "quantization.nf4 (Eq. 4)",
         "bitsandbytes quantize_4bit",
         values,
         state.code,
         atol=1e-6,
     )
     parity(
-        "Quantisation", "qlora.quantize, nf4", "bitsandbytes quantize_4bit", mine, packed.flatten()
+        "Quantisation", "quantization.quantize, nf4", "bitsandbytes quantize_4bit", mine, packed.flatten()
     )
     back, theirs = (
-        llama2_qlora.dequantize(mine, top, values, w.shape),
+        quantization.dequantize(mine, top, values, w.shape),
         bnb.dequantize_4bit(packed, state),
     )
-    parity("Quantisation", "qlora.dequantize, nf4", "bitsandbytes dequantize_4bit", back, theirs)
+    parity("Quantisation", "quantization.dequantize, nf4", "bitsandbytes dequantize_4bit", back, theirs)
 
 
 def test_fp4_differs_from_bitsandbytes_in_its_smallest_value():
@@ -47,7 +55,7 @@ def test_fp4_differs_from_bitsandbytes_in_its_smallest_value():
     _, state = bnb.quantize_4bit(
         weight(), blocksize=64, quant_type="fp4", compress_statistics=False
     )
-    theirs, ours = state.code.unique(), llama2_qlora.fp4().unique()
+    theirs, ours = state.code.unique(), quantization.fp4().unique()
     assert len(theirs) == len(ours) == 15
     differ = ~torch.isclose(theirs, ours, atol=1e-4)
     assert ours[differ].abs().tolist() == pytest.approx([0.5 / 6] * 2)
@@ -62,7 +70,7 @@ def test_a_layer_by_bitsandbytes_gives_the_same(bits, parity):
         torch.randn(40, 64).to(torch.bfloat16).requires_grad_(),
     )
     out = []
-    for make in (llama2_qlora.QuantLinear, llama2_qlora.by_bitsandbytes):
+    for make in (quantization.QuantLinear, llama2_qlora.by_bitsandbytes):
         layer, x.grad = make(base, bits, "nf4", 64, False), None
         # bitsandbytes' fast path on CPUs, taken here, would spoil the gradients that follow
         layer.eval()(x.detach())
@@ -70,7 +78,7 @@ def test_a_layer_by_bitsandbytes_gives_the_same(bits, parity):
         y.float().square().sum().backward()
         out.append((y.float().detach(), x.grad.float()))
     if bits == 4:
-        name = "qlora.QuantLinear, bf16, output and gradient"
+        name = "quantization.QuantLinear, bf16, output and gradient"
         a, b = ([v / v.abs().max() for v in o] for o in out)  # of 1: bf16 has three digits
         parity("Quantisation", name, "bitsandbytes.nn.Linear4bit", a, b, atol=2e-2)
     else:
@@ -81,17 +89,17 @@ def test_a_layer_by_bitsandbytes_gives_the_same(bits, parity):
 def test_bits_are_counted():
     base = nn.Linear(256, 512, bias=False)
     each = {
-        double: llama2_qlora.QuantLinear(base, 4, double=double).bits_each()
+        double: quantization.QuantLinear(base, 4, double=double).bits_each()
         for double in (False, True)
     }
     n = 256 * 512
     assert each[False] == 4 + 32 / 64
     assert each[True] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256) + 32 / n)
-    assert llama2_qlora.QuantLinear(base, 8).bits_each() == 8 + 32 / 256
+    assert quantization.QuantLinear(base, 8).bits_each() == 8 + 32 / 256
 
 
 def test_zero_stays_zero_and_every_value_comes_back():
-    for name, make in llama2_qlora.CODEBOOKS.items():
+    for name, make in quantization.CODEBOOKS.items():
         values = make()
         assert (
             len(values) == 16
@@ -100,8 +108,8 @@ def test_zero_stays_zero_and_every_value_comes_back():
             and values.max() == 1
         ), name
         assert (values == 0).any(), name
-        codes, top = llama2_qlora.quantize(values[None] * 3, values, 16)
-        back = llama2_qlora.dequantize(llama2_qlora.pack(codes), top, values, (1, 16))
+        codes, top = quantization.quantize(values[None] * 3, values, 16)
+        back = quantization.dequantize(quantization.pack(codes), top, values, (1, 16))
         assert torch.equal(back, values[None] * 3)
 
 
@@ -116,17 +124,17 @@ def test_nf4_is_best_on_normal_weights():
 def test_packing_and_double_quantisation():
     codes = torch.randint(16, (64,), dtype=torch.uint8)
     numbers = torch.arange(16.0)  # a codebook that shows the codes
-    back = llama2_qlora.dequantize(llama2_qlora.pack(codes), torch.ones(1), numbers, (8, 8))
+    back = quantization.dequantize(quantization.pack(codes), torch.ones(1), numbers, (8, 8))
     assert torch.equal(back.flatten(), codes.float())
     top = torch.rand(700) + 1
-    back = llama2_qlora.double_dequantize(*llama2_qlora.double_quantize(top))
+    back = quantization.double_dequantize(*quantization.double_quantize(top))
     assert (back - top).abs().max() < 0.5 / 127 * 1.01  # half a step of the largest deviation
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_gradients_pass_the_coarse_weight_and_are_those_of_it(bits):
     base = nn.Linear(64, 32)
-    layer = llama2_qlora.QuantLinear(base, bits)
+    layer = quantization.QuantLinear(base, bits)
     plain = nn.Linear(64, 32)
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
@@ -141,10 +149,10 @@ def test_gradients_pass_the_coarse_weight_and_are_those_of_it(bits):
 def test_outliers_are_taken_out():
     w, x = weight(16, 64), torch.randn(8, 64)
     x[:, 3] = 60.0
-    codes, scale = llama2_qlora.absmax(w, 1)
+    codes, scale = quantization.absmax(w, 1)
     exact = x @ (codes * scale).T  # what is left is the error of the activations
     error = {
-        t: (llama2_qlora.int8_matmul(x, codes, scale, t) - exact).norm() / exact.norm()
+        t: (quantization.int8_matmul(x, codes, scale, t) - exact).norm() / exact.norm()
         for t in (6.0, 1e9)
     }
     assert error[6.0] < 0.01 and error[1e9] > 5 * error[6.0]
@@ -152,7 +160,7 @@ def test_outliers_are_taken_out():
 
 def test_a_model_in_four_bits_trains():
     model = llama2_qlora.store(tiny(), 4)
-    assert sum(isinstance(m, llama2_qlora.QuantLinear) for m in model.modules()) == 14
+    assert sum(isinstance(m, quantization.QuantLinear) for m in model.modules()) == 14
     lora_inject.inject(model, ("q_proj",), 2, 4.0)
     ids, mask = batch()
     sentiment.network(model)(ids, mask).square().mean().backward()
@@ -184,7 +192,7 @@ def test_nf4_is_the_asymmetric_construction_and_not_eq_4_alone():
     down = [-quantile(0.5 + (offset - 0.5) * i / 7) for i in range(8)]
     table = sorted({round(x / up[-1], 12) + 0.0 for x in up + down})
     assert len(table) == 16
-    torch.testing.assert_close(llama2_qlora.nf4(), torch.tensor(table), atol=1e-6, rtol=0)
+    torch.testing.assert_close(quantization.nf4(), torch.tensor(table), atol=1e-6, rtol=0)
     assert table[8] == pytest.approx(0.0796, abs=1e-4) and table[6] == pytest.approx(
         -0.0911, abs=1e-4
     )
@@ -196,12 +204,12 @@ def test_int8_takes_out_exactly_the_columns_beyond_the_threshold(monkeypatch):
     """Those are exact, the others are integers: both halves against the formula by hand."""
     w, x = weight(16, 64), torch.randn(8, 64)
     x[2, 3], x[5, 40], x[1, 7] = 60.0, -8.0, 6.0  # 6 is not beyond 6
-    codes, scale = llama2_qlora.absmax(w, 1)
+    codes, scale = quantization.absmax(w, 1)
     real, widths = torch._int_mm, []
     monkeypatch.setattr(
         torch, "_int_mm", lambda a, b: widths.append((a.shape, b.shape)) or real(a, b)
     )
-    got = llama2_qlora.int8_matmul(x, codes, scale)
+    got = quantization.int8_matmul(x, codes, scale)
     assert widths == [((8, 62), (62, 16))]
     large = torch.zeros(64, dtype=torch.bool)
     large[[3, 40]] = True
@@ -218,9 +226,9 @@ def test_double_quantisation_is_of_the_scales_of_this_layer():
     with torch.no_grad():
         # Rows of very different size
         base.weight.mul_(torch.logspace(-1, 1, 48)[torch.randperm(48), None])
-    once, twice = (llama2_qlora.QuantLinear(base, 4, double=double) for double in (False, True))
+    once, twice = (quantization.QuantLinear(base, 4, double=double) for double in (False, True))
     assert torch.equal(once.codes, twice.codes)
-    back = llama2_qlora.double_dequantize(twice.top_codes, twice.top_scale, twice.top_mean)
+    back = quantization.double_dequantize(twice.top_codes, twice.top_scale, twice.top_mean)
     assert (
         back - once.top
     ).abs().max() <= 0.51 * twice.top_scale.max() and twice.top_mean == once.top.mean()
@@ -253,14 +261,14 @@ def test_every_flag_reaches_the_layers(bits, monkeypatch, tmp_path):
         assert bases == {nn.Linear} and {m.base.weight.dtype for m in adapters} == {dtype}
         return
     layer = adapters[0].base
-    assert bases == {llama2_qlora.QuantLinear} and layer.bits == bits
+    assert bases == {quantization.QuantLinear} and layer.bits == bits
     if bits == 4:
-        assert len(layer.top) == 32 * 32 / 16 and torch.equal(layer.values, llama2_qlora.fp4())
+        assert len(layer.top) == 32 * 32 / 16 and torch.equal(layer.values, quantization.fp4())
 
 
 def test_the_body_is_all_but_the_head_whatever_its_name():
     model = tiny()
     model.gate, model.lm_head = nn.Linear(4, 4), model.lm_head
     assert len(llama2_qlora.body(model)) == 15 and "lm_head" not in llama2_qlora.body(model)
-    with pytest.raises(run.UserError, match="nothing to store"):
+    with pytest.raises(run.UserError, match="nothing to quantise"):
         llama2_qlora.store(learned_positions("gpt2"), 4)
