@@ -12,7 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from deploy import decode
+from deploy import decode, generation, logits_processors
 from tests import llamas
 from utils import pretrained
 from utils.run import UserError
@@ -74,31 +74,33 @@ def same(parity, ours, counterpart, mine, theirs):
 
 @pytest.mark.parametrize("eos", [None, 1, END])
 def test_greedy_is_that_of_generate(model, ids, parity, eos):
-    mine = decode.greedy(model, input_ids=ids, max_new_tokens=16, eos=eos, pad=PAD)
+    mine = generation.greedy(model, input_ids=ids, max_new_tokens=16, eos=eos, pad=PAD)
     theirs, _ = generate(model, eos=eos, input_ids=ids)
-    same(parity, "decode.greedy", "transformers generate", mine, theirs)
+    same(parity, "generation.greedy", "transformers generate", mine, theirs)
     assert len(mine.unique()) > 8  # it does not say the same word for ever
 
 
 def test_left_padded_prompts_are_those_of_generate_and_as_if_alone(model, ids, parity):
     batch = padded(ids)
-    mine = decode.greedy(model, max_new_tokens=16, eos=END, pad=PAD, **batch)
+    mine = generation.greedy(model, max_new_tokens=16, eos=END, pad=PAD, **batch)
     same(
         parity,
-        "decode.greedy, padded",
+        "generation.greedy, padded",
         "transformers generate, padded",
         mine,
         generate(model, eos=END, **batch)[0],
     )
     for row, start in ((1, 3), (2, 1)):
-        alone = decode.greedy(
+        alone = generation.greedy(
             model, input_ids=ids[row : row + 1, start:], max_new_tokens=16, eos=END, pad=PAD
         )[0]
         assert (
             mine[row, : len(alone)].tolist() == alone.tolist()
             and (mine[row, len(alone) :] == PAD).all()
         )
-    wrong = decode.greedy(model, input_ids=batch["input_ids"], max_new_tokens=16, eos=END, pad=PAD)
+    wrong = generation.greedy(
+        model, input_ids=batch["input_ids"], max_new_tokens=16, eos=END, pad=PAD
+    )
     assert not torch.equal(mine, wrong)  # without the mask the padding is read as text
 
 
@@ -109,24 +111,27 @@ def test_positions_count_from_the_first_word_and_not_from_the_padding(ids, parit
         GPT2Config(**shape, bos_token_id=None, eos_token_id=1, initializer_range=0.6)
     ).eval()
     batch, end = padded(ids), {"eos": END, "pad": PAD, "max_new_tokens": 16}
-    mine = decode.greedy(gpt2, **end, **batch)
+    mine = generation.greedy(gpt2, **end, **batch)
     same(
         parity,
-        "decode.greedy, GPT-2",
+        "generation.greedy, GPT-2",
         "transformers generate, GPT-2",
         mine,
         generate(gpt2, eos=END, **batch)[0],
     )
-    alone = decode.greedy(gpt2, input_ids=ids[1:2, 3:], **end)[0]
+    alone = generation.greedy(gpt2, input_ids=ids[1:2, 3:], **end)[0]
     assert mine[1, : len(alone)].tolist() == alone.tolist()
-    tokens, scores = decode.beam(gpt2, beams=3, **end, **batch)
+    tokens, scores = generation.beam(gpt2, beams=3, **end, **batch)
     theirs, their_scores = generate(gpt2, eos=END, num_beams=3, **batch)
-    same(parity, "decode.beam, GPT-2", "transformers beam search, GPT-2", tokens[:, 0], theirs)
+    same(parity, "generation.beam, GPT-2", "transformers beam search, GPT-2", tokens[:, 0], theirs)
     torch.testing.assert_close(scores[:, 0], their_scores)
     text = torch.randint(3, 120, (3, 5))
-    together = decode.log_probs(gpt2, text, **batch)[1:2]
+    together = generation.log_probs(gpt2, text, **batch)[1:2]
     torch.testing.assert_close(
-        together, decode.log_probs(gpt2, text[1:2], input_ids=ids[1:2, 3:]), atol=1e-4, rtol=1e-5
+        together,
+        generation.log_probs(gpt2, text[1:2], input_ids=ids[1:2, 3:]),
+        atol=1e-4,
+        rtol=1e-5,
     )
 
 
@@ -136,11 +141,11 @@ def test_embeddings_are_as_good_as_ids(model, ids, parity, padding):
     batch = padded(ids) if padding else {"input_ids": ids}
     rest = {k: v for k, v in batch.items() if k != "input_ids"}
     x = model.get_input_embeddings()(batch["input_ids"]).detach()
-    mine = decode.greedy(model, inputs_embeds=x, max_new_tokens=12, **rest)
-    assert torch.equal(mine, decode.greedy(model, max_new_tokens=12, **batch))
+    mine = generation.greedy(model, inputs_embeds=x, max_new_tokens=12, **rest)
+    assert torch.equal(mine, generation.greedy(model, max_new_tokens=12, **batch))
     theirs, _ = generate(model, new=12, inputs_embeds=x, **rest)
-    same(parity, "decode.greedy, embeddings", "transformers generate, embeddings", mine, theirs)
-    tokens, scores = decode.beam(
+    same(parity, "generation.greedy, embeddings", "transformers generate, embeddings", mine, theirs)
+    tokens, scores = generation.beam(
         model, beams=3, inputs_embeds=x, max_new_tokens=12, eos=END, pad=PAD, **rest
     )
     theirs, their_scores = generate(model, new=12, eos=END, num_beams=3, inputs_embeds=x, **rest)
@@ -156,14 +161,14 @@ def test_beams_and_their_scores_are_those_of_generate(
 ):
     options = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     for batch in ({"input_ids": ids}, padded(ids)):
-        tokens, scores = decode.beam(
+        tokens, scores = generation.beam(
             model, beams=4, num_return=3, max_new_tokens=16, eos=eos, pad=PAD, **options, **batch
         )
         theirs = generate(model, eos=eos, num_beams=4, num_return_sequences=3, **options, **batch)
-        same(parity, "decode.beam", "transformers beam search", tokens.flatten(0, 1), theirs[0])
+        same(parity, "generation.beam", "transformers beam search", tokens.flatten(0, 1), theirs[0])
         parity(
             "Decoding",
-            "decode.beam scores",
+            "generation.beam scores",
             "transformers sequences_scores",
             scores.flatten(),
             theirs[1],
@@ -173,11 +178,11 @@ def test_beams_and_their_scores_are_those_of_generate(
 
 
 def test_one_beam_is_greedy_and_the_score_is_the_log_probability(model, ids):
-    tokens, scores = decode.beam(
+    tokens, scores = generation.beam(
         model, beams=1, max_new_tokens=10, length_penalty=0.0, input_ids=ids
     )
-    assert torch.equal(tokens[:, 0], decode.greedy(model, input_ids=ids, max_new_tokens=10))
-    log_p = decode.log_probs(model, tokens[:, 0], input_ids=ids)
+    assert torch.equal(tokens[:, 0], generation.greedy(model, input_ids=ids, max_new_tokens=10))
+    log_p = generation.log_probs(model, tokens[:, 0], input_ids=ids)
     torch.testing.assert_close(scores[:, 0], log_p.sum(1))
 
 
@@ -188,12 +193,12 @@ def test_a_wide_search_finds_the_likeliest_of_all_texts():
         torch.cartesian_prod(*[torch.arange(6)] * 2),
         torch.cartesian_prod(*[torch.arange(6)] * 3),
     )
-    tokens, scores = decode.beam(
+    tokens, scores = generation.beam(
         model, beams=36, max_new_tokens=3, length_penalty=0.0, input_ids=prompts
     )
-    first, worse = decode.greedy(model, input_ids=prompts, max_new_tokens=3), 0
+    first, worse = generation.greedy(model, input_ids=prompts, max_new_tokens=3), 0
     for i, prompt in enumerate(prompts):
-        log_p = decode.log_probs(model, every, input_ids=prompt.expand(216, -1)).sum(1)
+        log_p = generation.log_probs(model, every, input_ids=prompt.expand(216, -1)).sum(1)
         torch.testing.assert_close(log_p.exp().sum(), torch.tensor(1.0))
         assert tokens[i, 0].tolist() == every[log_p.argmax()].tolist()
         torch.testing.assert_close(scores[i, 0], log_p.max())
@@ -203,15 +208,15 @@ def test_a_wide_search_finds_the_likeliest_of_all_texts():
 
 def test_log_probs_do_not_depend_on_the_padding_or_on_the_form_of_the_prompt(model, ids, parity):
     tokens, batch = torch.randint(2, 120, (3, 5)), padded(ids)
-    mine = decode.log_probs(model, tokens, **batch)
-    alone = decode.log_probs(model, tokens[1:2], input_ids=ids[1:2, 3:])
+    mine = generation.log_probs(model, tokens, **batch)
+    alone = generation.log_probs(model, tokens[1:2], input_ids=ids[1:2, 3:])
     torch.testing.assert_close(mine[1:2], alone, atol=1e-4, rtol=1e-5)
     x = model.get_input_embeddings()(ids).detach()
-    plain = decode.log_probs(model, tokens, input_ids=ids)
-    torch.testing.assert_close(plain, decode.log_probs(model, tokens, inputs_embeds=x))
+    plain = generation.log_probs(model, tokens, input_ids=ids)
+    torch.testing.assert_close(plain, generation.log_probs(model, tokens, inputs_embeds=x))
     labels = torch.cat([torch.full_like(ids, -100), tokens], 1)
     loss = model(torch.cat([ids, tokens], 1), labels=labels).loss
-    parity("Decoding", "decode.log_probs", "transformers loss", -plain.mean(), loss)
+    parity("Decoding", "generation.log_probs", "transformers loss", -plain.mean(), loss)
 
 
 @pytest.mark.parametrize("k", [1, 5, 500])
@@ -219,9 +224,9 @@ def test_top_k_is_the_warper(parity, k):
     logits = torch.randn(4, 120).round(decimals=1)  # with ties
     same(
         parity,
-        "decode.top_k",
+        "logits_processors.top_k",
         "TopKLogitsWarper",
-        *finite(decode.top_k(logits, k), TopKLogitsWarper(k)(None, logits)),
+        *finite(logits_processors.top_k(logits, k), TopKLogitsWarper(k)(None, logits)),
     )
 
 
@@ -230,9 +235,9 @@ def test_top_p_is_the_warper(parity, p):
     logits = 3 * torch.randn(50, 120)
     same(
         parity,
-        "decode.top_p",
+        "logits_processors.top_p",
         "TopPLogitsWarper",
-        *finite(decode.top_p(logits, p), TopPLogitsWarper(p)(None, logits)),
+        *finite(logits_processors.top_p(logits, p), TopPLogitsWarper(p)(None, logits)),
     )
 
 
@@ -242,7 +247,10 @@ def finite(*scores):
 
 def test_the_nucleus_is_the_smallest_set_with_p():
     logits = torch.tensor([[0.1, 0.5, 0.25, 0.15]]).log()
-    kept = {p: decode.top_p(logits, p).isfinite()[0].tolist() for p in (0.01, 0.49, 0.6, 0.8, 0.95)}
+    kept = {
+        p: logits_processors.top_p(logits, p).isfinite()[0].tolist()
+        for p in (0.01, 0.49, 0.6, 0.8, 0.95)
+    }
     one, two, three, four = [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]
     assert kept == {0.01: one, 0.49: one, 0.6: two, 0.8: three, 0.95: four}
 
@@ -252,41 +260,53 @@ def test_the_repetition_penalty_is_that_of_transformers(parity, penalty):
     logits, ids = torch.randn(4, 120), torch.randint(0, 120, (4, 30))
     seen = torch.zeros(4, 120).scatter_add(1, ids, torch.ones(4, 30))
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
-    mine = decode.repetition_penalty(logits, seen, penalty)
-    same(parity, "decode.repetition_penalty", "RepetitionPenaltyLogitsProcessor", mine, theirs)
+    mine = logits_processors.repetition_penalty(logits, seen, penalty)
+    same(
+        parity,
+        "logits_processors.repetition_penalty",
+        "RepetitionPenaltyLogitsProcessor",
+        mine,
+        theirs,
+    )
     if penalty > 1:
         assert (mine.softmax(-1)[0, ids[0]] / (1 - mine.softmax(-1)[0, ids[0]])).max() < 1
         assert (mine <= logits).all()  # a negative logit that is divided would grow
 
 
 def test_with_the_penalty_whole_texts_are_those_of_generate(model, ids, parity):
-    mine = decode.greedy(model, input_ids=ids, max_new_tokens=16, repetition=1.4)
+    mine = generation.greedy(model, input_ids=ids, max_new_tokens=16, repetition=1.4)
     theirs, _ = generate(model, eos=None, repetition_penalty=1.4, input_ids=ids)
-    same(parity, "decode.greedy, penalty", "transformers repetition_penalty", mine, theirs)
-    assert not torch.equal(mine, decode.greedy(model, input_ids=ids, max_new_tokens=16))
-    tokens, scores = decode.beam(
+    same(parity, "generation.greedy, penalty", "transformers repetition_penalty", mine, theirs)
+    assert not torch.equal(mine, generation.greedy(model, input_ids=ids, max_new_tokens=16))
+    tokens, scores = generation.beam(
         model, beams=3, max_new_tokens=16, repetition=1.4, eos=END, pad=PAD, input_ids=ids
     )
     theirs, their_scores = generate(
         model, eos=END, num_beams=3, repetition_penalty=1.4, input_ids=ids
     )
-    same(parity, "decode.beam, penalty", "transformers beam search, penalty", tokens[:, 0], theirs)
+    same(
+        parity,
+        "generation.beam, penalty",
+        "transformers beam search, penalty",
+        tokens[:, 0],
+        theirs,
+    )
     torch.testing.assert_close(scores[:, 0], their_scores)
 
 
 def test_padding_is_no_repetition(model, ids, parity):
     """It is not something that was said, even if the id it is filled up with is a word that comes next."""
     end = {"max_new_tokens": 16, "repetition": 50.0}
-    alone = decode.greedy(model, input_ids=ids[1:2, 3:], **end)
+    alone = generation.greedy(model, input_ids=ids[1:2, 3:], **end)
     batch = padded(ids)
     word = next(x for x in alone[0] if x not in ids[1, 3:])
     batch["input_ids"] = torch.where(batch["attention_mask"] > 0, ids, word)
-    mine = decode.greedy(model, **end, **batch)
+    mine = generation.greedy(model, **end, **batch)
     assert torch.equal(mine[1:2], alone)
     theirs, _ = generate(model, eos=None, repetition_penalty=50.0, **batch)
     same(
         parity,
-        "decode.greedy, penalty, padded",
+        "generation.greedy, penalty, padded",
         "transformers repetition_penalty, padded",
         mine,
         theirs,
@@ -311,43 +331,47 @@ def test_the_same_seed_draws_the_same_tokens_as_generate(model, ids, parity, way
         "repetition": "repetition_penalty",
     }
     torch.manual_seed(5)
-    mine = decode.sample(model, input_ids=ids, max_new_tokens=16, eos=END, pad=PAD, **way)
+    mine = generation.sample(model, input_ids=ids, max_new_tokens=16, eos=END, pad=PAD, **way)
     torch.manual_seed(5)
     theirs, _ = generate(
         model, eos=END, do_sample=True, input_ids=ids, **{names[k]: v for k, v in way.items()}
     )
-    same(parity, "decode.sample", "transformers generate, do_sample", mine, theirs)
-    again = decode.sample(model, input_ids=ids, max_new_tokens=16, eos=END, pad=PAD, **way)
+    same(parity, "generation.sample", "transformers generate, do_sample", mine, theirs)
+    again = generation.sample(model, input_ids=ids, max_new_tokens=16, eos=END, pad=PAD, **way)
     assert not torch.equal(mine, again)  # other dice
 
 
 def test_a_generator_of_its_own_leaves_the_seed_alone(model, ids):
     before = torch.get_rng_state()
-    draw = lambda: decode.sample(model, generator=torch.Generator().manual_seed(3), input_ids=ids)  # noqa: E731
+
+    def draw():
+        generator = torch.Generator().manual_seed(3)
+        return generation.sample(model, generator=generator, input_ids=ids)
+
     assert torch.equal(draw(), draw()) and torch.equal(before, torch.get_rng_state())
 
 
 def test_dice_fall_as_the_probabilities_say():
     p = torch.tensor([0.5, 0.3, 0.2])
     torch.manual_seed(0)
-    drawn = decode.sampler()(p.log().expand(20000, 3)).bincount() / 20000
+    drawn = logits_processors.sampler()(p.log().expand(20000, 3)).bincount() / 20000
     torch.testing.assert_close(drawn, p, atol=0.015, rtol=0)
-    cold = decode.sampler(temperature=0.5)(p.log().expand(20000, 3)).bincount() / 20000
+    cold = logits_processors.sampler(temperature=0.5)(p.log().expand(20000, 3)).bincount() / 20000
     torch.testing.assert_close(cold, p**2 / (p**2).sum(), atol=0.015, rtol=0)
 
 
 def test_a_stream_is_lazy_and_ends_with_the_end(model, ids):
     calls = []
     hook = model.register_forward_hook(lambda *a: calls.append(1))
-    tokens = decode.stream(model, input_ids=ids, max_new_tokens=16)
+    tokens = generation.stream(model, input_ids=ids, max_new_tokens=16)
     assert not calls
     first = next(tokens)
     assert len(calls) == 1 and first.shape == (3,)
     eos = first.tolist()  # everything ends at once
-    assert len(list(decode.stream(model, input_ids=ids, max_new_tokens=16, eos=eos))) == 1
+    assert len(list(generation.stream(model, input_ids=ids, max_new_tokens=16, eos=eos))) == 1
     calls.clear()
     # None in vain
-    assert len(list(decode.stream(model, input_ids=ids, max_new_tokens=4))) == 4 == len(calls)
+    assert len(list(generation.stream(model, input_ids=ids, max_new_tokens=4))) == 4 == len(calls)
     hook.remove()
 
 
@@ -356,7 +380,7 @@ def test_the_cache_saves_the_work_and_changes_nothing(model, ids):
     hook = model.model.register_forward_hook(
         lambda m, a, k, out: seen.append(out[0].shape[1]), with_kwargs=True
     )
-    tokens = decode.greedy(model, input_ids=ids, max_new_tokens=5)
+    tokens = generation.greedy(model, input_ids=ids, max_new_tokens=5)
     hook.remove()
     assert seen == [7, 1, 1, 1, 1]
     text = ids
@@ -388,18 +412,18 @@ def test_repeated_runs_of_words():
 ])  # fmt: skip
 def test_a_prompt_that_makes_no_sense_is_refused(model, bad):
     with pytest.raises(UserError):
-        decode.greedy(model, **bad)
+        generation.greedy(model, **bad)
 
 
 @pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"k": -1}, {"p": 0.0}, {"p": 1.1}])
 def test_samplers_that_make_no_sense_are_refused(bad):
     with pytest.raises(UserError):
-        decode.sampler(**bad)
+        logits_processors.sampler(**bad)
 
 
 def test_more_texts_than_beams_are_refused(model, ids):
     with pytest.raises(UserError, match="num_return"):
-        decode.beam(model, beams=2, num_return=3, input_ids=ids)
+        generation.beam(model, beams=2, num_return=3, input_ids=ids)
 
 
 @pytest.fixture(scope="module")
@@ -416,28 +440,32 @@ def test_a_real_model_says_what_generate_says(smollm2, parity):
     ]
     end = {"max_new_tokens": 6, "eos": tokenizer.eos_token_id, "pad": PAD}
     batch = decode.left_padded(prompts, PAD)
-    mine = decode.greedy(model, **end, **batch)
+    mine = generation.greedy(model, **end, **batch)
     assert "Paris" in tokenizer.decode(mine[0])
     theirs, _ = generate(model, new=6, eos=tokenizer.eos_token_id, **batch)
-    same(parity, "decode.greedy, SmolLM2", "transformers generate, SmolLM2", mine, theirs)
-    tokens, scores = decode.beam(model, beams=3, num_return=2, **end, **batch)
+    same(parity, "generation.greedy, SmolLM2", "transformers generate, SmolLM2", mine, theirs)
+    tokens, scores = generation.beam(model, beams=3, num_return=2, **end, **batch)
     options = {"eos": tokenizer.eos_token_id, "num_beams": 3, "num_return_sequences": 2}
     theirs, their_scores = generate(model, new=6, **options, **batch)
     same(
         parity,
-        "decode.beam, SmolLM2",
+        "generation.beam, SmolLM2",
         "transformers beam search, SmolLM2",
         tokens.flatten(0, 1),
         theirs,
     )
     torch.testing.assert_close(scores.flatten(), their_scores, atol=1e-5, rtol=1e-5)
     torch.manual_seed(0)
-    mine = decode.sample(model, temperature=0.8, p=0.9, **end, **batch)
+    mine = generation.sample(model, temperature=0.8, p=0.9, **end, **batch)
     torch.manual_seed(0)
     options = {"eos": tokenizer.eos_token_id, "do_sample": True, "temperature": 0.8, "top_p": 0.9}
     theirs, _ = generate(model, new=6, **options, **batch)
     same(
-        parity, "decode.sample, SmolLM2", "transformers generate, do_sample, SmolLM2", mine, theirs
+        parity,
+        "generation.sample, SmolLM2",
+        "transformers generate, do_sample, SmolLM2",
+        mine,
+        theirs,
     )
 
 
@@ -468,24 +496,26 @@ def test_all_ends_that_a_model_names_end_a_text(model, monkeypatch):
     tokenizer = SimpleNamespace(eos_token_id=5)
     for named, wanted in (([9, 1], [1, 5, 9]), (7, [5, 7]), (None, [5]), ([5], [5])):
         monkeypatch.setattr(model.generation_config, "eos_token_id", named)
-        assert decode.ends(tokenizer, model) == wanted
-    assert decode.ends(SimpleNamespace(eos_token_id=None)) == [] and decode.ends(tokenizer) == [5]
+        assert generation.ends(tokenizer, model) == wanted
+    assert generation.ends(SimpleNamespace(eos_token_id=None)) == [] and generation.ends(
+        tokenizer
+    ) == [5]
 
 
 def test_longer_than_the_positions_is_refused_before_anything_is_read(model, ids):
     """This Llama would go on with noise, and GPT-2 fall: both have 128 positions."""
     hook = model.register_forward_hook(lambda *about: pytest.fail("it was read"))
-    for way in (decode.greedy, decode.beam):
+    for way in (generation.greedy, generation.beam):
         with pytest.raises(
             UserError, match="7 tokens of prompt and 122 new ones, but the model has 128 positions"
         ):
             way(model, input_ids=ids, max_new_tokens=122)
     with pytest.raises(UserError, match="128 positions"):
-        decode.greedy(model, inputs_embeds=torch.zeros(1, 100, 32), max_new_tokens=29)
+        generation.greedy(model, inputs_embeds=torch.zeros(1, 100, 32), max_new_tokens=29)
     hook.remove()
-    assert decode.greedy(model, input_ids=ids, max_new_tokens=121).shape == (3, 121)
+    assert generation.greedy(model, input_ids=ids, max_new_tokens=121).shape == (3, 121)
     with pytest.raises(UserError, match="--max-prompt is 6: shorten"):
-        decode.check_length(model, 7, 1, 6)
+        generation.check_length(model, 7, 1, 6)
 
 
 def test_a_question_to_the_assistant_has_no_commands_in_it(smollm2):
@@ -504,20 +534,21 @@ def test_a_question_to_the_assistant_has_no_commands_in_it(smollm2):
 
 def test_a_penalty_punishes_the_words_of_the_prompt(model, ids):
     """Before anything was said: where an answer is to be copied out of a passage, this forbids it."""
-    raw, _, _, seen = decode.start(model, input_ids=ids)
+    raw, _, _, seen = generation.start(model, input_ids=ids)
     assert (seen.sum(1) == 7).all() and (seen.gather(1, ids) > 0).all()
-    punished = decode.repetition_penalty(raw, seen, 3.0)
+    punished = logits_processors.repetition_penalty(raw, seen, 3.0)
     assert (punished[seen > 0] < raw[seen > 0]).all() and torch.equal(
         punished[seen == 0], raw[seen == 0]
     )
     word = raw[:1].argmax(-1, keepdim=True)
     # The word that would be said stands in the prompt
     there = torch.cat([ids[:1], word, ids[:1]], 1)
-    raw, _, _, seen = decode.start(model, input_ids=there)
+    raw, _, _, seen = generation.start(model, input_ids=there)
     said = raw.argmax(-1)
     if seen[0, said] > 0:
         assert (
-            decode.greedy(model, input_ids=there, max_new_tokens=1, repetition=50.0)[0, 0] != said
+            generation.greedy(model, input_ids=there, max_new_tokens=1, repetition=50.0)[0, 0]
+            != said
         )
 
 
@@ -530,10 +561,12 @@ def test_main_decodes_the_prompt_in_seven_ways(tmp_path):
     assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 7
     tokenizer, model = pretrained.language_model(name)
     ids = torch.tensor([decode.prompt_ids(tokenizer, "A b c", False)])
-    tokens = decode.greedy(
-        model, input_ids=ids, max_new_tokens=5, eos=decode.ends(tokenizer, model)
+    tokens = generation.greedy(
+        model, input_ids=ids, max_new_tokens=5, eos=generation.ends(tokenizer, model)
     )
-    ((log_p, again),) = decode.score(model, tokens, decode.ends(tokenizer, model), input_ids=ids)
+    ((log_p, again),) = decode.score(
+        model, tokens, generation.ends(tokenizer, model), input_ids=ids
+    )
     assert found["greedy"] == {
         "tokens": len(log_p),
         "log p": pytest.approx(float(log_p.sum())),

@@ -39,13 +39,19 @@ def test_codebook_and_codes_are_those_of_bitsandbytes(parity):
         atol=1e-6,
     )
     parity(
-        "Quantisation", "quantization.quantize, nf4", "bitsandbytes quantize_4bit", mine, packed.flatten()
+        "Quantisation",
+        "quantization.quantize, nf4",
+        "bitsandbytes quantize_4bit",
+        mine,
+        packed.flatten(),
     )
     back, theirs = (
         quantization.dequantize(mine, top, values, w.shape),
         bnb.dequantize_4bit(packed, state),
     )
-    parity("Quantisation", "quantization.dequantize, nf4", "bitsandbytes dequantize_4bit", back, theirs)
+    parity(
+        "Quantisation", "quantization.dequantize, nf4", "bitsandbytes dequantize_4bit", back, theirs
+    )
 
 
 def test_fp4_differs_from_bitsandbytes_in_its_smallest_value():
