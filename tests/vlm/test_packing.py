@@ -25,7 +25,8 @@ from tests import llamas
 from tests.utils.test_images import exif_block
 from utils import data, pretrained
 from utils.run import UserError
-from vlm import packing, samplers
+from vlm import packing, packing_samples, samplers
+from vlm.collator import Collator
 from vlm.prompts import IGNORE
 
 
@@ -383,7 +384,7 @@ def load(path):
 
 def test_a_broken_picture_is_replaced_by_a_sample_with_a_picture_and_counted():
     samples = mixed([8 + i for i in range(20)])
-    collator = packing.Collator(load, samples, pad_id=0)
+    collator = Collator(load, samples, pad_id=0)
     batch = collator([samples[1], samples[3], samples[7], samples[9]])
     assert (
         collator.broken >= 2
@@ -403,9 +404,7 @@ def test_a_broken_picture_is_replaced_by_a_sample_with_a_picture_and_counted():
 
 def test_pictures_follow_their_samples_into_packed_rows():
     samples = mixed([3, 5, 9, 17, 2, 11, 6, 12])
-    batch = packing.Collator(load, samples, pad_id=0, length=20)(
-        [samples[i] for i in (1, 0, 2, 7, 6)]
-    )
+    batch = Collator(load, samples, pad_id=0, length=20)([samples[i] for i in (1, 0, 2, 7, 6)])
     order = []
     for row, segments in zip(batch["ids"], batch["segments"]):
         for number in range(1, int(segments.max()) + 1):
@@ -414,9 +413,9 @@ def test_pictures_follow_their_samples_into_packed_rows():
     assert order == batch["images"][:, 0, 0, 0].tolist() and sorted(order) == [1, 7]
     # These cannot stand in: they do not fit into a row
     long = [sample(30, [k], k) for k in range(11, 40)]
-    short = packing.Collator(load, [*long, *samples], pad_id=0, length=20)([samples[3]])
+    short = Collator(load, [*long, *samples], pad_id=0, length=20)([samples[3]])
     assert int(short["images"][0, 0, 0, 0]) in (1, 7)
-    again = packing.Collator(load, samples, pad_id=0, length=20)
+    again = Collator(load, samples, pad_id=0, length=20)
     # One sample twice, one replaced
     assert len(again([samples[1], samples[3], samples[1]])["images"]) == 3
     assert again.broken >= 1
@@ -424,9 +423,9 @@ def test_pictures_follow_their_samples_into_packed_rows():
 
 def test_workers_read_the_pictures_and_count_what_is_broken():
     samples = mixed([6] * 16)
-    alone = packing.Collator(load, samples, pad_id=0)
+    alone = Collator(load, samples, pad_id=0)
     expected = [alone(samples[i : i + 4]) for i in range(0, 16, 4)]
-    collator = packing.Collator(load, samples, pad_id=0)
+    collator = Collator(load, samples, pad_id=0)
     loader = DataLoader(samples, 4, num_workers=2, collate_fn=collator)
     for mine, theirs in zip(loader, expected, strict=True):
         for key in theirs:
@@ -443,18 +442,18 @@ def test_when_all_are_broken_it_says_so_after_some_tries():
 
     samples = mixed([4] * 60)
     with pytest.raises(UserError, match="no picture that can be read in 6 tries"):
-        packing.Collator(nothing, samples, pad_id=0, tries=6)(samples[:2])
+        Collator(nothing, samples, pad_id=0, tries=6)(samples[:2])
     assert len(asked) == len(set(asked)) == 6
     asked.clear()
     with pytest.raises(UserError, match="no picture"):
-        packing.Collator(nothing, samples[:2], pad_id=0)(samples[:2])
+        Collator(nothing, samples[:2], pad_id=0)(samples[:2])
     assert asked == [1]  # nobody to stand in, and no use in trying it again
 
 
 def test_a_bug_in_the_loader_is_not_a_broken_picture():
     samples = mixed([4] * 8)
     with pytest.raises(AttributeError):
-        packing.Collator(lambda path: path.nothing, samples, pad_id=0)(samples)
+        Collator(lambda path: path.nothing, samples, pad_id=0)(samples)
 
 
 def test_real_files_one_of_them_broken(tmp_path):
@@ -462,9 +461,7 @@ def test_real_files_one_of_them_broken(tmp_path):
         Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     samples = [sample(5, [tmp_path / f"{i}.png"], i) for i in range(3)]
-    collator = packing.Collator(
-        lambda path: data.to_float(data.read_image(path, 8)), samples, pad_id=0
-    )
+    collator = Collator(lambda path: data.to_float(data.read_image(path, 8)), samples, pad_id=0)
     assert collator(samples)["images"].shape == (3, 3, 8, 8) and collator.broken == 1
 
 
@@ -478,7 +475,7 @@ def test_pictures_of_cameras_and_microscopes_are_read_right(tmp_path):
         tmp_path / "palette.png"
     )
     samples = [sample(5, [tmp_path / f"{name}.png"]) for name in ("turned", "grey", "palette")]
-    collator = packing.Collator(lambda path: data.read_image(path, 8), samples, pad_id=0)
+    collator = Collator(lambda path: data.read_image(path, 8), samples, pad_id=0)
     turned, grey, palette = collator(samples)["images"]
     assert collator.broken == 0
     assert (turned[:, :, 4:] == 200).all() and (turned[:, :, :4] == 0).all()
@@ -495,7 +492,7 @@ def test_what_a_decoder_raises_is_a_broken_picture(error):
         return torch.full((3, 2, 2), float(path))
 
     samples = mixed([4] * 8)
-    collator = packing.Collator(first_is_broken, samples, pad_id=0)
+    collator = Collator(first_is_broken, samples, pad_id=0)
     assert float(collator([samples[1]])["images"][0, 0, 0, 0]) in (3, 5, 7) and collator.broken == 1
 
 
@@ -508,7 +505,7 @@ def tokenizer():
 
 
 def test_a_conversation_is_masked_up_to_its_answer_and_ends_in_a_learned_token(tokenizer):
-    made = packing.conversation(tokenizer, "What is it?", "a pear", 7, tokens=5)
+    made = packing_samples.conversation(tokenizer, "What is it?", "a pear", 7, tokens=5)
     learned = [i for i in made["labels"] if i != IGNORE]
     assert tokenizer.decode(learned) == "a pear<|im_end|>"
     assert made["labels"][-len(learned) :] == learned == made["ids"][-len(learned) :]
@@ -523,7 +520,7 @@ def test_a_conversation_is_masked_up_to_its_answer_and_ends_in_a_learned_token(t
 
 def test_control_tokens_in_a_conversation_are_text(tokenizer):
     said = "<file_sep> no<|im_end|>\n<|im_start|>system \ud800"
-    made = packing.conversation(tokenizer, said, said, 0, tokens=5)
+    made = packing_samples.conversation(tokenizer, said, said, 0, tokens=5)
     count = {
         word: made["ids"].count(tokenizer.convert_tokens_to_ids(word))
         for word in ("<file_sep>", "<|im_end|>")
@@ -537,7 +534,7 @@ def test_collected_samples_are_half_pictures_and_no_longer_than_asked(tokenizer,
         data, "docs", lambda: [("a.txt", "\n\n".join(f"word {i} " * 80 for i in range(9)))]
     )
     monkeypatch.setattr(data, "tweets", lambda: [(f"tweet {i} <|im_end|>", 0.0) for i in range(9)])
-    samples = packing.collect(tokenizer, 200, 60)
+    samples = packing_samples.collect(tokenizer, 200, 60)
     pictures = [s for s in samples if s["images"]]
     words = [tokenizer.decode(s["ids"]) for s in samples if not s["images"]]
     assert len(samples) == 200 and abs(len(pictures) - 100) < 30  # four standard errors
@@ -551,8 +548,8 @@ def test_collected_samples_are_half_pictures_and_no_longer_than_asked(tokenizer,
         assert learned == f"{captions[s['images'][0]]}<|im_end|>"
     assert (
         samples
-        == packing.collect(tokenizer, 200, 60)
-        != packing.collect(tokenizer, 200, 60, seed=1)
+        == packing_samples.collect(tokenizer, 200, 60)
+        != packing_samples.collect(tokenizer, 200, 60, seed=1)
     )
 
 
