@@ -12,7 +12,7 @@ import torch
 
 from utils.data import read_image
 from utils.text import plain
-from vlm import data, evaluate, packing, samplers
+from vlm import conversations, data, evaluate, packing, samplers, views
 from vlm.prompts import IGNORE
 
 # Pages of manuals that the text loss is measured on, before and after: none of them is learned
@@ -30,8 +30,8 @@ class Photos:
     def __call__(self, numbers, random):
         """-> features (len,N,D) or pixels (len,3,S,S) of these photos, a view of each drawn by `random`."""
         if self.features is not None:
-            views = random.integers(len(self.features), size=len(numbers))
-            return self.features[torch.from_numpy(views), torch.tensor(numbers)].float()
+            drawn = random.integers(len(self.features), size=len(numbers))
+            return self.features[torch.from_numpy(drawn), torch.tensor(numbers)].float()
         images = [read_image(self.paths[i], self.vision_tower.size) for i in numbers]
         return self.vision_tower.pixels(torch.stack(images))
 
@@ -40,7 +40,9 @@ def read_rows(cfg):
     """-> rows to learn from, the folder of their photos, how many rows had a photo that cannot be decoded."""
     if cfg.data:
         folder = Path(cfg.image_folder or Path(cfg.data).parent)
-        rows, broken = data.mend(data.read(cfg.data, folder), folder)
+        rows, broken = conversations.replace_undecodable(
+            conversations.read(cfg.data, folder), folder
+        )
         return rows, folder, broken
     rows = data.fruit("train", cfg.seed)
     folder = data.photos()
@@ -57,10 +59,11 @@ def read_samples(cfg, tokenizer, model, longest):
     paths = [folder / name for name in names]
     photos = Photos(paths, vision_tower=model.vision)
     if cfg.train_type != "none" and paths:
-        photos.features = data.features(model.vision, paths, cfg.views, cfg.seed)
+        photos.features = views.features(model.vision, paths, cfg.views, cfg.seed)
     # conversations as token ids and labels
     number = {name: i for i, name in enumerate(names)}
-    samples, shortened, left_out = data.samples(tokenizer, rows, model.count, number, longest)
+    made = conversations.samples(tokenizer, rows, model.count, number, longest)
+    samples, shortened, left_out = made
     # text alone: other pages than those of the text loss
     if cfg.text_share:
         count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))

@@ -13,7 +13,7 @@ from tests.utils.test_images import exif_block
 from utils import pretrained
 from utils.data import groceries
 from utils.run import UserError
-from vlm import data, fruit_photos, prompts
+from vlm import conversations, data, fruit_photos, prompts, views
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_the_photos_to_learn_from_are_those_of_the_data_set(rows):
     assert len(rows) == 732 and len(data.fruit("test")) == 1322
     for one in rows:
         assert fruit.split[int(one["image"][:4])] != "test"
-    data.validate(rows, data.photos())
+    conversations.validate(rows, data.photos())
 
 
 def test_every_answer_is_true(rows):
@@ -63,16 +63,16 @@ def words():
 def test_labels_are_the_answers_and_their_ends(rows, words):
     tokenizer, image_id = words
     for one in rows[:40]:
-        sample = data.sample(tokenizer, one, 9, 7)
+        sample = conversations.sample(tokenizer, one, 9, 7)
         assert sample["ids"].count(image_id) == 9 and sample["images"] == [7]
         answers = [turn["value"] for turn in one["conversations"][1::2]]
-        learned = [i for i in sample["labels"] if i != data.IGNORE]
+        learned = [i for i in sample["labels"] if i != prompts.IGNORE]
         assert tokenizer.decode(learned) == "".join(f"{a}<|im_end|>" for a in answers)
-        assert all(a in (b, data.IGNORE) for a, b in zip(sample["labels"], sample["ids"]))
+        assert all(a in (b, prompts.IGNORE) for a, b in zip(sample["labels"], sample["ids"]))
 
 
 def spoiled(change):
-    one = data.row("x", "0000.jpg", [("What?", "an apple"), ("Which?", "Gala")])
+    one = conversations.row("x", "0000.jpg", [("What?", "an apple"), ("Which?", "Gala")])
     change(one)
     return one
 
@@ -95,10 +95,10 @@ BAD = [
 @pytest.mark.parametrize("change, says", BAD)
 def test_a_bad_row_is_named(tmp_path, change, says):
     path = tmp_path / "chat.json"
-    good = data.row("x", "0000.jpg", [("What?", "an apple")])
+    good = conversations.row("x", "0000.jpg", [("What?", "an apple")])
     path.write_text(json.dumps([good, spoiled(change)]))
     with pytest.raises(UserError, match="row 1") as found:
-        data.read(path, data.photos())
+        conversations.read(path, data.photos())
     assert says in str(found.value) and "\n" not in str(found.value)
 
 
@@ -106,13 +106,13 @@ def test_a_bad_row_is_named(tmp_path, change, says):
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "chat.json").write_text(text)
     with pytest.raises(UserError):
-        data.read(tmp_path / "chat.json", tmp_path)
+        conversations.read(tmp_path / "chat.json", tmp_path)
 
 
 def test_pieces_are_of_the_photo():
     image = torch.arange(3 * 40 * 40).view(3, 40, 40)
     for seed in range(20):
-        piece = data.piece(image, np.random.default_rng(seed))
+        piece = views.random_crop(image, np.random.default_rng(seed))
         assert piece.shape[1] == piece.shape[2] >= 28
         rows = piece[0] if piece[0, 0, 1] > piece[0, 0, 0] else piece[0].flip(-1)
         assert (rows[1:] - rows[:-1]).eq(40).all() and (rows[:, 1:] - rows[:, :-1]).eq(1).all()
@@ -120,7 +120,7 @@ def test_pieces_are_of_the_photo():
 
 def test_the_command_writes_what_it_reads(tmp_path):
     data.main(data.Config(emoji=3, out=str(tmp_path)))
-    rows = data.read(tmp_path / "chat.json", tmp_path / "pictures")
+    rows = conversations.read(tmp_path / "chat.json", tmp_path / "pictures")
     assert len(rows) == 735 and rows[-1]["image"].startswith("emoji")
 
 
@@ -129,9 +129,9 @@ def chat_json(folder):
     Image.new("RGB", (8, 8), (200, 0, 0)).save(folder / "a.png")
     Image.new("L", (9, 8), 90).save(folder / "b.jpg")
     rows = [
-        data.row("one", "a.png", [("What?", "an apple"), ("Sure?", "yes, \u00e9\u4e2d")]),
-        data.row("two", "b.jpg", [("Which?", "a pear")]),
-        data.row("three", None, [("What is red?", "a cherry")]),
+        conversations.row("one", "a.png", [("What?", "an apple"), ("Sure?", "yes, \u00e9\u4e2d")]),
+        conversations.row("two", "b.jpg", [("Which?", "a pear")]),
+        conversations.row("three", None, [("What is red?", "a cherry")]),
     ]
     path = folder / "chat.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
@@ -141,27 +141,30 @@ def chat_json(folder):
 def test_a_byte_order_mark_null_pictures_and_half_characters(tmp_path):
     path, rows = chat_json(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert data.read(path, tmp_path) == rows
+    assert conversations.read(path, tmp_path) == rows
     path.write_text(json.dumps([rows[0], rows[2] | {"image": None}]), "utf-8")
-    assert data.read(path, tmp_path) == [rows[0], rows[2]]
-    assert data.mend(data.read(path, tmp_path), tmp_path)[1] == 0
+    assert conversations.read(path, tmp_path) == [rows[0], rows[2]]
+    assert conversations.replace_undecodable(conversations.read(path, tmp_path), tmp_path)[1] == 0
     rows[2]["conversations"][1]["value"] = "half \ud83d"
     path.write_text(json.dumps(rows), "utf-8")
-    assert data.read(path, tmp_path)[2]["conversations"][1]["value"] == "half \ufffd"
+    assert conversations.read(path, tmp_path)[2]["conversations"][1]["value"] == "half \ufffd"
 
 
 REFUSED = [
     ('[{"id": "caf\u00e9"}]'.encode("latin-1"), "is not UTF-8 (byte 12 is 0xe9)"),
     (b"[" * 100_000, "nested too deeply"),
     (b'[{"image": "a.png", "image": "b.jpg", "conversations": []}]', "'image' is there twice"),
-    (json.dumps([data.row("x", "a" * 5000, [("q", "a")])]).encode(), "there is no aaa"),
-    (json.dumps([data.row("x", "a\0.png", [("q", "a")])]).encode(), "row 0: there is no"),
-    (json.dumps([data.row("x", "\ud800.png", [("q", "a")])]).encode(), "row 0: there is no"),
+    (json.dumps([conversations.row("x", "a" * 5000, [("q", "a")])]).encode(), "there is no aaa"),
+    (json.dumps([conversations.row("x", "a\0.png", [("q", "a")])]).encode(), "row 0: there is no"),
     (
-        json.dumps([data.row("x", "", [("q", "a")]) | {"image": ""}]).encode(),
+        json.dumps([conversations.row("x", "\ud800.png", [("q", "a")])]).encode(),
+        "row 0: there is no",
+    ),
+    (
+        json.dumps([conversations.row("x", "", [("q", "a")]) | {"image": ""}]).encode(),
         "row 0: 0 words <image>",
     ),
-    (json.dumps([data.row("x", None, [("q", None)])]).encode(), "row 0: every turn is"),
+    (json.dumps([conversations.row("x", None, [("q", None)])]).encode(), "row 0: every turn is"),
     (
         json.dumps([{"conversations": [{"from": "z" * 5000, "value": "x"}]}]).encode(),
         "turns are human, gpt",
@@ -174,7 +177,7 @@ def test_a_file_of_an_outsider_is_refused_in_one_short_line(tmp_path, content, s
     chat_json(tmp_path)
     (tmp_path / "chat.json").write_bytes(content)
     with pytest.raises(UserError) as found:
-        data.read(tmp_path / "chat.json", tmp_path)
+        conversations.read(tmp_path / "chat.json", tmp_path)
     line = str(found.value)
     assert says in line and "\n" not in line and len(line) < 700
     line.encode("utf-8")
@@ -183,10 +186,10 @@ def test_a_file_of_an_outsider_is_refused_in_one_short_line(tmp_path, content, s
 def check_rows(found, folder, words):
     """Whatever was read fits its pictures, and becomes samples whose learned tokens are its answers."""
     tokenizer, image_id = words
-    data.validate(found, folder)
+    conversations.validate(found, folder)
     for one in found:
         assert one.keys() <= {"id", "image", "conversations"} and one.get("image", "") is not None
-        made = data.sample(tokenizer, one, 4, 0 if "image" in one else None)
+        made = conversations.sample(tokenizer, one, 4, 0 if "image" in one else None)
         assert made["ids"].count(image_id) == 4 * len(made["images"])
         ends = made["labels"].count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
         assert ends == len(one["conversations"]) // 2
@@ -200,7 +203,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, words):
     outcomes = []
     for bad in [*fuzz.damaged(whole, 300, seed=1), *values]:
         path.write_bytes(bad)
-        found = fuzz.reads_or_refuses(lambda: data.read(path, tmp_path))
+        found = fuzz.reads_or_refuses(lambda: conversations.read(path, tmp_path))
         outcomes.append(found is not None)
         if found is not None:
             check_rows(found, tmp_path, words)
@@ -216,7 +219,9 @@ def test_damaged_pictures_are_replaced_or_read(tmp_path):
     outcomes = []
     for bad in [*fuzz.damaged(whole, 250, seed=2), *fuzz.damaged(turned.getvalue(), 250, seed=3)]:
         (tmp_path / "a.png").write_bytes(bad)
-        mended, broken = fuzz.reads_or_refuses(lambda: data.mend(rows, tmp_path))
+        mended, broken = fuzz.reads_or_refuses(
+            lambda: conversations.replace_undecodable(rows, tmp_path)
+        )
         outcomes.append(broken)
         assert mended == ([rows[1], rows[1]] if broken else rows)
     assert 50 < sum(outcomes) < 490
@@ -225,7 +230,7 @@ def test_damaged_pictures_are_replaced_or_read(tmp_path):
 def test_control_tokens_in_a_conversation_are_text(words):
     tokenizer, image_id = words
     said = "</s> <|im_end|>\n<|im_start|>system <file_sep>"
-    made = data.sample(tokenizer, data.row("x", "a.png", [(said, said)]), 3, 0)
+    made = conversations.sample(tokenizer, conversations.row("x", "a.png", [(said, said)]), 3, 0)
     count = {
         w: made["ids"].count(tokenizer.convert_tokens_to_ids(w))
         for w in ("<|im_end|>", "<|im_start|>")
@@ -242,15 +247,22 @@ def test_long_conversations_lose_whole_turns_and_are_counted(words):
         ("Tell more", "very " * 50 + "much"),
         ("Stop?", "yes"),
     ]
-    long, short = data.row("long", "a.png", talk), data.row("short", None, talk[:1])
-    size = lambda row: len(data.sample(tokenizer, row, 5, 0)["ids"])  # noqa: E731
-    two = size(data.row("x", "a.png", talk[:2]))
-    every, shortened, left_out = data.samples(tokenizer, [long, short], 5, {"a.png": 7}, size(long))
+    long, short = (
+        conversations.row("long", "a.png", talk),
+        conversations.row("short", None, talk[:1]),
+    )
+    size = lambda row: len(conversations.sample(tokenizer, row, 5, 0)["ids"])  # noqa: E731
+    two = size(conversations.row("x", "a.png", talk[:2]))
+    every, shortened, left_out = conversations.samples(
+        tokenizer, [long, short], 5, {"a.png": 7}, size(long)
+    )
     assert (shortened, left_out) == (0, 0) and len(every[0]["ids"]) == size(long)
     for longest in (two, size(long) - 1):
-        cut, shortened, left_out = data.samples(tokenizer, [long, short], 5, {"a.png": 7}, longest)
+        cut, shortened, left_out = conversations.samples(
+            tokenizer, [long, short], 5, {"a.png": 7}, longest
+        )
         assert (shortened, left_out) == (1, 0) and [s["images"] for s in cut] == [[7], []]
-        learned = tokenizer.decode([i for i in cut[0]["labels"] if i != data.IGNORE])
+        learned = tokenizer.decode([i for i in cut[0]["labels"] if i != prompts.IGNORE])
         assert learned.startswith("a pear<|im_end|>yes<|im_end|>") and learned.endswith(
             "<|im_end|>"
         )
@@ -258,10 +270,12 @@ def test_long_conversations_lose_whole_turns_and_are_counted(words):
             learned.count("<|im_end|>") == (2 if longest == two else 3)
             and len(cut[0]["ids"]) <= longest
         )
-    one, shortened, left_out = data.samples(tokenizer, [long, short], 5, {"a.png": 7}, size(short))
+    one, shortened, left_out = conversations.samples(
+        tokenizer, [long, short], 5, {"a.png": 7}, size(short)
+    )
     assert (shortened, left_out) == (0, 1) and [s["images"] for s in one] == [[]]
     with pytest.raises(UserError, match="no conversation fits into 3 tokens"):
-        data.samples(tokenizer, [long, short], 5, {"a.png": 7}, 3)
+        conversations.samples(tokenizer, [long, short], 5, {"a.png": 7}, 3)
 
 
 class Eye:
@@ -276,24 +290,24 @@ def test_features_are_of_these_pictures_in_this_order_and_views_differ(tmp_path,
         keys.append(repr(key))
         return look().float().mean((2, 3))[:, None]  # a token: the mean colour
 
-    monkeypatch.setattr(data.tower, "vision_features", said)
+    monkeypatch.setattr(views.tower, "vision_features", said)
     ramp = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (32, 1))
     Image.fromarray(np.stack([ramp, ramp * 0, ramp.T], 2)).save(tmp_path / "ramp.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((8, 8), 10, dtype=np.uint8)).save(tmp_path / "dark.png")
     paths = [tmp_path / f"{name}.png" for name in ("ramp", "grey", "dark")]
-    found = data.features(Eye, paths, 3, seed=4)
+    found = views.features(Eye, paths, 3, seed=4)
     assert found.shape == (3, 3, 1, 3)
     assert found[:, 1].eq(128).all() and found[:, 2].eq(10).all()
     assert found[0, 0, 0, 0] == pytest.approx(127.5, abs=1) and found[0, 0, 0, 2] == pytest.approx(
         127.5, abs=1
     )
     assert not torch.equal(found[1, 0], found[0, 0]) and not torch.equal(found[1, 0], found[2, 0])
-    again = data.features(Eye, paths, 2, seed=5)
+    again = views.features(Eye, paths, 2, seed=5)
     assert torch.equal(again[0], found[0]) and not torch.equal(again[1], found[1])
-    data.features(Eye, paths[::-1], 1, seed=4)
+    views.features(Eye, paths[::-1], 1, seed=4)
     (tmp_path / "dark.png").write_bytes((tmp_path / "grey.png").read_bytes())
-    data.features(Eye, paths, 1, seed=4)
+    views.features(Eye, paths, 1, seed=4)
     first, second, third, middle, other_seed, turned_round, other_content = keys
     assert (
         middle == first

@@ -23,6 +23,7 @@ from utils.run import UserError
 from vlm import (
     checkpoints,
     connector,
+    conversations,
     data,
     evaluate,
     fruit_photos,
@@ -30,6 +31,7 @@ from vlm import (
     llava_io,
     packing,
     probe,
+    prompts,
     tower,
     train_data,
     train_evaluation,
@@ -40,7 +42,7 @@ from vlm import train as teach
 
 def batch(rows=2):
     ids = prompt(16, rows)
-    labels = torch.where(torch.arange(ids.shape[1]) > 20, ids, data.IGNORE)
+    labels = torch.where(torch.arange(ids.shape[1]) > 20, ids, prompts.IGNORE)
     whole = {"ids": ids, "labels": labels, "mask": torch.ones_like(ids)}
     return whole | {"positions": torch.arange(ids.shape[1]).expand_as(ids)}
 
@@ -50,7 +52,7 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(parity):
     model = llava.assemble(llava_io.from_transformers(theirs))
     one, pixels = batch(), torch.randn(2, 3, 28, 28)
     learner = teach.Learner(model)
-    count = int((one["labels"][:, 1:] != data.IGNORE).sum())
+    count = int((one["labels"][:, 1:] != prompts.IGNORE).sum())
     mine = learner(one, pixels) / count
     other = theirs(input_ids=one["ids"], pixel_values=pixels, labels=one["labels"]).loss
     name = "transformers.LlavaForConditionalGeneration"
@@ -72,7 +74,8 @@ def lesson(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lesson")
     rows = data.fruit("train")[:12]
     rows += [
-        data.row(f"text-{i}", None, [("What is red and grows?", "an apple")]) for i in range(2)
+        conversations.row(f"text-{i}", None, [("What is red and grows?", "an apple")])
+        for i in range(2)
     ]
     (folder / "chat.json").write_text(json.dumps(rows))
     return teach.Config(
@@ -206,7 +209,7 @@ def talks(count=5):
     for i in range(count):
         picture = [99] * 16 if i < count - 1 else []
         ids = [5 + i, *picture, *(10 + (7 * i + k) % 80 for k in range(4 + 3 * i))]
-        labels = [data.IGNORE] * (len(picture) + 3) + ids[len(picture) + 3 :]
+        labels = [prompts.IGNORE] * (len(picture) + 3) + ids[len(picture) + 3 :]
         made.append({"ids": ids, "labels": labels, "images": [i] if picture else []})
     return made
 
@@ -503,7 +506,7 @@ def test_deepspeed_leaves_a_frozen_tower_as_it_is(monkeypatch):
 def test_what_is_prepared_is_what_the_flags_say(lesson):
     cfg = replace(lesson, text_share=0.5, gradient_checkpointing=True, views=2, connector="pool1")
     tokenizer, model, samples, photos, counts = teach.prepare(cfg, torch.device("cpu"))
-    rows = data.read(cfg.data, cfg.image_folder)
+    rows = conversations.read(cfg.data, cfg.image_folder)
     assert (
         model.language.is_gradient_checkpointing
         and model.count == 1
@@ -609,10 +612,10 @@ def test_a_rate_of_zero_freezes_what_was_trained_before(lesson, tmp_path):
 def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(
     lesson, tmp_path, capsys
 ):
-    rows = data.read(lesson.data, lesson.image_folder)
+    rows = conversations.read(lesson.data, lesson.image_folder)
     talk = [("What?", "a pear"), ("Tell more", "very " * 200)]
-    long = data.row("long", rows[0]["image"], talk)
-    endless = data.row("endless", None, talk[1:])
+    long = conversations.row("long", rows[0]["image"], talk)
+    endless = conversations.row("endless", None, talk[1:])
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([*rows[:2], long, endless]), "utf-8")
     found = teach.main(
@@ -693,7 +696,8 @@ def zero_runs(cfg):
 def test_deepspeed_trains_the_same_and_goes_on_where_it_was(lesson, parity, tmp_path):
     plain = replace(lesson, out=str(tmp_path / "plain"))
     words = [
-        data.row(f"text-{i}", None, [("What is red and grows?", "an apple")]) for i in range(8)
+        conversations.row(f"text-{i}", None, [("What is red and grows?", "an apple")])
+        for i in range(8)
     ]
     (tmp_path / "words.json").write_text(json.dumps(words), "utf-8")
     cfg = replace(lesson, zero_stage=2, out=str(tmp_path))
@@ -723,13 +727,15 @@ def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
     for one in rows[:12]:
         (pictures / one["image"]).write_bytes((data.photos() / one["image"]).read_bytes())
     (pictures / rows[3]["image"]).write_bytes(b"no picture")
-    mended, broken = data.mend(rows, pictures)
+    mended, broken = conversations.replace_undecodable(rows, pictures)
     assert (
         broken == 1
         and len(mended) == len(rows)
         and [a is b for a, b in zip(rows, mended)].count(False) == 1
     )
-    assert mended[3]["image"] != rows[3]["image"] and data.mend(rows, pictures) == (mended, broken)
+    assert mended[3]["image"] != rows[3]["image"] and conversations.replace_undecodable(
+        rows, pictures
+    ) == (mended, broken)
     found = teach.main(
         replace(
             lesson,
@@ -742,7 +748,7 @@ def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
     for path in pictures.iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the pictures"):
-        data.mend(rows, pictures)
+        conversations.replace_undecodable(rows, pictures)
 
 
 def test_emoji_are_learned_besides(lesson):
