@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from papers import mae, photos
+from papers.clip_evaluation import classify, matrix, recall
+from papers.contrastive_loss import cached_backward, clip_loss
+from papers.image_tower import image_features
 from utils import checkpoint, data, figures, pretrained, run
 from utils.run import check
 
-# Sec. 3.1.4: several are better
-TEMPLATES = ("a photo of {}", "a photo of a pile of {}", "{}", "{} in a shop")
 HIDE = 0.5  # part of the image features that a step does not see: there are few pairs
 
 
@@ -37,7 +37,7 @@ HIDE = 0.5  # part of the image features that a step does not see: there are few
 class Config:
     """Train two projections into one space on emoji and their names; search, classify photos, sweep."""
 
-    tower: Literal["efficientnet", "mae"] = "efficientnet"  # who looks at the pictures
+    tower: Literal["efficientnet", "mae"] = "efficientnet"  # frozen features of the pictures
     tune_text: bool = False  # MiniLM learns as well: slower
     steps: int = 300  # training steps
     batch: int = 512  # B, pairs that are told apart in one step
@@ -77,78 +77,39 @@ class Towers(nn.Module):
         return self.log_scale.exp().clamp(max=100)
 
 
-def clip_loss(z, t, scale):
-    """Unit vectors of pictures and of their texts (B,E): whose is whose, asked in both directions. Fig. 3."""
-    logits = scale * t @ z.T  # row: a text among all pictures
-    labels = torch.arange(len(z), device=z.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def chance():
-    """Where the random numbers are, of the CPU and of a GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-def set_chance(state):
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
-
-
-def cached_backward(encoders, inputs, scale, chunk):
-    """Gradients of the loss of a whole batch, with `chunk` pairs in memory at once: -> the loss. Gao et al., Sec. 3.2.
-
-    The loss needs the vectors of all pairs, its gradient with respect to a vector nothing more; and from there on each
-    pair goes its own way. So: all vectors without gradients; their gradients; then piece by piece into the towers.
-    """
-    parts = [x.split(chunk) for x in inputs]
-    states, vectors = [], []
-    with torch.no_grad():
-        for encode, pieces in zip(encoders, parts):
-            states.append([])
-            vectors.append([])
-            for piece in pieces:
-                states[-1].append(chance())  # what is dropped now must be dropped again
-                vectors[-1].append(encode(piece))
-    z, t = (torch.cat(v).requires_grad_() for v in vectors)
-    loss = clip_loss(z, t, scale)
-    loss.backward()
-    gradients: Any = (z.grad, t.grad)
-    after = chance()
-    for encode, pieces, before, whole in zip(encoders, parts, states, gradients):
-        for piece, state, gradient in zip(pieces, before, whole.split(chunk)):
-            set_chance(state)
-            (encode(piece) * gradient).sum().backward()
-    set_chance(after)
-    return loss.detach()
+def trainable(module):
+    """The parameters of a module that learn."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def train(towers, reader, x, captions, cfg):
     """Yields the loss of each step. x (N,D); captions (N,L) vectors, or token ids (N,T) if a reader reads them."""
-    weights = [
-        p
-        for p in (*towers.parameters(), *(reader.parameters() if reader else ()))
-        if p.requires_grad
-    ]
-    slow = {id(p) for p in reader.parameters()} if reader else set()
-    groups = [{"params": [p for p in weights if id(p) not in slow], "weight_decay": 0.1},
-              {"params": [p for p in weights if id(p) in slow], "lr": cfg.lr / 50}]  # fmt: skip
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], cfg.lr)
+    # parameter groups: the projections and the temperature; MiniLM, if it learns, fifty times slower
+    groups = [{"params": trainable(towers), "weight_decay": 0.1}]
+    if reader:
+        groups.append({"params": trainable(reader), "lr": cfg.lr / 50})
+    optimizer = torch.optim.AdamW(groups, cfg.lr)
     pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.steps)
-    read = (lambda ids: towers.encode_text(reader(ids))) if reader else towers.encode_text
+
+    def encode_text(texts):
+        return towers.encode_text(reader(texts) if reader else texts)
+
     towers.train()
-    on = towers.image.weight.device
+    device = towers.image.weight.device
     for _ in range(cfg.steps):
+        # a batch of pairs, none of them twice
         pick = torch.randperm(len(x))[: cfg.batch]
-        pictures, texts = x[pick].to(on), captions[pick].to(on)
+        pictures = x[pick].to(device)
+        texts = captions[pick].to(device)
+        # loss and its gradients, of the whole batch at once or in chunks
         optimizer.zero_grad()
         if cfg.chunk:
-            loss = cached_backward(
-                (towers.encode_image, read), (pictures, texts), towers.scale(), cfg.chunk
-            )
+            encoders = (towers.encode_image, encode_text)
+            loss = cached_backward(encoders, (pictures, texts), towers.scale(), cfg.chunk)
         else:
-            loss = clip_loss(towers.encode_image(pictures), read(texts), towers.scale())
+            loss = clip_loss(towers.encode_image(pictures), encode_text(texts), towers.scale())
             loss.backward()
+        # weights, then the learning rate of the next step
         optimizer.step()
         pace.step()
         yield loss.item()
@@ -163,44 +124,21 @@ class Reader(nn.Module):
         self.model.requires_grad_(True)
 
     def ids(self, texts):
-        return self.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].to(
-            self.model.device
-        )
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
+        return tokens["input_ids"].to(self.model.device)
 
     def forward(self, ids):
         mask = (ids != 0).long()
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return F.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
-
-
-def recall(z, t, ks=(1, 5, 10)):
-    """Pictures and their texts (N,E): how often the right one is among the first k, asked from both sides."""
-    found = {}
-    for name, closeness in (("text finds picture", t @ z.T), ("picture finds text", z @ t.T)):
-        place = (closeness > closeness.diagonal()[:, None]).sum(1)
-        found[name] = {f"recall@{k}": float((place < k).float().mean()) for k in ks}
-    return found
-
-
-def zero_shot(z, names, encode):
-    """Pictures (N,E) and K names -> logits (N,K): a class is the mean of its sentences. Sec. 3.1.4."""
-    classes = [
-        F.normalize(encode([s.format(name) for s in TEMPLATES]).mean(0), dim=0) for name in names
-    ]
-    return z @ torch.stack(classes).T
+        # the mean of the words, not of the padding
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(mean, dim=-1)
 
 
 def held_out(captions):
     """bool (N,): one caption in five, by its hash, is not for training."""
-    return torch.tensor([hashlib.sha256(c.encode()).digest()[0] % 5 == 0 for c in captions])
-
-
-def look(images, tower, device):
-    """uint8 (N,3,H,W) -> features of the image tower (N,D)."""
-    if tower == "efficientnet":
-        return photos.imagenet(images, device)
-    model, flags = mae.load(mae.WEIGHTS, device)
-    return mae.features(model.eval(), images, flags["image_size"])
+    first_bytes = [hashlib.sha256(caption.encode()).digest()[0] for caption in captions]
+    return torch.tensor([byte % 5 == 0 for byte in first_bytes])
 
 
 def fit(x, captions, cfg, reader=None, name="train"):
@@ -225,136 +163,101 @@ def sweeps(x, t, learn, cfg):
 
     Batches are compared at equal pairs: with equal steps the larger batch would have seen more of them.
     """
-    score = lambda towers: recall(towers.encode_image(x[~learn]), towers.encode_text(t[~learn]))  # noqa: E731
+
+    def score(flags):
+        """Train with these flags -> recall@1 of the held-out names."""
+        with torch.enable_grad():
+            towers, _ = fit(x[learn], t[learn], flags, None, "sweep")
+        found = recall(towers.encode_image(x[~learn]), towers.encode_text(t[~learn]))
+        return found["text finds picture"]["recall@1"]
+
     rows = {"temperature": {}, "batch": {}}
-    with torch.enable_grad():
-        for value in (0.01, 0.03, 0.07, 0.2, 0.5):
-            towers, _ = fit(
-                x[learn],
-                t[learn],
-                replace(cfg, temperature=value, learn_temperature=False),
-                None,
-                "sweep",
-            )
-            rows["temperature"][value] = score(towers)["text finds picture"]["recall@1"]
-        for size in (32, 128, 512):
-            steps = max(1, cfg.steps * cfg.batch // size)
-            towers, _ = fit(
-                x[learn], t[learn], replace(cfg, batch=size, steps=steps), None, "sweep"
-            )
-            rows["batch"][size] = score(towers)["text finds picture"]["recall@1"]
+    # temperatures, not learned
+    for value in (0.01, 0.03, 0.07, 0.2, 0.5):
+        flags = replace(cfg, temperature=value, learn_temperature=False)
+        rows["temperature"][value] = score(flags)
+    # batches, as many pairs with each
+    for size in (32, 128, 512):
+        steps = max(1, cfg.steps * cfg.batch // size)
+        rows["batch"][size] = score(replace(cfg, batch=size, steps=steps))
     return rows
 
 
 def save(towers, folder, cfg):
     """What `rag/multimodal_rag.py --space` reads: the projections of both sides, and whose features they take."""
-    tensors = {"mean": towers.mean, "scale": towers.spread, "W": towers.image.weight.T, "b": towers.image.bias,
-               "text": towers.text.weight.T}  # fmt: skip
+    tensors = {
+        "mean": towers.mean,
+        "scale": towers.spread,
+        "W": towers.image.weight.T,
+        "b": towers.image.bias,
+        "text": towers.text.weight.T,
+    }
     checkpoint.write(folder / "space.safetensors", tensors, {"image": cfg.tower, "text": "minilm"})
-
-
-def matrix(path, images, captions, z, t):
-    """Every picture against every caption: cosines, with the pictures themselves along the top."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.5, 5.6))
-    closeness = (t @ z.T).numpy()
-    axis.imshow(closeness, cmap="viridis")
-    for i, row in enumerate(closeness):
-        for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6,
-                      color="black" if value > 0.6 * closeness.max() else "white")  # fmt: skip
-    axis.set_yticks(range(len(captions)), captions, fontsize=7)
-    axis.set_xticks([])
-    for j, image in enumerate(images):
-        corner = axis.inset_axes((j - 0.45, -1.5, 0.9, 0.9), transform=axis.transData)
-        corner.imshow(image.permute(1, 2, 0).numpy())
-        corner.axis("off")
-    return figures.close(figure, path)
 
 
 def main(cfg: Config) -> dict:
     """Train on emoji, search among those held out, classify photos of fruit, sweep, save."""
-    check(
-        min(cfg.steps, cfg.width) >= 1 and cfg.batch >= 2,
-        "--steps, --width: at least 1; --batch: at least 2",
-    )
+    sizes = min(cfg.steps, cfg.width) >= 1 and cfg.batch >= 2
+    check(sizes, "--steps, --width: at least 1; --batch: at least 2")
     check(cfg.chunk >= 0 and 0 < cfg.lr < 1, "--chunk: 0 or more; --lr: above 0, below 1")
-    check(
-        0.01 <= cfg.temperature <= 10, "--temperature: 0.01, the least that the paper allows, to 10"
-    )
+    least = "--temperature: 0.01, the least that the paper allows, to 10"
+    check(0.01 <= cfg.temperature <= 10, least)
     run.seed(cfg.seed)
     device = run.device(cfg.device)
+
+    # data: features of emoji and embeddings of their names, one in five held out
     images, captions, _ = data.emoji(72)
     learn = ~held_out(captions)
-    check(
-        cfg.batch <= learn.sum(),
-        f"--batch {cfg.batch}: there are {int(learn.sum())} pairs to learn from",
-    )
-    folder, x = run.output(cfg.out, cfg), look(images, cfg.tower, device)
+    pairs = int(learn.sum())
+    check(cfg.batch <= pairs, f"--batch {cfg.batch}: there are {pairs} pairs to learn from")
+    folder = run.output(cfg.out, cfg)
+    x = image_features(images, cfg.tower, device)
     tokenizer, model = pretrained.minilm(device)
-    embed = lambda texts: pretrained.embed(texts, tokenizer, model).cpu()  # noqa: E731
-    t, reader = embed(captions), None
+
+    def embed(texts):
+        """Texts -> unit vectors (N,L) of the text tower as it is by now."""
+        if reader is None:
+            return pretrained.embed(texts, tokenizer, model).cpu()
+        with torch.no_grad():
+            return reader(reader.ids(texts)).cpu()
+
+    # train
+    reader = None
+    t = embed(captions)
     if cfg.tune_text:
         reader = Reader(device)
-        towers, losses = fit(x[learn], reader.ids(captions).cpu()[learn], cfg, reader)
-        embed = torch.no_grad()(lambda texts: reader(reader.ids(texts)).cpu())
+        ids = reader.ids(captions).cpu()
+        towers, losses = fit(x[learn], ids[learn], cfg, reader)
         t = torch.cat([embed(captions[i : i + 64]) for i in range(0, len(captions), 64)])
     else:
         towers, losses = fit(x[learn], t[learn], cfg)
+
+    # measure: search among the held-out pairs, zero-shot classification of photos
     with torch.no_grad():
-        z, words = towers.encode_image(x[~learn]), towers.encode_text(t[~learn])
-        metrics: dict[str, Any] = {
-            "pairs to learn from": int(learn.sum()),
-            "pairs held out": len(z),
-        }
-        metrics |= recall(z, words) | {"chance": {f"recall@{k}": k / len(z) for k in (1, 5, 10)}}
+        z = towers.encode_image(x[~learn])
+        words = towers.encode_text(t[~learn])
+        metrics: dict[str, Any] = {"pairs to learn from": pairs, "pairs held out": len(z)}
+        metrics |= recall(z, words)
+        metrics["chance"] = {f"recall@{k}": k / len(z) for k in (1, 5, 10)}
         metrics["temperature at the end"] = 1 / towers.scale().item()
         metrics |= classify(towers, embed, cfg, device)
+
+    # draw the loss, and twelve held-out pictures against their captions
     figures.curves(folder / "loss.png", {"loss": losses}, "step", "contrastive loss", smooth=10)
     spread = torch.linspace(0, len(z) - 1, 12).long()
     shown = (~learn).nonzero()[:, 0][spread]
-    matrix(
-        folder / "matrix.png", images[shown], [captions[i] for i in shown], z[spread], words[spread]
-    )
+    titles = [captions[i] for i in shown]
+    matrix(folder / "matrix.png", images[shown], titles, z[spread], words[spread])
+
+    # sweep temperatures and batches; save the space for rag/multimodal_rag.py
     if cfg.sweep and not cfg.tune_text:
         for name, row in sweeps(x, t, learn, cfg).items():
             metrics |= {f"recall@1, {name} {value:g}": score for value, score in row.items()}
-            figures.curves(
-                folder / f"{name}.png",
-                {"": (list(row), list(row.values()))},
-                name,
-                "recall@1",
-                log="x",
-            )
+            curve = {"": (list(row), list(row.values()))}
+            figures.curves(folder / f"{name}.png", curve, name, "recall@1", log="x")
     if not cfg.tune_text:
         save(towers, folder, cfg)
     return run.report(folder, metrics, then=f"open {folder}/matrix.png")
-
-
-def classify(towers, embed, cfg, device):
-    """Photos of fruit, by the names of 14 kinds and of 5 groups: accuracies. No photo was paired with a text."""
-    fruit = data.groceries(224)
-    learn, judge = photos.split(fruit)
-    z = towers.encode_image(look(fruit.images, cfg.tower, device)[judge])
-    group = [
-        fruit.coarse_names[fruit.coarse[fruit.fine == k][0]].lower()
-        for k in range(len(fruit.fine_names))
-    ]
-    kinds = [n.lower().replace("-", " ") for n in fruit.fine_names]
-    kinds = [n if g.rstrip("s") in n else f"{n} {g}" for n, g in zip(kinds, group)]
-    encode = lambda texts: towers.encode_text(embed(texts))  # noqa: E731
-    right = {
-        kind: float((zero_shot(z, names, encode).argmax(-1) == y[judge]).float().mean())
-        for kind, names, y in (("14 kinds", kinds, fruit.fine),
-                               ("5 groups", [n.lower() for n in fruit.coarse_names], fruit.coarse))
-    }  # fmt: skip
-    chance = {"14 kinds": 1 / 14, "5 groups": 1 / 5}
-    return {
-        "zero-shot photos": right,
-        "by chance": chance,
-        "by majority": photos.majority(fruit, learn, judge),
-    }
 
 
 if __name__ == "__main__":

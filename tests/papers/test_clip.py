@@ -7,7 +7,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesS
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from papers import clip
+from papers import clip, clip_evaluation, contrastive_loss
 from rag import image_projection
 from utils.run import UserError
 
@@ -31,10 +31,16 @@ def test_the_loss_and_its_gradients_are_those_of_clip_model(parity):
     found = model(input_ids=ids, pixel_values=torch.randn(5, 3, 8, 8), return_loss=True)
     z, t = found.image_embeds, found.text_embeds
     theirs = torch.autograd.grad(found.loss, [z, t, model.logit_scale], retain_graph=True)
-    mine = clip.clip_loss(z, t, model.logit_scale.exp())
+    mine = contrastive_loss.clip_loss(z, t, model.logit_scale.exp())
     ours = torch.autograd.grad(mine, [z, t, model.logit_scale])
-    parity("CLIP", "clip.clip_loss", "transformers.CLIPModel", mine, found.loss)
-    parity("CLIP", "clip.clip_loss gradients", "transformers.CLIPModel gradients", ours, theirs)
+    parity("CLIP", "contrastive_loss.clip_loss", "transformers.CLIPModel", mine, found.loss)
+    parity(
+        "CLIP",
+        "contrastive_loss.clip_loss gradients",
+        "transformers.CLIPModel gradients",
+        ours,
+        theirs,
+    )
 
 
 class Given(nn.Module):
@@ -49,15 +55,15 @@ def test_the_loss_is_that_of_sentence_transformers(parity):
     z, t = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     theirs = MultipleNegativesSymmetricRankingLoss(Given(), scale=14.0)
     found = theirs([{"sentence_embedding": t}, {"sentence_embedding": z}], None)
-    mine = clip.clip_loss(F.normalize(z, dim=-1), F.normalize(t, dim=-1), 14.0)
+    mine = contrastive_loss.clip_loss(F.normalize(z, dim=-1), F.normalize(t, dim=-1), 14.0)
     parity(
         "CLIP",
-        "clip.clip_loss",
+        "contrastive_loss.clip_loss",
         "sentence-transformers MultipleNegativesSymmetricRankingLoss",
         mine,
         found,
     )
-    parity("CLIP", "clip.clip_loss gradients", "sentence-transformers gradients",
+    parity("CLIP", "contrastive_loss.clip_loss gradients", "sentence-transformers gradients",
            torch.autograd.grad(mine, [z, t]), torch.autograd.grad(found, [z, t]))  # fmt: skip
 
 
@@ -72,21 +78,23 @@ def test_a_batch_in_pieces_is_the_whole_batch(chunk, parity):
         towers.zero_grad()
         return found
 
-    whole = clip.clip_loss(towers.encode_image(x), towers.encode_text(t), towers.scale())
+    whole = contrastive_loss.clip_loss(
+        towers.encode_image(x), towers.encode_text(t), towers.scale()
+    )
     whole.backward()
     theirs = gradients()
-    loss = clip.cached_backward(
+    loss = contrastive_loss.cached_backward(
         (towers.encode_image, towers.encode_text), (x, t), towers.scale(), chunk
     )
-    name = f"own clip.clip_loss, the whole batch, pieces of {chunk}"
-    parity("CLIP", "clip.cached_backward", name, [loss, gradients()], [whole, theirs])
+    name = f"own contrastive_loss.clip_loss, the whole batch, pieces of {chunk}"
+    parity("CLIP", "contrastive_loss.cached_backward", name, [loss, gradients()], [whole, theirs])
 
 
 def test_pieces_on_their_own_are_another_loss():
     """What plain gradient accumulation does: fewer negatives. It is not the big batch."""
     z, t = unit(12, 8, 0), unit(12, 8, 1)
-    pieces = [clip.clip_loss(a, b, 10.0) for a, b in zip(z.split(4), t.split(4))]
-    assert abs(torch.stack(pieces).mean() - clip.clip_loss(z, t, 10.0)) > 0.3
+    pieces = [contrastive_loss.clip_loss(a, b, 10.0) for a, b in zip(z.split(4), t.split(4))]
+    assert abs(torch.stack(pieces).mean() - contrastive_loss.clip_loss(z, t, 10.0)) > 0.3
 
 
 def test_what_is_dropped_in_the_first_pass_is_dropped_in_the_second():
@@ -100,7 +108,7 @@ def test_what_is_dropped_in_the_first_pass_is_dropped_in_the_second():
         return F.normalize(tower(x), dim=-1)
 
     before = torch.randn(8, 6)
-    clip.cached_backward(
+    contrastive_loss.cached_backward(
         (encode, tower_text := nn.Linear(6, 4)), (before, before), torch.tensor(5.0), 4
     )
     assert tower_text.weight.grad is not None
@@ -119,9 +127,9 @@ def test_the_scale_stops_at_a_hundred():
 
 def test_recall_of_known_places():
     z = torch.eye(4)
-    assert clip.recall(z, z, (1,))["text finds picture"]["recall@1"] == 1
+    assert clip_evaluation.recall(z, z, (1,))["text finds picture"]["recall@1"] == 1
     t = torch.eye(4)[[1, 0, 2, 3]]
-    found = clip.recall(z, t, (1, 2))
+    found = clip_evaluation.recall(z, t, (1, 2))
     assert found["text finds picture"]["recall@1"] == found["picture finds text"]["recall@1"] == 0.5
 
 
@@ -129,7 +137,7 @@ def test_zero_shot_finds_the_class_of_its_sentences():
     names = ["apple", "pear"]
     encode = lambda texts: torch.stack([torch.eye(2)[int("pear" in t)] for t in texts])  # noqa: E731
     z = torch.eye(2)[[1, 0, 1]]
-    assert clip.zero_shot(z, names, encode).argmax(-1).tolist() == [1, 0, 1]
+    assert clip_evaluation.zero_shot(z, names, encode).argmax(-1).tolist() == [1, 0, 1]
 
 
 def test_it_learns_what_is_linear():
@@ -139,7 +147,7 @@ def test_it_learns_what_is_linear():
     cfg = clip.Config(steps=150, batch=128, width=16, lr=5e-3)
     towers, losses = clip.fit(x[:250], t[:250], cfg)
     with torch.no_grad():
-        found = clip.recall(towers.encode_image(x[250:]), towers.encode_text(t[250:]))
+        found = clip_evaluation.recall(towers.encode_image(x[250:]), towers.encode_text(t[250:]))
     assert losses[-1] < 0.5 * losses[0] and found["text finds picture"]["recall@5"] > 0.5
 
 

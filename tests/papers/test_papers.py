@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from papers import clip, mae, mae_claims, photos, vit
+from papers import clip, clip_evaluation, contrastive_loss, mae, mae_claims, photos, vit
 from utils import data
 
 KINDS = 14
@@ -476,13 +476,13 @@ def test_clip_loss_asks_in_both_directions():
     texts = -cosines.log_softmax(1).diagonal().mean()
     pictures = -cosines.log_softmax(0).diagonal().mean()
     assert abs(texts - pictures) > 0.01
-    torch.testing.assert_close(clip.clip_loss(z, t, 3.0), (texts + pictures) / 2)
+    torch.testing.assert_close(contrastive_loss.clip_loss(z, t, 3.0), (texts + pictures) / 2)
 
 
 def test_recall_says_who_looks_for_whom():
     z = torch.tensor([[1.0, 0], [0.9, 0.1]])
     t = torch.tensor([[1.0, 0], [1.0, 0]])  # both texts find picture 0 first; each picture ties
-    found = clip.recall(z, t, (1,))
+    found = clip_evaluation.recall(z, t, (1,))
     assert (
         found["text finds picture"]["recall@1"] == 0.5
         and found["picture finds text"]["recall@1"] == 1
@@ -500,11 +500,11 @@ def test_a_class_is_a_vector_of_unit_length_over_all_templates():
         return sentences["wide" if "wide" in texts[0] else "tight"]
 
     z = F.normalize(torch.tensor([[0.5, 0.5, 0.5**0.5]]), dim=-1)
-    logits = clip.zero_shot(z, ["wide", "tight"], encode)
+    logits = clip_evaluation.zero_shot(z, ["wide", "tight"], encode)
     torch.testing.assert_close(logits[0, 0], logits[0, 1])
     assert (
-        asked == [s.format(name) for name in ("wide", "tight") for s in clip.TEMPLATES]
-        and len(clip.TEMPLATES) == 4
+        asked == [s.format(name) for name in ("wide", "tight") for s in clip_evaluation.TEMPLATES]
+        and len(clip_evaluation.TEMPLATES) == 4
     )
 
 
@@ -524,7 +524,7 @@ def test_towers_standardise_drop_while_training_only_and_begin_at_the_temperatur
 def test_clip_trains_pairs_that_belong_together_and_paces(monkeypatch):
     """Row i of both sides is i: whatever is drawn, the pair is one."""
     pairs, rates = [], paces(monkeypatch)
-    loss = clip.clip_loss
+    loss = contrastive_loss.clip_loss
     monkeypatch.setattr(clip, "clip_loss", lambda z, t, s: (pairs.append((z, t)), loss(z, t, s))[1])
     towers = clip.Towers(torch.zeros(20), torch.ones(20), 20, 20, 0.07)
     with torch.no_grad():
@@ -637,11 +637,11 @@ def clip_run(fruit, monkeypatch, tmp_path):
     monkeypatch.setattr(clip, "matrix", lambda *args: made.update(matrix=args))
     monkeypatch.setattr(
         clip,
-        "look",
+        "image_features",
         lambda images, tower, device: (made.update(tower=tower), torch.randn(60, 6))[1],
     )
     monkeypatch.setattr(clip, "classify", lambda towers, *_: made.update(classified=towers) or {})
-    fit, recall = clip.fit, clip.recall
+    fit, recall = clip.fit, clip_evaluation.recall
 
     def watched_fit(x, t, cfg, *rest):
         result = fit(x, t, cfg, *rest)
@@ -678,7 +678,11 @@ def test_clip_learns_from_four_fifths_and_is_asked_about_the_rest(clip_run):
 
 def test_classify_judges_the_held_out_photos_by_their_own_kind(fruit, monkeypatch):
     """Features are the kind, and so are the vectors of the names: all right on 14 kinds."""
-    monkeypatch.setattr(clip, "look", lambda images, tower, device: torch.arange(28.0)[:, None])
+    monkeypatch.setattr(
+        clip_evaluation,
+        "image_features",
+        lambda images, tower, device: torch.arange(28.0)[:, None],
+    )
     names = {}
 
     class Towers:
@@ -694,6 +698,6 @@ def test_classify_judges_the_held_out_photos_by_their_own_kind(fruit, monkeypatc
         names[number] = texts
         return F.one_hot(torch.tensor([number] * len(texts)), KINDS).float()
 
-    row = clip.classify(Towers(), embed, clip.Config(), torch.device("cpu"))
+    row = clip_evaluation.classify(Towers(), embed, clip.Config(), torch.device("cpu"))
     assert row["zero-shot photos"]["14 kinds"] == 1.0 and row["by chance"]["14 kinds"] == 1 / 14
     assert "kind 3 group 3" in names[3][0]  # the group is named where the kind does not
