@@ -1,6 +1,7 @@
 """Image tower of CLIP: frozen features of pictures, of EfficientNet-lite0 or of this chapter's masked autoencoder."""
 
 from papers import mae, photos
+from papers.mae_evaluation import features
 
 
 def image_features(images, tower, device):
@@ -8,4 +9,4 @@ def image_features(images, tower, device):
     if tower == "efficientnet":
         return photos.imagenet(images, device)
     model, flags = mae.load(mae.WEIGHTS, device)
-    return mae.features(model.eval(), images, flags["image_size"])
+    return features(model.eval(), images, flags["image_size"])

@@ -1,8 +1,8 @@
 """Masked autoencoder (MAE): three quarters of the patches are masked, and reconstructed from the rest.
 
-He et al. 2021, arXiv:2111.06377, in the order of its Section 3. Patches are hidden at random; the encoder, a vision
-transformer, reads those that are left and nothing else; a small decoder gets its words back with one shared word for
-"hidden" in every gap, and draws the pixels. After training the decoder is thrown away. Section numbers are the paper's.
+He et al. 2021, arXiv:2111.06377, in the order of its Section 3. Patches are masked at random; the encoder, a vision
+transformer, reads those that are left and nothing else; a small decoder gets its states back with one shared mask token
+in every gap, and draws the pixels. After training the decoder is thrown away. Section numbers are the paper's.
 
 Shapes: B images of C x H x W, patches of P x P pixels, N = (H/P)(W/P) tokens, of which K are kept; D and E are the
 widths of encoder and decoder.
@@ -19,16 +19,17 @@ pixels between -1 and 1 instead of standardised colours. What it claims is measu
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from papers import photos, vit
+from papers.mae_evaluation import evaluate
+from papers.mae_figures import RATIOS, pictures
+from papers.patches import moments, patchify
 from utils import checkpoint, data, figures, run
 from utils.run import check
 
 WEIGHTS = vit.WEIGHTS
-RATIOS = (0.25, 0.5, 0.75, 0.9)  # that are drawn side by side
-# Width E, blocks, heads
+# width E, blocks, heads
 DECODERS = {"light": (64, 2, 4), "heavy": (128, 6, 4), "paper": (512, 8, 16)}
 
 
@@ -36,7 +37,7 @@ DECODERS = {"light": (64, 2, 4), "heavy": (128, 6, 4), "paper": (512, 8, 16)}
 class Config:
     """Train a masked autoencoder on photos of fruit, show what it draws, and ask what its encoder has learned."""
 
-    ratio: float = 0.75  # part of the patches that is hidden
+    ratio: float = 0.75  # masking ratio: part of the patches that is hidden
     norm_pix: bool = False  # draw each patch with its own mean and spread taken out
     steps: int = 400  # training steps
     batch: int = 96  # photos a step
@@ -53,47 +54,38 @@ class Config:
     out: str = "outputs/mae"
 
 
-def patchify(imgs, p):
-    """Images (B,C,H,W) -> patches (B,N,P*P*C), row by row; within a patch pixel by pixel, colours together."""
-    check(
-        imgs.shape[2] % p == 0 and imgs.shape[3] % p == 0,
-        f"{tuple(imgs.shape[2:])} pixels are no patches of {p}",
-    )
-    return rearrange(imgs, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
-
-
-def unpatchify(x, p, grid=None):
-    """Patches (B,N,P*P*C) -> images (B,C,H,W), for a grid of (rows, columns); a square one if it is not given."""
-    h, w = grid or (round(x.shape[1] ** 0.5),) * 2
-    check(h * w == x.shape[1], f"{x.shape[1]} patches do not fill {h} rows of {w}")
-    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p)
-
-
 def sincos_2d(dim, grid_h, grid_w, cls_token=False):
-    """Where a patch stands, as sines and cosines of its column, then of its row: (N,dim), or (1+N,dim) behind zeros.
+    """Position embedding: sines and cosines of a patch's column, then of its row: (N,dim), or (1+N,dim) behind zeros.
 
     Appendix A.1, "sine-cosine version"; column first, as in the authors' code. dim is a multiple of four.
     """
-    check(
-        dim % 4 == 0,
-        f"sines and cosines of two coordinates need a multiple of 4 numbers, not {dim}",
-    )
+    needed = "sines and cosines of two coordinates need a multiple of 4 numbers"
+    check(dim % 4 == 0, f"{needed}, not {dim}")
     frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij")
-    angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
-    table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
+    parts = []
+    for axis in (column, row):
+        angle = axis.flatten()[:, None] * frequency
+        parts += [angle.sin(), angle.cos()]
+    table = torch.cat(parts, 1).float()
+    # the class token has no place
     return torch.cat([torch.zeros(1, dim), table]) if cls_token else table
 
 
 def random_masking(x, ratio, noise=None):
-    """Keep the patches with the smallest noise: (B,N,D) -> visible (B,K,D), mask (B,N) with 0 keep and 1 removed, and
-    ids_restore (B,N), where each patch went. K = int(N (1 - ratio)). Sec. 3, "Masking"."""
+    """Random masking, Sec. 3: keep the patches with the smallest noise, K = int(N (1 - ratio)) of them.
+
+    (B,N,D) -> visible (B,K,D), mask (B,N) with 0 keep and 1 removed, and ids_restore (B,N), where each patch went.
+    """
     b, n, d = x.shape
     keep = int(n * (1 - ratio))
     check(0 <= ratio < 1 and keep > 0, f"a ratio of {ratio} leaves none of {n} patches")
-    noise = torch.rand(b, n, device=x.device) if noise is None else noise
+    if noise is None:
+        noise = torch.rand(b, n, device=x.device)
+    # a random order, and the way back
     ids_shuffle = noise.argsort(1)
     ids_restore = ids_shuffle.argsort(1)  # the inverse of a permutation is its argsort
+    # the first K of that order are visible
     visible = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, d))
     return visible, (ids_restore >= keep).float(), ids_restore
 
@@ -113,21 +105,24 @@ class MAE(nn.Module):
         norm_pix=False,
     ):
         super().__init__()
-        narrow, blocks, eyes = decoder
-        self.patch, self.norm_pix, self.grid = patch, norm_pix, (image // patch, image // patch)
+        self.patch = patch
+        self.norm_pix = norm_pix
+        self.grid = (image // patch, image // patch)
+        # encoder; positions are fixed
         self.embed = vit.PatchEmbedding(patch, channels, width)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(
-            sincos_2d(width, *self.grid, cls_token=True)[None], requires_grad=False
-        )
+        table = sincos_2d(width, *self.grid, cls_token=True)
+        self.position = nn.Parameter(table[None], requires_grad=False)
         self.blocks = nn.ModuleList([vit.Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        # decoder, narrower and not as deep
+        narrow, blocks, decoder_heads = decoder
         self.to_decoder = nn.Linear(width, narrow)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
-        self.decoder_position = nn.Parameter(
-            sincos_2d(narrow, *self.grid, cls_token=True)[None], requires_grad=False
-        )
-        self.decoder_blocks = nn.ModuleList([vit.Block(narrow, eyes) for _ in range(blocks)])
+        table = sincos_2d(narrow, *self.grid, cls_token=True)
+        self.decoder_position = nn.Parameter(table[None], requires_grad=False)
+        decoder_blocks = [vit.Block(narrow, decoder_heads) for _ in range(blocks)]
+        self.decoder_blocks = nn.ModuleList(decoder_blocks)
         self.decoder_norm = nn.LayerNorm(narrow, eps=1e-6)
         self.to_pixels = nn.Linear(narrow, patch**2 * channels)
         self.initialise()
@@ -145,35 +140,38 @@ class MAE(nn.Module):
         """Images -> states of the class token and the K visible patches (B,1+K,D), mask, ids_restore. "MAE encoder"."""
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         position = vit.resize_positions(self.position, self.grid, grid)
-        # Before the masking: afterwards nobody knows who stood where
+        # positions before the masking: afterwards the order is lost
         x = self.embed(x) + position[:, 1:]
         x, mask, ids_restore = random_masking(x, ratio, noise)
-        x = torch.cat([(self.cls + position[:, :1]).expand(len(x), -1, -1), x], 1)
+        # the class token in front, then the blocks
+        cls = (self.cls + position[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], 1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, x, ids_restore, grid=None):
-        """States (B,1+K,D) -> patches (B,N,P*P*C): fill the gaps, put all in order, read, draw. "MAE decoder"."""
+        """States (B,1+K,D) -> patches (B,N,P*P*C), with mask tokens for those that are missing. "MAE decoder"."""
         x = self.to_decoder(x)
+        # a mask token for each patch that is missing
         gaps = self.mask_token.expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
-        # As they were after the shuffle: visible, then hidden
+        # as they were after the shuffle, visible, then masked; and back in their places
         patches = torch.cat([x[:, 1:], gaps], 1)
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([x[:, :1], patches], 1) + vit.resize_positions(
-            self.decoder_position, self.grid, grid or self.grid
-        )
+        position = vit.resize_positions(self.decoder_position, self.grid, grid or self.grid)
+        x = torch.cat([x[:, :1], patches], 1) + position
         for block in self.decoder_blocks:
             x = block(x)
         return self.to_pixels(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, imgs, pred, mask):
-        """Mean squared error of hidden patches, and of those alone; 0 if there are none. "Reconstruction target"."""
+        """Mean squared error of masked patches, and of those alone; 0 if there are none. "Reconstruction target"."""
         target = patchify(imgs, self.patch)
         if self.norm_pix:
             mean, spread = moments(target)
             target = (target - mean) / spread
-        return (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum().clamp(min=1)
+        error = ((pred - target) ** 2).mean(-1)
+        return (error * mask).sum() / mask.sum().clamp(min=1)
 
     def forward(self, imgs, ratio=0.75, noise=None):
         latent, mask, ids_restore = self.forward_encoder(imgs, ratio, noise)
@@ -182,40 +180,21 @@ class MAE(nn.Module):
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 
-def moments(patches):
-    """Mean and standard deviation of each patch: (B,N,1) twice. "Reconstruction target"."""
-    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-@torch.no_grad()
-def draw(model, imgs, ratio, noise=None):
-    """-> images (B,C,H,W): with holes, as drawn, and the drawn patches pasted among the visible ones.
-
-    With `norm_pix` the network says nothing about mean and spread of a patch: they are taken from the photo.
-    """
-    _, pred, mask = model(imgs, ratio, noise)
-    patches, hidden = patchify(imgs, model.patch), mask[..., None]
-    if model.norm_pix:
-        mean, spread = moments(patches)
-        pred = pred * spread + mean
-    grid = (imgs.shape[2] // model.patch, imgs.shape[3] // model.patch)
-    views = (patches * (1 - hidden) + 0.6 * hidden, pred, patches * (1 - hidden) + pred * hidden)
-    return [unpatchify(x, model.patch, grid).float() for x in views]
-
-
 def train(model, images, cfg):
     """Steps on random crops; yields the loss. images uint8 (N,C,H,W), twice as large as the network's."""
     device = next(model.parameters()).device
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, cfg.lr, betas=(0.9, 0.95), weight_decay=0.05)  # Table 8
-    pace = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.1
-    )
+    total = cfg.steps + 1
+    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=total, pct_start=0.1)
     for _ in range(cfg.steps):
+        # random crops of random photos
         pick = torch.randint(len(images), (cfg.batch,))
         x = photos.crops(data.to_float(images[pick]).to(device), cfg.image_size)
+        # forward pass and loss, matrix products in bf16
         with run.autocast(device):
             value, _, _ = model(x, cfg.ratio)
+        # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -224,22 +203,12 @@ def train(model, images, cfg):
         yield value.item()
 
 
-@torch.no_grad()
-def features(model, images, size):
-    """Photos uint8 (N,C,H,W) -> mean of the states of all patches, nothing hidden, (N,D)."""
-    device = next(model.parameters()).device
-    parts = photos.whole(images, size).split(128)
-    shown = run.bar(parts, len(parts), name="look", delay=2)
-    return torch.cat(
-        [model.forward_encoder(x.to(device), 0)[0][:, 1:].mean(1).cpu() for x in shown]
-    )
-
-
 def build(image_size, patch, size="tiny", decoder="light", norm_pix=False, **_):
+    """The masked autoencoder of these flags. Raises UserError if there is none."""
     check(size in vit.SIZES, f"there is no --size {size}; there are: {', '.join(vit.SIZES)}")
     check(decoder in DECODERS, f"there is no --decoder {decoder}; there are: {', '.join(DECODERS)}")
-    check(patch > 0 and image_size >= patch and image_size % patch == 0,
-          f"--patch {patch} does not divide --image-size {image_size}")  # fmt: skip
+    divides = patch > 0 and image_size >= patch and image_size % patch == 0
+    check(divides, f"--patch {patch} does not divide --image-size {image_size}")
     return MAE(image_size, patch, 3, *vit.SIZES[size], decoder=DECODERS[decoder], norm_pix=norm_pix)
 
 
@@ -248,101 +217,61 @@ def load(path, device="cpu"):
     return checkpoint.load_model(path, build, device)
 
 
-def tuned(start, cfg, fruit, learn, judge):
-    """Train a ViT on labels, its encoder from `start` (a state of an MAE) or from nothing: -> accuracies. Sec. 4."""
-    torch.manual_seed(cfg.seed)
-    model = vit.build(cfg.image_size, cfg.patch, cfg.size, pool="mean")
-    if start is not None:
-        own = model.state_dict()
-        model.load_state_dict({k: v for k, v in start.items() if k in own}, strict=False)
-    model = model.to(run.device(cfg.device))
-    rules = vit.Config(steps=cfg.tune, image_size=cfg.image_size, lr=1e-3)
-    for _ in run.progress(
-        vit.train(model, fruit.images[learn], fruit.fine[learn], rules), cfg.tune
-    ):
-        pass
-    return photos.accuracies(
-        vit.predict(model.eval(), fruit.images[judge], cfg.image_size), fruit, judge
-    )
-
-
-def judged(model, cfg, fruit, learn, judge):
-    """What the encoder is worth on photos it has not seen, beside what needs no encoder: {name: accuracies}."""
-    device = run.device(cfg.device)
-    small, seen = (
-        photos.whole(fruit.images, 32).flatten(1),
-        features(model, fruit.images, cfg.image_size),
-    )
-    labelled = photos.imagenet(data.groceries(224).images, device)
-    rows = {"majority": photos.majority(fruit, learn, judge)}
-    for name, x in {"pixels": small, "this encoder": seen, "ImageNet features": labelled}.items():
-        rows[f"probe of {name}"] = photos.probed(x, fruit, learn, judge)
-    torch.manual_seed(cfg.seed)
-    blank = features(build(**asdict(cfg)).to(device).eval(), fruit.images, cfg.image_size)
-    rows["probe of an untrained encoder"] = photos.probed(blank, fruit, learn, judge)
-    if cfg.tune:
-        rows["trained from nothing"] = tuned(None, cfg, fruit, learn, judge)
-        rows["fine-tuned"] = tuned(model.state_dict(), cfg, fruit, learn, judge)
-    return rows
-
-
-def pictures(model, images, cfg, folder):
-    """Two figures: what is drawn at one ratio, and what at several."""
-    device = next(model.parameters()).device
-    x = photos.whole(images, cfg.image_size).to(device)
-    noise = torch.rand(len(x), (cfg.image_size // cfg.patch) ** 2, device=device)
-    drawn = dict(zip(("hidden", "drawn", "pasted"), draw(model, x, cfg.ratio, noise)))
-    figures.rows(folder / "drawn.png", {"photo": x} | drawn, scale=0.9)
-    views = {f"{r:.0%}, {name}": view for r in RATIOS for name, view in
-             zip(("hidden", "pasted"), draw(model, x, r, noise)[::2])}  # fmt: skip
-    figures.rows(folder / "ratios.png", {"photo": x} | views, scale=0.7)
+def load_shipped(cfg, device):
+    """The shipped weights -> (model, cfg with its flags). Raises UserError if cfg asks for another network."""
+    model, meta = load(WEIGHTS, device)
+    flags = {k: meta[k] for k in ("size", "decoder", "patch", "image_size", "norm_pix")}
+    asked = [k for k in flags if getattr(cfg, k) not in (flags[k], getattr(Config(), k))]
+    theirs = ", ".join(f"--{k} {flags[k]}" for k in asked)
+    check(not asked, f"--pretrained weights have {theirs}; leave it out")
+    return model, replace(cfg, **flags)
 
 
 def main(cfg: Config) -> dict:
-    """Train (or load), draw photos that it has not seen, probe and fine-tune."""
-    check(
-        min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1,
-        "--steps and --batch must be at least 1, --lr 0 to 1",
-    )
+    """Train (or load), draw held-out photos, probe and fine-tune."""
+    sizes = min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1
+    check(sizes, "--steps and --batch must be at least 1, --lr 0 to 1")
     check(cfg.image_size <= 1024, "--image-size must be at most 1024")
     check(0 < cfg.ratio < 1 and cfg.tune >= 0, "--ratio must be between 0 and 1, --tune at least 0")
     run.seed(cfg.seed)
-    device, clock, metrics = run.device(cfg.device), run.Clock(), {}
+    device = run.device(cfg.device)
+    clock = run.Clock()
+    metrics = {}
+
+    # model; every ratio that will be drawn must leave a patch
     if cfg.pretrained:
-        model, then = load(WEIGHTS, device)
-        theirs = {k: then[k] for k in ("size", "decoder", "patch", "image_size", "norm_pix")}
-        asked = [k for k in theirs if getattr(cfg, k) not in (theirs[k], getattr(Config(), k))]
-        check(
-            not asked,
-            f"--pretrained weights have {', '.join(f'--{k} {theirs[k]}' for k in asked)}; leave it out",
-        )
-        cfg = replace(cfg, **theirs)
+        model, cfg = load_shipped(cfg, device)
     else:
         model = build(**asdict(cfg)).to(device)
-    for ratio in (cfg.ratio, *RATIOS):  # all that will be drawn
+    for ratio in (cfg.ratio, *RATIOS):
         random_masking(torch.zeros(1, model.grid[0] * model.grid[1], 1), ratio)
-    fruit = None if cfg.data else data.groceries(2 * cfg.image_size)
-    learn, judge = photos.split(fruit) if fruit else (slice(None), slice(None))
-    images = fruit.images if fruit else data.image_folder(cfg.data, 2 * cfg.image_size)
+
+    # data: photos of fruit in the data set's own split, or pictures without one
+    if cfg.data:
+        fruit = None
+        images = data.image_folder(cfg.data, 2 * cfg.image_size)
+        learn = judge = slice(None)
+    else:
+        fruit = data.groceries(2 * cfg.image_size)
+        images = fruit.images
+        learn, judge = photos.split(fruit)
     folder = run.output(cfg.out, cfg)
+
+    # train
     if not cfg.pretrained:
         losses = list(run.progress(train(model, images[learn], cfg), cfg.steps))
-        figures.curves(
-            folder / "loss.png",
-            {"loss": losses},
-            "step",
-            "squared error of hidden pixels",
-            smooth=20,
-        )
+        label = "squared error of hidden pixels"
+        figures.curves(folder / "loss.png", {"loss": losses}, "step", label, smooth=20)
         checkpoint.write(folder / "model.safetensors", model.state_dict(), asdict(cfg))
         metrics = {"final_loss": sum(losses[-50:]) / len(losses[-50:]), "train_seconds": clock()}
     model.eval()
+
+    # draw eight held-out photos, measure on all of them
     unseen = images[judge]
-    pictures(
-        model, unseen[torch.linspace(0, len(unseen) - 1, min(8, len(unseen))).long()], cfg, folder
-    )
+    some = torch.linspace(0, len(unseen) - 1, min(8, len(unseen))).long()
+    pictures(model, unseen[some], cfg, folder)
     if fruit:
-        metrics |= judged(model, cfg, fruit, learn, judge)
+        metrics |= evaluate(model, build, cfg, fruit, learn, judge)
     return run.report(folder, metrics, then=f"open {folder}/drawn.png")
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from papers import mae, photos, vit
+from papers.mae_evaluation import features
 from utils import data, figures, run
 from utils.run import check
 
@@ -103,7 +104,7 @@ def worth(kind, flags, fruit, learn, judge, device):
     model, start = network(kind, flags).to(device), time.process_time()
     losses = list(run.progress(mae.train(model, fruit.images[learn], flags), flags.steps))
     seconds = (time.process_time() - start) / flags.steps
-    x = mae.features(model.eval(), fruit.images, flags.image_size)
+    x = features(model.eval(), fruit.images, flags.image_size)
     row = photos.probed(x, fruit, learn, judge)
     error = (row["14 kinds"] * (1 - row["14 kinds"]) / len(judge)) ** 0.5
     return losses, row | {"standard error": error, "CPU seconds a step": seconds}

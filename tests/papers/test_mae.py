@@ -5,7 +5,8 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae import modeling_vit_mae
 
-from papers import mae, mae_claims, photos, vit
+from papers import mae, mae_claims, mae_evaluation, mae_figures, photos, vit
+from papers.patches import patchify, unpatchify
 from tests.conftest import gradients
 from tests.vits import shake, theirs
 from utils.run import UserError
@@ -138,15 +139,15 @@ def test_another_size_is_that_of_transformers(size, parity):
 def test_patches_are_those_of_transformers_and_come_back(parity):
     model, x = ours(), torch.randn(2, 3, 16, 16)
     other = their(model)
-    parity("MAE", "mae.patchify", "transformers patchify", mae.patchify(x, 4), other.patchify(x))
-    parity("MAE", "mae.unpatchify", "transformers unpatchify", mae.unpatchify(mae.patchify(x, 4), 4),
+    parity("MAE", "patches.patchify", "transformers patchify", patchify(x, 4), other.patchify(x))
+    parity("MAE", "patches.unpatchify", "transformers unpatchify", unpatchify(patchify(x, 4), 4),
            other.unpatchify(other.patchify(x)))  # fmt: skip
     wide = torch.randn(2, 3, 8, 12)
-    assert torch.equal(mae.unpatchify(mae.patchify(wide, 4), 4, (2, 3)), wide)
+    assert torch.equal(unpatchify(patchify(wide, 4), 4, (2, 3)), wide)
     with pytest.raises(UserError, match="patches"):
-        mae.patchify(wide, 5)
+        patchify(wide, 5)
     with pytest.raises(UserError, match="fill"):
-        mae.unpatchify(mae.patchify(wide, 4), 4)
+        unpatchify(patchify(wide, 4), 4)
 
 
 # --- six misreadings: each property holds for ours, and fails for the wrong version beside it
@@ -255,7 +256,7 @@ class Knows(mae.MAE):
     """A network that has learned all there is: it says each patch with its mean and spread taken out."""
 
     def forward(self, imgs, ratio=0.75, noise=None):
-        patches = mae.patchify(imgs, self.patch)
+        patches = patchify(imgs, self.patch)
         mean, spread = mae.moments(patches)
         _, mask, _ = mae.random_masking(patches, ratio, noise)
         pred = (patches - mean) / spread
@@ -266,19 +267,19 @@ def test_misreading_pictures_without_undoing_norm_pix():
     x = torch.randn(2, 3, 16, 16)
     model = Knows(**SMALL, norm_pix=True)
     assert model(x)[0] < 1e-10
-    torch.testing.assert_close(mae.draw(model, x, 0.75)[1], x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mae_figures.draw(model, x, 0.75)[1], x, atol=1e-5, rtol=0)
     model.norm_pix = False  # the wrong version: as the network says it
-    assert not torch.allclose(mae.draw(model, x, 0.75)[1], x, atol=0.1)
+    assert not torch.allclose(mae_figures.draw(model, x, 0.75)[1], x, atol=0.1)
 
 
 def test_pasted_pictures_keep_what_was_visible():
     torch.manual_seed(0)
     x, noise = torch.randn(2, 3, 16, 16), torch.rand(2, N)
     model = ours()
-    hidden, _, pasted = mae.draw(model, x, 0.75, noise)
+    hidden, _, pasted = mae_figures.draw(model, x, 0.75, noise)
     mask = mae.random_masking(torch.zeros(2, N, 1), 0.75, noise)[1]
     for view in (hidden, pasted):
-        same = (mae.patchify(view, 4) == mae.patchify(x, 4)).all(-1)
+        same = (patchify(view, 4) == patchify(x, 4)).all(-1)
         assert torch.equal(same, mask == 0)
 
 
@@ -333,7 +334,7 @@ def test_features_are_the_mean_of_patches_with_nothing_hidden():
         torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8),
     )
     with torch.no_grad():
-        found = mae.features(model, images, 64)
+        found = mae_evaluation.features(model, images, 64)
         states = model.forward_encoder(photos.whole(images, 64), 0)[0]
     torch.testing.assert_close(found, states[:, 1:].mean(1))
     assert not torch.allclose(found, states[:, 0])

@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from papers import clip, clip_evaluation, contrastive_loss, mae, mae_claims, photos, vit
+from papers import (
+    clip,
+    clip_evaluation,
+    contrastive_loss,
+    mae,
+    mae_claims,
+    mae_evaluation,
+    mae_figures,
+    photos,
+    vit,
+)
 from utils import data
 
 KINDS = 14
@@ -290,7 +300,7 @@ def test_mae_train_crops_hides_what_is_asked_and_paces(fruit, monkeypatch):
 
 @pytest.fixture
 def tuning(fruit, monkeypatch):
-    """mae.tuned with recorded parts: (start of the training, what was judged)."""
+    """mae_evaluation.fine_tune with recorded parts: (start of the training, what was judged)."""
     trained, judged = recorded_training(monkeypatch, vit, losses=3), []
 
     def predict(model, images, size):
@@ -307,8 +317,8 @@ def test_fine_tuning_begins_from_the_encoder_and_the_other_from_nothing(fruit, t
     encoder, cfg = mae.build(64, 8), mae.Config(tune=3)
     with torch.no_grad():
         encoder.embed.projection.weight.fill_(0.5)
-    row = mae.tuned(encoder.state_dict(), cfg, fruit, learn, judge)
-    mae.tuned(None, cfg, fruit, learn, judge)
+    row = mae_evaluation.fine_tune(encoder.state_dict(), cfg, fruit, learn, judge)
+    mae_evaluation.fine_tune(None, cfg, fruit, learn, judge)
     weights = [x["start"]["embed.projection.weight"] for x in trained]
     assert (weights[0] == 0.5).all() and (weights[1] != 0.5).all()
     assert torch.equal(trained[0]["start"]["position"], encoder.position)
@@ -331,7 +341,9 @@ def test_every_row_is_of_the_encoder_that_it_names(fruit, monkeypatch):
     learn, judge = photos.split(fruit)
     monkeypatch.setattr(photos, "imagenet", lambda images, device: torch.full((28, 2), 7.0))
     monkeypatch.setattr(
-        mae, "features", lambda model, images, size: torch.full((28, 2), float(model is encoder))
+        mae_evaluation,
+        "features",
+        lambda model, images, size: torch.full((28, 2), float(model is encoder)),
     )
 
     def probed(x, fruit, learn, judge):
@@ -343,8 +355,8 @@ def test_every_row_is_of_the_encoder_that_it_names(fruit, monkeypatch):
         return "nothing" if start is None else "encoder"
 
     monkeypatch.setattr(photos, "probed", probed)
-    monkeypatch.setattr(mae, "tuned", tuned)
-    asked = mae.judged(encoder, cfg, fruit, learn, judge)
+    monkeypatch.setattr(mae_evaluation, "fine_tune", tuned)
+    asked = mae_evaluation.evaluate(encoder, mae.build, cfg, fruit, learn, judge)
     assert (asked["probe of this encoder"] == 1).all() and (
         asked["probe of an untrained encoder"] == 0
     ).all()
@@ -353,13 +365,15 @@ def test_every_row_is_of_the_encoder_that_it_names(fruit, monkeypatch):
         3 * 32 * 32,
     )
     assert asked["trained from nothing"] == "nothing" and asked["fine-tuned"] == "encoder"
-    assert "fine-tuned" not in mae.judged(encoder, replace(cfg, tune=0), fruit, learn, judge)
+    assert "fine-tuned" not in mae_evaluation.evaluate(
+        encoder, mae.build, replace(cfg, tune=0), fruit, learn, judge
+    )
 
 
 def test_mae_main_learns_from_one_half_and_draws_the_other(fruit, monkeypatch, tmp_path):
     made: dict[str, Any] = {}
     trained = recorded_training(monkeypatch, mae)
-    monkeypatch.setattr(mae, "judged", lambda *args: made.update(judged=args) or {})
+    monkeypatch.setattr(mae, "evaluate", lambda *args: made.update(judged=args) or {})
     monkeypatch.setattr(
         mae, "pictures", lambda model, images, cfg, folder: made.update(drawn=(model, images, cfg))
     )
@@ -370,8 +384,8 @@ def test_mae_main_learns_from_one_half_and_draws_the_other(fruit, monkeypatch, t
     assert set(numbers(images)) <= set(JUDGE) and model is trained[0]["model"] is made["judged"][0]
     assert (
         not model.training
-        and made["judged"][3].tolist() == LEARN
-        and made["judged"][4].tolist() == JUDGE
+        and made["judged"][4].tolist() == LEARN
+        and made["judged"][5].tolist() == JUDGE
     )
     saved, meta = mae.load(tmp_path / "model.safetensors")
     assert torch.equal(saved.to_pixels.weight, model.to_pixels.weight) and meta["ratio"] == 0.5
@@ -385,16 +399,18 @@ def test_mae_main_learns_from_one_half_and_draws_the_other(fruit, monkeypatch, t
 def test_pictures_are_drawn_at_the_ratio_asked_for(monkeypatch, tmp_path):
     asked, drawn = [], []
     monkeypatch.setattr(
-        mae, "draw", lambda model, x, ratio, noise: (asked.append(ratio), [x, x + 1, x + 2])[1]
+        mae_figures,
+        "draw",
+        lambda model, x, ratio, noise: (asked.append(ratio), [x, x + 1, x + 2])[1],
     )
     monkeypatch.setattr("utils.figures.rows", lambda path, named, **_: drawn.append(named))
-    mae.pictures(
+    mae_figures.pictures(
         mae.build(16, 8),
         torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
         mae.Config(image_size=16, ratio=0.6),
         tmp_path,
     )
-    assert asked == [0.6, *mae.RATIOS]
+    assert asked == [0.6, *mae_figures.RATIOS]
     x = drawn[0]["photo"]
     assert torch.equal(drawn[0]["drawn"], x + 1) and torch.equal(drawn[0]["pasted"], x + 2)
     assert torch.equal(drawn[1]["75%, pasted"], x + 2) and torch.equal(drawn[1]["75%, hidden"], x)
@@ -424,7 +440,7 @@ def test_variants_differ_from_plain_in_the_one_thing_they_name():
 def test_worth_probes_the_encoder_that_it_trained(fruit, monkeypatch):
     trained, probed = recorded_training(monkeypatch, mae, losses=2), []
     monkeypatch.setattr(
-        mae, "features", lambda model, images, size: probed.append((model, numbers(images)))
+        mae_claims, "features", lambda model, images, size: probed.append((model, numbers(images)))
     )
     monkeypatch.setattr(
         photos, "probed", lambda x, fruit, learn, judge: {"14 kinds": 0.5, "5 groups": 1.0}
