@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from papers import photos
+from papers.attention_rollout import draw, rollout_map
 from utils import checkpoint, data, figures, run
 from utils.run import check
 
@@ -76,15 +76,17 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
     def split(self, x):
         # Eq. 5
         return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
     def weights(self, q, k):
-        """Who looks at whom: (B,heads,N,N), rows add up to one. Eq. 6."""
-        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+        """Attention weights: (B,heads,N,N), rows add up to one. Eq. 6."""
+        logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        return logits.softmax(-1)
 
     def forward(self, x):
         q, k, v = self.split(x)
@@ -94,11 +96,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Normalise, look around, add; normalise, think, add. Eqs. 2 and 3."""
+    """Transformer block: attention, then the feed-forward network, each behind a norm and added. Eqs. 2 and 3."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
@@ -116,10 +119,14 @@ class ViT(nn.Module):
         self, image=64, patch=8, channels=3, width=128, depth=6, heads=4, classes=14, pool="cls"
     ):
         super().__init__()
-        self.patch, self.pool, self.grid = patch, pool, (image // patch, image // patch)
+        self.patch = patch
+        self.pool = pool
+        self.grid = (image // patch, image // patch)
+        # Eq. 1: patches, class token, learned positions
         self.embed = PatchEmbedding(patch, channels, width)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid[0] * self.grid[1], width))
+        # Eqs. 2 to 4: encoder and head
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
@@ -130,7 +137,8 @@ class ViT(nn.Module):
         """Patches with their positions behind the class token: (B,1+N,D). Eq. 1; for any size that P divides."""
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         position = resize_positions(self.position, self.grid, grid)
-        return torch.cat([self.cls.expand(len(x), -1, -1), self.embed(x)], 1) + position
+        cls = self.cls.expand(len(x), -1, -1)
+        return torch.cat([cls, self.embed(x)], 1) + position
 
     def features(self, x):
         """The last normalised states, (B,1+N,D). Eqs. 2 and 3, and the norm of Eq. 4."""
@@ -141,12 +149,14 @@ class ViT(nn.Module):
 
     def forward(self, x):
         x = self.features(x)
-        return self.head(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1))  # Eq. 4
+        pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)
+        return self.head(pooled)  # Eq. 4
 
     @torch.no_grad()
     def maps(self, x):
         """The attention of every block: (B,depth,heads,1+N,1+N)."""
-        x, found = self.tokens(x), []
+        x = self.tokens(x)
+        found = []
         blocks: Any = self.blocks
         for block in blocks:
             q, k, _ = block.attention.split(block.norm1(x))
@@ -159,57 +169,36 @@ def resize_positions(position, old, new):
     """Positions (1,1+N,D) of a grid `old` (rows, columns) -> of a grid `new`; the class token's stays. Sec. 3.2."""
     if tuple(old) == tuple(new):
         return position
+    # the table as a picture of D channels, resized
     grid = rearrange(position[:, 1:], "1 (h w) d -> 1 d h w", h=old[0])
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([position[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], 1)
-
-
-def rollout(maps):
-    """Attention (B,depth,heads,T,T) -> how much each token has reached each other through all blocks, (B,T,T).
-
-    Abnar & Zuidema 2020, arXiv:2005.00928, Eq. 1: half of every token is itself, for the residual stream.
-    """
-    eye = torch.eye(maps.shape[-1], device=maps.device)
-    steps = 0.5 * maps.mean(2) + 0.5 * eye  # (B, depth, T, T)
-    total = eye.expand(len(maps), -1, -1)
-    for step in steps.unbind(1):
-        total = step @ total
-    return total
-
-
-def looks(model, x):
-    """Where the answer comes from: (B,h,w), the rollout of the class token or of the mean, 0 to 1 in each photo."""
-    total = rollout(model.maps(x))
-    seen = total[:, 0, 1:] if model.pool == "cls" else total[:, 1:, 1:].mean(1)
-    seen = rearrange(seen, "b (h w) -> b h w", h=x.shape[2] // model.patch)
-    low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
-    return (seen - low) / (high - low).clamp(min=1e-12)  # one patch is a map without heights
+    patches = rearrange(grid, "1 d h w -> 1 (h w) d")
+    return torch.cat([position[:, :1], patches], 1)
 
 
 def load_encoder(model, path):
     """Put the encoder of a file of mae.py into a ViT of the same width; positions are fitted to its grid."""
+    # is it a file of mae.py?
     tensors, meta = checkpoint.read(path)
-    fine = (
-        isinstance(meta, dict) and {"image_size", "patch"} <= meta.keys() and "position" in tensors
-    )
-    check(
-        fine, f'{path} is no encoder of mae.py; name another, or --weights "" to begin with nothing'
-    )
+    flags = isinstance(meta, dict) and {"image_size", "patch"} <= meta.keys()
+    instead = 'name another, or --weights "" to begin with nothing'
+    check(flags and "position" in tensors, f"{path} is no encoder of mae.py; {instead}")
+    # as deep as this one?
     own = model.state_dict()
     deeper = [k for k in tensors if k.startswith("blocks.") and k not in own]
     check(not deeper, f"{path} is of another network: it has {deeper[:1]}, this one has not")
+    # positions fitted to this grid; is all as wide as here?
     found = {k: v.float() for k, v in tensors.items() if k in own}
-    old = (meta["image_size"] // meta["patch"],) * 2
-    found["position"] = resize_positions(found["position"], old, model.grid)
+    side = meta["image_size"] // meta["patch"]
+    found["position"] = resize_positions(found["position"], (side, side), model.grid)
     wrong = [k for k, v in found.items() if v.shape != own[k].shape]
     check(
         not wrong, f'{path} is of another network ({wrong[:1]}): --weights "" begins with nothing'
     )
+    # all but the head is there?
     missing = model.load_state_dict(found, strict=False).missing_keys
-    check(
-        set(missing) <= {"head.weight", "head.bias"},
-        f"{path} is no encoder: {', '.join(missing[:3])} is missing",
-    )
+    head_only = set(missing) <= {"head.weight", "head.bias"}
+    check(head_only, f"{path} is no encoder: {', '.join(missing[:3])} is missing")
     return model
 
 
@@ -218,15 +207,17 @@ def train(model, images, labels, cfg):
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=0.05)
     # moves the first beta, too: 0.95 to 0.85 and back
-    pace = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, cfg.lr, total_steps=cfg.steps + 1, pct_start=0.15
-    )
+    total = cfg.steps + 1
+    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=total, pct_start=0.15)
     model.train()
     for _ in range(cfg.steps):
+        # random crops of random photos
         pick = torch.randint(len(images), (cfg.batch,))
         x = photos.crops(data.to_float(images[pick]).to(device), cfg.image_size, smallest=0.35)
+        # forward pass and loss, matrix products in bf16
         with run.autocast(device):
             value = F.cross_entropy(model(x).float(), labels[pick].to(device), label_smoothing=0.1)
+        # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -243,74 +234,59 @@ def predict(model, images, size):
     parts = photos.whole(images, size).split(128)
     for part in run.bar(parts, len(parts), name="look", delay=2):
         with run.autocast(device):
-            found.append((model(part.to(device)) + model(part.flip(-1).to(device))).float().cpu())
+            logits = model(part.to(device)) + model(part.flip(-1).to(device))
+        found.append(logits.float().cpu())
     return torch.cat(found)
 
 
 def build(image_size, patch, size="tiny", pool="cls", classes=14, **_):
+    """The vision transformer of these flags. Raises UserError if there is none."""
     check(size in SIZES, f"there is no --size {size}; there are: {', '.join(SIZES)}")
-    check(patch > 0 and image_size >= patch and image_size % patch == 0,
-          f"--patch {patch} does not divide --image-size {image_size}")  # fmt: skip
+    divides = patch > 0 and image_size >= patch and image_size % patch == 0
+    check(divides, f"--patch {patch} does not divide --image-size {image_size}")
     return ViT(image_size, patch, 3, *SIZES[size], classes=classes, pool=pool)
 
 
-def draw(path, images, seen):
-    """Images (N,C,H,W) in a row, and below them one row an entry of `seen`: {name: (N,h,w)}, laid over the photo."""
-    import matplotlib.pyplot as plt
-
-    pictures = [(np.clip(x.permute(1, 2, 0).numpy(), -1, 1) + 1) / 2 for x in images]
-    figure, axes = plt.subplots(
-        1 + len(seen), len(images), figsize=(1.3 * len(images) + 1, 1.35 * (1 + len(seen)))
-    )
-    for j, picture in enumerate(pictures):
-        for axis in axes[:, j]:
-            axis.set(xticks=[], yticks=[])
-            axis.imshow(picture)
-        for i, found in enumerate(seen.values(), 1):
-            heat = F.interpolate(
-                found[j][None, None], picture.shape[:2], mode="bicubic", align_corners=False
-            )[0, 0]
-            axes[i, j].imshow(heat.clamp(0, 1), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-    for axis, name in zip(axes[:, 0], ("photo", *seen)):
-        axis.set_ylabel(name, fontsize=8)
-    figure.tight_layout(pad=0.3)
-    return figures.close(figure, path)
-
-
 def main(cfg: Config) -> dict:
-    """Train each network in turn, measure it on photos it has not seen, draw where it looks."""
-    check(
-        min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1,
-        "--steps and --batch must be at least 1, --lr 0 to 1",
-    )
+    """Train each network in turn, measure it on held-out photos, draw what its answer has read."""
+    sizes = min(cfg.steps, cfg.batch) > 0 and 0 < cfg.lr < 1
+    check(sizes, "--steps and --batch must be at least 1, --lr 0 to 1")
     check(cfg.image_size <= 1024, "--image-size must be at most 1024")
     trial = build(cfg.image_size, cfg.patch, cfg.size)
     if cfg.weights:
-        # What does not fit is better said now than after two trainings
-        load_encoder(trial, cfg.weights)
+        load_encoder(trial, cfg.weights)  # what does not fit is said now, not after two trainings
     run.seed(cfg.seed)
-    device, fruit = run.device(cfg.device), data.groceries(2 * cfg.image_size)
+    device = run.device(cfg.device)
+
+    # data: photos of fruit in the data set's own split, eight held-out ones to draw
+    fruit = data.groceries(2 * cfg.image_size)
     folder = run.output(cfg.out, cfg)
     learn, judge = photos.split(fruit)
-    metrics, seen, losses = {"majority": photos.majority(fruit, learn, judge)}, {}, {}
     shown = judge[torch.linspace(0, len(judge) - 1, 8).long()]
+    drawn = photos.whole(fruit.images[shown], cfg.image_size)
+    metrics = {"majority": photos.majority(fruit, learn, judge)}
+    seen = {}
+    losses = {}
+
     for start in ("nothing", "MAE") if cfg.weights else ("nothing",):
         for pool in ("cls", "mean"):
+            # the network, from the same seed each time
             name = f"{pool} from {start}"
             torch.manual_seed(cfg.seed)
             model = build(cfg.image_size, cfg.patch, cfg.size, pool)
-            model = (load_encoder(model, cfg.weights) if start == "MAE" else model).to(device)
+            if start == "MAE":
+                model = load_encoder(model, cfg.weights)
+            model = model.to(device)
+            # train, measure, look at its attention
             steps = train(model, fruit.images[learn], fruit.fine[learn], cfg)
             losses[name] = list(run.progress(steps, cfg.steps))
-            model.eval()
-            metrics[name] = photos.accuracies(
-                predict(model, fruit.images[judge], cfg.image_size), fruit, judge
-            )
-            seen[name] = looks(
-                model, photos.whole(fruit.images[shown], cfg.image_size).to(device)
-            ).cpu()
+            logits = predict(model.eval(), fruit.images[judge], cfg.image_size)
+            metrics[name] = photos.accuracies(logits, fruit, judge)
+            seen[name] = rollout_map(model, drawn.to(device)).cpu()
+
+    # draw
     figures.curves(folder / "loss.png", losses, "step", "cross entropy", smooth=10)
-    draw(folder / "attention.png", photos.whole(fruit.images[shown], cfg.image_size), seen)
+    draw(folder / "attention.png", drawn, seen)
     return run.report(folder, metrics, then=f"open {folder}/attention.png")
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from papers import (
+    attention_rollout,
     clip,
     clip_evaluation,
     contrastive_loss,
@@ -135,12 +136,12 @@ def vit_run(fruit, monkeypatch, tmp_path):
         made["judged"].append((model, numbers(images), size, model.training))
         return F.one_hot(torch.arange(KINDS), KINDS).float() * 9
 
-    def looks(model, x):
+    def rollout_map(model, x):
         made["looked"].append(model)
         return torch.zeros(len(x), 8, 8)
 
     monkeypatch.setattr(vit, "predict", predict)
-    monkeypatch.setattr(vit, "looks", looks)
+    monkeypatch.setattr(vit, "rollout_map", rollout_map)
     monkeypatch.setattr(
         vit, "draw", lambda path, images, seen: made.update(shown=numbers(images), seen=seen)
     )
@@ -242,13 +243,13 @@ def test_rollout_multiplies_later_blocks_from_the_left():
     eye = torch.eye(3)
     first, second = eye.clone(), eye.clone()
     first[1], second[2] = eye[0], eye[1]
-    total = vit.rollout(torch.stack([first, second])[None, :, None])[0]
+    total = attention_rollout.rollout(torch.stack([first, second])[None, :, None])[0]
     assert total[2].tolist() == [0.25, 0.25, 0.5] and total[1].tolist() == [0.5, 0.5, 0]
 
 
 def test_rollout_takes_the_mean_of_the_heads():
     maps = torch.stack([torch.eye(2), torch.eye(2).flip(0)])[None, None]  # (1, 1, two heads, 2, 2)
-    assert vit.rollout(maps)[0].tolist() == [[0.75, 0.25], [0.25, 0.75]]
+    assert attention_rollout.rollout(maps)[0].tolist() == [[0.75, 0.25], [0.25, 0.75]]
 
 
 # --- mae

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from papers import photos, vit
+from papers import attention_rollout, photos, vit
 from tests.conftest import gradients
 from tests.vits import shake, theirs
 from utils import checkpoint, data
@@ -101,10 +101,10 @@ def test_rollout_of_known_attention():
     """A block in which each token looks at itself changes nothing; one in which all look at token 0 moves half."""
     eye, first = torch.eye(3), torch.tensor([[1.0, 0, 0]] * 3)
     maps = torch.stack([eye, eye])[None, :, None]
-    assert torch.equal(vit.rollout(maps)[0], eye)
+    assert torch.equal(attention_rollout.rollout(maps)[0], eye)
     maps = torch.stack([eye, first])[None, :, None]
-    torch.testing.assert_close(vit.rollout(maps)[0], 0.5 * first + 0.5 * eye)
-    both = vit.rollout(torch.rand(2, 3, 4, 5, 5).softmax(-1))
+    torch.testing.assert_close(attention_rollout.rollout(maps)[0], 0.5 * first + 0.5 * eye)
+    both = attention_rollout.rollout(torch.rand(2, 3, 4, 5, 5).softmax(-1))
     torch.testing.assert_close(both.sum(-1), torch.ones(2, 5))
 
 
@@ -116,13 +116,13 @@ def test_the_map_is_drawn_the_right_way_up(pool):
     model.pool = pool
     hot = 1 + 2
     model.maps = lambda x: torch.zeros(1, 2, 4, 17, 17).index_fill(-1, torch.tensor(hot), 1.0)
-    found = vit.looks(model, torch.zeros(1, 3, 16, 16))[0]
+    found = attention_rollout.rollout_map(model, torch.zeros(1, 3, 16, 16))[0]
     assert found[0, 2] == 1 and (found > 0.5).sum() == 1
 
 
 def test_one_patch_is_a_map_and_not_nan():
     model = vit.ViT(**SMALL | {"patch": 16})
-    assert vit.looks(model, torch.randn(2, 3, 16, 16)).isfinite().all()
+    assert attention_rollout.rollout_map(model, torch.randn(2, 3, 16, 16)).isfinite().all()
 
 
 def test_a_whole_crop_is_the_photo_and_a_mirror_its_mirror():
