@@ -85,9 +85,8 @@ def test_the_glossary_covers_every_chapter():
 
 def test_terms_are_sorted_and_unique():
     terms = [letters(term) for term in glossary()]
-    assert terms == sorted(set(terms)), [
-        b for a, b in zip(terms, terms[1:], strict=False) if a >= b
-    ]
+    wrong = [f"{b} stands after {a}" for a, b in zip(terms, terms[1:], strict=False) if a >= b]
+    assert terms == sorted(set(terms)), wrong
 
 
 def test_a_term_is_explained_in_one_or_two_sentences():

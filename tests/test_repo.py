@@ -45,21 +45,29 @@ def code_cells(path):
 @pytest.mark.parametrize("script", TOPICS, ids=lambda p: p.stem)
 def test_every_topic_has_its_page_notebook_test_and_row(script):
     chapter, name = script.parent.name, script.stem
-    assert (ROOT / "notebooks" / chapter / f"{name}.ipynb").is_file()
-    assert (ROOT / "tests" / chapter / f"test_{name}.py").is_file()
-    assert script.with_suffix(".md").is_file()
+    for path in (
+        f"notebooks/{chapter}/{name}.ipynb",
+        f"tests/{chapter}/test_{name}.py",
+        f"{chapter}/{name}.md",
+    ):
+        only = "; a script that only measures or shows stands in MEASURE of tests/test_repo.py"
+        assert (ROOT / path).is_file(), f"there is no {path}{only}"
     row = re.search(
         rf"^\|.*{name}\.md.*{name}\.py.*{name}\.ipynb",
         (script.parent / "README.md").read_text("utf-8"),
         re.M,
     )
-    assert row, f"{chapter}/README.md has no row for {name}"
+    assert row, (
+        f"{chapter}/README.md has no row with {name}.md, {name}.py, {name}.ipynb in this order"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_every_script_has_a_row_in_its_chapter_and_tiny_flags(script):
-    assert re.search(rf"^\|.*\]\({script.name}\)", (script.parent / "README.md").read_text(), re.M)
-    assert f"{script.parent.name}/{script.name}" in tiny_flags()
+    name = f"{script.parent.name}/{script.name}"
+    row = re.search(rf"^\|.*\]\({script.name}\)", (script.parent / "README.md").read_text(), re.M)
+    assert row, f"{script.parent.name}/README.md has no row that links to {script.name}"
+    assert name in tiny_flags(), f"tests/tiny_flags.toml has no line for {name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -82,10 +90,12 @@ def test_a_notebook_shows_the_module_and_does_not_write_it_again(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_was_run_and_its_figures_are_small(path):
     outputs = [o for c in code_cells(path) for o in c["outputs"]]
-    assert all(c["execution_count"] for c in code_cells(path))
+    how = f"python tests/notebooks.py {path.stem}"
+    assert all(c["execution_count"] for c in code_cells(path)), f"not run: {how}"
     assert not [o for o in outputs if o["output_type"] == "error"]
     pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
-    assert pictures and max(map(len, pictures)) * 3 / 4 < 300_000
+    assert pictures, f"it shows no figure: {how}"
+    assert max(map(len, pictures)) * 3 / 4 < 300_000, f"a figure is larger than 300 KB: {how}"
     assert path.stat().st_size < 1_000_000
     assert "Exercises" in "".join(json.loads(path.read_text())["cells"][-1]["source"])
 
@@ -211,7 +221,8 @@ def test_every_mutant_still_has_its_line(path):
 
 
 def test_the_table_of_mutants_is_that_of_the_lists():
-    assert mutate.table() in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    written = mutate.table() in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert written, "the table of mutants is behind: python tests/mutate.py --table prints it"
 
 
 def test_the_tour_names_every_file():
@@ -220,7 +231,8 @@ def test_the_tour_names_every_file():
         r"^\| \[.*?\]\(\.\./(.*?)\) \| (\d+) \| (.*) \|$", tour.PAGE.read_text("utf-8"), re.M
     )
     rows = tour.rows()
-    assert [(path, what) for path, _, what in listed] == [(path, what) for path, _, what in rows]
+    behind = {(path, what) for path, _, what in listed} ^ {(path, what) for path, _, what in rows}
+    assert not behind, f"docs/TOUR.md is behind: python tests/tour.py --write: {behind}"
     for (path, lines, _), (_, now, _) in zip(listed, rows):
         assert abs(int(lines) - now) <= now / 4, (
             f"{path} had {lines} lines and has {now}: python tests/tour.py --write"
