@@ -1,9 +1,11 @@
-"""Parent-document retrieval (small to big): search short passages, read the long ones that they are cut from.
+"""Parent-document retrieval (small to big): search short passages, read the long ones that they are
+cut from.
 
-A vector of a short text says precisely what it is about, a long text says enough to answer from. So a section is cut
-into parents and each parent into children; children are searched, and their parents are returned, each once. A parent
-is as good as its best child, which is late interaction (see advanced_rag_rerank.py) between whole texts:
-score(parent) = max over its children of cos(question, child).
+A vector of a short text says precisely what it is about, a long text says enough to answer from. So
+a section is cut into parents and each parent into children; children are searched, and their
+parents are returned, each once. A parent is as good as its best child, which is late interaction
+(see advanced_rag_rerank.py) between whole texts: score(parent) = max over its children of
+cos(question, child).
 
     python rag/advanced_rag_child_parent_retrieval.py                 # children of 300 characters, parents of 1500
     python rag/advanced_rag_child_parent_retrieval.py --parent 0      # the whole section is the parent
@@ -35,11 +37,12 @@ class Config(raw_rag.Config):
     out: str = "outputs/advanced_rag_child_parent_retrieval"
 
 
-def family(sections, parent, child, overlap=0, titles=False):
+def split_twice(sections, parent, child, overlap=0, titles=False):
     """-> parents, and children whose metadata name their `parent`."""
     parents = (
         chunking.passages(sections, parent, 0) if parent else chunking.whole_sections(sections)
     )
+    # Each parent is split into children
     children = []
     for one in parents:
         for part in chunking.passages([one], child, overlap, titles):
@@ -51,11 +54,12 @@ def family(sections, parent, child, overlap=0, titles=False):
     return parents, children
 
 
-def adopt(children, merge="max"):
+def parents_of(children, merge="max"):
     """[(child, score), best first] -> [(id of a parent, score)], best first; each parent once."""
     total: dict[str, float] = {}
     for child, score in children:
         name = child.metadata["parent"]
+        # The best child counts, or all of them
         before = total.get(name, 0.0 if merge == "sum" else score)
         total[name] = before + score if merge == "sum" else max(before, score)
     return sorted(total.items(), key=lambda pair: -pair[1])
@@ -73,22 +77,21 @@ class ParentRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
+        # Search the children, and return their parents
         found = self.store.similarity_search_with_score(query, self.children)
-        return [
-            raw_rag.scored(self.parents[name], score)
-            for name, score in adopt(found, self.merge)[: self.k]
-        ]
+        best = parents_of(found, self.merge)[: self.k]
+        return [raw_rag.scored(self.parents[name], score) for name, score in best]
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
     """Cut twice, index the children, keep the parents beside them."""
-    check(
-        cfg.parent == 0 or cfg.parent > cfg.chunk,
-        "--parent must be longer than --chunk, or 0 for whole sections",
-    )
+    message = "--parent must be longer than --chunk, or 0 for whole sections"
+    check(cfg.parent == 0 or cfg.parent > cfg.chunk, message)
     check(cfg.children >= 1, "--children must be 1 or more")
+    # Sections, parents and children
     sections, _ = corpus.load(cfg)
-    parents, children = family(sections, cfg.parent, cfg.chunk, cfg.overlap, cfg.titles)
+    parents, children = split_twice(sections, cfg.parent, cfg.chunk, cfg.overlap, cfg.titles)
+    # Children are indexed, parents are kept beside them
     index = raw_rag.open_index(cfg, children)
     known = {p.metadata["id"]: p for p in parents}
     return ParentRetriever(

@@ -1,10 +1,12 @@
-"""Contextual compression: of the retrieved passages keep only the sentences that bear on the question.
+"""Contextual compression: of the retrieved passages keep only the sentences that bear on the
+question.
 
-Three filters, by vectors alone: relevance (a passage must be close enough to the question), redundancy (of two passages
-that say the same the later one goes; compare Carbonell & Goldstein 1998, maximal marginal relevance) and extraction
-(of each passage only its sentences closest to the question, in their order). `--by llm` asks the language model which
-sentences to keep instead. What is lost is measured on the known answers: the part of their words that the context
-still holds, beside the tokens that it costs.
+Three filters, by vectors alone: relevance (a passage must be close enough to the question),
+redundancy (of two passages that say the same the later one goes; compare Carbonell & Goldstein
+1998, maximal marginal relevance) and extraction (of each passage only its sentences closest to the
+question, in their order). `--by llm` asks the language model which sentences to keep instead. What
+is lost is measured on the known answers: the part of their words that the context still holds,
+beside the tokens that it costs.
 
     python rag/advanced_rag_compression.py                       # the filters, and a sweep of the threshold
     python rag/advanced_rag_compression.py --keep 0.35           # keep sentences of cosine 0.35 or more
@@ -40,7 +42,8 @@ class Config(raw_rag.Config):
 
 
 def sentences(text):
-    """A text -> its sentences and the lines of its lists and code; put together they are the text again."""
+    """A text -> its sentences and the lines of its lists and code; put together they are the text
+    again."""
     ends = [m.end() for m in sentence_ends().finditer(text)]
     parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
     joined: list[str] = []
@@ -54,8 +57,8 @@ def sentences(text):
 
 @lru_cache(maxsize=1)
 def sentence_ends():
-    """A point and blanks before a capital letter, a letter without case or a mark; a full stop of Chinese, Hindi or
-    Urdu; an empty line; the end of a line before one of a list."""
+    """A point and blanks before a capital letter, a letter without case or a mark; a full stop of
+    Chinese, Hindi or Urdu; an empty line; the end of a line before one of a list."""
     lower = "".join(c for c in map(chr, range(0x80, 0x1F000)) if c.islower())
     point = rf"(?<=[.!?:\u061f])\s+(?=[`\"'(*]|(?![a-z{lower}\d_])\w)"
     stop = r"[\u3002\uff01\uff1f\uff1b\u0964\u0965\u06d4]+\s*"
@@ -68,7 +71,8 @@ def relevant(similarity, threshold):
 
 
 def different(vectors, threshold):
-    """(N,D) unit vectors, best first -> (N,) keep? A passage goes if it is that close to one kept before it."""
+    """(N,D) unit vectors, best first -> (N,) keep? A passage goes if it is that close to one kept
+    before it."""
     keep = np.zeros(len(vectors), bool)
     for i, vector in enumerate(vectors):
         keep[i] = not (vectors[:i][keep[:i]] @ vector > threshold).any()
@@ -76,7 +80,8 @@ def different(vectors, threshold):
 
 
 def extract(parts, similarity, threshold):
-    """Sentences and (N,) cosines -> the text of those that reach the threshold; the best one stays in any case."""
+    """Sentences and (N,) cosines -> the text of those that reach the threshold; the best one stays
+    in any case."""
     keep = similarity >= threshold
     keep[np.argmax(similarity)] = True
     text = ""
@@ -135,13 +140,15 @@ def build_retriever(cfg: Config) -> BaseRetriever:
 
 
 def held(context, known):
-    """What part of the words of the known answer are in the context? Words of up to three letters do not count."""
+    """What part of the words of the known answer are in the context? Words of up to three letters
+    do not count."""
     wanted = {w for w in re.findall(r"\w+", known.lower()) if len(w) > 3}
     return len(wanted & set(re.findall(r"\w+", context.lower()))) / max(len(wanted), 1)
 
 
 def sweep(cfg, retriever, questions):
-    """{--keep: (tokens of the context, part of the known answer that it holds)}; -1.0 has all sentences that fit."""
+    """{--keep: (tokens of the context, part of the known answer that it holds)}; -1.0 has all
+    sentences that fit."""
     found = [retriever.quick.invoke(q.text)[: cfg.k] for q in questions]
     counts = raw_rag.embedder(cfg.embedder).model.tokenizer
     rows = {}

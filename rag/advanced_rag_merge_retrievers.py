@@ -1,10 +1,12 @@
-"""Hybrid retrieval: BM25 and dense vectors merged by reciprocal rank fusion (RRF); lost in the middle.
+"""Hybrid retrieval: BM25 and dense vectors merged by reciprocal rank fusion (RRF); lost in the
+middle.
 
-BM25: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework". Reciprocal rank fusion: Cormack, Clarke &
-Buettcher 2009. Lost in the middle: Liu et al. 2023, arXiv:2307.03172. BM25 finds the passage that says `acks_late` when
-the question does; vectors find the one that says the same in other words. Their scores have no common scale, their
-ranks have. Each has an index of its own. Words are those of any script: letters however they were typed (Unicode NFKC),
-and where a script puts no blanks between words, each character and each pair of neighbours, as Lucene's CJK analyser.
+BM25: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework". Reciprocal rank fusion:
+Cormack, Clarke & Buettcher 2009. Lost in the middle: Liu et al. 2023, arXiv:2307.03172. BM25 finds
+the passage that says `acks_late` when the question does; vectors find the one that says the same in
+other words. Their scores have no common scale, their ranks have. Each has an index of its own.
+Words are those of any script: letters however they were typed (Unicode NFKC), and where a script
+puts no blanks between words, each character and each pair of neighbours, as Lucene's CJK analyser.
 
     python rag/advanced_rag_merge_retrievers.py                  # reciprocal rank fusion
     python rag/advanced_rag_merge_retrievers.py --merge round-robin
@@ -101,7 +103,8 @@ def rrf(rankings, constant=60.0):
 
 
 def round_robin(rankings):
-    """[[id, best first]] -> [(id, 1 / place)]: the first of each, then the second of each; none twice."""
+    """[[id, best first]] -> [(id, 1 / place)]: the first of each, then the second of each; none
+    twice."""
     turns = [
         ranking[i]
         for i in range(max(map(len, rankings), default=0))
@@ -112,7 +115,8 @@ def round_robin(rankings):
 
 
 def edges_first(documents):
-    """Best first -> best at both ends: 1 3 5 ... 6 4 2. What stands in the middle of a long prompt is read least."""
+    """Best first -> best at both ends: 1 3 5 ... 6 4 2. What stands in the middle of a long prompt
+    is read least."""
     return documents[::2] + documents[1::2][::-1]
 
 
@@ -153,9 +157,11 @@ def build_retriever(cfg: Config) -> BaseRetriever:
 
 
 def position_curve(cfg, llm, retriever, questions):
-    """Loss of the known answer (nats a token) with the right passage at each of k places among k - 1 wrong ones.
+    """Loss of the known answer (nats a token) with the right passage at each of k places among k -
+    1 wrong ones.
 
-    -> (Q, k); and (Q,) without any passage. Lower is better: the model finds the answer more likely.
+    -> (Q, k); and (Q,) without any passage. Lower is better: the model finds the answer more
+    likely.
     """
     sections = {s.metadata["id"]: s for s in corpus.load(cfg)[0]}
     with_it, alone = [], []

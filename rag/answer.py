@@ -1,4 +1,5 @@
-"""Answer generation from passages: the prompt, the citations, and the chain retrieve | prompt | generate.
+"""Answer generation from passages: the prompt, the citations, and the chain retrieve | prompt |
+generate.
 
 Passages come from documents that anybody may have written, so they are delimited from the
 instructions, they cannot close the delimiter that they stand in, and every citation in the answer

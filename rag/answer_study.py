@@ -1,12 +1,14 @@
 """Answering from passages, measured: decoding, prompts, and a threshold to abstain.
 
-An answer is right if it holds the key fact of its question: a few words, written down beforehand, that stand in the
-passage and not in the question, compared in small letters with single blanks. 40 questions are those of the manuals,
-20 are about six made documents (rag/study/documents), whose facts no model has ever read. Every way of asking is tried
-on half of them, the best one is judged on the other half, beside that with a repetition penalty.
+An answer is right if it holds the key fact of its question: a few words, written down beforehand,
+that stand in the passage and not in the question, compared in small letters with single blanks. 40
+questions are those of the manuals, 20 are about six made documents (rag/study/documents), whose
+facts no model has ever read. Every way of asking is tried on half of them, the best one is judged
+on the other half, beside that with a repetition penalty.
 
-Abstention: Kamath et al. 2020, arXiv:2006.09462, answer only where a confidence exceeds a threshold. Here it is the
-highest cosine of question and passages; its threshold is chosen on other questions than the 60 and 20 that judge it.
+Abstention: Kamath et al. 2020, arXiv:2006.09462, answer only where a confidence exceeds a
+threshold. Here it is the highest cosine of question and passages; its threshold is chosen on other
+questions than the 60 and 20 that judge it.
 
     python rag/answer_study.py
     python rag/answer_study.py --llm http://localhost:8080/v1     # another reader, the same questions
@@ -49,7 +51,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of asking: how many passages, in which order with the question, which instruction, which decoding."""
+    """A way of asking: how many passages, in which order with the question, which instruction,
+    which decoding."""
 
     k: int = 3
     question: str = "last"  # behind the passages; or first, or both
@@ -103,8 +106,9 @@ def chat(question, passages, way):
 
 @torch.no_grad()
 def say(llm, chats, decoding):
-    """Yields (which, answer). A model in this process answers a batch at a time, padded at the left: rounding in bf16
-    depends on the batch, so that a word may differ from what it says alone."""
+    """Yields (which, answer). A model in this process answers a batch at a time, padded at the
+    left: rounding in bf16 depends on the batch, so that a word may differ from what it says
+    alone."""
     if not hasattr(llm, "model"):
         yield from ((i, "".join(llm.stream(chat)).strip()) for i, chat in enumerate(chats))
         return
@@ -130,8 +134,8 @@ def say(llm, chats, decoding):
 
 
 def load(cfg):
-    """-> {"judged" or "for choosing": {corpus: rows}}, a row with its question, its keys ([]: no answer is there) and
-    the passages that raw retrieval found for it."""
+    """-> {"judged" or "for choosing": {corpus: rows}}, a row with its question, its keys ([]: no
+    answer is there) and the passages that raw retrieval found for it."""
     listed = json.loads((HERE / "questions.json").read_text("utf-8"))
     out = f"{cfg.out}/index"
     flags: dict[str, Any] = {
@@ -166,7 +170,8 @@ def ask(llm, rows, way, name):
 
 
 def compare(llm, rows, ways, folder):
-    """-> {way: {score: (mean, low, high)}} on these questions, how many hold the fact, and writes all answers."""
+    """-> {way: {score: (mean, low, high)}} on these questions, how many hold the fact, and writes
+    all answers."""
     manuals = np.array([row["kind"] == "manuals" for row in rows])
     table, said = {}, {"questions": [row["question"] for row in rows]}
     for name, way in ways.items():
@@ -190,7 +195,8 @@ def cosine(row):
 
 
 def abstain(sets, cut=None):
-    """What this threshold does on the judged questions; without one, that which the questions for choosing give."""
+    """What this threshold does on the judged questions; without one, that which the questions for
+    choosing give."""
     marks = {}
     for part, kinds in sets.items():
         rows = [row for rows in kinds.values() for row in rows]

@@ -1,8 +1,8 @@
 """Benchmark of the store and the embedder against what they are built on: `make bench`.
 
-Our FAISS store against LangChain's own with the same vectors: the same ranking for every question, queries in turn.
-Our indexing (cut, hash, embed, add) against sentence-transformers that only embeds. CPU time, one thread, medians of
-ratios: neighbours on the machine do not count.
+Our FAISS store against LangChain's own with the same vectors: the same ranking for every question,
+queries in turn. Our indexing (cut, hash, embed, add) against sentence-transformers that only
+embeds. CPU time, one thread, medians of ratios: neighbours on the machine do not count.
 
     python rag/bench.py    # half a minute on one CPU core; needs langchain-community, which is in the dev extra
 """
@@ -61,7 +61,8 @@ class Known:
 
 
 def queries(cfg, encoder):
-    """Each question to our store and to LangChain's, in turn -> milliseconds of both, and if the rankings are one."""
+    """Each question to our store and to LangChain's, in turn -> milliseconds of both, and if the
+    rankings are one."""
     from langchain_community.docstore import InMemoryDocstore
     from langchain_community.vectorstores import FAISS
     from langchain_community.vectorstores.utils import DistanceStrategy
@@ -92,7 +93,8 @@ def queries(cfg, encoder):
 
 
 def indexing(cfg, encoder):
-    """Sections into a new store, and their passages through sentence-transformers -> passages a second of both."""
+    """Sections into a new store, and their passages through sentence-transformers -> passages a
+    second of both."""
     sections = corpus.manuals()[0]
     rows, count = [], 0
     for i in range(cfg.rounds):

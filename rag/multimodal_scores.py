@@ -56,7 +56,8 @@ def random_subset(mask, count, seed):
 
 
 def emoji_scores(images, t, cfg):
-    """Held-out emoji retrieved by their captions: three ways to fit, and two ablations of the split.
+    """Held-out emoji retrieved by their captions: three ways to fit, and two ablations of the
+    split.
 
     Flags, families and faces come in rows that look alike and are called alike. A training image
     beside a test image gives it away: the last row trains without such near-duplicates, the row

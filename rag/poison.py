@@ -1,9 +1,10 @@
 """Prompt injection: orders hidden in a passage, with the marks around passages and without them.
 
-Greshake et al. 2023, arXiv:2302.12173, named it indirect prompt injection: who can write into a document can talk to
-the model that reads it. Each order here wants one word in the answer. It stands beside the passage that really answers
-the question, once in a prompt as `answer.py` writes it, once pasted as it is, with the letters that mark a turn of the
-chat alive. What is counted is the word; a model that only quotes it is counted as well.
+Greshake et al. 2023, arXiv:2302.12173, named it indirect prompt injection: who can write into a
+document can talk to the model that reads it. Each order here wants one word in the answer. It
+stands beside the passage that really answers the question, once in a prompt as `answer.py` writes
+it, once pasted as it is, with the letters that mark a turn of the chat alive. What is counted is
+the word; a model that only quotes it is counted as well.
 
     python rag/poison.py
     python rag/poison.py --llm http://localhost:8000/v1    # the same orders, a larger model

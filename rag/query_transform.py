@@ -1,9 +1,11 @@
-"""Query transformation: a language model rewrites the question before searching (HyDE, multi-query, step-back).
+"""Query transformation: a language model rewrites the question before searching (HyDE, multi-query,
+step-back).
 
-Multi-query: the question in other words; rankings are merged by reciprocal rank fusion. HyDE, Gao et al. 2022,
-arXiv:2212.10496: the model invents an answer, and what is close to the invention is searched; the vectors of question
-and inventions are averaged (their Eq. 8). Step-back, Zheng et al. 2023, arXiv:2310.06117: a more general question
-beside the one that was asked. All three hope that the model knows how the answer sounds; a small one may not.
+Multi-query: the question in other words; rankings are merged by reciprocal rank fusion. HyDE, Gao
+et al. 2022, arXiv:2212.10496: the model invents an answer, and what is close to the invention is
+searched; the vectors of question and inventions are averaged (their Eq. 8). Step-back, Zheng et al.
+2023, arXiv:2310.06117: a more general question beside the one that was asked. All three hope that
+the model knows how the answer sounds; a small one may not.
 
     python rag/query_transform.py                               # HyDE
     python rag/query_transform.py --transform multi-query

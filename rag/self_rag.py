@@ -1,11 +1,14 @@
-"""Self-RAG: retrieve on demand, grade relevance and support, and abstain if the documents do not say it.
+"""Self-RAG: retrieve on demand, grade relevance and support, and abstain if the documents do not
+say it.
 
-Self-RAG, Asai et al. 2023, arXiv:2310.11511, trains a model of 7 billion weights to write marks of reflection: Retrieve
-(is a search needed?), IsRel (does the passage bear on the question?), IsSup (does it support the answer?), IsUse (does
-it help?). Here nothing is trained. Each mark is a number between 0 and 1 that a critic gives: `llm` asks the chat model
-a question with the answer yes or no and compares the probabilities of both; `cosine`, `maxsim` and `cross` take the
-scores of retrieval and those of advanced_rag_rerank.py. Which critic can be trusted is measured: each question is asked
-twice, with its answer among the documents and with that answer hidden, and the critic has to tell which is which.
+Self-RAG, Asai et al. 2023, arXiv:2310.11511, trains a model of 7 billion weights to write marks of
+reflection: Retrieve (is a search needed?), IsRel (does the passage bear on the question?), IsSup
+(does it support the answer?), IsUse (does it help?). Here nothing is trained. Each mark is a number
+between 0 and 1 that a critic gives: `llm` asks the chat model a question with the answer yes or no
+and compares the probabilities of both; `cosine`, `maxsim` and `cross` take the scores of retrieval
+and those of advanced_rag_rerank.py. Which critic can be trusted is measured: each question is asked
+twice, with its answer among the documents and with that answer hidden, and the critic has to tell
+which is which.
 
     python rag/self_rag.py                                             # the four critics, and one answer
     python rag/self_rag.py --question "How do I bake bread?"           # not in the documents
@@ -96,7 +99,8 @@ def best_threshold(positive, negative):
 
 
 class SelfRetriever(BaseRetriever):
-    """The passages that the critic accepts, the most relevant first. None: the documents do not say it."""
+    """The passages that the critic accepts, the most relevant first. None: the documents do not say
+    it."""
 
     quick: Any
     critic: Any
@@ -113,7 +117,8 @@ class SelfRetriever(BaseRetriever):
 
 
 def judge(critic, retriever, questions, k):
-    """The highest IsRel among k passages, with the answer among them and with it hidden: (Q,), (Q,).
+    """The highest IsRel among k passages, with the answer among them and with it hidden: (Q,),
+    (Q,).
 
     Only of questions whose answer is among the k passages: for the others both are the same.
     """
@@ -178,7 +183,8 @@ def build_retriever(cfg: Config) -> BaseRetriever:
 
 
 def respond(question, retriever, llm, k=5):
-    """-> the answer, the passages behind it, IsSup. Without an accepted passage no answer is written."""
+    """-> the answer, the passages behind it, IsSup. Without an accepted passage no answer is
+    written."""
     found = retriever.invoke(question)[:k]
     if not found:
         return answer.NOWHERE, [], 0.0

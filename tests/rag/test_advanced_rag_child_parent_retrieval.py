@@ -16,7 +16,7 @@ def sections():
 
 
 def test_every_child_is_a_part_of_its_parent(sections):
-    parents, children = small_to_big.family(sections, 1500, 300)
+    parents, children = small_to_big.split_twice(sections, 1500, 300)
     known = {p.metadata["id"]: p.page_content for p in parents}
     assert (
         max(map(len, known.values())) <= 1500 and max(len(c.page_content) for c in children) <= 300
@@ -25,7 +25,7 @@ def test_every_child_is_a_part_of_its_parent(sections):
         assert child.page_content in known[child.metadata["parent"]]
     assert {c.metadata["parent"] for c in children} == known.keys()
     assert len({c.metadata["id"] for c in children}) == len(children)
-    whole, _ = small_to_big.family(sections, 0, 300)
+    whole, _ = small_to_big.split_twice(sections, 0, 300)
     assert [p.page_content for p in whole] == [s.page_content for s in sections]
 
 
@@ -36,8 +36,8 @@ def test_a_parent_is_as_good_as_its_best_child_and_comes_once():
         (child("b/0/0", "b/0"), 0.8),
         (child("a/0/0", "a/0"), 0.7),
     ]
-    assert small_to_big.adopt(found) == [("a/0", 0.9), ("b/0", 0.8)]
-    total = dict(small_to_big.adopt([found[1], (found[0][0], 0.5), (found[2][0], 0.4)], "sum"))
+    assert small_to_big.parents_of(found) == [("a/0", 0.9), ("b/0", 0.8)]
+    total = dict(small_to_big.parents_of([found[1], (found[0][0], 0.5), (found[2][0], 0.4)], "sum"))
     assert total == {"b/0": 0.8, "a/0": pytest.approx(0.9)}
 
 
@@ -100,7 +100,7 @@ def test_titles_and_lengths_reach_the_children(tmp_path, monkeypatch):
     section = document_loaders.section(
         "a.md", 1, ("Above",), "Title", "\n\n".join(f"w{i} " * 30 for i in range(6))
     )
-    parents, children = small_to_big.family([section], 400, 100, titles=True)
+    parents, children = small_to_big.split_twice([section], 400, 100, titles=True)
     assert all(c.page_content.startswith("a.md > Above > Title\n\n") for c in children)
     assert not any("Above" in p.page_content for p in parents) and len(children) > len(parents) > 1
     assert {c.metadata["section"] for c in children} == {section.metadata["id"]}
