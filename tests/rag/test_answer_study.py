@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rag import answer, answer_study, corpus, document_loaders, language_models
+from rag import answer, answer_study, corpus, document_loaders, language_models, prompt_variants
 from tests.passages import document, documents
 from utils.run import UserError
 
@@ -47,9 +47,9 @@ def test_no_question_both_chooses_and_judges():
 
 
 def test_the_chosen_way_is_how_the_chapter_asks_a_small_model():
-    way, found = answer_study.WAYS[answer_study.CHOSEN], documents()
+    way, found = prompt_variants.VARIANTS[prompt_variants.CHOSEN], documents()
     small = type("Small", (), {"reads": 1})
-    assert answer_study.chat("Who?", found[: way.k], way) == answer.messages(
+    assert prompt_variants.chat("Who?", found[: way.k], way) == answer.messages(
         "Who?", answer.passages_read(small, found)
     )
     assert language_models.DECODING | way.decoding == language_models.DECODING
@@ -58,16 +58,16 @@ def test_the_chosen_way_is_how_the_chapter_asks_a_small_model():
 def test_each_way_is_another_prompt_or_decoding():
     found = documents()
     ways = [
-        json.dumps([answer_study.chat("Who?", found[: w.k], w), w.decoding])
-        for w in answer_study.WAYS.values()
+        json.dumps([prompt_variants.chat("Who?", found[: w.k], w), w.decoding])
+        for w in prompt_variants.VARIANTS.values()
     ]
     assert len(set(ways)) == len(ways)
-    told = answer_study.chat("Who?", found[:1], answer_study.WAYS["3 passages, question first"])[1][
-        "content"
-    ]
+    told = prompt_variants.chat(
+        "Who?", found[:1], prompt_variants.VARIANTS["3 passages, question first"]
+    )[1]["content"]
     assert told.startswith("Question: Who?") and told.endswith("</passage>")
-    both = answer_study.chat(
-        "Who?", found[:1], answer_study.WAYS["3 passages, question first and last"]
+    both = prompt_variants.chat(
+        "Who?", found[:1], prompt_variants.VARIANTS["3 passages, question first and last"]
     )[1]["content"]
     assert both.count("Question: Who?") == 2
 
@@ -93,11 +93,11 @@ def row(question, key, *texts):
 def test_the_table_counts_facts_by_corpus(tmp_path):
     rows = [row(name, [name], "it is red", "blue") for name in ("red", "blue", "red", "blue")]
     rows[3]["kind"] = "documents"
-    ways = {"one": answer_study.Way(k=1), "two": answer_study.Way(k=2)}
+    ways = {"one": prompt_variants.PromptVariant(k=1), "two": prompt_variants.PromptVariant(k=2)}
     table = answer_study.compare(Reader(), rows, ways, tmp_path / "answers.json")
     assert table["one"]["answers"][0] == 0.5 and table["one"]["documents"][0] == 0
     assert table["one"]["manuals"][0] == pytest.approx(2 / 3)
-    assert table["one"]["fact was read"] == 0.5 and table["two"]["fact was read"] == 1
+    assert table["one"]["context recall"] == 0.5 and table["two"]["context recall"] == 1
     said = json.loads((tmp_path / "answers.json").read_text("utf-8"))
     assert said["one"] == ["it is red"] * 4 and said["questions"] == ["red", "blue", "red", "blue"]
 
@@ -110,10 +110,10 @@ def out_of_order(llm, chats, decoding):
 
 
 def test_answers_belong_to_their_questions_and_ways_to_their_passages(monkeypatch):
-    monkeypatch.setattr(answer_study, "say", out_of_order)
+    monkeypatch.setattr(answer_study, "generate", out_of_order)
     rows = [row(name, [name], "it is red", "blue") for name in ("red", "blue", "green")]
     for k in (1, 2):
-        said, right = answer_study.ask(None, rows, answer_study.Way(k=k), "name")
+        said, right = answer_study.ask(None, rows, prompt_variants.PromptVariant(k=k), "name")
         assert said == [f"red of {k}", f"blue of {k}", f"green of {k}"] and right.tolist() == [
             1,
             1,
@@ -130,9 +130,9 @@ class Even:
 
 
 def test_one_half_of_the_questions_chooses_and_the_other_judges(tmp_path, monkeypatch):
-    """The way that is right on the first half is chosen, and all of its answers on the other half are wrong."""
-    ways = {name: answer_study.Way(instruction=name, k=1) for name in ("odd", "even")}
-    monkeypatch.setattr(answer_study, "WAYS", ways)
+    """The variant that is right on the first half is chosen, and all of its answers on the other half are wrong."""
+    ways = {name: prompt_variants.PromptVariant(instruction=name, k=1) for name in ("odd", "even")}
+    monkeypatch.setattr(answer_study, "VARIANTS", ways)
     monkeypatch.setattr(answer_study, "CHOSEN", "odd")
     monkeypatch.setattr(answer_study, "OLD", "odd")
     monkeypatch.setattr(answer_study.language_models, "language_model", lambda name, tokens: Even())
@@ -193,7 +193,7 @@ def test_passages_are_those_of_the_question_and_its_corpus(monkeypatch):
 
 
 def test_a_batch_says_what_each_says_alone(monkeypatch):
-    """Padded at the left, whatever the length, in the order of the questions; the rules of the way reach the model."""
+    """Padded at the left, whatever the length, in the order of the questions; the rules of the variant reach the model."""
     from tests.rag.test_answer import local
 
     llm = local(monkeypatch)
@@ -207,7 +207,7 @@ def test_a_batch_says_what_each_says_alone(monkeypatch):
             masks.append(rest["attention_mask"].sum(1).tolist()) or whole(*a, **rest)
         ),
     )
-    assert dict(answer_study.say(llm, chats, {})) == {
+    assert dict(answer_study.generate(llm, chats, {})) == {
         i: "".join(llm.stream(c)).strip() for i, c in enumerate(chats)
     }
     lengths = sorted(len(llm.prompt(chat)[0]) for chat in chats)
@@ -216,14 +216,14 @@ def test_a_batch_says_what_each_says_alone(monkeypatch):
     monkeypatch.setattr(
         llm.model, "generate", lambda *a, **rest: seen.append(rest) or generate(*a, **rest)
     )
-    list(answer_study.say(llm, chats, {"repetition_penalty": 1.1}))
+    list(answer_study.generate(llm, chats, {"repetition_penalty": 1.1}))
     assert [rest["repetition_penalty"] for rest in seen] == [1.1, 1.1] and llm.rules[
         "repetition_penalty"
     ] == 1.0
 
 
 def test_flags_that_cannot_be(tmp_path):
-    for wrong, said in (({"limit": 1}, "--limit"), ({"only": "nothing"}, "the ways are")):
+    for wrong, said in (({"limit": 1}, "--limit"), ({"only": "nothing"}, "the variants are")):
         with pytest.raises(UserError, match=said):
             answer_study.main(answer_study.Config(**wrong, out=str(tmp_path)))
     assert not list(tmp_path.iterdir())
