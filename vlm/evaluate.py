@@ -29,6 +29,7 @@ from vlm import (
     answer_ranking,
     caption_metrics,
     fruit_photos,
+    generation,
     llava,
     probe,
     prompts,
@@ -54,7 +55,7 @@ class Config:
 def prompt_embeddings(tokenizer, model, prompt, features):
     """Vision features of photos (B,N,D), and a question -> embeddings of the prompt (B,T,E)."""
     seen = model.project(features)
-    ids = llava.question(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
+    ids = generation.prompt_ids(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
     return model.embed(ids.expand(len(seen), -1), seen)
 
 

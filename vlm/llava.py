@@ -1,7 +1,7 @@
 """LLaVA: image tokens, vision features through a connector, among the token embeddings of a language model.
 
-Liu et al. 2023, arXiv:2304.08485 (a matrix as connector); 1.5: Liu et al. 2023, arXiv:2310.03744 (two
-layers); 1.6: Liu et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into tokens, a connector turns these
+Liu et al. 2023, arXiv:2304.08485 (a matrix as connector); 1.5: Liu et al. 2023, arXiv:2310.03744 (two layers); 1.6: Liu
+et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into tokens, a connector turns these
 into vectors of the size of word embeddings, and where the text says <image> they are put in. Nothing else is new: the
 language model reads on as it always has.
 
@@ -11,7 +11,7 @@ of transformers' models can be named. The weights that come with the book were m
 of fruit: they know fourteen kinds and nothing else, and call a blue car a fruit, too. Beside each answer stands how
 likely the model itself finds it.
 
-    python vlm/llava.py                                                     # photos that no training saw
+    python vlm/llava.py                                                     # held-out photos
     python vlm/llava.py --image PHOTO --prompt "What fruit is this?"        # one of your own
     python vlm/llava.py --model llava-hf/llava-1.5-7b-hf --image PHOTO      # LLaVA's own, or any folder of one
 """
@@ -26,7 +26,7 @@ from torch import nn
 from deploy import decode
 from utils import data, run
 from utils.run import check
-from vlm import anyres, connector, fruit_photos, llava_io, prompts
+from vlm import anyres, connector, fruit_photos, generation, llava_io, llava_parts
 from vlm.prompts import IMAGE
 
 WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
@@ -36,7 +36,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
 class Config:
     """Ask a language model that can see about photos."""
 
-    image: str = ""  # a photo of your own; empty: photos of fruit that no training saw
+    image: str = ""  # a photo of your own; empty: held-out photos of fruit
     prompt: str = "What fruit is this?"
     # weights of vlm/train.py, a folder of --save, or LLaVA's own: folder or hub id
     model: str = str(WEIGHTS)
@@ -56,11 +56,14 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 
 
 class Llava(nn.Module):
-    """An vision_tower, a connector, a language model. Sec. 4.1."""
+    """A vision tower, a connector, a language model. Sec. 4.1."""
 
     def __init__(self, vision, join, language, image_id, newline=False):
         super().__init__()
-        self.vision, self.connector, self.language, self.image_id = vision, join, language, image_id
+        self.vision = vision
+        self.connector = join
+        self.language = language
+        self.image_id = image_id
         width = language.config.get_text_config().hidden_size
         # 1.6: ends a row of tiles
         self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None
@@ -72,11 +75,11 @@ class Llava(nn.Module):
         return connector.tokens(self.connector, self.vision.count)
 
     def image_features(self, pixels):
-        """(B,3,S,S) -> (B,N,E): what is seen, H_v = W g(X_v). Eq. 1."""
+        """Image tokens of photos: (B,3,S,S) -> (B,N,E), H_v = W g(X_v). Eq. 1."""
         return self.project(self.vision(pixels))
 
     def project(self, features):
-        """What the tower said (B,N,D) -> (B,N,E); so a tower that learns nothing is asked once."""
+        """Vision features (B,N,D) -> (B,N,E), through the connector; those of a frozen tower are kept."""
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
 
@@ -90,30 +93,30 @@ class Llava(nn.Module):
             is_map,
             "tiles are put together by place, and a perceiver's latents have none: leave out --tiles",
         )
-        return anyres.pack(
-            self.image_features(pixels), size, self.vision.size, candidates, self.newline
-        )[None]
+        features = self.image_features(pixels)
+        return anyres.pack(features, size, self.vision.size, candidates, self.newline)[None]
 
     def merge(self, text_embeds, image_features, input_ids):
         """Put features into the places of <image>, in order: (B,T,E), (any number of photos, N,E), (B,T) -> (B,T,E).
 
         Raises UserError if there are more places than features, or fewer.
         """
-        places, features = input_ids == self.image_id, image_features.flatten(0, -2)
-        seen, there = int(places.sum()), len(features)
+        places = input_ids == self.image_id
+        features = image_features.flatten(0, -2)
+        seen = int(places.sum())
         check(
-            seen == there,
-            f"the text has {seen} places for a picture's tokens, the pictures have {there}",
+            seen == len(features),
+            f"the text has {seen} places for a picture's tokens, the pictures have {len(features)}",
         )
         return text_embeds.masked_scatter(places[..., None], features.to(text_embeds.dtype))
 
     def embed(self, input_ids, features=None):
-        """Words and pictures as one sequence of vectors: (B,T,E)."""
+        """Token embeddings of text and photos as one sequence: (B,T,E)."""
         text = self.language.get_input_embeddings()(input_ids.where(input_ids != self.image_id, 0))
         return text if features is None else self.merge(text, features, input_ids)
 
     def forward(self, input_ids, pixels=None, features=None, **more):
-        """-> the output of the language model; `features`, if given, are what `image_features` would say."""
+        """-> the output of the language model; `features`, if given, are those of `image_features`."""
         if pixels is not None:
             features = self.image_features(pixels)
         return self.language(inputs_embeds=self.embed(input_ids, features), **more)
@@ -137,12 +140,12 @@ def build(
     on="cpu",
 ):
     """Names of a tower and a connector, and a language model -> Llava; the words are added to its vocabulary."""
-    parts = llava_io.build(vision, join, language, tokenizer, layer, select, words, on)
+    parts = llava_parts.build(vision, join, language, tokenizer, layer, select, words, on)
     return Llava(parts.vision, parts.connector, parts.language, parts.image_id, newline)
 
 
 def assemble(parts):
-    """llava_io.Parts -> Llava."""
+    """llava_parts.Parts -> Llava."""
     model = Llava(parts.vision, parts.connector, parts.language, parts.image_id)
     model.newline = parts.newline
     model.grids = list(parts.grids)
@@ -155,60 +158,6 @@ def load(name, on="cpu"):
     return tokenizer, assemble(parts).eval().requires_grad_(False)
 
 
-def question(tokenizer, model, prompt, tokens):
-    """-> ids (1,T) of a question about one photo of so many tokens, which stands before the words.
-
-    Raises UserError if the question has a picture of its own, or is longer than the language model can read.
-    """
-    check(IMAGE not in prompt, f"a question is words; {IMAGE} is put before it")
-    ids, _ = prompts.chat(tokenizer, [(f"{IMAGE}\n{prompt}", None)], tokens)
-    decode.check_length(model.language, len(ids), 0)
-    return torch.tensor([ids])
-
-
-@torch.no_grad()
-def see(model, image, tiles=1):
-    """A photo, uint8 (3,H,W) -> what the language model reads in its place (1,N,E)."""
-    vision_tower = model.vision
-    size = vision_tower.size
-    on = next(model.language.parameters()).device
-    if tiles > 1:
-        # any-resolution tiles: grids of at most so many of the encoder's squares
-        grids = model.grids or anyres.candidates(size, tiles)
-        grids = [grid for grid in grids if grid[0] * grid[1] <= tiles * size**2]
-        pixels = vision_tower.pixels(anyres.tiles(image, size, grids).to(on))
-        return model.tile_features(pixels, image.shape[1:], grids)
-    square = anyres.resize(image, (size, size))[None]
-    return model.image_features(vision_tower.pixels(square.to(on)))
-
-
-@torch.no_grad()
-def answer(
-    tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
-):
-    """What the model says about a photo, uint8 (3,H,W)."""
-    return answer_and_probability(
-        tokenizer, model, image, prompt, max_new_tokens, tiles, streamer, max_prompt
-    )[0]
-
-
-@torch.no_grad()
-def answer_and_probability(
-    tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
-):  # fmt: skip
-    """What the model says about a photo, uint8 (3,H,W), and p(answer | photo, prompt), its end included."""
-    seen = see(model, image, tiles)
-    ids = question(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
-    decode.check_length(model.language, ids.shape[1], max_new_tokens, max_prompt)
-    stop = prompts.ends(tokenizer, model.language)
-    new = model.generate(
-        ids, seen, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, streamer=streamer,
-        eos_token_id=stop or None, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    log_p = decode.log_probs(model.language, new, inputs_embeds=model.embed(ids, seen))
-    return tokenizer.decode(new[0], skip_special_tokens=True).strip(), float(log_p.sum().exp())
-
-
 def sizes(model):
     """Parameters by part, one line."""
     parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
@@ -217,8 +166,8 @@ def sizes(model):
     )
 
 
-def main(cfg: Config) -> dict:
-    """Answer about a photo, or about some that no training saw; write the model, if asked to."""
+def check_flags(cfg):
+    """Raises UserError for flags out of range."""
     check(
         cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles > 0,
         "--samples, --tiles and the like: at least 1",
@@ -231,22 +180,28 @@ def main(cfg: Config) -> dict:
         not cfg.save or not Path(cfg.save).exists(),
         f"--save {cfg.save} is there already: name another",
     )
+
+
+def read_photos(cfg):
+    """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones of fruit."""
     if cfg.image:  # as it is if it is cut into tiles; else its middle, as in training
-        photos, truths = [data.read_image(Path(cfg.image), 0 if cfg.tiles > 1 else 448)], [""]
-    else:
-        fruit = data.groceries(348)
-        unseen = [i for i, part in enumerate(fruit.split) if part == "test"]
-        chosen = fruit_photos.one_of_each(
-            fruit, np.random.default_rng(cfg.seed).permutation(unseen)
-        )[: cfg.samples]
-        photos, truths = (
-            [fruit.images[i] for i in chosen],
-            [fruit_photos.name_of(fruit, i) for i in chosen],
-        )
+        return [data.read_image(Path(cfg.image), 0 if cfg.tiles > 1 else 448)], [""]
+    fruit = data.groceries(348)
+    heldout = [i for i, part in enumerate(fruit.split) if part == "test"]
+    order = np.random.default_rng(cfg.seed).permutation(heldout)
+    chosen = fruit_photos.one_of_each(fruit, order)[: cfg.samples]
+    return [fruit.images[i] for i in chosen], [fruit_photos.name_of(fruit, i) for i in chosen]
+
+
+def main(cfg: Config) -> dict:
+    """Answer about a photo, or about held-out ones; write the model, if asked to."""
+    check_flags(cfg)
+    photos, truths = read_photos(cfg)
     tokenizer, model = load(cfg.model, run.device(cfg.device))
-    tokens = see(model, photos[0], cfg.tiles).shape[1]
-    asked = question(tokenizer, model, cfg.prompt, tokens).shape[1]
-    decode.check_length(model.language, asked, cfg.max_new_tokens, cfg.max_prompt)
+    # is the prompt short enough?
+    tokens = generation.photo_embeddings(model, photos[0], cfg.tiles).shape[1]
+    length = generation.prompt_ids(tokenizer, model, cfg.prompt, tokens).shape[1]
+    decode.check_length(model.language, length, cfg.max_new_tokens, cfg.max_prompt)
     folder = run.output(cfg.out, cfg)
     print(sizes(model))
     if cfg.model == str(WEIGHTS):
@@ -254,30 +209,25 @@ def main(cfg: Config) -> dict:
             "It was taught fruit only: fourteen kinds. Of anything else it talks as if it were fruit."
         )
     print(cfg.prompt)
-    answers, sure = [], []
+    # generated answers
+    answers = []
+    probabilities = []
     for photo, truth in zip(photos, truths):
-        shown = streamer(tokenizer) if cfg.image else None
-        about = (cfg.prompt, cfg.max_new_tokens, cfg.tiles, shown, cfg.max_prompt)
-        said, p = answer_and_probability(tokenizer, model, photo, *about)
-        answers.append(said)
-        sure.append(p)
-        print(f"{said:>28}  {100 * p:3.0f} % sure  {truth}".rstrip())
+        streamer = generation.text_streamer(tokenizer) if cfg.image else None
+        about = (cfg.prompt, cfg.max_new_tokens, cfg.tiles, streamer, cfg.max_prompt)
+        answer, p = generation.answer_and_probability(tokenizer, model, photo, *about)
+        answers.append(answer)
+        probabilities.append(p)
+        print(f"{answer:>28}  {100 * p:3.0f} % sure  {truth}".rstrip())
     fruit_photos.draw(folder / "answers.png", photos, answers, truths, cfg.prompt)
     if cfg.save:
         llava_io.save(model, tokenizer, cfg.save)
     metrics = {
         "prompt": cfg.prompt,
         "tokens_of_a_photo": tokens,
-        "p of the answer": sum(sure) / len(sure),
+        "p of the answer": sum(probabilities) / len(probabilities),
     }
     return run.report(folder, metrics, "python vlm/train.py")
-
-
-def streamer(tokenizer):
-    """Prints words as they come."""
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

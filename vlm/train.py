@@ -37,7 +37,7 @@ from finetune import llama2_full, llama2_lora
 from training import ranks
 from utils import checkpoint, figures, run
 from utils.run import check
-from vlm import checkpoints, llava, llava_io, packing, tower, train_evaluation
+from vlm import checkpoints, llava, llava_parts, packing, tower, train_evaluation
 from vlm.prompts import IGNORE
 from vlm.train_config import Config, check_flags
 from vlm.train_data import collate, count_supervised, read_samples, step_batches
@@ -137,7 +137,7 @@ def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=
 def prepare(cfg, on):
     """-> tokenizer, model with its trainable parameters, samples, their photos, counts of rows that were changed."""
     # language model
-    tokenizer, language = llava_io.speaker(cfg.language, on)
+    tokenizer, language = llava_parts.language_model(cfg.language, on)
     room = packing.positions_of(language)
     longest = cfg.model_max_length or room
     fits = room is None or longest <= room

@@ -3,7 +3,7 @@
 import torch
 
 from utils import data
-from vlm import evaluate, fruit_photos, llava_io, probe, tower
+from vlm import evaluate, fruit_photos, llava_parts, probe, tower
 from vlm.train_data import TEXT_LOSS_PAGES
 
 
@@ -33,6 +33,6 @@ def evaluate_run(cfg, tokenizer, model, folder):
     # forgetting: text loss of the model, and of its language model as it was
     pages = evaluate.paragraphs(min(TEXT_LOSS_PAGES, cfg.judged or TEXT_LOSS_PAGES))
     metrics["text loss"] = {"after": evaluate.text_loss(tokenizer, model.language, pages)}
-    before, language = llava_io.speaker(cfg.language, on)
+    before, language = llava_parts.language_model(cfg.language, on)
     metrics["text loss"]["before"] = evaluate.text_loss(before, language, pages)
     return metrics

@@ -8,7 +8,7 @@ import torch
 from tests import eyes
 from utils import data
 from utils.run import UserError
-from vlm import evaluate, fruit_photos, llava, probe, prompts, tower
+from vlm import evaluate, fruit_photos, generation, probe, prompts, tower
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_likelihoods_are_those_of_whole_texts(small, parity):
     features = torch.randn(3, 16, 16)
     mine = evaluate.answer_likelihoods(tokenizer, model, features, NAMES, "Which one?")
     theirs = torch.zeros(3, len(NAMES))
-    asked = llava.question(tokenizer, model, "Which one?", 16)
+    asked = generation.prompt_ids(tokenizer, model, "Which one?", 16)
     end = tokenizer.eos_token_id
     for k, name in enumerate(NAMES):
         answer = torch.tensor([tokenizer(name, add_special_tokens=False).input_ids + [end]])

@@ -18,7 +18,17 @@ from tests import eyes, fuzz, llamas
 from tests.conftest import gradients
 from utils import checkpoint, pretrained
 from utils.run import UserError
-from vlm import anyres, fruit_photos, llava, llava_io, prompts, tower
+from vlm import (
+    anyres,
+    fruit_photos,
+    generation,
+    llava,
+    llava_io,
+    llava_parts,
+    llava_transformers,
+    prompts,
+    tower,
+)
 
 IMAGE_ID = 99
 
@@ -58,7 +68,7 @@ def same_names(model, theirs, found):
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
 def test_logits_and_gradients_are_those_of_transformers(kind, parity):
     theirs = library(kind)
-    model = llava.assemble(llava_io.from_transformers(theirs))
+    model = llava.assemble(llava_transformers.from_transformers(theirs))
     pixels, ids = torch.randn(2, 3, 28, 28), prompt(16)
     mine, other = model(ids, pixels).logits, theirs(input_ids=ids, pixel_values=pixels).logits
     parity(
@@ -85,7 +95,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind, parity):
 @pytest.mark.parametrize("size", [(50, 37), (30, 90), (20, 22)])
 def test_tiles_give_the_logits_and_gradients_of_llava_next(size, parity):
     theirs = library(tiles=True)
-    model = llava.assemble(llava_io.from_transformers(theirs))
+    model = llava.assemble(llava_transformers.from_transformers(theirs))
     candidates = [tuple(x) for x in theirs.config.image_grid_pinpoints]
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     pixels = model.vision.pixels(anyres.tiles(image, 28, candidates))
@@ -117,7 +127,7 @@ def test_tiles_give_the_logits_and_gradients_of_llava_next(size, parity):
 
 def test_the_classic_mistakes_with_tiles_change_the_answer():
     theirs = library(tiles=True)
-    model = llava.assemble(llava_io.from_transformers(theirs))
+    model = llava.assemble(llava_transformers.from_transformers(theirs))
     candidates, size = [tuple(x) for x in theirs.config.image_grid_pinpoints], (50, 37)
     pixels = model.vision.pixels(
         anyres.tiles(torch.randint(0, 256, (3, *size), dtype=torch.uint8), 28, candidates)
@@ -154,7 +164,7 @@ def test_any_eye_with_any_speaker(sees, speaks):
 
 
 def test_features_go_where_the_word_stands():
-    model = llava.assemble(llava_io.from_transformers(library()))
+    model = llava.assemble(llava_transformers.from_transformers(library()))
     ids = torch.tensor([[5, IMAGE_ID, 6, IMAGE_ID], [IMAGE_ID, 7, 8, IMAGE_ID]])
     text, features = torch.zeros(2, 4, 24), torch.arange(4.0)[:, None, None].expand(4, 1, 24) + 1
     found = model.merge(text, features, ids)[..., 0]
@@ -308,10 +318,13 @@ def test_a_photo_is_squeezed_and_normalised_as_transformers_does_it(tiny, monkey
         images=photo.numpy(), return_tensors="pt", input_data_format="channels_first"
     )["pixel_values"]
     torch.testing.assert_close(
-        llava.see(model, photo), model.image_features(pixels), atol=0.02, rtol=0.02
+        generation.photo_embeddings(model, photo),
+        model.image_features(pixels),
+        atol=0.02,
+        rtol=0.02,
     )
     wrong = model.image_features((pixels * 0.5).clamp(-1, 1))
-    assert (llava.see(model, photo) - wrong).abs().max() > 0.05
+    assert (generation.photo_embeddings(model, photo) - wrong).abs().max() > 0.05
 
 
 def test_tiles_are_those_of_the_models_own_grids(tiny, monkeypatch):
@@ -323,10 +336,14 @@ def test_tiles_are_those_of_the_models_own_grids(tiny, monkeypatch):
         lambda image, side, sizes: asked.append(sizes) or image[None, :, :28, :28],
     )
     monkeypatch.setattr(model, "tile_features", lambda pixels, size, sizes: (size, sizes))
-    assert llava.see(model, photo, 4) == ((30, 120), anyres.candidates(28, 4))
+    assert generation.photo_embeddings(model, photo, 4) == ((30, 120), anyres.candidates(28, 4))
     monkeypatch.setattr(model, "grids", [(28, 56), (56, 56), (28, 112), (84, 84)])
-    assert llava.see(model, photo, 4)[1] == asked[-1] == [(28, 56), (56, 56), (28, 112)]
-    assert llava.see(model, photo, 2)[1] == [(28, 56)]
+    assert (
+        generation.photo_embeddings(model, photo, 4)[1]
+        == asked[-1]
+        == [(28, 56), (56, 56), (28, 112)]
+    )
+    assert generation.photo_embeddings(model, photo, 2)[1] == [(28, 56)]
 
 
 def test_a_perceiver_with_tiles_is_refused():
@@ -335,32 +352,35 @@ def test_a_perceiver_with_tiles_is_refused():
     join = llava.connector.build("perceiver", 16, 24, latents=16)
     model = llava.Llava(vision_tower, join, language, IMAGE_ID)
     with pytest.raises(UserError, match="perceiver's latents have none"):
-        llava.see(model, torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), 4)
+        generation.photo_embeddings(model, torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), 4)
 
 
 def test_an_answer_and_how_likely_the_model_finds_it(tiny):
     tokenizer, model = tiny
     photo = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
-    said, p = llava.answer_and_probability(tokenizer, model, photo, "What?", 3)
-    ids, seen = llava.question(tokenizer, model, "What?", 16), llava.see(model, photo)
+    said, p = generation.answer_and_probability(tokenizer, model, photo, "What?", 3)
+    ids, seen = (
+        generation.prompt_ids(tokenizer, model, "What?", 16),
+        generation.photo_embeddings(model, photo),
+    )
     product = 1.0
     for _ in range(3):
         step = model(ids, features=seen).logits[0, -1].softmax(-1)
         product *= float(step.max())
         ids = torch.cat([ids, step.argmax()[None, None]], 1)
     assert p == pytest.approx(product, rel=1e-3) and said == tokenizer.decode(ids[0, -3:]).strip()
-    assert llava.answer(tokenizer, model, photo, "What?", 3) == said
+    assert generation.answer(tokenizer, model, photo, "What?", 3) == said
 
 
 def test_questions_too_long_to_wait_for_are_refused_at_once(tiny):
     tokenizer, model = tiny
     photo = torch.zeros(3, 28, 28, dtype=torch.uint8)
     with pytest.raises(UserError, match="512 positions"):
-        llava.answer(tokenizer, model, photo, "why " * 6000)
+        generation.answer(tokenizer, model, photo, "why " * 6000)
     with pytest.raises(UserError, match="--max-prompt is 100: shorten"):
-        llava.answer(tokenizer, model, photo, "why " * 200, max_prompt=100)
+        generation.answer(tokenizer, model, photo, "why " * 200, max_prompt=100)
     with pytest.raises(UserError, match="<image> is put before it"):
-        llava.question(tokenizer, model, f"{prompts.IMAGE} and this?", 16)
+        generation.prompt_ids(tokenizer, model, f"{prompts.IMAGE} and this?", 16)
 
 
 def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(
@@ -372,7 +392,7 @@ def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(
     monkeypatch.setattr(llava, "load", lambda *about: tiny)
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: shown.append(about))
     monkeypatch.setattr(
-        llava,
+        generation,
         "answer_and_probability",
         lambda t, m, photo, *about: (f"photo {int(photo[0, 0, 0])} {about}", 0.25),
     )
@@ -396,10 +416,10 @@ def test_damaged_photos_are_one_line_or_a_photo_of_the_right_shape(
     shown = []
     monkeypatch.setattr(llava, "load", lambda *about: tiny)
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: None)
-    monkeypatch.setattr(llava, "streamer", lambda tokenizer: None)
-    monkeypatch.setattr(llava, "see", lambda *about: torch.zeros(1, 16, 32))
+    monkeypatch.setattr(generation, "text_streamer", lambda tokenizer: None)
+    monkeypatch.setattr(generation, "photo_embeddings", lambda *about: torch.zeros(1, 16, 32))
     monkeypatch.setattr(
-        llava,
+        generation,
         "answer_and_probability",
         lambda t, m, photo, *more: shown.append(photo) or ("x", 1.0),
     )
@@ -434,7 +454,7 @@ def test_a_setting_that_is_not_done_is_refused_by_its_name(key):
     theirs = library()
     setattr(theirs.config, key, ASKED[key])
     with pytest.raises(UserError, match=key):
-        llava_io.from_transformers(theirs, "x")
+        llava_transformers.from_transformers(theirs, "x")
 
 
 @pytest.mark.parametrize(
@@ -466,10 +486,10 @@ def test_half_downloaded_or_missing_weights_are_one_line(whole, tmp_path):
 
 def settings(folder):
     """What `load` reads of a folder before anything dear: settings that are ours, or transformers' that are known."""
-    about = llava_io.described(folder)
+    about = llava_io.read_config(folder)
     if about.get("model_type") == "llava-of-parts":
         return about
-    return llava_io.transformers_config(folder)
+    return llava_transformers.transformers_config(folder)
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -531,7 +551,7 @@ def test_weights_that_no_part_has_are_refused(speaker, tmp_path):
         meta | {"scale": 2.0},
     )
     with pytest.raises(UserError, match="its vision model lacks: .*network.nothing"):
-        llava_io.restore(tmp_path / "x.safetensors")
+        llava_parts.restore(tmp_path / "x.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -568,7 +588,10 @@ def test_a_saved_folder_is_that_of_transformers(tiny, whole, parity):
     image = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
     text = f"<|im_start|>user\n{prompts.IMAGE}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
     inputs = processor(images=image, text=text, return_tensors="pt")
-    assert inputs["input_ids"].tolist() == llava.question(tokenizer, model, "What?", 16).tolist()
+    assert (
+        inputs["input_ids"].tolist()
+        == generation.prompt_ids(tokenizer, model, "What?", 16).tolist()
+    )
     pixels = model.vision.pixels(image[None])
     parity(
         "LLaVA-1.5", "tower.pixels", "transformers.LlavaProcessor", pixels, inputs["pixel_values"]
@@ -596,7 +619,7 @@ def test_parts_that_transformers_has_no_llava_for_come_back(tiny, tmp_path):
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["vision"] == "vision"
     _, again = llava.load(tmp_path / "parts")
     ids, pixels = (
-        llava.question(tokenizer, model, "What?", model.count),
+        generation.prompt_ids(tokenizer, model, "What?", model.count),
         torch.randn(1, 3, 224, 224),
     )
     torch.testing.assert_close(
@@ -625,10 +648,10 @@ def test_corrections_are_added_where_they_were_learned():
     name = "model.layers.1.self_attn.q_proj"
     a, b = torch.randn(2, 24), torch.randn(24, 2)
     before = language.get_parameter(f"{name}.weight").clone()
-    llava_io.correct(language, {f"{name}.A": a, f"{name}.B": b}, 0.5)
+    llava_parts.merge_lora(language, {f"{name}.A": a, f"{name}.B": b}, 0.5)
     torch.testing.assert_close(language.get_parameter(f"{name}.weight"), before + 0.5 * b @ a)
     with pytest.raises(UserError, match="another language model"):
-        llava_io.correct(language, {"model.layers.9.A": a, "model.layers.9.B": b}, 0.5)
+        llava_parts.merge_lora(language, {"model.layers.9.A": a, "model.layers.9.B": b}, 0.5)
     assert language(ids).logits.isfinite().all()
 
 

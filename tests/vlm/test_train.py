@@ -28,7 +28,8 @@ from vlm import (
     evaluate,
     fruit_photos,
     llava,
-    llava_io,
+    llava_parts,
+    llava_transformers,
     packing,
     probe,
     prompts,
@@ -49,7 +50,7 @@ def batch(rows=2):
 
 def test_the_loss_and_its_gradients_are_those_of_transformers(parity):
     theirs = library()
-    model = llava.assemble(llava_io.from_transformers(theirs))
+    model = llava.assemble(llava_transformers.from_transformers(theirs))
     one, pixels = batch(), torch.randn(2, 3, 28, 28)
     learner = teach.Learner(model)
     count = int((one["labels"][:, 1:] != prompts.IGNORE).sum())
@@ -98,7 +99,7 @@ def moved(before, after):
 )  # fmt: skip
 def test_what_moves_is_what_was_asked_for(kind, parts):
     """One step on a tiny model: LoRA does not leak into the tower, and nothing that is frozen moves."""
-    model = llava.assemble(llava_io.from_transformers(library()))
+    model = llava.assemble(llava_transformers.from_transformers(library()))
     cfg = teach.Config(train_type=kind, lora_rank=2, align_steps=0)
     trainable.set_trainable(model, cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -118,7 +119,7 @@ def test_what_moves_is_what_was_asked_for(kind, parts):
 
 
 def test_new_and_old_parts_have_their_own_rates():
-    model = llava.assemble(llava_io.from_transformers(library()))
+    model = llava.assemble(llava_transformers.from_transformers(library()))
     cfg = teach.Config(lora_rank=2, learning_rate=0.1, learning_rate_pretraining_components=0.01)
     trainable.set_trainable(model, cfg)
     new, old = trainable.param_groups(model, cfg)
@@ -469,7 +470,7 @@ def test_adapters_are_scaled_in_training_as_in_the_file():
     }
     fresh = small().language
     assert not torch.allclose(fresh(ids).logits, learned, atol=0.1)
-    llava_io.correct(fresh, tensors, checkpoints.about(cfg)["scale"])
+    llava_parts.merge_lora(fresh, tensors, checkpoints.about(cfg)["scale"])
     torch.testing.assert_close(fresh(ids).logits, learned, atol=1e-4, rtol=1e-4)
     layer = model.language.get_submodule(llama2_lora.names(model.language)[0])
     assert layer.scale == 2.0  # alpha is twice the rank, whatever the rank
