@@ -126,21 +126,19 @@ def draw(path, photo, maps, joins):
     axes[0].imshow(photo.permute(1, 2, 0))
     axes[0].set_title("photo", fontsize=8)
     for ax, (name, join) in zip(axes[1:], joins.items()):
+        # where each token comes from: weights that add up to one
         weight = attribution_map(join, maps[None].float())
         weight = weight / weight.sum((1, 2), keepdim=True).clamp(min=1e-9)
-        colours = torch.tensor(
-            plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(weight)))[:, :3]
-        ).float()
-        colours = colours[torch.randperm(len(colours), generator=torch.Generator().manual_seed(3))]
-        share = weight / weight.sum(0).clamp(min=1e-9)
-        picture = torch.einsum("mhw,mc->hwc", share, colours)
+        # a colour for each token, in a random order
+        spectrum = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(weight)))
+        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(3))
+        colours = torch.tensor(spectrum[:, :3]).float()[order]
+        # blended by the fraction of each place
+        fraction = weight / weight.sum(0).clamp(min=1e-9)
+        picture = torch.einsum("mhw,mc->hwc", fraction, colours).clamp(0, 1)
+        extent = (0, photo.shape[2], photo.shape[1], 0)
         ax.imshow(photo.permute(1, 2, 0))
-        ax.imshow(
-            picture.clamp(0, 1),
-            alpha=0.65,
-            extent=(0, photo.shape[2], photo.shape[1], 0),
-            interpolation="nearest",
-        )
+        ax.imshow(picture, alpha=0.65, extent=extent, interpolation="nearest")
         ax.set_title(f"{name}\n{len(weight)} tokens", fontsize=8)
     for ax in axes:
         ax.axis("off")
@@ -154,6 +152,7 @@ def main(cfg: Config) -> dict:
         "all numbers must be above 0",
     )
     check(cfg.names, "--names needs one at least")
+    # connectors, all of one seed
     joins = {}
     run.seed(cfg.seed)
     for name in cfg.names:
@@ -169,14 +168,14 @@ def main(cfg: Config) -> dict:
     marker = grid(maps[:1])[0, 3:5, 3:5]  # the middle of one photo
     metrics = {}
     for name, join in joins.items():
+        # train a connector with its two probes
         run.seed(cfg.seed)
-        probe = Probe(join, maps.shape[1], tokens(join, 1) if name == "identity" else cfg.width).to(
-            on
-        )
+        probe = Probe(join, maps.shape[1], cfg.width).to(on)
         clock = time.process_time()
         for _ in run.progress(train(probe, maps, fruit.fine[learn], marker, cfg, on), cfg.steps):
             pass
         seconds = (time.process_time() - clock) / cfg.steps
+        # cost, and accuracies on held-out photos
         size = sum(p.numel() for p in join.parameters())
         row = {"parameters": size, "tokens": tokens(join, maps.shape[1]), "seconds a step": seconds}
         metrics[name] = row | score(probe, others, fruit.fine[unseen], marker, on)

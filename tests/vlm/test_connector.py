@@ -13,7 +13,7 @@ from tests import eyes
 from tests.conftest import gradients
 from utils.run import UserError
 from vlm import connector
-from vlm import connector_probe as study
+from vlm.connector_probe import NAMES
 
 
 def test_two_layers_are_llavas_projector(parity):
@@ -160,7 +160,7 @@ def test_pooling_known_cases():
     torch.testing.assert_close(sampled, torch.tensor([2 / 3, 3.0, 16 / 3] * 3))
 
 
-@pytest.mark.parametrize("name", [*study.NAMES, "mlp3x_gelu", "identity", "concat9", "pool2"])
+@pytest.mark.parametrize("name", [*NAMES, "mlp3x_gelu", "identity", "concat9", "pool2"])
 def test_shapes_and_counts(name):
     ours = connector.build(name, 16, 16)
     found = ours(torch.randn(2, 49, 16))
@@ -198,71 +198,6 @@ def test_weights_from_when_input_proj_was_called_inlet_still_load():
     assert torch.equal(other(x), ours(x)) and torch.equal(within["connector"](x), ours(x))
 
 
-def test_a_marker_is_where_it_should_be():
-    found = study.insert_marker(torch.zeros(9, 49, 2), torch.arange(9), torch.ones(2, 2, 2))
-    found = found[..., 0].unflatten(1, (7, 7))
-    for i, (top, left) in enumerate(study.PLACES):
-        assert found[i].sum() == 4 and found[i, top, left] == found[i, top + 1, left + 1] == 1
-
-
-@pytest.mark.parametrize(
-    "name, sees", [("pool3", True), ("mlp2x_gelu", True), ("pool1", False), ("perceiver", False)]
-)
-def test_it_learns_what_and_where(name, sees):
-    """Kinds that are a direction, a marker at a place: one mean, and latents that see a bag, cannot say where."""
-    kinds = torch.randint(14, (200,))
-    maps = torch.randn(14, 1, 16)[kinds] + 0.3 * torch.randn(200, 49, 16)
-    torch.manual_seed(0)
-    probe = study.Probe(connector.build(name, 16, 32), 49, 32)
-    cfg, on, marker = (
-        study.Config(steps=60, batch=64, lr=1e-2),
-        torch.device("cpu"),
-        2 * torch.randn(2, 2, 16),
-    )
-    losses = list(study.train(probe, maps, kinds, marker, cfg, on))
-    assert losses[-1] < 0.8 * losses[0]
-    found = study.score(probe, maps, kinds, marker, on)
-    assert found["what"] > 0.6 and (found["where"] > 0.6) == sees and (sees or found["where"] < 0.3)
-
-
-def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tmp_path):
-    """main: each connector learns from the photos to learn from, and is scored on the others, with their own kinds."""
-    fruit, shown = eyes.shop(), []
-    monkeypatch.setattr(study.data, "groceries", lambda size: fruit)
-    monkeypatch.setattr(study.tower, "load", lambda *about, **more: None)
-    said = lambda vision_tower, images: images[:, :1, 0, 0].float()[..., None].expand(-1, 49, 1280)  # noqa: E731
-    monkeypatch.setattr(study.tower, "vision_features", said)
-    monkeypatch.setattr(study, "draw", lambda *about: None)
-
-    def train(probe, maps, kinds, marker, cfg, on):
-        shown.append((probe, maps, kinds))
-        yield 1.0
-
-    def score(probe, maps, kinds, marker, on):
-        shown.append((probe, maps, kinds))
-        return {"what": 0.5, "where": 0.25}
-
-    monkeypatch.setattr(study, "train", train)
-    monkeypatch.setattr(study, "score", score)
-    cfg = study.Config(
-        names=("pool1", "linear"), width=8, steps=1, judged=15, out=str(tmp_path / "out")
-    )
-    found = study.main(cfg)
-    assert (
-        found["pool1"]["tokens"] == 1
-        and found["linear"]["tokens"] == 49
-        and found["linear"]["where"] == 0.25
-    )
-    for i, (probe, maps, kinds) in enumerate(shown):
-        numbers = maps[:, 0, 0].long()
-        assert torch.equal(kinds, numbers % 3) and probe.join is shown[i - i % 2][0].join
-        assert (
-            numbers.tolist() == list(range(20))
-            if i % 2 == 0
-            else min(numbers) >= 20 and len(numbers) == 15
-        )
-
-
 @pytest.mark.parametrize(
     "name, says",
     [
@@ -280,5 +215,3 @@ def test_bad_shapes_are_one_line():
         connector.build("pool3", 16, 24)(torch.randn(1, 50, 16))
     with pytest.raises(UserError, match="cannot share"):
         connector.build("perceiver", 16, 24, heads=8, kv_heads=3)
-    with pytest.raises(UserError, match="above 0"):
-        study.main(study.Config(steps=0))
