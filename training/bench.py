@@ -1,8 +1,9 @@
 """Benchmarks of the memory predictor and of data parallel training: `make bench`.
 
-The predictor against PyTorch's own `torch.distributed._tools.mem_tracker` on the same step of the same model on fake
-tensors; our buckets against PyTorch's DistributedDataParallel on the same ranks, step by step in turn. CPU time, one
-thread, medians of ratios: neighbours on the machine do not count.
+The predictor against PyTorch's own `torch.distributed._tools.mem_tracker` on the same step of the
+same model on fake tensors; our buckets against PyTorch's DistributedDataParallel on the same ranks,
+step by step in turn. CPU time, one thread, medians of ratios: neighbours on the machine do not
+count.
 
     python training/bench.py    # about 3 min on one CPU core
 """
@@ -10,6 +11,7 @@ thread, medians of ratios: neighbours on the machine do not count.
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class Config:
 
 
 def seconds(action):
+    """Call it -> CPU seconds, and what it returned."""
     start = time.process_time()
     result = action()
     return time.process_time() - start, result
@@ -56,17 +59,26 @@ def by_mem_tracker(cfg):
 def predictor(cfg):
     """CPU seconds of both and what they say."""
     asked = memory.Config(cfg.model, precision="bf16")
-    memory.exact.__wrapped__(asked)  # once unmeasured: imports, caches
-    times, found = zip(
-        *(seconds(lambda: memory.exact.__wrapped__(asked)) for _ in range(cfg.rounds))
-    )
-    theirs, said = seconds(lambda: by_mem_tracker(asked))
+    # Once unmeasured: imports, caches.
+    memory.exact.__wrapped__(asked)
+    # Ours some times, theirs once.
+    times = []
+    for _ in range(cfg.rounds):
+        used, found = seconds(lambda: memory.exact.__wrapped__(asked))
+        times.append(used)
+    theirs, their_peak = seconds(lambda: by_mem_tracker(asked))
     ours = statistics.median(times)
-    peaks = {"GB": found[0]["peak"] / 1e9, "their_GB": said / 1e9}
-    return {"times_faster": theirs / ours, "seconds": ours, "their_seconds": theirs} | peaks
+    return {
+        "times_faster": theirs / ours,
+        "seconds": ours,
+        "their_seconds": theirs,
+        "GB": found["peak"] / 1e9,
+        "their_GB": their_peak / 1e9,
+    }
 
 
 def one_step(side, i):
+    """Training step number i of one of the two models."""
     parallel, backward, optimizer, text, cfg = side
     for _ in ddp.train(parallel, backward, optimizer, text, cfg, i):
         return
@@ -75,16 +87,20 @@ def one_step(side, i):
 def worker(cfg):
     """Our DDP and PyTorch's in turn on the same texts -> CPU seconds of each step."""
     text = tiny.corpus()
+    # Two models with the same weights, one for each backend.
     sides: list[Any] = []
     for backend in ("ours", "pytorch"):
+        # Drawn anew, so that both begin alike.
         run.seed(cfg.seed)
         model = tiny.llama(cfg.width).to(ranks.device())
         flags = ddp.Config(backend=backend, width=cfg.width, steps=cfg.steps + 2)
         parallel, backward = ddp.wrap(model, flags)
-        sides.append((parallel, backward, torch.optim.AdamW(model.parameters(), 1e-3), text, flags))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        sides.append((parallel, backward, optimizer, text, flags))
+    # A step of each in turn; the first two steps are warm-up.
     times = []
     for i in range(cfg.steps + 2):
-        times.append([seconds(lambda side=side: one_step(side, i))[0] for side in sides])  # noqa: B023
+        times.append([seconds(partial(one_step, side, i))[0] for side in sides])
     return times[2:]
 
 
@@ -95,11 +111,13 @@ def main(cfg: Config) -> dict:
     torch.set_num_threads(1)
     count = ranks.count(cfg.ranks)
     folder = run.output(cfg.out, cfg)
+    # The predictor in this process, then DDP on ranks.
     metrics = {f"predictor, {cfg.model}": predictor(cfg)}
     found = ranks.launch(worker, cfg, count)
     if found is None:
         return {}
     times = [pair for row in found for pair in row]
+    # Ratios of the same step on the same rank: what slows one slows the other, too.
     metrics["DDP step"] = {
         "times_faster": statistics.median(b / a for a, b in times),
         "ms": 1e3 * statistics.median(a for a, _ in times),

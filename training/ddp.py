@@ -145,6 +145,7 @@ def wrap(model, cfg) -> Any:
     if cfg.backend == "ours":
         parallel = DataParallel(model, cfg.bucket)
         return parallel, parallel.backward
+    # PyTorch's: its hooks on the parameters all-reduce during the ordinary backward pass.
     device = ranks.device()
     places = [device.index] if device.type == "cuda" else None
     parallel = nn.parallel.DistributedDataParallel(model, places, bucket_cap_mb=cfg.bucket)

@@ -91,6 +91,7 @@ def torch_pipeline_step(schedule, module, ids, labels, micro):
     """
     from torch.distributed import pipelining
 
+    # Ids go into the first stage, labels into the last one's loss; a rank has one stage.
     stage = pipelining.PipelineStage(module, dist.get_rank(), dist.get_world_size(), ids.device)
     losses = []
     inputs = [ids] if module.first else []
@@ -174,6 +175,7 @@ def main(cfg: Config) -> dict:
         "--batch must be a multiple of --micro: unequal parts have another mean",
     )
     run.check(cfg.pace >= 0, "--pace must be at least 0")
+    # One step on the ranks, in both orders.
     found = ranks.launch(worker, cfg, cfg.ranks)
     if found is None:
         return {}

@@ -26,8 +26,9 @@ class Stage(nn.Module):
         layers = model.model.layers
         begin = round(stage * len(layers) / stages)
         end = round((stage + 1) * len(layers) / stages)
-        self.embedding = model.get_input_embeddings() if self.first else None
         self.layers = layers[begin:end]
+        # The two ends have more.
+        self.embedding = model.get_input_embeddings() if self.first else None
         self.norm = model.model.norm if self.last else None
         self.head = model.lm_head if self.last else None
         self.rotary = model.model.rotary_emb
@@ -41,6 +42,7 @@ class Stage(nn.Module):
     def forward(self, x):
         if self.embedding is not None:
             x = self.embedding(x)
+        # The attention of these layers is causal by itself: no mask, only positions.
         position = self.rotary(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in self.layers:
             x = layer(x, position_embeddings=position)
@@ -55,8 +57,9 @@ def loss(logits, labels):
 
 
 class Channel:
-    """Point-to-point messages in one direction, in order; step: 1 to the next rank, -1 to the last.
+    """Point-to-point messages in one direction, in order.
 
+    step: 1 to the next rank, -1 to the one before.
     The other direction has a process group of its own and does not wait for these.
     """
 
@@ -117,6 +120,7 @@ def execute(actions, module, ids, labels, channels, timeline):
             # The gradient of the input, to the stage before.
             if not module.first:
                 gradients.send(x.grad)
+    # What was sent last may still be under way.
     for channel in channels:
         channel.finish()
     return value

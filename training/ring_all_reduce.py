@@ -39,6 +39,7 @@ def all_reduce(x):
         receive = dist.P2POp(dist.irecv, received, (rank - 1) % n)
         for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
+        # Partial sums on the first way round, whole ones on the second.
         if action == "add":
             target.add_(received)
         else:

@@ -206,12 +206,13 @@ def draw_shards(path, found):
                     across += outputs
                 else:
                     down += inputs
-            outputs, inputs = (n / width for n in found[0]["matrices"][key])
-            x += outputs + 0.4
+            x += found[0]["matrices"][key][0] / width + 0.4
         # The two operators at the ends of a block.
         label(-0.55, top + 0.5, "$\\bf{f}$\nbackward:\nall-reduce")
         label(x + 0.05, top + 0.5, "$\\bf{g}$\nforward:\nall-reduce")
-    axis.set(xlim=(-1, x + 0.5), ylim=(top + inputs + 0.1, -0.3), aspect="equal")
+    # The last matrix is the lowest.
+    lowest = top + found[0]["matrices"]["mlp.down_proj.weight"][1] / width
+    axis.set(xlim=(-1, x + 0.5), ylim=(lowest + 0.1, -0.3), aspect="equal")
     caption = "attention above, MLP below; a number is the rank that holds the shard"
     axis.text(0, 1.35, caption, fontsize=10)
     axis.axis("off")

@@ -1,7 +1,9 @@
-"""A small Llama that reads bytes, and real text for it: what the scripts on sharding train, in seconds.
+"""A small Llama that reads bytes, and real text for it: what the scripts on sharding train, in
+seconds.
 
-The text is that of three software manuals; a token is a byte, so nothing is hidden in a tokenizer. The batch of step i
-is drawn by (seed, i) alone and then dealt out: any number of ranks sees the same texts.
+The text is that of three software manuals; a token is a byte, so nothing is hidden in a tokenizer.
+The batch of step i is drawn by (seed, i) alone and then dealt out: any number of ranks sees the
+same texts.
 """
 
 import numpy as np
@@ -14,21 +16,25 @@ from utils import data
 
 
 def llama(width=256, layers=4, heads=4, tied=True, dtype=torch.float32, **more):
-    """A Llama over bytes, its weights drawn anew: ids (B,T) -> logits (B,T,256). Its MLP is four times as wide."""
+    """A Llama over bytes, its weights drawn anew: ids (B,T) -> logits (B,T,256).
+
+    Its MLP is four times as wide.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(
+        vocab_size=256,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
+        max_position_embeddings=1024,
     )
-    config = LlamaConfig(
-        vocab_size=256, tie_word_embeddings=tied, max_position_embeddings=1024, **sizes | more
-    )
+    config = LlamaConfig(tie_word_embeddings=tied, **sizes | more)
     config._attn_implementation = "eager"  # on sequences as short as ours faster on a CPU
     model = LlamaForCausalLM(config).train()
-    for p in model.parameters():  # the parameters only: rotary frequencies stay exact
+    # The parameters only: rotary frequencies stay exact.
+    for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
 
@@ -40,7 +46,8 @@ def corpus():
 
 
 def batch(text, seed, step, rows, length):
-    """`rows` pieces of the text for step number `step`: (rows, length), the same in every run and on every rank."""
+    """The batch of a step: pieces of the text (rows, length), the same on every rank."""
+    # By seed and step alone: a resumed run goes on with the same batches.
     starts = np.random.default_rng([seed, step]).integers(len(text) - length, size=rows)
     return torch.stack([text[s : s + length] for s in starts])
 
@@ -52,6 +59,7 @@ def share(x):
 
 def loss(model, ids):
     """Mean of -log p(byte | all before it): ids (B,T) -> ()."""
+    # The logits of each byte are compared with the next one.
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     # bf16 is too coarse for the sum over all bytes
     wide = torch.promote_types(logits.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""DeepSpeed, strict and quiet: its configuration is a JSON file, and here a wrong key in it is an error.
+"""DeepSpeed's configuration, read strictly: a wrong key in the JSON file is an error.
 
-DeepSpeed passes over unknown keys in silence: with `gradient_acumulation_steps` a run goes on, with another batch size.
-What it knows, no list says; but it can be watched while it reads.
+DeepSpeed passes over unknown keys in silence: with `gradient_acumulation_steps` a run goes on, with
+another batch size. What it knows, no list says; but it can be watched while it reads.
 """
 
 import difflib
@@ -14,12 +14,15 @@ from utils.run import UserError, check
 from utils.text import read_text
 
 CONFIGS = Path(__file__).parent / "configs"
-# The script sees to these
+# The script sees to these; a file that sets them, too, is refused.
 OURS = {"fp16", "optimizer", "scheduler", "train_batch_size", "tensorboard"}
 
 
 def quiet():
-    """Import DeepSpeed without its news, and so that nothing is compiled -> the module. Raises UserError without it."""
+    """Import DeepSpeed without its news, and so that nothing is compiled -> the module.
+
+    Raises UserError without it.
+    """
     logging.disable(logging.WARNING)
     # Of old names that libraries use among themselves
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -35,16 +38,16 @@ def quiet():
 
 
 def read(cfg):
-    """-> DeepSpeed's configuration: the file of the stage, or --config, with "auto" replaced by what the flags say.
+    """-> DeepSpeed's configuration, with "auto" replaced by what the flags say.
 
-    Raises UserError, which names file and key: no JSON, a key that DeepSpeed does not know or that the script sets
-    itself, a value that it does not take or that contradicts a flag.
+    It is read from the file of the stage, or from --config. Raises UserError, which names file and
+    key: no JSON, a key that DeepSpeed does not know or that the script sets itself, a value that it
+    does not take or that contradicts a flag.
     """
     deepspeed = quiet()
-    path = Path(
-        cfg.config
-        or CONFIGS / f"zero{cfg.zero_stage}{'' if cfg.offload == 'none' else '_offload'}.json"
-    )
+    # The file of the stage, with or without offloading, or one of the user's.
+    offload = "" if cfg.offload == "none" else "_offload"
+    path = Path(cfg.config or CONFIGS / f"zero{cfg.zero_stage}{offload}.json")
     check(cfg.config or path.is_file(), f"--offload {cfg.offload} goes with --zero-stage 2 or 3")
     check(
         cfg.config or cfg.offload != "parameters" or cfg.zero_stage == 3,
@@ -55,6 +58,7 @@ def read(cfg):
         check(isinstance(config, dict), f"{path} holds no JSON object")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON file: {error}") from None
+    # What no file may say, and what flags say: they must agree.
     for key in sorted(OURS & config.keys()):
         raise UserError(f"{path}: leave out '{key}', the script sees to it")
     fill(config, path, "train_micro_batch_size_per_gpu", cfg.batch)
@@ -66,13 +70,15 @@ def read(cfg):
             f"{path}: {part} is {{...}}, not {config[part]!r}",
         )
     fill(config["bf16"], path, "enabled", cfg.precision == "bf16")
-    for part, when in (
+    # Offloading: the optimizer's states go with the parameters, not the other way round.
+    offloads = [
         ("offload_optimizer", ("optimizer", "parameters")),
         ("offload_param", ("parameters",)),
-    ):
+    ]
+    for part, when in offloads:
         if isinstance(zero.get(part), dict):
             fill(zero[part], path, "device", "cpu" if cfg.offload in when else "none")
-    refuse(deepspeed, config, path)
+    check_keys(deepspeed, config, path)
     return config
 
 
@@ -86,21 +92,25 @@ def fill(part, path, key, value):
     part[key] = value
 
 
-def refuse(deepspeed, config, path):
-    """Let DeepSpeed read the configuration. Raises UserError where it fails, or did not look at a key."""
+def check_keys(deepspeed, config, path):
+    """Let DeepSpeed read the configuration.
+
+    Raises UserError where it fails, or did not look at a key.
+    """
     from pydantic import ValidationError
 
-    # Parts that DeepSpeed checks itself
-    models = every(deepspeed.runtime.config_utils.DeepSpeedConfigModel)
+    # Fields of the parts that DeepSpeed checks itself, in pydantic models.
+    models = subclasses(deepspeed.runtime.config_utils.DeepSpeedConfigModel)
     fields = {field.alias or name for model in models for name, field in model.model_fields.items()}
-    watched = Asked(config)
+    # DeepSpeed reads a dictionary that remembers what it was asked for.
+    watched = RecordingDict(config)
     try:
         deepspeed.DeepSpeedConfig(watched)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][-1] if first["loc"] else "zero_optimization")
         if first["type"] == "extra_forbidden":
-            raise stranger(path, key, fields) from None
+            raise unknown_key(path, key, fields) from None
         raise UserError(f"{path}: {key}: {first['msg']}") from None
     except (
         AssertionError,
@@ -111,30 +121,33 @@ def refuse(deepspeed, config, path):
         deepspeed.DeepSpeedConfigError,
     ) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    # What it did not ask for it does not know: at the top, then in each part.
     for key in config.keys() - watched.asked:
-        raise stranger(path, key, watched.asked)
+        raise unknown_key(path, key, watched.asked)
     for part in (watched[key] for key in config):
-        for key in part.keys() - part.asked - fields if isinstance(part, Asked) else ():
-            raise stranger(path, key, part.asked)
+        for key in part.keys() - part.asked - fields if isinstance(part, RecordingDict) else ():
+            raise unknown_key(path, key, part.asked)
 
 
-def stranger(path, key, known):
+def unknown_key(path, key, known):
+    """The error for a key that DeepSpeed never asked for, with the nearest that it knows."""
     near = difflib.get_close_matches(key, known, 1)
-    return UserError(
-        f"{path}: DeepSpeed knows no '{key}'" + (f", perhaps you mean '{near[0]}'" if near else "")
-    )
+    hint = f", perhaps you mean '{near[0]}'" if near else ""
+    return UserError(f"{path}: DeepSpeed knows no '{key}'{hint}")
 
 
-def every(kind):
+def subclasses(kind):
     """A class and all that were made from it."""
-    return {kind}.union(*(every(x) for x in kind.__subclasses__()))
+    return {kind}.union(*(subclasses(x) for x in kind.__subclasses__()))
 
 
-class Asked(dict):
+class RecordingDict(dict):
     """A dict that remembers for which keys it was asked: these DeepSpeed knows."""
 
     def __init__(self, content):
-        super().__init__({k: Asked(v) if isinstance(v, dict) else v for k, v in content.items()})
+        super().__init__(
+            {k: RecordingDict(v) if isinstance(v, dict) else v for k, v in content.items()}
+        )
         self.asked = set()
 
     def get(self, key, default=None):
