@@ -1,4 +1,4 @@
-"""The same fine-tuning through Hugging Face's accelerate: the loop stays ours; device, precision and ranks are its.
+"""Supervised fine-tuning through Hugging Face's accelerate: the loop stays ours.
 
 Four calls turn a loop for one CPU into one for many GPUs: `prepare` wraps model and optimizer,
 `accumulate` says when gradients are exchanged, `backward` divides by the parts, `save_state` writes

@@ -1,4 +1,4 @@
-"""Questions and answers out of three software manuals, and what a language model reads when it learns to answer.
+"""Questions and answers out of three software manuals, as conversations to learn.
 
 The manuals are reStructuredText: a question is a title, underlined, and its answer is the text
 until the next title. Answers of one sentence that sends the reader elsewhere ("See ...") are left
@@ -97,7 +97,7 @@ def conversation(tokenizer, question, answer, length):
 
 
 def conversations(tokenizer, length):
-    """-> [(ids, labels)] to learn, and held out: a fifth of the questions, by a hash of their letters.
+    """-> [(ids, labels)] to learn, and held out: a fifth of the questions, by their hash.
 
     The first rank says how many are cut, and how many left out because their question alone fills
     the length.
@@ -112,7 +112,7 @@ def conversations(tokenizer, length):
         ids, labels = conversation(tokenizer, question, answer, length + 1)
         if len(ids) > length:
             cut += 1
-        if learned(labels[:length]):
+        if count_supervised(labels[:length]):
             part.append((ids[:length], labels[:length]))
         else:
             left_out += 1
@@ -134,13 +134,13 @@ def pad(rows, ending):
     return ids, mask.long(), labels
 
 
-def learned(labels):
+def count_supervised(labels):
     """Number of supervised tokens of a text. The first is never one: nothing comes before it."""
     return sum(label != IGNORE for label in labels[1:])
 
 
 def draw(rows, cfg, step, ending):
-    """This rank's share of a step -> [(ids, mask, labels)] of A parts, supervised tokens of all A N.
+    """This rank's share of a step -> [(ids, mask, labels)] of A parts, supervised tokens of all.
 
     N ranks with A parts each see the same texts, in the same parts, as one rank with A N parts.
     """
@@ -150,7 +150,7 @@ def draw(rows, cfg, step, ending):
     random = np.random.default_rng([cfg.seed, step])
     picked = random.choice(len(rows), size, replace=size > len(rows))
     texts = [rows[j] for j in picked]
-    tokens = sum(learned(labels) for _, labels in texts)
+    tokens = sum(count_supervised(labels) for _, labels in texts)
     # Every n-th part is this rank's
     parts = [texts[i * cfg.batch :][: cfg.batch] for i in range(rank, n * cfg.accumulation, n)]
     return [pad(part, ending) for part in parts], tokens

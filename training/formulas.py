@@ -103,6 +103,7 @@ def deepspeed_estimate(total, largest, stage, n, offload="none"):
     if stage < 2:
         return None
     sharded = int(18 * total / n)
+    # Stage 2: all GPUs hold the bf16 weights
     if stage == 2:
         return 2 * total + (sharded if offload == "none" else 0)
     # Stage 3: what the host keeps is all but the weights, or all

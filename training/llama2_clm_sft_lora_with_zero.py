@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a causal language model with LoRA, the whole run sharded by DeepSpeed's ZeRO.
+"""Supervised fine-tuning of a causal LM with LoRA, sharded by DeepSpeed's ZeRO.
 
 The model learns to answer questions about three software manuals. Only the answers are learned, and
 the token that ends them; questions that were held out tell whether it helped. One file for laptop

@@ -65,8 +65,9 @@ def save(root, step, put):
     """
     root = Path(root)
     rank, _ = ranks.rank_and_world_size()
+    # Never over a checkpoint that counts
     folder = root / f"step{step}"
-    if newest(root) == folder:  # of an earlier run: never write over the only good one
+    if newest(root) == folder:  # of an earlier run, the only good one
         folder = root / f"step{step}-again"
     wait()
     try:
@@ -119,8 +120,9 @@ def replace(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    # The new name is on the disk, too
     there = os.open(path.parent, os.O_RDONLY)
-    os.fsync(there)  # the new name, too
+    os.fsync(there)
     os.close(there)
 
 

@@ -22,9 +22,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from training import formulas, memory_fit, memory_plot
+from training.config_checks import KNOWN, check_vision
 from training.memory_model import build
 from training.memory_trace import exact, measured
-from training.presets import KNOWN, check_vision, configuration, image_tokens, sizes
+from training.presets import configuration, image_tokens, sizes
 from utils import run
 
 

@@ -20,11 +20,13 @@ def largest(peak, budget, start=1, step=1):
     high = None  # of the smallest that does not
     x = start
     while high is None or high[0] - low[0] > step:
+        # Ask, and move one of the ends
         size = peak(x)
         if size <= budget:
             low = (x, size)
         else:
             high = (x, size)
+        # No end yet: double
         if high is None:
             x *= 2
             continue
@@ -53,8 +55,10 @@ def largest_preset(cfg, budget):
 def fit(cfg):
     """Answer --fit -> {"largest", "peak", "budget"}; for "model" also its name."""
     budget = cfg.budget * 1e9
+    # Presets are tried one after the other
     if cfg.fit == "model":
         return largest_preset(cfg, budget) | {"budget": budget}
+    # Batch and length are numbers, and memory grows with them
     field = "batch"
     step = start = 1
     if cfg.fit == "seq-len":
@@ -67,6 +71,7 @@ def fit(cfg):
     def peak(x):
         return exact(replace(cfg, **{field: x}))["peak"]
 
+    # The least must fit, else there is no answer
     least = peak(start)
     said = f"it takes {least / 1e9:.2f} GB of {cfg.budget:g}"
     run.check(least <= budget, f"not even --{cfg.fit} {start} fits: {said}")

@@ -29,6 +29,7 @@ def draw_stages(axis, cfg):
     n = max(8, cfg.world_size)
     for stage in range(4):
         found = exact(replace(cfg, zero=stage, world_size=n, precision="bf16-mixed"))
+        # One bar, a colour for each tag
         bottom = 0.0
         for name, colour in COLOURS.items():
             size = found["at_peak"].get(name, 0) / 1e9
@@ -49,12 +50,14 @@ def draw_lengths(axis, cfg):
     }
     one_device = dict(method="lora", zero=0, world_size=1, precision="bf16", checkpointing=False)
     plain = replace(cfg, **one_device)
+    # A line for each way, a step on fake tensors for each point
     for name, flags in ways.items():
         peaks = []
         for length in LENGTHS:
             found = exact(replace(plain, seq_len=length, **flags))
             peaks.append(found["peak"] / 1e9)
         axis.plot(LENGTHS, peaks, marker="o", markersize=3, label=name)
+    # Doubled length, doubled memory: a straight line
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(LENGTHS, LENGTHS)

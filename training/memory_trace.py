@@ -71,6 +71,7 @@ def optimizer_states(engine):
         optimizers = engine.adams
         # A master of the type of the weights is the shard itself.
         masters = [f.master for f in engine.trained if f.master.dtype != f.full.dtype]
+    # Mean and variance of each weight
     moments = []
     for optimizer in optimizers:
         for state in optimizer.state.values():
@@ -156,6 +157,7 @@ def training_steps(model, batch, engine, cfg, tracker=None, steps=2):
 def count_parameters(model):
     """-> (parameters of the base model, trained ones). A 4-bit matrix counts as a whole one."""
     base = sum(p.numel() for p in model.parameters())
+    # Adapters do not belong to the base model; a 4-bit matrix is no parameter
     for m in model.modules():
         if isinstance(m, LoRALinear):
             base -= m.lora_A.numel() + m.lora_B.numel()
@@ -173,7 +175,7 @@ def exact(cfg):
     which "temporary" is what an operator, the backward pass or the optimizer holds for a while.
     Raises UserError for an unknown model.
     """
-    # Make the step, and write down what it allocates and releases.
+    # Make the steps, and write down what it allocates and releases.
     with fake_ranks(cfg.world_size), FakeTensorMode():
         model, batch, engine = set_up(cfg)
         parameters, trained = count_parameters(model)

@@ -30,9 +30,11 @@ def learn_tokens(texts, size):
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    # Words of GPT-2, as bytes
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # All 256 bytes are tokens from the start; then merges
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
@@ -58,6 +60,7 @@ def tokens(cfg):
 
     def make():
         learn, held = split(data.docs())
+        # Tokens are learned on the pages to learn only
         tokenizer = learn_tokens(learn, cfg.vocabulary)
         ids = {"learn": encode(tokenizer, learn), "held": encode(tokenizer, held)}
         size = sum(len(text.encode()) for text in held)
@@ -73,6 +76,7 @@ def draw(ids, cfg, i):
 
     Of each piece the first T are read, and the last T are what follows them.
     """
+    # The seed and the step decide, so that any rank can draw the whole batch
     starts = np.random.default_rng([cfg.seed, i]).integers(len(ids) - cfg.length, size=cfg.batch)
     return torch.stack([ids[s : s + cfg.length + 1] for s in starts]).long()
 

@@ -29,28 +29,31 @@ PRELOADED = ["torch.distributed", "transformers.models.llama.modeling_llama", "t
 
 
 def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
-    """Run worker(cfg) on every rank -> [what each returned, by rank], or None on all processes but the first.
+    """Run worker(cfg) on every rank -> [what each returned, by rank]; None but on rank 0.
 
     worker: a function of a module, not a lambda; what it returns is made of numbers, strings, lists
     and dicts. ranks: how many to start here; under torchrun or deepspeed their number counts.
     Raises UserError if one does.
     """
+    # A launcher has started this process: join the others, and gather what each returns
     if "RANK" in os.environ:
         begin(timeout=timeout)
         found = [None] * dist.get_world_size()
         dist.all_gather_object(found, worker(cfg))
         finish()
         return found if os.environ["RANK"] == "0" else None
+    # Nobody has: start them here, a GPU each if there are GPUs
     check(ranks > 0, "--ranks must be at least 1")
     gpus = torch.cuda.device_count()
-    check(
-        not gpus or ranks <= gpus,
-        f"--ranks {ranks}: there are {gpus} GPUs; CUDA_VISIBLE_DEVICES= takes the CPU",
-    )
+    hint = "CUDA_VISIBLE_DEVICES= takes the CPU"
+    check(not gpus or ranks <= gpus, f"--ranks {ranks}: there are {gpus} GPUs; {hint}")
     method = start_method()
-    queue, found = mp.get_context(method).SimpleQueue(), {}
+    queue = mp.get_context(method).SimpleQueue()
+    found = {}
+    # Start the ranks, which meet at a file, and take their results as they come
     with tempfile.TemporaryDirectory() as folder:
-        about = dict(os.environ), worker, cfg, ranks, f"file://{folder}/meet", timeout, queue
+        meet = f"file://{folder}/meet"
+        about = (dict(os.environ), worker, cfg, ranks, meet, timeout, queue)
         started: Any = mp.start_processes(_enter, about, ranks, join=False, start_method=method)
         try:
             done = False
@@ -67,7 +70,7 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
 
 
 def start_method():
-    """How ranks are started: "forkserver", forks of a process that has torch loaded already, or "spawn", from nothing.
+    """How ranks are started: "forkserver", forks with torch loaded, or "spawn", from nothing.
 
     The server only imports: no thread of a kernel runs in it and CUDA is not initialised, for
     neither outlives a fork. Where there are GPUs, ranks begin from nothing all the same, and where
@@ -95,16 +98,13 @@ def count(ranks):
 
 
 def _enter(rank, environment, worker, cfg, ranks, meet, timeout, queue):
-    """What a started process does. A UserError goes to the parent, which says it once and stops the others.
+    """What a started process does. A UserError goes to the parent, which stops the others.
 
     environment: the parent's; the fork server has that of the moment in which it was started.
     """
     os.environ.clear()
-    os.environ |= environment | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-    }
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= environment | own
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are on this machine
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
@@ -117,11 +117,13 @@ def _enter(rank, environment, worker, cfg, ranks, meet, timeout, queue):
 
 
 def begin(meet="env://", timeout=TIMEOUT):
-    """Join the other ranks; where and how many they are, the environment says. Nothing if that was done before."""
-    if not dist.is_initialized():
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        backend, gpu = ("nccl", device()) if torch.cuda.is_available() else ("gloo", None)
-        dist.init_process_group(backend, meet, timeout, rank=rank, world_size=ranks, device_id=gpu)
+    """Join the other ranks, as the environment says where and how many. Nothing if joined."""
+    if dist.is_initialized():
+        return
+    rank = int(os.environ["RANK"])
+    ranks = int(os.environ["WORLD_SIZE"])
+    backend, gpu = ("nccl", device()) if torch.cuda.is_available() else ("gloo", None)
+    dist.init_process_group(backend, meet, timeout, rank=rank, world_size=ranks, device_id=gpu)
 
 
 def finish():
@@ -141,13 +143,14 @@ def device():
     """The device of this rank: a GPU of its own, or the CPU that all share."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(local := int(os.environ["LOCAL_RANK"]))
+    local = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 @contextmanager
 def hushed():
-    """Nothing reaches stderr, not even from C++: the profiler says there that it begins and ends."""
+    """Nothing reaches stderr, not even from C++: the profiler tells there of its start and end."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -160,7 +163,8 @@ def hushed():
 
 
 def allocated(action):
-    """Call it -> bytes of tensors at its highest moment, beyond what was there before: by the profiler."""
+    """Call it -> bytes of tensors at its peak, beyond what was there before: by the profiler."""
+    # A GPU counts for itself
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -168,34 +172,41 @@ def allocated(action):
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
+    # On a CPU: every allocation and release, in the order of time, added up
     with hushed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         action()
     results: Any = trace.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    return int(
-        np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max(initial=0)
-    )
+    in_order = sorted(events, key=lambda e: e.start_ns())
+    curve = np.cumsum([e.nbytes() for e in in_order])
+    return int(curve.max(initial=0))
 
 
 def held(*tensors):
-    """Bytes of the storages behind these tensors, shared ones counted once; of a DTensor, the part that is here."""
+    """Bytes of the storages of tensors, shared ones counted once; of a DTensor, the local part."""
     local = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
-    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in local}.values())
+    storages = [x.untyped_storage() for x in local]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    return sum(sizes.values())
 
 
 def states(model, optimizer=None):
     """Bytes that this rank holds: {"weights", "gradients", "optimizer"}."""
-    kept = [x for s in optimizer.state.values() for x in s.values()] if optimizer else []
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    moments = []
+    if optimizer:
+        for state in optimizer.state.values():
+            # Not the count of steps
+            moments += [x for x in state.values() if isinstance(x, torch.Tensor) and x.dim()]
     return {
         "weights": held(*model.parameters(), *model.buffers()),
-        "gradients": held(*(p.grad for p in model.parameters() if p.grad is not None)),
-        # Not the count of steps
-        "optimizer": held(*(x for x in kept if isinstance(x, torch.Tensor) and x.dim())),
+        "gradients": held(*gradients),
+        "optimizer": held(*moments),
     }
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends while the block runs, by collective: {"all_gather": bytes, ...}.
+    """Counts the bytes that this rank sends in the block: {"all_gather": bytes, ...}.
 
     As with rings, which NCCL builds: gathering or reduce-scattering M bytes over N ranks sends
     (N-1)/N M from each, an all-reduce is both, 2 (N-1)/N M. Patarasuk & Yuan 2009, "Bandwidth
@@ -212,16 +223,19 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sent, self.calls = {}, 0
+        self.sent = {}
+        self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kind = func.__name__.split(".")[0]
         if func.namespace == "c10d" and kind in self.NAMES:
             name, times, whole = self.NAMES[kind]
-            x, ranks = args[whole], dist.get_world_size()
-            size = sum(
-                t.numel() * t.element_size() for t in (x if isinstance(x, (list, tuple)) else [x])
-            )
-            self.sent[name] = self.sent.get(name, 0) + times * size * (ranks - 1) / ranks
+            x = args[whole]
+            tensors = x if isinstance(x, (list, tuple)) else [x]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            # Round the ring: all parts but one leave this rank
+            ranks = dist.get_world_size()
+            sent = times * size * (ranks - 1) / ranks
+            self.sent[name] = self.sent.get(name, 0) + sent
             self.calls += 1
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning whatever the engine: model with LoRA, loss of the answers, held-out loss, report.
+"""Supervised fine-tuning whatever the engine: model with LoRA, loss, held-out loss, report.
 
 The scripts that drive DeepSpeed (llama2_clm_sft_lora_with_zero.py) and accelerate
 (accelerate_train.py) share it. LoRA: Hu et al. 2021, arXiv:2106.09685, here by the PEFT library.
@@ -39,6 +39,7 @@ def prepare(cfg):
         # On texts as short as these faster than the fused kernel
         model.set_attn_implementation("eager")
     run.seed(cfg.seed)
+    # Adapters beside frozen weights, or all weights
     if cfg.method == "lora":
         model = add_lora(model, cfg.lora_rank)
     else:
@@ -76,9 +77,10 @@ def loss(model, ids, mask, labels):
     part.
     """
     on = next(model.parameters()).device
-    ids, mask, labels = ids.to(on), mask.to(on), labels[:, 1:].to(on)
-    # (B, L-1, V)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    # Position j predicts token j + 1: labels are shifted by one
+    labels = labels[:, 1:].to(on)
+    output = model(input_ids=ids.to(on), attention_mask=mask.to(on), use_cache=False)
+    logits = output.logits[:, :-1]  # (B, L-1, V)
     supervised = labels != faq.IGNORE
     return F.cross_entropy(logits[supervised].float(), labels[supervised], reduction="sum")
 
@@ -108,7 +110,7 @@ def score(model, rows, batch, ending):
         # The last turn may have less parts than ranks: the others repeat one, and it does not count
         if i < len(parts):
             total += value
-            tokens += sum(faq.learned(labels) for _, labels in parts[i])
+            tokens += sum(faq.count_supervised(labels) for _, labels in parts[i])
     model.train()
     total, tokens = add(total, tokens)
     return total / tokens
@@ -137,6 +139,7 @@ def last_checkpoint(cfg, config=None):
     """
     rank, n = ranks.rank_and_world_size()
     folder = manifest.load(Path(cfg.out) / "checkpoints")
+    # As many ranks with the same flags go on
     wrote = len(list(folder.glob("rank*.safetensors")))
     run.check(wrote == n, f"--resume: {folder} was written by {wrote} ranks, here are {n}")
     state = checkpoint.load_state(folder / f"rank{rank}.safetensors")
@@ -148,12 +151,15 @@ def last_checkpoint(cfg, config=None):
 
 def usage(cfg):
     """Three lines of Python that load what the run has written."""
-    library, kind, name = "transformers", "AutoModelForCausalLM", "model"
+    kind = "AutoModelForCausalLM"
+    load = f"from transformers import {kind}"
+    target = str(Path(cfg.out).resolve() / "model")
     if cfg.method == "lora":
-        library, kind, name = "peft", "AutoPeftModelForCausalLM", "adapter"
-    target = str(Path(cfg.out).resolve() / name)
+        kind = "AutoPeftModelForCausalLM"
+        load = f"from peft import {kind}"
+        target = str(Path(cfg.out).resolve() / "adapter")
     return (
-        f"from {library} import {kind}; from transformers import AutoTokenizer\n"
+        f"{load}; from transformers import AutoTokenizer\n"
         f"model = {kind}.from_pretrained({target!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({target!r})"
     )
@@ -164,6 +170,7 @@ def summary(cfg, found, then):
     first = found[0]
     losses = first["losses"]
     scores = {"before": first["before"], "after": first["after"]}
+    # Numbers of the first rank, memory of all
     metrics: dict[str, Any] = {
         "trained": first["trained"],
         "texts_per_step": cfg.batch * cfg.accumulation * len(found),

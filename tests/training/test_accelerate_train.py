@@ -174,7 +174,7 @@ def test_the_adapter_loads_in_plain_peft(cfg, found):
         total = sum(
             sft.loss(model, *faq.pad([row], tokenizer.eos_token_id)).item() for row in rows[:4]
         )
-    score = total / sum(faq.learned(labels) for _, labels in rows[:4])
+    score = total / sum(faq.count_supervised(labels) for _, labels in rows[:4])
     assert score == pytest.approx(found[2][0]["whole"]["after"], rel=1e-5)
     assert score < found[2][0]["whole"]["before"] - 0.01
 

@@ -132,7 +132,7 @@ def test_padding_is_masked_and_its_labels_too():
     assert ids.tolist() == [[5, 6, 7], [8, 1, 1]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
     # Nothing comes before the first
-    assert faq.learned([-100, 6, 7]) == 2 and faq.learned([8]) == 0
+    assert faq.count_supervised([-100, 6, 7]) == 2 and faq.count_supervised([8]) == 0
 
 
 def test_a_row_means_the_same_alone_and_among_longer_ones():

@@ -277,7 +277,7 @@ def test_the_loss_is_transformers_own(cfg, parity):
     ids, mask, labels = faq.pad(rows[:3], tokenizer.eos_token_id)
     mine = sft.loss(model, ids, mask, labels)
     theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss * sum(
-        faq.learned(r[1]) for r in rows[:3]
+        faq.count_supervised(r[1]) for r in rows[:3]
     )
     moving = [p for p in model.parameters() if p.requires_grad]
     a, b = (list(torch.autograd.grad(x, moving)) for x in (mine, theirs))

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests import fuzz
 from tests.conftest import ROOT
-from training import formulas, memory, memory_fit, memory_model, presets
+from training import config_checks, formulas, memory, memory_fit, memory_model, presets
 from training.memory import Config
 from training.tracker import Tracker
 from utils.run import UserError
@@ -369,7 +369,7 @@ def refused_or_as_written(path):
     cfg = Config(str(path), seq_len=8)
     memory.check_flags(cfg)
     config, written = presets.configuration(cfg.model), json.loads(path.read_text("utf-8-sig"))
-    for key in presets.SIZES:
+    for key in config_checks.SIZES:
         assert getattr(config, key) == written[key]
     assert config.num_key_value_heads == written.get(
         "num_key_value_heads", config.num_attention_heads
