@@ -23,6 +23,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def worker(cfg):
     # Text and model
     ids, (tokenizer, size) = tokens(cfg)
     model = llama(cfg).to(on)
-    found = {"parameters": sum(p.numel() for p in model.parameters())}
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     found["before"] = sample(model, tokenizer, cfg, on)
     # FLOPs: by formula, as counted, and what all ranks together could do at best
     found["flops_per_token"] = flops_per_token(model, cfg.length)
