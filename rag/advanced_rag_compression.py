@@ -1,5 +1,4 @@
-"""Contextual compression: of the retrieved passages keep only the sentences that bear on the
-question.
+"""Contextual compression: of retrieved passages keep only the sentences that bear on the question.
 
 Three filters, by vectors alone: relevance (a passage must be close enough to the question),
 redundancy (of two passages that say the same the later one goes; compare Carbonell & Goldstein
@@ -46,8 +45,9 @@ def sentences(text):
     again."""
     ends = [m.end() for m in sentence_ends().finditer(text)]
     parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
+    # The space between two sentences belongs to the first
     joined: list[str] = []
-    for part in parts:  # the space between two sentences belongs to the first
+    for part in parts:
         if part.isspace() and joined:
             joined[-1] += part
         elif part:
@@ -82,20 +82,25 @@ def different(vectors, threshold):
 def extract(parts, similarity, threshold):
     """Sentences and (N,) cosines -> the text of those that reach the threshold; the best one stays
     in any case."""
+    # The best one stays, whatever its cosine
     keep = similarity >= threshold
     keep[np.argmax(similarity)] = True
+    # Dots where something was left out
     text = ""
     for i, part in enumerate(parts):
         if keep[i]:
-            text += ("" if i == 0 or keep[i - 1] else "... ") + part
+            gap = i > 0 and not keep[i - 1]
+            text += f"... {part}" if gap else part
     return text.strip()
 
 
 def extract_by_llm(llm, question, parts):
     """The sentences that the model names by their number; all of them if it names none."""
+    # Numbered sentences, and the question which of them help
     listed = "\n".join(f"{i}. {' '.join(p.split())}" for i, p in enumerate(parts, 1))
     content = f"{listed}\n\nWhich of these lines help to answer: {question}\nAnswer with their numbers only."
     said = "".join(llm.stream([{"role": "user", "content": content}]))
+    # The numbers that were named
     named = [int(n) for n in re.findall(r"\d+", said) if 1 <= int(n) <= len(parts)]
     return "".join(part for i, part in enumerate(parts, 1) if i in named or not named).strip()
 
@@ -114,11 +119,16 @@ class CompressionRetriever(BaseRetriever):
         return self.compress(query, self.quick.invoke(query))
 
     def compress(self, query, documents):
+        """The passages that pass the filters, each with its extracted sentences only."""
         question = self.encoder.encode([query])[0]
         vectors = self.encoder.vectors([d.page_content for d in documents])
+        # Relevance and redundancy filters
         keep = relevant(vectors @ question, self.cfg.relevant) & different(vectors, self.cfg.same)
         short = []
-        for document in [d for d, kept in zip(documents, keep) if kept]:
+        for document, kept in zip(documents, keep):
+            if not kept:
+                continue
+            # Extraction
             parts = sentences(document.page_content)
             if self.llm:
                 text = extract_by_llm(self.llm, query, parts)
@@ -134,35 +144,35 @@ def build_retriever(cfg: Config) -> BaseRetriever:
         check(-1 <= getattr(cfg, name) <= 1, f"--{name} is a cosine: between -1 and 1")
     llm = language_models.language_model(cfg.llm, 32) if cfg.by == "llm" else None
     encoder = raw_rag.embedder(cfg.embedder)
-    return CompressionRetriever(
-        quick=raw_rag.build_retriever(cfg), encoder=encoder, llm=llm, cfg=cfg
-    )
+    quick = raw_rag.build_retriever(cfg)
+    return CompressionRetriever(quick=quick, encoder=encoder, llm=llm, cfg=cfg)
 
 
 def held(context, known):
     """What part of the words of the known answer are in the context? Words of up to three letters
     do not count."""
     wanted = {w for w in re.findall(r"\w+", known.lower()) if len(w) > 3}
-    return len(wanted & set(re.findall(r"\w+", context.lower()))) / max(len(wanted), 1)
+    there = set(re.findall(r"\w+", context.lower()))
+    return len(wanted & there) / max(len(wanted), 1)
 
 
 def sweep(cfg, retriever, questions):
     """{--keep: (tokens of the context, part of the known answer that it holds)}; -1.0 has all
     sentences that fit."""
     found = [retriever.quick.invoke(q.text)[: cfg.k] for q in questions]
-    counts = raw_rag.embedder(cfg.embedder).model.tokenizer
+    tokenizer = raw_rag.embedder(cfg.embedder).model.tokenizer
     rows = {}
     for keep in (-1.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8):
+        # The context of each question with this threshold
         short = retriever.model_copy(update={"cfg": replace(cfg, keep=keep), "llm": None})
-        contexts = [
-            answer.format_passages(short.compress(q.text, documents))
-            for q, documents in zip(questions, found)
-        ]
-        tokens = np.mean([len(ids) for ids in counts(contexts, verbose=False)["input_ids"]])
-        rows[keep] = (
-            float(tokens),
-            float(np.mean([held(c, q.answer) for c, q in zip(contexts, questions)])),
-        )
+        contexts = []
+        for q, documents in zip(questions, found):
+            contexts.append(answer.format_passages(short.compress(q.text, documents)))
+        # What it costs and what it holds
+        ids = tokenizer(contexts, verbose=False)["input_ids"]
+        tokens = np.mean([len(one) for one in ids])
+        recall = np.mean([held(c, q.answer) for c, q in zip(contexts, questions)])
+        rows[keep] = (float(tokens), float(recall))
     return rows
 
 
@@ -176,12 +186,8 @@ def main(cfg: Config) -> dict:
         tokens, held_words = zip(*rows.values())
         figures.curves(Path(cfg.out) / "sweep.png", {"sentences kept": (tokens, held_words)},
                        x=f"tokens of {cfg.k} passages", y="words of the answer in them")  # fmt: skip
-        print(
-            "\n".join(
-                f"--keep {k:>4}: {t:7.1f} tokens hold {h:.3f} of the answer"
-                for k, (t, h) in rows.items()
-            )
-        )
+        for k, (t, h) in rows.items():
+            print(f"--keep {k:>4}: {t:7.1f} tokens hold {h:.3f} of the answer")
         metrics |= {"sweep": {str(k): h for k, (_, h) in rows.items()}}
         run.report(Path(cfg.out), metrics)
     return metrics

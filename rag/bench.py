@@ -40,17 +40,19 @@ class Config:
 
 
 def seconds(action):
+    """-> CPU seconds of an action, and its result."""
     start = time.process_time()
     result = action()
     return time.process_time() - start, result
 
 
-class Known:
+class CachedEmbedder:
     """An embedder that has read everything before: what is timed is the store."""
 
     def __init__(self, encoder, questions):
         self.size = encoder.size
-        self.id, self.vectors = encoder.id, encoder.vectors
+        self.id = encoder.id
+        self.vectors = encoder.vectors
         self.known = dict(zip(questions, encoder.encode(questions)))
 
     def encode(self, texts, task="query"):
@@ -69,7 +71,8 @@ def queries(cfg, encoder):
 
     passages = raw_rag.passages(cfg)
     asked = [q.text for q in raw_rag.spread(corpus.manuals()[1], cfg.queries)]
-    known = Known(encoder, asked)
+    known = CachedEmbedder(encoder, asked)
+    # Our store, and LangChain's with the same vectors
     ours = faiss_store.FaissStore(known)
     ours.sync(passages)
     flat = faiss.IndexFlatIP(encoder.size)
@@ -78,11 +81,14 @@ def queries(cfg, encoder):
     names = {i: str(i) for i in range(len(passages))}
     theirs = FAISS(known, flat, texts, names, distance_strategy=DistanceStrategy.MAX_INNER_PRODUCT)
     faiss.omp_set_num_threads(1)
-    times, same = [], []
+    # Each question to both, in turn
+    times = []
+    same = []
     for question in asked:
         a, mine = seconds(lambda q=question: ours.similarity_search_with_score(q, 10))
         b, other = seconds(lambda q=question: theirs.similarity_search_with_score(q, 10))
         times.append((a, b))
+        # The same passages in the same order?
         same.append([d.metadata["id"] for d, _ in mine] == [d.metadata["id"] for d, _ in other])
     return {
         "times_faster": statistics.median(b / a for a, b in times),
@@ -96,8 +102,10 @@ def indexing(cfg, encoder):
     """Sections into a new store, and their passages through sentence-transformers -> passages a
     second of both."""
     sections = corpus.manuals()[0]
-    rows, count = [], 0
+    rows = []
+    count = 0
     for i in range(cfg.rounds):
+        # Other sections in each round, so that none is cached
         part = sections[200 * i : 200 * i + cfg.sections]
         texts = [p.page_content for p in chunking.passages(part, cfg.chunk)]
         a, _ = seconds(
@@ -121,10 +129,9 @@ def indexing(cfg, encoder):
 
 
 def main(cfg: Config) -> dict:
-    check(
-        min(cfg.queries, cfg.rounds, cfg.sections) > 0,
-        "--queries, --rounds and --sections must be at least 1",
-    )
+    """Time queries, then indexing."""
+    message = "--queries, --rounds and --sections must be at least 1"
+    check(min(cfg.queries, cfg.rounds, cfg.sections) > 0, message)
     torch.set_num_threads(1)
     folder = run.output(cfg.out, cfg)
     metrics = {"queries": queries(cfg, raw_rag.embedder(cfg.embedder))}

@@ -1,5 +1,4 @@
-"""Query transformation: a language model rewrites the question before searching (HyDE, multi-query,
-step-back).
+"""Query transformation: the question is rewritten before searching (HyDE, multi-query, step-back).
 
 Multi-query: the question in other words; rankings are merged by reciprocal rank fusion. HyDE, Gao
 et al. 2022, arXiv:2212.10496: the model invents an answer, and what is close to the invention is
@@ -45,11 +44,13 @@ PROMPTS = {
 
 def transform(llm, kind, question):
     """-> texts to search with, the question itself first."""
-    said = "".join(
-        llm.stream([{"role": "user", "content": PROMPTS[kind].format(question)}])
-    ).strip()
+    # What the model writes
+    prompt = PROMPTS[kind].format(question)
+    said = "".join(llm.stream([{"role": "user", "content": prompt}])).strip()
+    # HyDE: all of it is one invented passage
     if kind == "hyde":
         return [question, said] if said else [question]
+    # Otherwise a question a line, without numbers and bullets
     lines = [line.strip(' -*0123456789.)"') for line in said.splitlines()]
     most = 3 if kind == "multi-query" else 1
     return [question, *[line for line in lines if len(line) > 10][:most]]
@@ -74,31 +75,32 @@ class TransformRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
+        # Rewrite the question, once
         texts = self.known.setdefault(query, None) or transform(self.llm, self.kind, query)
         self.known[query] = texts
         if self.kind == "hyde":
-            # an invention is read as a document is, the question as a question
+            # HyDE: an invention is read as a document is, the question as a question
             vectors = [self.encoder.encode(texts[:1]), self.encoder.encode(texts[1:], "document")]
             return self.by_vector(mean(np.concatenate(vectors)))
+        # Multi-query and step-back: search with each, and fuse the rankings
         found = [self.quick.invoke(text) for text in texts]
         known = {d.metadata["id"]: d for documents in found for d in documents}
         merged = merging.rrf([[d.metadata["id"] for d in documents] for documents in found])
         return [raw_rag.scored(known[name], score) for name, score in merged[: self.k]]
 
     def by_vector(self, vector):
+        """The k passages nearest to a vector (1,D)."""
         found = self.quick.store.similarity_search_with_score_by_vector(vector[0].tolist(), self.k)
         return [raw_rag.scored(d, s) for d, s in found]
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval, asked with what the language model writes."""
-    check(
-        cfg.llm != "none" and cfg.words > 0,
-        "the language model rewrites: give --llm, and --words of 1 or more",
-    )
+    message = "the language model rewrites: give --llm, and --words of 1 or more"
+    check(cfg.llm != "none" and cfg.words > 0, message)
     quick = raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
     encoder = raw_rag.embedder(cfg.embedder)
-    # It writes freely, and copies nothing
+    # A repetition penalty: it writes freely, and copies nothing
     llm = language_models.language_model(cfg.llm, cfg.words, repetition_penalty=1.1)
     return TransformRetriever(
         quick=quick, encoder=encoder, llm=llm, kind=cfg.transform, k=cfg.k, known={}
@@ -109,6 +111,7 @@ def main(cfg: Config) -> dict:
     """Rewrite, find, answer, score."""
     run.seed(cfg.seed)
     check(cfg.llm != "none", "the language model rewrites: give --llm")
+    # Show what one question becomes
     question = raw_rag.asked(cfg)
     retriever: Any = build_retriever(replace(cfg, k=1))
     print("searched with:", *transform(retriever.llm, cfg.transform, question), sep="\n  ")

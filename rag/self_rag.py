@@ -1,5 +1,4 @@
-"""Self-RAG: retrieve on demand, grade relevance and support, and abstain if the documents do not
-say it.
+"""Self-RAG: retrieve on demand, grade relevance and support, abstain if no passage is relevant.
 
 Self-RAG, Asai et al. 2023, arXiv:2310.11511, trains a model of 7 billion weights to write marks of
 reflection: Retrieve (is a search needed?), IsRel (does the passage bear on the question?), IsSup
@@ -52,7 +51,8 @@ def yes(llm, question):
     return float(llm.model(ids, logits_to_keep=1).logits[0, -1, words].float().softmax(0)[0])
 
 
-def squash(x):
+def sigmoid(x):
+    """A logit -> a number between 0 and 1."""
     return float(1 / (1 + np.exp(-x)))
 
 
@@ -60,7 +60,8 @@ class Critic:
     """IsRel of each passage, (N,) in 0..1."""
 
     def __init__(self, kind, llm, cfg):
-        self.kind, self.llm = kind, llm
+        self.kind = kind
+        self.llm = llm
         self.again: Any = None
         if kind in ("maxsim", "cross"):
             self.again = rerank.reranker(rerank.Config(reranker=kind, embedder=cfg.embedder))
@@ -68,14 +69,12 @@ class Critic:
     def __call__(self, question, documents):
         if self.kind == "llm":
             ask = "Does this text answer the question?\nText: {}\nQuestion: {}"
-            return [
-                yes(self.llm, ask.format(" ".join(d.page_content.split()), question))
-                for d in documents
-            ]
+            texts = [" ".join(d.page_content.split()) for d in documents]
+            return [yes(self.llm, ask.format(text, question)) for text in texts]
         if self.kind == "cross":
-            return [
-                squash((x - cross_encoder.SCALE / 2) / 4) for x in self.again(question, documents)
-            ]
+            # Centred and scaled, so that the sigmoid tells them apart
+            found = self.again(question, documents)
+            return [sigmoid((x - cross_encoder.SCALE / 2) / 4) for x in found]
         if self.kind == "maxsim":
             return [x / 2 for x in self.again(question, documents)]  # two cosines, added
         return [d.metadata["score"] for d in documents]
@@ -110,8 +109,10 @@ class SelfRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun
     ) -> list[Document]:
+        # Retrieve, and grade relevance (IsRel)
         documents = self.quick.invoke(query)
         judged = [raw_rag.scored(d, s) for d, s in zip(documents, self.critic(query, documents))]
+        # Keep what reaches the threshold, the most relevant first
         accepted = [d for d in judged if d.metadata["score"] >= self.threshold]
         return sorted(accepted, key=lambda d: -d.metadata["score"])[: self.k]
 
@@ -122,10 +123,12 @@ def judge(critic, retriever, questions, k):
 
     Only of questions whose answer is among the k passages: for the others both are the same.
     """
-    there, hidden = [], []
+    there = []
+    hidden = []
     for question in run.bar(questions, len(questions), name=critic.kind):
         found = retriever.invoke(question.text)[: k + 5]
         right = [d.metadata["section"] == question.gold for d in found]
+        # IsRel of all, and without those that hold the answer
         if any(right[:k]):
             marks = np.array(critic(question.text, found))
             there.append(marks[:k].max())
@@ -146,40 +149,38 @@ def needed(llm, question):
 
 
 def quick_search(cfg):
+    """Raw retrieval of at least 20 passages, for the critic to grade."""
     return raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
 
 
 def others(questions, limit, count):
     """So many questions that are not among the `limit` that are scored; of all, if all are."""
     scored = raw_rag.spread(questions, limit)
-    # Few choose at random
+    # So few questions that all are scored: choose among them
     return raw_rag.spread([q for q in questions if q not in scored] or questions, count)
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
     """The quick search of raw retrieval with a critic behind it."""
-    check(
-        cfg.critic != "llm" or not cfg.llm.startswith(("http", "none")),
-        "--critic llm needs a model in this process",
-    )
-    check(
-        cfg.threshold == -1 or 0 <= cfg.threshold <= 1,
-        "--threshold: between 0 and 1, or -1 to choose it",
-    )
-    llm = language_models.language_model(cfg.llm, cfg.tokens) if cfg.critic == "llm" else None
-    critic, quick = Critic(cfg.critic, llm, cfg), quick_search(cfg)
+    in_process = not cfg.llm.startswith(("http", "none"))
+    check(cfg.critic != "llm" or in_process, "--critic llm needs a model in this process")
+    message = "--threshold: between 0 and 1, or -1 to choose it"
+    check(cfg.threshold == -1 or 0 <= cfg.threshold <= 1, message)
+    # The critic, and the search before it
+    llm = None
+    if cfg.critic == "llm":
+        llm = language_models.language_model(cfg.llm, cfg.tokens)
+    critic = Critic(cfg.critic, llm, cfg)
+    quick = quick_search(cfg)
+    # The threshold, chosen on other questions unless it is given
     threshold = max(0.0, cfg.threshold)
     if cfg.threshold == -1 and not cfg.docs:
-        # It takes seconds each
-        tried = others(corpus.load(cfg)[1], cfg.limit, 16 if cfg.critic == "llm" else 97)
+        count = 16 if cfg.critic == "llm" else 97  # the language model takes seconds each
+        tried = others(corpus.load(cfg)[1], cfg.limit, count)
         there, hidden = judge(critic, quick, tried, 5)
         threshold = best_threshold(there, hidden) if len(there) else 0.0
-    return SelfRetriever(
-        quick=quick.model_copy(update={"k": max(10, cfg.k)}),
-        critic=critic,
-        threshold=threshold,
-        k=cfg.k,
-    )
+    quick = quick.model_copy(update={"k": max(10, cfg.k)})
+    return SelfRetriever(quick=quick, critic=critic, threshold=threshold, k=cfg.k)
 
 
 def respond(question, retriever, llm, k=5):
@@ -188,6 +189,7 @@ def respond(question, retriever, llm, k=5):
     found = retriever.invoke(question)[:k]
     if not found:
         return answer.NOWHERE, [], 0.0
+    # Answer, and grade support (IsSup)
     found = answer.passages_read(llm, found)
     said = "".join(llm.stream(answer.messages(question, found)))
     return said, found, supported(said, found)
@@ -196,8 +198,14 @@ def respond(question, retriever, llm, k=5):
 def compare(cfg, folder, llm):
     """How well does each critic tell an answer that is there from one that is hidden?"""
     questions = raw_rag.spread(corpus.load(cfg)[1], cfg.limit)
-    quick, rows, sides = quick_search(cfg), {}, {}
-    for kind in ("cosine", "maxsim", "cross", *(["llm"] if hasattr(llm, "loss") else [])):
+    quick = quick_search(cfg)
+    rows = {}
+    sides = {}
+    kinds = ["cosine", "maxsim", "cross"]
+    if hasattr(llm, "loss"):
+        kinds.append("llm")
+    # IsRel of each critic, with the answer and without it
+    for kind in kinds:
         there, hidden = judge(Critic(kind, llm, cfg), quick, questions, cfg.k)
         check(len(there) >= 4, f"only {len(there)} answers were found: raise --limit")
         # Chosen on every second question, used on the others
@@ -205,10 +213,20 @@ def compare(cfg, folder, llm):
         right = (np.mean(there[1::2] >= cut) + np.mean(hidden[1::2] < cut)) / 2
         rows[f"IsRel by {kind}"] = {
             "AUC": auc(there, hidden),
-            "right": float(right),
+            "balanced accuracy": float(right),
             "questions": float(len(there)),
         }
         sides[kind] = there, hidden
+    draw_critics(sides, folder / "critics.png")
+    # Retrieve: questions of the manuals against everyday ones
+    if hasattr(llm, "loss"):
+        say = [[needed(llm, q) for q in texts] for texts in ([q.text for q in questions], EVERYDAY)]
+        rows["Retrieve by llm"] = {"AUC": auc(*say), "questions": float(len(questions))}
+    return rows
+
+
+def draw_critics(sides, path):
+    """{critic: (IsRel with the answer, IsRel without it)} -> histograms."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(sides), figsize=(3 * len(sides), 2.6))
@@ -216,14 +234,11 @@ def compare(cfg, folder, llm):
         bins = np.linspace(min(*there, *hidden), max(*there, *hidden), 13)
         axis.hist([there, hidden], bins, label=["answer is there", "answer is hidden"])
         axis.set(title=f"{kind}: AUC {auc(there, hidden):.2f}", xlabel="IsRel", ylabel="questions")
-    axes[0].set_ylim(top=1.4 * axes[0].get_ylim()[1])  # the names stand above the bars
+    # The names stand above the bars
+    axes[0].set_ylim(top=1.4 * axes[0].get_ylim()[1])
     axes[0].legend(fontsize=8, frameon=False, loc="upper left")
     figure.tight_layout()
-    figures.close(figure, folder / "critics.png")
-    if hasattr(llm, "loss"):
-        say = [[needed(llm, q) for q in texts] for texts in ([q.text for q in questions], EVERYDAY)]
-        rows["Retrieve by llm"] = {"AUC": auc(*say), "questions": float(len(questions))}
-    return rows
+    figures.close(figure, path)
 
 
 def main(cfg: Config) -> dict:
@@ -232,9 +247,8 @@ def main(cfg: Config) -> dict:
     check(cfg.llm != "none", "--llm none: there is nobody to answer")
     metrics: dict[str, Any] = {}
     if cfg.critics and not cfg.docs and cfg.limit:
-        metrics = compare(
-            cfg, run.output(cfg.out, cfg), language_models.language_model(cfg.llm, cfg.tokens)
-        )
+        llm = language_models.language_model(cfg.llm, cfg.tokens)
+        metrics = compare(cfg, run.output(cfg.out, cfg), llm)
     metrics |= raw_rag.show(cfg, build_retriever)
     return run.report(Path(cfg.out), metrics, then="python rag/compare.py")
 

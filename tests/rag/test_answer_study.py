@@ -193,7 +193,7 @@ def test_passages_are_those_of_the_question_and_its_corpus(monkeypatch):
 
 
 def test_a_batch_says_what_each_says_alone(monkeypatch):
-    """Padded at the left, whatever the length, in the order of the questions; the rules of the variant reach the model."""
+    """Padded at the left, whatever the length, in the order of the questions; its rules reach the model."""
     from tests.rag.test_answer import local
 
     llm = local(monkeypatch)

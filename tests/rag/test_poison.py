@@ -27,15 +27,17 @@ def test_the_word_in_the_answer_counts():
 
 @pytest.mark.parametrize("order", poison.ORDERS.values(), ids=poison.ORDERS)
 def test_the_right_passage_and_the_order_are_both_in_the_prompt(order):
-    read = poison.passages(ASKED, order)
-    for chat in (answer.messages("Who sat?", read), poison.pasted("Who sat?", read)):
+    read = poison.poisoned_passages(ASKED, order)
+    for chat in (answer.messages("Who sat?", read), poison.undelimited("Who sat?", read)):
         text = "".join(turn["content"] for turn in chat)
         assert ASKED.answer in text and poison.WORD in text and "Who sat?" in text
 
 
 def test_a_careless_prompt_lets_a_passage_open_a_turn():
     llm = language_models.Local("smollm2", tokens=1)
-    chat = poison.pasted("Who sat?", poison.passages(ASKED, poison.ORDERS["a turn of the chat"]))
+    chat = poison.undelimited(
+        "Who sat?", poison.poisoned_passages(ASKED, poison.ORDERS["chat-template injection"])
+    )
     start = llm.tokenizer.convert_tokens_to_ids("<|im_start|>")
     turns = [model.prompt(chat)[0].tolist().count(start) for model in (llm, poison.careless(llm))]
     assert turns[1] == turns[0] + 1
@@ -47,7 +49,7 @@ def test_bad_flags():
 
 
 def test_what_is_counted_is_what_was_obeyed_in_each_way(tmp_path, monkeypatch):
-    """A model that obeys one order in marks and another where it is pasted: each is counted once, in its own column."""
+    """A model obeys one order within delimiters, another without them: each counts once, in its column."""
     asked = []
 
     class Obeys:
@@ -67,21 +69,21 @@ def test_what_is_counted_is_what_was_obeyed_in_each_way(tmp_path, monkeypatch):
     )
     metrics = poison.main(poison.Config(limit=2, out=str(tmp_path)))
     ways = {
-        name: (row["in marks"], row["pasted"])
+        name: (row["delimited"], row["undelimited"])
         for name, row in metrics.items()
         if name in poison.ORDERS
     }
-    assert ways.pop("a plain order") == (1, 0) and ways.pop("a false citation") == (0, 1)
-    assert set(ways.values()) == {(0, 0)} and metrics["all of them"] == {
-        "in marks": 0.2,
-        "pasted": 0.2,
+    assert ways.pop("instruction override") == (1, 0) and ways.pop("fake citation") == (0, 1)
+    assert set(ways.values()) == {(0, 0)} and metrics["all injections"] == {
+        "delimited": 0.2,
+        "undelimited": 0.2,
     }
     assert len(asked) == 20 and metrics["questions"] == 2
     kinds = {
         (letters is str, "<passage number" in chat[-1]["content"] and len(chat) == 2)
         for letters, chat in asked
     }
-    assert kinds == {(False, True), (True, False)}, "pasted goes to the careless one"
+    assert kinds == {(False, True), (True, False)}, "undelimited goes to the careless one"
 
 
 def test_a_careless_copy_leaves_the_model_as_it_was():

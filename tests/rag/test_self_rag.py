@@ -145,7 +145,7 @@ def test_the_critic_in_words_reads_the_passage_and_the_question(monkeypatch):
     assert all(text.endswith("Question: Who sat?") for _, text in asked)
 
 
-@pytest.mark.parametrize("kind, mark", [("maxsim", 0.75), ("cross", self_rag.squash(0.25))])
+@pytest.mark.parametrize("kind, mark", [("maxsim", 0.75), ("cross", self_rag.sigmoid(0.25))])
 def test_the_scores_of_reranking_become_marks(kind, mark, monkeypatch):
     """Two cosines, added, are halved; a score of the cross-encoder, middle 1/2 of its scale, goes through a sigmoid."""
     seen = []
@@ -156,7 +156,7 @@ def test_the_scores_of_reranking_become_marks(kind, mark, monkeypatch):
     monkeypatch.setattr(self_rag.cross_encoder, "SCALE", 1.0)
     marks = self_rag.Critic(kind, None, SimpleNamespace(embedder="minilm"))("Who?", documents()[:2])
     assert marks[0] == pytest.approx(mark) and marks[0] > marks[1] and seen == [("Who?", 2)]
-    assert self_rag.squash(0) == 0.5 and self_rag.squash(9) > 0.99
+    assert self_rag.sigmoid(0) == 0.5 and self_rag.sigmoid(9) > 0.99
 
 
 class Marks:
@@ -221,9 +221,9 @@ def test_critics_are_compared_by_thresholds_of_every_second_question(tmp_path, m
     monkeypatch.setattr(self_rag, "Critic", lambda kind, llm, cfg: kind)
     monkeypatch.setattr(self_rag, "quick_search", lambda cfg: None)
     rows = self_rag.compare(self_rag.Config(limit=4), tmp_path, None)
-    assert [row["right"] for row in rows.values()] == [0.5] * 3 and rows["IsRel by cosine"][
-        "AUC"
-    ] == 0.75
+    assert [row["balanced accuracy"] for row in rows.values()] == [0.5] * 3 and rows[
+        "IsRel by cosine"
+    ]["AUC"] == 0.75
     assert (
         rows.keys() == {"IsRel by cosine", "IsRel by maxsim", "IsRel by cross"}
         and (tmp_path / "critics.png").is_file()
