@@ -1,5 +1,4 @@
-"""Parent-document retrieval (small to big): search short passages, read the long ones that they are
-cut from.
+"""Parent-document retrieval (small to big): short passages are searched, their parents are read.
 
 A vector of a short text says precisely what it is about, a long text says enough to answer from. So
 a section is cut into parents and each parent into children; children are searched, and their

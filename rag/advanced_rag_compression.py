@@ -120,6 +120,7 @@ class CompressionRetriever(BaseRetriever):
 
     def compress(self, query, documents):
         """The passages that pass the filters, each with its extracted sentences only."""
+        # Vectors of question and passages
         question = self.encoder.encode([query])[0]
         vectors = self.encoder.vectors([d.page_content for d in documents])
         # Relevance and redundancy filters
@@ -151,6 +152,7 @@ def build_retriever(cfg: Config) -> BaseRetriever:
 def held(context, known):
     """What part of the words of the known answer are in the context? Words of up to three letters
     do not count."""
+    # Words of the answer that are in the context
     wanted = {w for w in re.findall(r"\w+", known.lower()) if len(w) > 3}
     there = set(re.findall(r"\w+", context.lower()))
     return len(wanted & there) / max(len(wanted), 1)
@@ -159,6 +161,7 @@ def held(context, known):
 def sweep(cfg, retriever, questions):
     """{--keep: (tokens of the context, part of the known answer that it holds)}; -1.0 has all
     sentences that fit."""
+    # What is retrieved does not depend on the threshold
     found = [retriever.quick.invoke(q.text)[: cfg.k] for q in questions]
     tokenizer = raw_rag.embedder(cfg.embedder).model.tokenizer
     rows = {}

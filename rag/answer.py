@@ -1,5 +1,4 @@
-"""Answer generation from passages: the prompt, the citations, and the chain retrieve | prompt |
-generate.
+"""Answer generation from passages: prompt, citations, and the chain of all steps.
 
 Passages come from documents that anybody may have written, so they are delimited from the
 instructions, they cannot close the delimiter that they stand in, and every citation in the answer
@@ -14,6 +13,7 @@ from html import escape
 from utils.run import check
 from utils.text import clean, printable
 
+# Limits and wordings of the prompt
 LONGEST = 500  # characters of a question; an encoder of sentences reads about a thousand
 ALONE = "Answer the question in one or two sentences."
 NOWHERE = "not in the documents"  # what is said where nothing was found
@@ -31,6 +31,7 @@ def checked_question(question):
     """
     question = clean(question or "").strip()
     check(question, "the question is empty: ask one with --question")
+    # An encoder of sentences would not read the end of a long one
     long = f"the question has {len(question)} characters; {LONGEST} are the most"
     check(len(question) <= LONGEST, long)
     return question
@@ -66,7 +67,9 @@ def passages_read(llm, passages):
 
 def citations(answer, passages):
     """-> numbers in brackets that are passages, in the order of first use, and those that are not."""
+    # Each number once
     named = list(dict.fromkeys(int(n) for n in re.findall(r"\[(\d{1,3})\]", answer)))
+    # Numbers of passages that were there, and all others
     real = [n for n in named if 1 <= n <= len(passages)]
     invented = [n for n in named if not 1 <= n <= len(passages)]
     return real, invented
@@ -87,4 +90,5 @@ def chain(llm, retriever=None, k=5):
         for chat in chats:
             yield from llm.stream(chat)
 
+    # The steps, one after the other; the last one streams
     return RunnableLambda(retrieve) | RunnableLambda(write_prompt) | RunnableGenerator(generate)

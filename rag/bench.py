@@ -69,6 +69,7 @@ def queries(cfg, encoder):
     from langchain_community.vectorstores import FAISS
     from langchain_community.vectorstores.utils import DistanceStrategy
 
+    # Passages and questions; all vectors are known beforehand
     passages = raw_rag.passages(cfg)
     asked = [q.text for q in raw_rag.spread(corpus.manuals()[1], cfg.queries)]
     known = CachedEmbedder(encoder, asked)
@@ -108,6 +109,7 @@ def indexing(cfg, encoder):
         # Other sections in each round, so that none is cached
         part = sections[200 * i : 200 * i + cfg.sections]
         texts = [p.page_content for p in chunking.passages(part, cfg.chunk)]
+        # Ours: split, hash, embed, add; theirs: embed
         a, _ = seconds(
             lambda part=part: faiss_store.FaissStore(encoder).sync(
                 chunking.passages(part, cfg.chunk)
@@ -118,6 +120,7 @@ def indexing(cfg, encoder):
                 texts, batch_size=16, normalize_embeddings=True
             )
         )
+        # Forget the vectors: the next round embeds again
         encoder.known = {}
         rows.append((a, b))
         count = len(texts)
@@ -132,6 +135,7 @@ def main(cfg: Config) -> dict:
     """Time queries, then indexing."""
     message = "--queries, --rounds and --sections must be at least 1"
     check(min(cfg.queries, cfg.rounds, cfg.sections) > 0, message)
+    # One thread, so that CPU time is what is compared
     torch.set_num_threads(1)
     folder = run.output(cfg.out, cfg)
     metrics = {"queries": queries(cfg, raw_rag.embedder(cfg.embedder))}

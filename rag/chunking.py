@@ -17,6 +17,7 @@ def passage_splitter(chunk, overlap):
     """
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
+    # Tried in this order, each only where the one before leaves too much
     after_full_stop = "(?<=[。！？；।॥۔])"
     between_letters = rf"(?![{combining_marks()}])"
     separators = [r"\n\n", r"\n", " ", after_full_stop, between_letters, ""]
@@ -35,6 +36,7 @@ def passages(sections, chunk=1000, overlap=0, titles=False):
     check(chunk >= 50 and 0 <= overlap < chunk, message)
     splitter = passage_splitter(chunk, overlap)
     found = []
+    # Each passage knows its section
     for one in sections:
         name = one.metadata["id"]
         for i, text in enumerate(splitter.split_text(one.page_content)):

@@ -110,7 +110,7 @@ def main(cfg: Config) -> dict:
             rows[name][FEWER] = scores.fewer_failures(ranks[name], base)
         line = scores.table({"": rows[name]}).splitlines()[1].strip()
         print(f"{name}: {line}", flush=True)
-    # Table and picture
+    # Table and figure
     print("\n" + scores.table(rows), end="\n\n")
     (folder / "table.md").write_text(markdown(rows), "utf-8")
     hits = {name: row["hit@5"] for name, row in rows.items()}

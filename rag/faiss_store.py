@@ -93,6 +93,7 @@ class FaissStore(VectorStore):
         cls, texts: list[str], embedding: Any, metadatas: list[dict] | None = None, **kwargs: Any
     ) -> Any:
         refuse_options(kwargs)
+        # An empty store, then its first passages
         store = cls(embedding)
         store.sync(as_documents(texts, metadatas))
         return store
@@ -165,6 +166,7 @@ def matches(metadata, filter):
 
     filter: {name: value}, or a function of the metadata.
     """
+    # A function, or values that the metadata must have
     if callable(filter):
         return bool(filter(metadata))
     return all(name in metadata and metadata[name] == value for name, value in filter.items())

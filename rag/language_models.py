@@ -26,6 +26,7 @@ def context_length(model, tokenizer):
 
     The length of its table of positions, or what its tokenizer says.
     """
+    # Of the language model within a multimodal one
     config = getattr(model.config, "text_config", model.config)
     named = getattr(config, "max_position_embeddings", None)
     if not named:
@@ -86,6 +87,7 @@ class Local:
         """
         chat = [turn | {"content": self.letters(turn["content"])} for turn in chat]
         ids = self.template(chat)
+        # Too long: the middle goes
         if ids.shape[1] > self.room:
             front = self.room // 2
             ids = torch.cat([ids[:, :front], ids[:, front - self.room :]], 1)
@@ -122,6 +124,7 @@ class Local:
         """
         from transformers import TextIteratorStreamer
 
+        # Pieces of the answer come out of a queue
         ids = self.prompt(chat)
         pieces = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         left = threading.Event()
@@ -151,6 +154,7 @@ class Local:
     @torch.no_grad()
     def loss(self, chat, answer):
         """Mean negative log likelihood of an answer after this chat, in nats a token."""
+        # Tokens of the prompt, and of the answer as letters
         before = self.prompt(chat)
         letters = self.letters(answer)
         tokens = self.tokenizer(letters, add_special_tokens=False, return_tensors="pt")

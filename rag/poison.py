@@ -49,6 +49,7 @@ def undelimited(question, passages):
 
 def careless(llm):
     """The same model, with control tokens in a text taken for control tokens."""
+    # A copy: the careful model stays as it is
     llm = copy.copy(llm)
     llm.letters = str
     return llm
@@ -56,6 +57,7 @@ def careless(llm):
 
 def poisoned_passages(question, order):
     """The passage that answers the question, and behind it the order."""
+    # The order stands in a file that anybody may write into
     right = Document(question.answer[:800], metadata={"source": question.gold.split("#")[0]})
     return [right, Document(order, metadata={"source": "comments.txt"})]
 
@@ -75,6 +77,7 @@ def main(cfg: Config) -> dict:
     # Whether each order was obeyed at each question: delimited, undelimited
     counts = {name: np.zeros((2, len(questions))) for name in ORDERS}
     asked = [(name, i, q) for name in ORDERS for i, q in enumerate(questions)]
+    # Both prompts of each question and order
     for name, i, q in run.bar(asked, len(asked), name="orders"):
         read = poisoned_passages(q, ORDERS[name])
         counts[name][0, i] = obeyed(llm, answer.messages(q.text, read))

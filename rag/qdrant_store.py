@@ -56,6 +56,7 @@ class QdrantStore(VectorStore):
         """{key: id of the point} of everything in the collection."""
         found = {}
         offset = None
+        # A thousand points at a time
         while True:
             records, offset = self.client.scroll(
                 self.NAME, limit=1000, offset=offset, with_payload=False
@@ -85,6 +86,7 @@ class QdrantStore(VectorStore):
         self, query: str, k: int = 4, **kwargs: Any
     ) -> list[tuple[Document, float]]:
         """As FaissStore; `filter` and other options are those of langchain_qdrant."""
+        # Our embedder, which reads it as a question
         vector = self.embedder.encode([query])[0].tolist()
         return self.similarity_search_with_score_by_vector(vector, k, **kwargs)
 

@@ -47,6 +47,7 @@ class QuestionService:
 
     def refuse(self, question, visitor):
         """-> one line, why this is not answered; empty if it is."""
+        # Empty or too long
         if not question:
             return "Type a question first."
         if len(question) > LONGEST:

@@ -15,6 +15,7 @@ from utils.run import check
 
 def document_key(document):
     """Hash of a document, text and metadata: its name in a store, 63 bits."""
+    # The same bytes for the same metadata, in whatever order they were set
     text = json.dumps([document.page_content, document.metadata], sort_keys=True)
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
@@ -25,6 +26,7 @@ def changes(have, documents):
 
     `have`: the keys that are in the store.
     """
+    # The same passage twice is one
     wanted = {document_key(d): d for d in documents}
     new = {k: d for k, d in wanted.items() if k not in have}
     gone = [k for k in have if k not in wanted]
@@ -46,10 +48,12 @@ def refuse_options(kwargs):
 
 def refuse_other_settings(then, settings, place):
     """Raises UserError if a store was made with other settings than those of this run."""
+    # Embedder, length and overlap of passages, titles
     different = []
     for name, now in settings.items():
         if then.get(name) != now:
             different.append(f"{name} {then.get(name)}, now {now}")
     changed = ", ".join(different)
-    message = f"the index in {place} was made with {changed}: delete it, or choose another place with --out"
+    remedy = "delete it, or choose another place with --out"
+    message = f"the index in {place} was made with {changed}: {remedy}"
     check(not changed, message)
