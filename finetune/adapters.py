@@ -1,11 +1,11 @@
 """Adapter folders in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-A folder is read key by key. A key that would change what the weights mean and that this chapter does not know is
-refused by its name: an adapter that was started as PiSSA, say, is the difference to another base model than the one it
-names, and would load without a word and answer nonsense.
+A folder is read key by key. A key that would change what the weights mean and that this chapter
+does not know is refused by its name: an adapter that was started as PiSSA, say, is the difference
+to another base model than the one it names, and would load without a word and answer nonsense.
 
-Folders that this book writes hold a hash of their weights and a copy of their settings, so that damage is seen; PEFT
-passes over both.
+Folders that this book writes hold a hash of their weights and a copy of their settings, so that
+damage is seen; PEFT passes over both.
 """
 
 import json
@@ -20,47 +20,20 @@ from utils.text import printable, read_text
 PREFIX = "base_model.model."  # PEFT wraps a model twice, and its files say so
 
 # Keys that say where an adapter comes from or how it was trained: they change nothing of what it computes.
-NOTES = {
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-}
-NOTES |= {"inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"}
+NOTES = {"peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"}
+NOTES |= {"base_model_name_or_path", "revision"}
+NOTES |= {"lora_dropout", "megatron_core", "qalora_group_size"}
 # How the numbers of a soft prompt were made; the file holds what came out.
-NOTES |= {
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-    "tokenizer_name_or_path",
-    "tokenizer_kwargs",
-}
-NOTES |= {
-    "encoder_reparameterization_type",
-    "encoder_hidden_size",
-    "encoder_num_layers",
-    "encoder_dropout",
-}
+NOTES |= {"prompt_tuning_init", "prompt_tuning_init_text"}
+NOTES |= {"tokenizer_name_or_path", "tokenizer_kwargs"}
+NOTES |= {"encoder_reparameterization_type", "encoder_hidden_size"}
+NOTES |= {"encoder_num_layers", "encoder_dropout"}
 NOTES |= {"prefix_projection", "init_weights"}
 # What is used, by the kind of adapter.
-LORA = {
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "modules_to_save",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "init_lora_weights",
-}
-PROMPT = {
-    "num_virtual_tokens",
-    "token_dim",
-    "num_layers",
-    "num_attention_heads",
-    "num_transformer_submodules",
-}
+LORA = {"r", "lora_alpha", "target_modules", "modules_to_save"}
+LORA |= {"use_rslora", "use_dora", "bias", "init_lora_weights"}
+PROMPT = {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads"}
+PROMPT |= {"num_transformer_submodules"}
 USED = {
     "LORA": LORA,
     "IA3": {"target_modules", "feedforward_modules", "modules_to_save", "init_ia3_weights"},
@@ -84,7 +57,7 @@ def base_of(model):
 
 
 def write(folder, config, tensors):
-    """Write an adapter as PEFT writes it, and into the file of the weights their hash and a copy of the settings."""
+    """Write an adapter as PEFT does, and beside its weights a hash and a copy of the settings."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(folder / "adapter_model.safetensors", tensors, meta=config)
@@ -94,8 +67,8 @@ def write(folder, config, tensors):
 def read(folder, kinds):
     """What PEFT's two files hold, ours or PEFT's: (config, {name: tensor}).
 
-    kinds: the kinds of adapter that may be there. Raises UserError, one line: no adapter, another kind, a key that is
-    not known, damage.
+    kinds: the kinds of adapter that may be there. Raises UserError, one line: no adapter, another
+    kind, a key that is not known, damage.
     """
     folder = Path(folder)
     name = printable(folder)
@@ -105,13 +78,14 @@ def read(folder, kinds):
     except run.UserError as error:
         raise run.UserError(f"no adapter in {name}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise run.UserError(
-            f"no adapter in {name}: adapter_config.json is no JSON ({printable(error)})"
-        ) from None
+        what = f"adapter_config.json is no JSON ({printable(error)})"
+        raise run.UserError(f"no adapter in {name}: {what}") from None
+    # every key is one that is known here
     check_config(config, kinds, name)
     # ours: of PEFT's own files the header says the format only
     if set(header) - {"format"}:
         check_hash(config, tensors, header, name)
+    # every weight is a number
     for key, tensor in tensors.items():
         finite = tensor.is_floating_point() and bool(tensor.isfinite().all())
         run.check(finite, f"{name}: {printable(key)} holds something else than finite numbers")
@@ -119,26 +93,27 @@ def read(folder, kinds):
 
 
 def read_tensors(path):
-    """A safetensors file -> ({name: tensor}, the metadata of its header). Raises UserError if it is not whole."""
+    """A safetensors file -> ({name: tensor}, metadata). Raises UserError if it is not whole."""
     run.check(path.is_file(), f"there is no {path.name}; pickled weights (.bin) are not read")
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no dict)
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise run.UserError(
-            f"{path.name} is not a whole safetensors file ({printable(error)[:80]})"
-        ) from None
+        what = printable(error)[:80]
+        raise run.UserError(f"{path.name} is not a whole safetensors file ({what})") from None
 
 
 def check_config(config, kinds, name):
-    """Raises UserError for another kind of adapter, and for keys and values that this chapter does not know."""
+    """Raises UserError for another kind of adapter, and for unknown keys and values."""
+    # the kind
     kind = config.get("peft_type") if isinstance(config, dict) else None
     known = isinstance(kind, str) and kind in kinds
     run.check(known, f"{name} holds an adapter of kind {printable(kind)}, not {' or '.join(kinds)}")
     where = f"{name}/adapter_config.json"
-    # A key that is empty asks for nothing, whatever it is called.
+    # keys that are not known; one that is empty asks for nothing, whatever it is called
     beyond = sorted(key for key, value in config.items() if value and key not in NOTES | USED[kind])
+    # values that are not known
     values = {
         "bias": ("none",),
         "init_lora_weights": (True, False, "gaussian"),
@@ -154,17 +129,15 @@ def check_config(config, kinds, name):
     run.check(
         not beyond, f"{where} has {listed}, which this script does not know; load it with PEFT"
     )
+    # keys that are missing
     lacking = [key for key in NEEDED[kind] if config.get(key) is None]
     run.check(not lacking, f"{where} lacks {', '.join(lacking)}")
+    # numbers, lists of names, and flags are what they should be
     numbers = {"r": int, "num_virtual_tokens": int, "lora_alpha": (int, float)}
     for key, types in numbers.items():
         value = config.get(key, 1)
-        good = (
-            isinstance(value, types)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and value > 0
-        )
+        number = isinstance(value, types) and not isinstance(value, bool)
+        good = number and math.isfinite(value) and value > 0
         run.check(good, f"{where}: {key} is {printable(value)}; it must be a number above 0")
     for key in ("target_modules", "modules_to_save", "feedforward_modules"):
         value = config.get(key)
@@ -176,19 +149,20 @@ def check_config(config, kinds, name):
 
 
 def check_hash(config, tensors, header, name):
-    """Raises UserError if a folder of ours is not as it was written. The place of the base model may have changed."""
+    """Raises UserError if a folder of ours is not as it was written. The place of the base model
+    may have changed.
+    """
+    # the weights
     text = header.get("meta", "")
     whole = header.get("sha256") == checkpoint.digest(tensors, text)
     run.check(
         whole,
         f"{name}/adapter_model.safetensors is damaged: its weights are not those that were written",
     )
+    # the settings
     written = json.loads(text) or config
-    changed = [
-        k
-        for k in written.keys() | config.keys()
-        if k not in NOTES and written.get(k) != config.get(k)
-    ]
+    keys = (written.keys() | config.keys()) - NOTES
+    changed = [key for key in keys if written.get(key) != config.get(key)]
     listed = printable(", ".join(sorted(changed)))
     run.check(not changed, f"{name}/adapter_config.json is not as it was written: {listed}")
 
