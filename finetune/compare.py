@@ -1,7 +1,9 @@
-"""Methods compared on one task, under one budget of steps: accuracy, memory, time, size of the checkpoint.
+"""Methods compared on one task, under one budget of steps: accuracy, memory, time, size of the
+checkpoint.
 
-Each method runs as a process of its own, by the command that its page shows, so that memory is its own and
-the table can be had line by line. Learning rates are those of the scripts, each chosen on the validation texts.
+Each method runs as a process of its own, by the command that its page shows, so that memory is its
+own and the table can be had line by line. Learning rates are those of the scripts, each chosen on
+the validation texts.
 
     python finetune/compare.py                                     # all methods, one after another
     python finetune/compare.py --resume                            # after a break: keep what is finished
@@ -39,9 +41,12 @@ METHODS = {  # name: script and flags
     "qlora, 4 bits": "llama2_qlora.py --bits 4",
 }
 COLUMNS = {  # of the table: what metrics.json calls it
-    "trained": "trained", "tensors, MiB": "tensor_MiB", "process, MiB": "process_MiB",
-    "CPU s a step": "seconds_per_step", "file, MiB": "checkpoint_MiB",
-}  # fmt: skip
+    "trained": "trained",
+    "tensors, MiB": "tensor_MiB",
+    "process, MiB": "process_MiB",
+    "CPU s a step": "seconds_per_step",
+    "file, MiB": "checkpoint_MiB",
+}
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,14 @@ class Config(sentiment_data.Task):
 def command(cfg, flags, folder):
     """The command line of a script, with what it shares with the others in this comparison."""
     script, *own = flags.split()
-    same = [
-        "--data",
-        cfg.data,
-        "--threshold",
-        cfg.threshold,
-        "--pattern",
-        cfg.pattern,
-        "--words",
-        *cfg.words,
-    ]
+    # the task, the model and the seed
+    same = ["--data", cfg.data, "--threshold", cfg.threshold]
+    same += ["--pattern", cfg.pattern, "--words", *cfg.words]
     same += ["--split", cfg.split, "--texts", cfg.texts, "--model", cfg.model, "--seed", cfg.seed]
     same += ["--device", cfg.device, "--out", folder]
-    same += (
-        [] if script == "llama2_hard_prompt.py" else ["--steps", cfg.steps, "--batch", cfg.batch]
-    )
+    # the budget of what is trained
+    if script != "llama2_hard_prompt.py":
+        same += ["--steps", cfg.steps, "--batch", cfg.batch]
     return [sys.executable, str(Path(__file__).with_name(script)), *own, *map(str, same)]
 
 
@@ -84,23 +82,25 @@ def measure(cfg, name, flags, folder):
     place = folder / name.replace(", ", "_").replace(" ", "_")
     words = command(cfg, flags, place)
     done = place / "metrics.json"
+    # a result of the very same command is kept
     if cfg.resume and done.is_file():
         metrics = json.loads(done.read_text("utf-8"))
         if metrics["command"] == shlex.join(["python", *words[1:]]):
             return metrics
     print(f"== {name}: {flags}", flush=True)
     ran = subprocess.run(words)
-    run.check(
-        ran.returncode == 0,
-        f"{name} failed; go on with --resume: what ran before it is kept in {folder}",
-    )
+    well = ran.returncode == 0
+    run.check(well, f"{name} failed; go on with --resume: what ran before it is kept in {folder}")
     return json.loads(done.read_text("utf-8"))
 
 
 def written(x):
+    """A cell of the table: a count, a number of three digits, or nothing."""
     if x is None:
         return ""
-    return f"{x:,}" if isinstance(x, int) else f"{x:.3g}" if x < 100 else f"{x:.0f}"
+    if isinstance(x, int):
+        return f"{x:,}"
+    return f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
 def table(rows):
@@ -118,24 +118,25 @@ def table(rows):
 
 
 def plot(path, rows):
-    """What each method reaches, and what it costs, side by side; methods that train nothing are drawn as lines."""
+    """What each method reaches, and what it costs, side by side; methods that train nothing are
+    drawn as lines.
+    """
     import matplotlib.pyplot as plt
 
     trained = {name: m for name, m in rows.items() if m.get("trained")}
     figure, axes = plt.subplots(1, 4, figsize=(11, 0.3 * len(trained) + 1.4), sharey=True)
     places = range(len(trained))
+    # accuracy with its interval
     for i, m in enumerate(trained.values()):
         error = [[m["accuracy"] - m["low"]], [m["high"] - m["accuracy"]]]
         axes[0].errorbar(m["accuracy"], i, xerr=error, fmt="o", capsize=2, color="steelblue")
-    for k, (name, m) in enumerate((n, m) for n, m in rows.items() if not m.get("trained")):
-        axes[0].axvline(
-            m["accuracy"],
-            color="black",
-            linewidth=1,
-            linestyle=("-", "--", ":", "-.")[k % 4],
-            label=name,
-        )
+    # methods that train nothing, as lines
+    untrained = {name: m for name, m in rows.items() if name not in trained}
+    for k, (name, m) in enumerate(untrained.items()):
+        style = ("-", "--", ":", "-.")[k % 4]
+        axes[0].axvline(m["accuracy"], color="black", linewidth=1, linestyle=style, label=name)
     axes[0].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    # costs, one panel each
     costs = {
         "trained weights": "trained",
         "CPU seconds a step": "seconds_per_step",
@@ -156,21 +157,26 @@ def main(cfg: Config) -> dict:
     run.check(min(cfg.steps, cfg.batch) > 0, "--steps and --batch must be above 0")
     unknown = [name for name in cfg.only if name not in METHODS]
     run.check(not unknown, f"--only {unknown}: there are {', '.join(METHODS)}")
-    folder, parts = run.output(cfg.out, replace(cfg, resume=False)), sentiment_data.load(cfg)
+    folder = run.output(cfg.out, replace(cfg, resume=False))
+    # two classifiers without a language model
+    parts = sentiment_data.load(cfg)
     texts, truth = zip(*parts["scored"])
     rows = {"majority": classification_metrics.scores(truth, sentiment.majority(parts))}
     if len(cfg.words) == 2:
         rows["VADER"] = classification_metrics.scores(truth, sentiment.vader(texts))
+    # hard prompts, which train nothing
     asked = measure(cfg, "in words", "llama2_hard_prompt.py --shots 0 4", folder)
     for name, key in ASKED.items():
         rows[name] = asked[key] | {"generated": asked[f"{key}, generated"]["accuracy"]}
+    # every method in a process of its own
     for name in cfg.only or METHODS:
         m = measure(cfg, name, METHODS[name], folder)
         counted = {k: m[k] for k in COLUMNS.values()}
         rows[name] = m["likelihood"] | {"generated": m["generated"]["accuracy"]} | counted
-    (folder / "table.md").write_text("\n".join(table(rows)) + "\n", "utf-8")
+    lines = "\n".join(table(rows))
+    (folder / "table.md").write_text(lines + "\n", "utf-8")
     plot(folder / "compare.png", rows)
-    print("\n".join(table(rows)))
+    print(lines)
     return run.report(folder, rows)
 
 
