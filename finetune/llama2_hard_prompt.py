@@ -1,15 +1,19 @@
-"""Hard prompts: zero-shot and few-shot prompting, calibration. Schick & Schuetze 2020, arXiv:2001.07676.
+"""Hard prompts: zero-shot and few-shot prompting, calibration. Schick & Schuetze 2020,
+arXiv:2001.07676.
 
-A pattern turns a text into a question, a verbalizer says which word means which label, and the more likely word wins:
-no training at all. How much depends on the wording is the lesson. Two cures are known. Examples in the prompt (Brown et
-al. 2020, arXiv:2005.14165), and calibration (Zhao et al. 2021, arXiv:2102.09690): ask about an empty text first, and
-take away what the model would have said anyway.
+A pattern turns a text into a question, a verbalizer says which word means which label, and the more
+likely word wins: no training at all. How much depends on the wording is the lesson. Two cures are
+known. Examples in the prompt (Brown et al. 2020, arXiv:2005.14165), and calibration (Zhao et al.
+2021, arXiv:2102.09690): ask about an empty text first, and take away what the model would have said
+anyway.
 
-Examples are the same before every text, so the model reads them once, and what it keeps of them, keys and values, is
-put before each question: llama2_prefix.py learns such keys and values instead of reading them.
+Examples are the same before every text, so the model reads them once, and what it keeps of them,
+keys and values, is put before each question: llama2_prefix.py learns such keys and values instead
+of reading them.
 
 Shapes: N texts, K answers.
-Differences from the papers: one pattern at a time, no ensemble; calibration by one empty text, "N/A".
+Differences from the papers: one pattern at a time, no ensemble; calibration by one empty text,
+"N/A".
 
     python finetune/llama2_hard_prompt.py
     python finetune/llama2_hard_prompt.py --pattern "{text} It was" --words " terrible" " great"
@@ -21,13 +25,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from finetune import classification_metrics, llama2_prefix, sentiment, sentiment_data, task_setup
+from finetune import llama2_prefix, sentiment, sentiment_data, task_setup
+from finetune.classification_metrics import scores
 from utils import figures, run
 
 
 @dataclass(frozen=True)
 class Config(sentiment_data.Task):
-    """Score a language model on patterns, examples in the prompt, and with calibration; nothing is trained."""
+    """Score a language model on patterns, few-shot examples and calibration; nothing is trained."""
 
     model: str = "smollm2"  # smollm2, a local folder, or a hub id such as meta-llama/Llama-2-7b-hf
     shots: tuple[int, ...] = (0, 4)  # numbers of examples in the prompt
@@ -52,22 +57,26 @@ def wordings(cfg):
 
 
 def examples(pairs, count, words, seed=0):
-    """`count` texts to show, the labels in turn so that all are there equally often: [(text, label)]."""
-    fewest = min(sum(y == k for _, y in pairs) for k in range(len(words)))
-    run.check(
-        count <= fewest * len(words),
-        f"--shots {count}: there are {fewest} training texts of a label",
-    )
+    """`count` texts to show, the labels in turn, so equally often: [(text, label)]."""
+    # shuffled, and sorted by label
     order = np.random.default_rng(seed).permutation(len(pairs))
-    kinds = [[pairs[i] for i in order if pairs[i][1] == k] for k in range(len(words))]
+    kinds = [[] for _ in words]
+    for i in order:
+        _, label = pairs[i]
+        kinds[label].append(pairs[i])
+    # of each label as many as the others
+    fewest = min(map(len, kinds))
+    enough = count <= fewest * len(words)
+    run.check(enough, f"--shots {count}: there are {fewest} training texts of a label")
     return [kinds[i % len(words)][i // len(words)] for i in range(count)]
 
 
 def shown(tokenizer, task, pairs):
-    """Solved questions as one string, to stand before each question."""
-    return "".join(
-        sentiment.prompt(tokenizer, task, text) + task.words[y] + "\n\n" for text, y in pairs
-    )
+    """Few-shot examples, solved questions as one string, to stand before each question."""
+    solved = ""
+    for text, label in pairs:
+        solved += sentiment.prompt(tokenizer, task, text) + task.words[label] + "\n\n"
+    return solved
 
 
 def after(model, tokenizer, text):
@@ -78,49 +87,51 @@ def after(model, tokenizer, text):
     return llama2_prefix.network(model, lambda: kept)
 
 
-def calibrated(scores, empty):
-    """log p(answer | question) - log p(answer | empty question): (N, K), (1, K) -> (N, K). Zhao et al. 2021, Sec. 5."""
-    return scores - empty
+def calibrated(log_p, empty):
+    """log p(answer | question) - log p(answer | empty question): (N, K), (1, K) -> (N, K). Zhao et
+    al. 2021, Sec. 5.
+    """
+    return log_p - empty
 
 
 def main(cfg: Config) -> dict:
-    """Ask every wording without examples, the first with examples, too; each with and without calibration."""
-    run.check(
-        cfg.shots and min(cfg.shots) >= 0,
-        "--shots takes one or more numbers, none of them negative",
-    )
-    bench, metrics = task_setup.start(cfg), {}
-    tokenizer, parts, folder = bench.tokenizer, bench.parts, bench.folder
+    """Ask every wording zero-shot, the first few-shot, too; each with and without calibration."""
+    possible = cfg.shots and min(cfg.shots) >= 0
+    run.check(possible, "--shots takes one or more numbers, none of them negative")
+    bench = task_setup.start(cfg)
+    tokenizer = bench.tokenizer
+    parts = bench.parts
+    metrics = {}
     texts, truth = zip(*parts["scored"])
     for name, (pattern, words) in wordings(cfg).items():
+        # the question in these words
         task = replace(cfg, pattern=pattern, words=words)
         questions = [sentiment.prompt(tokenizer, task, text) for text in texts]
         for shots in cfg.shots if name == "yours" else (0,):
+            # few-shot: the model reads the examples once
             few = shown(tokenizer, task, examples(parts["train"], shots, words, cfg.seed))
             ask = after(bench.model, tokenizer, few), tokenizer
+            # the likelier answer, with and without calibration by an empty text
             answers = sentiment.answers(tokenizer, task)
-            scores = sentiment.likelihood(*ask, questions, answers, bench.device)
-            empty = sentiment.likelihood(
-                *ask, [pattern.replace("{text}", "N/A")], answers, bench.device
-            )
-            for label, x in (("", scores), (", calibrated", calibrated(scores, empty))):
-                metrics[f"{name}, {shots} examples{label}"] = classification_metrics.scores(
-                    truth, x.argmax(-1).tolist()
-                )
+            log_p = sentiment.likelihood(*ask, questions, answers, bench.device)
+            nothing = [pattern.replace("{text}", "N/A")]
+            empty = sentiment.likelihood(*ask, nothing, answers, bench.device)
+            for label, x in (("", log_p), (", calibrated", calibrated(log_p, empty))):
+                likely = x.argmax(-1).tolist()
+                metrics[f"{name}, {shots} examples{label}"] = scores(truth, likely)
+            # the generated answer
             if name == "yours":
-                written = sentiment.generate(*ask, questions, bench.device, max(map(len, answers)))
-                said = sentiment.parse_labels(written, words)
-                metrics[f"{name}, {shots} examples, generated"] = classification_metrics.scores(
-                    truth, said
-                )
-    metrics["majority"] = classification_metrics.scores(truth, sentiment.majority(parts))
+                longest = max(map(len, answers))
+                written = sentiment.generate(*ask, questions, bench.device, longest)
+                predicted = sentiment.parse_labels(written, words)
+                metrics[f"{name}, {shots} examples, generated"] = scores(truth, predicted)
+    # two classifiers without a language model
+    metrics["majority"] = scores(truth, sentiment.majority(parts))
     if len(cfg.words) == 2:
-        metrics["vader"] = classification_metrics.scores(truth, sentiment.vader(texts))
-    figures.bars(
-        folder / "wordings.png",
-        {k: (v["accuracy"], v["low"], v["high"]) for k, v in metrics.items()},
-    )
-    return run.report(folder, metrics, then="python finetune/llama2_full.py")
+        metrics["vader"] = scores(truth, sentiment.vader(texts))
+    bars = {name: (m["accuracy"], m["low"], m["high"]) for name, m in metrics.items()}
+    figures.bars(bench.folder / "wordings.png", bars)
+    return run.report(bench.folder, metrics, then="python finetune/llama2_full.py")
 
 
 if __name__ == "__main__":
