@@ -1,9 +1,11 @@
-"""Decoding: greedy search, beam search, temperature, top-k, top-p, repetition penalty, each written out.
+"""Decoding: greedy search, beam search, temperature, top-k, top-p, repetition penalty, each written
+out.
 
-Greedy search takes the most probable token, beam search keeps the most probable few sentences, sampling draws: from all
-tokens, the k best (top-k), or the fewest that have probability p together (top-p, nucleus). Holtzman et al. 2020,
-arXiv:1904.09751. Searches and sampling are in generation.py, what changes the logits before is in
-logits_processors.py; here seven decoders go on with one prompt.
+Greedy search takes the most probable token, beam search keeps the most probable few sentences,
+sampling draws: from all tokens, the k best (top-k), or the fewest that have probability p together
+(top-p, nucleus). Holtzman et al. 2020, arXiv:1904.09751. Searches and sampling are in
+generation.py, what changes the logits before is in logits_processors.py; here seven decoders go on
+with one prompt.
 
 Shapes: B prompts of N tokens, T new tokens. Any causal language model of transformers will do.
 
@@ -47,10 +49,13 @@ class Config:
 
 
 def pieces(tokens, tokenizer):
-    """Ids one after the other -> pieces of text, each as soon as its letters are whole: an emoji has several tokens."""
+    """Ids one after the other -> pieces of text, each as soon as its letters are whole: an emoji
+    has several tokens.
+    """
     ids = []
     shown = ""
     for token in tokens:
+        # all of it again: a letter may need the bytes of several tokens
         ids.append(int(token))
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # the sign for bytes that are no letter yet
@@ -59,7 +64,8 @@ def pieces(tokens, tokenizer):
 
 
 def repeated(tokens, n=4):
-    """n-gram repetition: the fraction of runs of n tokens that stood there before, 1 - distinct-n. Li et al. 2016.
+    """n-gram repetition: the fraction of runs of n tokens that stood there before, 1 - distinct-n.
+    Li et al. 2016.
 
     [id] -> float, 0 ... 1
     """
@@ -68,7 +74,7 @@ def repeated(tokens, n=4):
 
 
 def decoders(model, cfg, **options):
-    """{name: a function from a prompt to new tokens (B,T)}: the seven decoders. Options: those of `stream`."""
+    """{name: a function from a prompt to new tokens (B,T)}. Options: those of `stream`."""
     options = {"max_new_tokens": cfg.max_new_tokens} | options
 
     def greedy_search(prompt):
@@ -107,6 +113,7 @@ def decoders(model, cfg, **options):
 
 def left_padded(prompts, pad, device="cpu"):
     """[ids] of any lengths -> {"input_ids": (B,N), "attention_mask": (B,N)}."""
+    # left padding, and where there is a token
     wide = max(map(len, prompts))
     rows = [[pad] * (wide - len(ids)) + ids for ids in prompts]
     mask = [[0] * (wide - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -121,6 +128,7 @@ def prompt_ids(tokenizer, prompt, chat):
     if not chat:
         return tokenizer(clean(prompt))["input_ids"]
     check(tokenizer.chat_template, "--chat: this model has no chat template; leave it out")
+    # one turn of the user, in the model's template
     turn = [{"role": "user", "content": plain(prompt, tokenizer)}]
     text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them already
@@ -144,7 +152,7 @@ def load(name, device):
 
 
 def score(model, tokens, eos, **prompt):
-    """Each new text up to its end: [(log p of each token (T,), fraction of 4-grams that are repeated)]."""
+    """Each new text up to its end: [(log p of each token (T,), fraction of repeated 4-grams)]."""
     log_p = log_probs(model, tokens, **prompt).cpu()
     scored = []
     for i, row in enumerate(tokens):

@@ -1,8 +1,9 @@
 """Decoders compared: probability and repetition of what they write, beside what people wrote.
 
-Holtzman et al. 2020, arXiv:1904.09751, Fig. 2: the most probable text is a dull one. Seven decoders (decode.py) go on
-with real paragraphs of manuals from their first 24 tokens; every text is scored by the log probability that the model
-itself gives it, and by the fraction of its 4-grams that are repeated.
+Holtzman et al. 2020, arXiv:1904.09751, Fig. 2: the most probable text is a dull one. Seven decoders
+(decode.py) go on with real paragraphs of manuals from their first 24 tokens; every text is scored
+by the log probability that the model itself gives it, and by the fraction of its 4-grams that are
+repeated.
 
     python deploy/decode_study.py
     python deploy/decode_study.py --passages 20 --max-new-tokens 128
@@ -20,14 +21,14 @@ from utils.run import check
 
 @dataclass(frozen=True)
 class Config(decode.Config):
-    """Decode the same prompts in seven ways; compare probability and repetition with what people wrote."""
+    """Decode the same prompts in seven ways; compare probability and repetition with people's."""
 
     passages: int = 6  # paragraphs of real manuals; their first 24 tokens are the prompt
     out: str = "outputs/decode_study"
 
 
 def passages(tokenizer, count, tokens, head=24):
-    """Paragraphs of plain prose from all over three manuals: beginnings [ids], and what follows (count,tokens)."""
+    """Paragraphs of prose from three manuals: beginnings [ids], and what follows (count,tokens)."""
     # paragraphs without markup or code
     texts = []
     for _, page in data.docs():
@@ -49,7 +50,7 @@ def mean(values):
 
 
 def draw(path, scored):
-    """Left: probability of each token of one text, as Holtzman et al., Fig. 2. Right: log p against repetition."""
+    """Left: probability of each token of one text (Fig. 2). Right: log p against repetition."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9), width_ratios=(1.2, 1))
@@ -83,7 +84,9 @@ def draw(path, scored):
 
 
 def main(cfg: Config) -> dict:
-    """Decode the prompt and the beginnings of real paragraphs in seven ways; writes texts, a table and the figure."""
+    """Decode the prompt and the beginnings of real paragraphs in seven ways; writes texts, a table
+    and the figure.
+    """
     # flags, model and prompts; what is wrong with them ends the run before anything is written
     decode.check_flags(cfg)
     check(cfg.passages > 0, "--passages must be 1 or more")

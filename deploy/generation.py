@@ -1,12 +1,13 @@
-"""Generation with a KV cache: greedy search, sampling, beam search, and the log probability of given tokens.
+"""Generation with a KV cache: greedy search, sampling, beam search, and the log probability of
+given tokens.
 
-Greedy search takes the most probable token, sampling draws one, beam search keeps the most probable K beginnings. Wu et
-al. 2016, arXiv:1609.08144, Sec. 7 (length); lengths are penalised as in transformers. What happens to the logits before
-a token is chosen is in logits_processors.py.
+Greedy search takes the most probable token, sampling draws one, beam search keeps the most probable
+K beginnings. Wu et al. 2016, arXiv:1609.08144, Sec. 7 (length); lengths are penalised as in
+transformers. What happens to the logits before a token is chosen is in logits_processors.py.
 
-Shapes: B prompts of N tokens, V tokens in the vocabulary, D width, K beams, T new tokens. A prompt is `input_ids` (B,N)
-or, if it has images in it, `inputs_embeds` (B,N,D); shorter ones are padded on the left, `attention_mask` (B,N) is 0
-there. Any causal language model of transformers will do.
+Shapes: B prompts of N tokens, V tokens in the vocabulary, D width, K beams, T new tokens. A prompt
+is `input_ids` (B,N) or, if it has images in it, `inputs_embeds` (B,N,D); shorter ones are padded on
+the left, `attention_mask` (B,N) is 0 there. Any causal language model of transformers will do.
 """
 
 from typing import Any
@@ -19,7 +20,10 @@ from utils.run import check
 
 
 def ends(tokenizer, model=None):
-    """The ids that end a text, in order: the tokenizer's, and those of the model's generation_config, often several."""
+    """The ids that end a text, in order: the tokenizer's, and those of the model's
+    generation_config, often several.
+    """
+    # the tokenizer names one, the model none, one or several
     named = [tokenizer.eos_token_id]
     config = getattr(model, "generation_config", None)
     more = getattr(config, "eos_token_id", None)
@@ -28,10 +32,11 @@ def ends(tokenizer, model=None):
 
 
 def check_length(model, tokens, new, most=None):
-    """Raises UserError unless a prompt of so many tokens and so many new ones fit into the model's positions.
+    """Raises UserError unless a prompt of so many tokens and so many new ones fit into the model's
+    positions.
 
-    Past its table of positions a model crashes (GPT-2) or prints noise (rotary ones). most: tokens of a prompt that one
-    is ready to wait for.
+    Past its table of positions a model crashes (GPT-2) or prints noise (rotary ones). most: tokens
+    of a prompt that one is ready to wait for.
     """
     short = most is None or tokens <= most
     check(short, f"the prompt has {tokens} tokens, --max-prompt is {most}: shorten the prompt")
@@ -45,7 +50,9 @@ def check_length(model, tokens, new, most=None):
 
 
 def forward(model, mask, cache=None, **new):
-    """Feed what is new: logits of the token that comes next (B,V) in float32, and the cache of all keys and values."""
+    """Feed what is new: logits of the token that comes next (B,V) in float32, and the cache of all
+    keys and values.
+    """
     width = next(iter(new.values())).shape[1]
     # padding does not count
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -width:]
@@ -99,10 +106,11 @@ def is_end(token, eos):
 
 @torch.no_grad()
 def stream(model, pick=argmax_token, max_new_tokens=40, eos=None, pad=0, repetition=1.0, **prompt):
-    """Yields the next token of every prompt, (B,), as soon as it is chosen; `pad` after an end, until all have ended.
+    """Yields the next token of every prompt, (B,), as soon as it is chosen; `pad` after an end,
+    until all have ended.
 
-    prompt: input_ids or inputs_embeds, attention_mask, as the head of this file says. Raises UserError if they do not
-    fit together. eos: the ids that end a text.
+    prompt: input_ids or inputs_embeds, attention_mask, as the head of this file says. Raises
+    UserError if they do not fit together. eos: the ids that end a text.
     """
     possible = max_new_tokens > 0 and repetition > 0
     check(possible, "max_new_tokens must be at least 1, the repetition penalty above 0")
@@ -125,13 +133,14 @@ def stream(model, pick=argmax_token, max_new_tokens=40, eos=None, pad=0, repetit
 
 
 def greedy(model, **options):
-    """Greedy decoding, the most probable token each time: new tokens (B,T). Options: those of `stream`."""
+    """Greedy decoding: the most probable token each time -> (B,T). Options: those of `stream`."""
     tokens = list(stream(model, argmax_token, **options))
     return torch.stack(tokens, dim=1)
 
 
 def sample(model, temperature=1.0, k=0, p=1.0, generator=None, **options):
-    """Sampling, from the k best tokens or the nucleus p if given, else from the full distribution: new tokens (B,T).
+    """Sampling, from the k best tokens or the nucleus p if given, else from the full distribution:
+    new tokens (B,T).
 
     Options: those of `stream`.
     """
@@ -156,8 +165,8 @@ def beam(
     """Beam search, the likeliest sentences that K beams find, best first.
 
     -> tokens (B,num_return,T), scores (B,num_return). The score of a sentence that ended is
-    sum log p / T ** length_penalty. A prompt is done when K sentences have ended and none that goes on could score
-    better at its present length (early_stopping: when K have ended).
+    (sum log p) / T ** length_penalty. A prompt is done when K sentences have ended and none that goes on
+    could score better at its present length (early_stopping: when K have ended).
     """
     possible = 1 <= num_return <= beams and max_new_tokens > 0
     check(possible, "beams must be at least num_return, and both at least 1")
@@ -224,7 +233,7 @@ def beam(
 
 @torch.no_grad()
 def log_probs(model, tokens, input_ids=None, inputs_embeds=None, attention_mask=None):
-    """log p of each of the tokens (B,T) after the prompt and the tokens before it: (B,T), in one pass."""
+    """log p of each of the tokens (B,T) after prompt and tokens before it, in one pass: (B,T)."""
     embed = model.get_input_embeddings()
     x = embed(input_ids) if inputs_embeds is None else inputs_embeds
     mask = all_ones_mask(x) if attention_mask is None else attention_mask.long()

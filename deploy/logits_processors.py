@@ -1,7 +1,8 @@
-"""Logits processors: repetition penalty, temperature, top-k, top-p (nucleus); and the draw of a token.
+"""Logits processors: repetition penalty, temperature, top-k, top-p (nucleus); and the draw of a
+token.
 
-Holtzman et al. 2019, arXiv:1904.09751, whose sections and equations are named; Keskar et al. 2019, arXiv:1909.05858
-(repetition penalty). Shapes: B prompts, V tokens in the vocabulary.
+Holtzman et al. 2019, arXiv:1904.09751, whose sections and equations are named; Keskar et al. 2019,
+arXiv:1909.05858 (repetition penalty). Shapes: B prompts, V tokens in the vocabulary.
 """
 
 import torch
@@ -10,17 +11,21 @@ from utils.run import check
 
 
 def repetition_penalty(logits, seen, penalty):
-    """Make tokens that were there before less likely: (B,V), counts (B,V) -> (B,V). Keskar et al. 2019, Sec. 4.1.
+    """Make tokens that were there before less likely: (B,V), counts (B,V) -> (B,V). Keskar et al.
+    2019, Sec. 4.1.
 
-    The paper divides every logit, which makes a token with a negative one likelier: these are multiplied, as in
-    transformers. Words of the prompt count, too: never use it where an answer is to be copied from a passage.
+    The paper divides every logit, which makes a token with a negative one likelier: these are
+    multiplied, as in transformers. Words of the prompt count, too: never use it where an answer is
+    to be copied from a passage.
     """
     less_likely = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen > 0, less_likely, logits)
 
 
 def top_k(logits, k):
-    """Top-k: only the k likeliest tokens, and those as likely as the last of them: (B,V), the others -inf. Sec. 3.2."""
+    """Top-k: only the k likeliest tokens, and those as likely as the last of them: (B,V), the
+    others -inf. Sec. 3.2.
+    """
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
@@ -38,7 +43,7 @@ def top_p(logits, p):
 
 
 def sampler(temperature=1.0, k=0, p=1.0, generator=None):
-    """A function that draws a token from logits: (B,V) -> (B,). k = 0 and p = 1 leave all tokens in."""
+    """A function that draws a token from logits: (B,V) -> (B,). k = 0, p = 1: no truncation."""
     possible = temperature > 0 and k >= 0 and 0 < p <= 1
     check(possible, "temperature must be above 0, top-k at least 0, top-p in (0, 1]")
 

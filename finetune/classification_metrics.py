@@ -4,12 +4,13 @@ import numpy as np
 
 
 def accuracy(truth, predicted):
-    """Labels (N,), or (rounds, N) for many tests at once -> fraction of the right ones, () or (rounds,)."""
+    """Labels (N,), or (rounds, N) for many tests -> fraction that is right, () or (rounds,)."""
     return (np.asarray(truth) == np.asarray(predicted)).mean(-1)
 
 
 def macro_f1(truth, predicted):
-    """The F1 of each class, 2 TP / (2 TP + FP + FN), averaged over the classes: the rare one counts as much.
+    """The F1 of each class, 2 TP / (2 TP + FP + FN), averaged over the classes: the rare one counts
+    as much.
 
     Labels (N,), or (rounds, N) for many tests at once -> () or (rounds,).
     """
@@ -28,7 +29,9 @@ def macro_f1(truth, predicted):
 
 
 def interval(truth, predicted, score=accuracy, rounds=1000, level=0.95):
-    """Bootstrap (Efron 1979): the middle `level` of the scores of texts drawn again with replacement -> (low, high)."""
+    """Bootstrap (Efron 1979): the middle `level` of the scores of texts drawn again with
+    replacement -> (low, high).
+    """
     truth = np.asarray(truth)
     predicted = np.asarray(predicted)
     # as many texts again, with replacement, `rounds` times

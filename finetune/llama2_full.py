@@ -1,13 +1,16 @@
-"""Full fine-tuning, and training the head alone: the yardstick, and the training loop that all methods share.
+"""Full fine-tuning, and training the head alone: the yardstick, and the training loop that all
+methods share.
 
-Nothing is frozen, so each weight costs its gradient and two numbers of AdamW besides itself: 16 bytes each in single
-precision. Head-only training moves the last layer alone and shows the other end: little memory, and little said.
+Nothing is frozen, so each weight costs its gradient and two numbers of AdamW besides itself: 16
+bytes each in single precision. Head-only training moves the last layer alone and shows the other
+end: little memory, and little said.
 
-The loop (`train`, `fit`) knows no task: it takes batches and a loss function. `experiment` gives it the tweets.
+The loop (`train`, `fit`) knows no task: it takes batches and a loss function. `experiment` gives it
+the tweets.
 
 Shapes: as in sentiment.py; B texts, L tokens, V words of the vocabulary.
-Precision: trained weights are fp32, matrix products bf16 (autocast); a bf16 weight cannot take a small step: next to 1
-its neighbours are 0.008 away.
+Precision: trained weights are fp32, matrix products bf16 (autocast); a bf16 weight cannot take a
+small step: next to 1 its neighbours are 0.008 away.
 
     python finetune/llama2_full.py
     python finetune/llama2_full.py --part head
@@ -42,9 +45,11 @@ class Config(task_setup.Training):
 
 
 def loss(network, ids, mask, labels):
-    """Mean of -log p(token | all before it) over the supervised tokens: ids, mask, labels (B, L) -> ().
+    """Mean of -log p(token | all before it) over the supervised tokens: ids, mask, labels (B, L) ->
+    ().
 
-    Logits at position i speak of token i + 1. Answers are at the end, so logits are made for the end alone.
+    Logits at position i speak of token i + 1. Answers are at the end, so logits are made for the
+    end alone.
     """
     # where the longest answer begins
     supervised = (labels != IGNORE).any(0)
@@ -80,8 +85,8 @@ def step(loss, optimizer, batch, device):
 def train(loss, batches, optimizer, cfg, device, start=0):
     """Steps `start`, start + 1, ... of any task, one for each batch; yields the loss of each.
 
-    loss: a function (*batch) -> (); batches: tuples of tensors, from step `start` on. Learning rates of the groups keep
-    their proportion.
+    loss: a function (*batch) -> (); batches: tuples of tensors, from step `start` on. Learning
+    rates of the groups keep their proportion.
     """
     for i, batch in enumerate(batches, start):
         # warm-up and decay
@@ -113,15 +118,16 @@ def trainable_parameters(model):
 
 
 def param_group(weights, multiplier):
-    """A parameter group for the optimizer, whose learning rate is `multiplier` times that of the run."""
+    """A parameter group whose learning rate is `multiplier` times that of the run."""
     return {"params": list(weights), "times": multiplier}
 
 
-def fit(cfg, folder, device, model, loss, batch, groups=None, label="loss"):
-    """Train what is trainable in `model` on any task -> metrics. Writes the loss curve and, on the way, checkpoints.
+def fit(cfg, folder, device, model, loss, make_batch, groups=None, label="loss"):
+    """Train what is trainable in `model` on any task -> metrics. Writes the loss curve and, on the
+    way, checkpoints.
 
-    loss: a function (*batch) -> (); batch: a function that makes the batch of a step, (i) -> tuple of tensors; groups:
-    of `param_group`, if not all weights have one learning rate; label: of the loss, in the figure.
+    loss: a function (*batch) -> (); make_batch: a function (step) -> tuple of tensors; groups: of
+    `param_group`, if not all weights have one learning rate; label: of the loss, in the figure.
     """
     groups = groups or [param_group(trainable_parameters(model), 1.0)]
     optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=0.0)
@@ -139,7 +145,7 @@ def fit(cfg, folder, device, model, loss, batch, groups=None, label="loss"):
     # the steps that are left; only their own time counts, and on a CPU neighbours cost none
     model.train()
     done = len(losses)
-    batches = map(batch, range(done, cfg.steps))
+    batches = map(make_batch, range(done, cfg.steps))
     steps = train(loss, batches, optimizer, cfg, device, done)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     then = clock()
@@ -162,7 +168,7 @@ def fit(cfg, folder, device, model, loss, batch, groups=None, label="loss"):
         group["lr"] = 0.0
 
     def again():
-        return step(loss, optimizer, batch(0), device)
+        return step(loss, optimizer, make_batch(0), device)
 
     metrics["tensor_MiB"] = peak(model, optimizer, again) / 2**20
     return metrics
@@ -174,10 +180,10 @@ def experiment(cfg, bench, network, model, groups=None):
     network: the function (ids, mask, last) -> logits that asks the model; groups: as in `fit`.
     """
     texts = sorted(bench.parts["train"], key=lambda pair: len(pair[0]))
-    batch = partial(task_setup.draw, bench.tokenizer, texts, cfg)
+    make_batch = partial(task_setup.draw, bench.tokenizer, texts, cfg)
     answer_loss = partial(loss, network)
     label = "-log p(answer)"
-    metrics = fit(cfg, bench.folder, bench.device, model, answer_loss, batch, groups, label)
+    metrics = fit(cfg, bench.folder, bench.device, model, answer_loss, make_batch, groups, label)
     # score without dropout
     model.eval()
     held_out = bench.parts["scored"]
@@ -187,7 +193,8 @@ def experiment(cfg, bench, network, model, groups=None):
 def choose(model, part):
     """Make every weight trainable, or the last layer only; what is trained is fp32. -> the model.
 
-    Llama-class models may share the last layer with the embedding: then it gets a copy of its own to train.
+    Llama-class models may share the last layer with the embedding: then it gets a copy of its own
+    to train.
     """
     if part == "all":
         return model.float().requires_grad_(True)

@@ -1,13 +1,14 @@
-"""LoRA, low-rank adaptation: freeze the model, train an update of low rank beside its matrices. Hu et al. 2021,
-arXiv:2106.09685.
+"""LoRA, low-rank adaptation: freeze the model, train an update of low rank beside its matrices. Hu
+et al. 2021, arXiv:2106.09685.
 
-A matrix W of a trained model has millions of numbers, and a new task moves it little, in few directions. So leave W as
-it is and learn W + s B A, where A (r x in) and B (out x r) are thin; B starts at zero, so step 0 is the base model.
-After training s B A can be merged into W once, and nothing is slower than before. Sections are the paper's.
+A matrix W of a trained model has millions of numbers, and a new task moves it little, in few
+directions. So leave W as it is and learn W + s B A, where A (r x in) and B (out x r) are thin; B
+starts at zero, so step 0 is the base model. After training s B A can be merged into W once, and
+nothing is slower than before. Sections are the paper's.
 
-The layers are in lora_layers.py, with rsLoRA, DoRA and IA3; lora_inject.py puts them into a model and merges them,
-peft_io.py reads and writes PEFT's files. Here they are trained, plain or as LoRA+ (Hayou et al. 2024,
-arXiv:2402.12354).
+The layers are in lora_layers.py, with rsLoRA, DoRA and IA3; lora_inject.py puts them into a model
+and merges them, peft_io.py reads and writes PEFT's files. Here they are trained, plain or as LoRA+
+(Hayou et al. 2024, arXiv:2402.12354).
 
 Shapes: W (out, in), rank r.
 Differences from the paper: every linear layer of attention by default, not query and value alone.
@@ -51,7 +52,7 @@ class Config(task_setup.Training):
 
 
 def lora_plus_groups(model, ratio=1.0):
-    """LoRA+: param groups in which the learning rate of B is `ratio` times that of all else; 1 is plain LoRA."""
+    """LoRA+: parameter groups; the learning rate of B is `ratio` times that of all else."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     lora_b = [p for name, p in trained if "lora_B" in name]
     others = [p for name, p in trained if "lora_B" not in name]
@@ -63,6 +64,7 @@ def lora_plus_groups(model, ratio=1.0):
 
 def tree(model):
     """Where the adapters sit: the module tree, equal layers drawn once."""
+    # equal layers counted together: the number of the layer is a star
     lines = {}
     for name, module in model.named_modules():
         if isinstance(module, ADAPTERS):
@@ -70,6 +72,7 @@ def tree(model):
             key = re.sub(r"\.\d+\.", ".*.", name)
             count, _, _ = lines.get(key, (0, 0, 0))
             lines[key] = (count + 1, trained, tuple(module.base.weight.shape))
+    # a line for each kind
     rows = []
     for key, (count, trained, shape) in lines.items():
         rows.append(f"{key:45} {count:3} x {trained:7,} trained beside {shape[0]} x {shape[1]}")
@@ -78,9 +81,12 @@ def tree(model):
 
 @torch.no_grad()
 def changes(model):
-    """How far each kind of target moved, by layer: {target: [|W' - W| / |W|, ...]}, lengths as of one long vector."""
+    """How far each kind of target moved, by layer: {target: [|W' - W| / |W|, ...]}, lengths as of
+    one long vector.
+    """
     found = {}
     for name in names(model):
+        # what merging would change, against what is there
         adapter = model.get_submodule(name)
         weight = adapter.base.weight.float()
         change = (adapter.merged_weight() - weight).norm() / weight.norm()
@@ -90,7 +96,7 @@ def changes(model):
 
 
 def allow(model, cfg):
-    """The names of the targets. Raises UserError for flags that cannot be meant, before anything is written."""
+    """The names of the targets. Raises UserError for flags that cannot be meant."""
     check_rank(cfg.rank, cfg.dropout)
     run.check(cfg.plus > 0, "--plus must be above 0")
     layers = find(model, cfg.targets, cfg.within)
@@ -99,20 +105,26 @@ def allow(model, cfg):
 
 
 def through_peft(model, cfg):
-    """The same adapters by the PEFT library -> its model; what it holds is ours, number by number (see the tests)."""
+    """The same adapters by the PEFT library -> its model; what it holds is ours, number by number
+    (see the tests).
+    """
     from peft import IA3Config, LoraConfig, get_peft_model
 
     layers = allow(model, cfg)
+    shared = {"task_type": "CAUSAL_LM", "target_modules": layers}
+    shared["modules_to_save"] = list(cfg.also) or None
     if cfg.variant == "ia3":
-        config = IA3Config(
-            target_modules=layers, feedforward_modules=[n for n in layers if n.endswith(FEEDFORWARD)],
-            task_type="CAUSAL_LM", modules_to_save=list(cfg.also) or None,
-        )  # fmt: skip
+        feedforward = [name for name in layers if name.endswith(FEEDFORWARD)]
+        config = IA3Config(feedforward_modules=feedforward, **shared)
     else:
         config = LoraConfig(
-            r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=layers, task_type="CAUSAL_LM",
-            use_rslora=cfg.variant == "rslora", use_dora=cfg.variant == "dora", modules_to_save=list(cfg.also) or None,
-        )  # fmt: skip
+            r=cfg.rank,
+            lora_alpha=cfg.alpha,
+            lora_dropout=cfg.dropout,
+            use_rslora=cfg.variant == "rslora",
+            use_dora=cfg.variant == "dora",
+            **shared,
+        )
     made = get_peft_model(model, config)
     made.peft_config["default"].base_model_name_or_path = adapters.base_of(model)
     return made

@@ -1,12 +1,13 @@
-"""Prompt tuning: a soft prompt, learned embeddings before every text. Lester et al. 2021, arXiv:2104.08691.
+"""Prompt tuning: a soft prompt, learned embeddings before every text. Lester et al. 2021,
+arXiv:2104.08691.
 
-A prompt in words can only say what words say. But the model reads vectors, and a vector may lie anywhere between the
-words. So put P vectors before the text and learn them by gradient descent. The model itself stays as it is: one copy of
-it serves a hundred tasks, in the same batch if you like.
+A prompt in words can only say what words say. But the model reads vectors, and a vector may lie
+anywhere between the words. So put P vectors before the text and learn them by gradient descent. The
+model itself stays as it is: one copy of it serves a hundred tasks, in the same batch if you like.
 
 Shapes: P soft words, D width of an embedding; B, L, V as in sentiment.py.
-Differences from the paper: a causal model instead of T5; soft words start as the embeddings of a real sentence (the
-paper finds that this matters for small models, Fig. 3b).
+Differences from the paper: a causal model instead of T5; soft words start as the embeddings of a
+real sentence (the paper finds that this matters for small models, Fig. 3b).
 
     python finetune/llama2_prompt.py
     python finetune/llama2_prompt.py --start ""           # from random words of the vocabulary
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from finetune import adapters, llama2_full, sentiment, task_setup
@@ -39,7 +41,7 @@ class Config(task_setup.Training):
 
 
 def first_words(tokenizer, text, count, vocabulary):
-    """Numbers of `count` words to start from: those of the text, again and again; random ones if it is empty."""
+    """`count` token ids to start from: the text, again and again; random ones if it is empty."""
     ids = tokenizer(clean(text), add_special_tokens=False)["input_ids"]
     if not ids:
         return torch.randint(vocabulary, (count,))
@@ -58,50 +60,62 @@ class SoftPrompt(nn.Module):
 
 
 def network(model, soft):
-    """The model with soft() (P, D) before every text, as a function (ids (B, L), mask (B, L)) -> logits (B, L, V)."""
+    """The model with soft() (P, D) before every text, as a function (ids (B, L), mask (B, L)) ->
+    logits (B, L, V).
+    """
 
     def forward(ids, mask, last=0):
         prompt = soft()
         sentiment.check_positions(model, len(prompt) + ids.shape[1])
+        # the soft words, then the embeddings of the text: (B, P + L, D)
         words = model.get_input_embeddings()(ids)  # (B, L, D)
-        # (B, P + L, D)
         x = torch.cat([prompt.to(words.dtype).expand(len(ids), -1, -1), words], dim=1)
+        # attention sees them; padding is masked and has no position
         seen = torch.cat([mask.new_ones(len(ids), len(prompt)), mask], dim=1)
         position = (seen.long().cumsum(-1) - 1).clamp(min=0)
         return model(
-            inputs_embeds=x, attention_mask=seen.long(), position_ids=position, use_cache=False,
-            # What follows a soft word is nobody's business
-            logits_to_keep=sentiment.last_positions(ids, last),
-        ).logits  # fmt: skip
+            inputs_embeds=x,
+            attention_mask=seen.long(),
+            position_ids=position,
+            use_cache=False,
+            logits_to_keep=sentiment.last_positions(ids, last),  # none of what follows a soft word
+        ).logits
 
     return forward
 
 
 def save(folder, kind, prompt, model, **extra):
-    """Write a learned prompt as PEFT writes it. kind: PROMPT_TUNING, P_TUNING or PREFIX_TUNING; prompt (P, numbers)."""
+    """Write a learned prompt as PEFT writes it. kind: PROMPT_TUNING, P_TUNING or PREFIX_TUNING;
+    prompt (P, numbers).
+    """
     size = model.config
     config = {
-        "peft_type": kind, "task_type": "CAUSAL_LM", "inference_mode": True, "num_virtual_tokens": len(prompt),
-        "token_dim": size.hidden_size, "num_layers": size.num_hidden_layers,
-        "num_attention_heads": size.num_attention_heads, "num_transformer_submodules": 1,
-    } | extra  # fmt: skip
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "num_virtual_tokens": len(prompt),
+        "token_dim": size.hidden_size,
+        "num_layers": size.num_hidden_layers,
+        "num_attention_heads": size.num_attention_heads,
+        "num_transformer_submodules": 1,
+    }
+    config |= extra
     adapters.write(folder, config, {"prompt_embeddings": prompt.float()})
 
 
 def load(folder, kind):
-    """A prompt that was written by `save` or by PEFT: (P, numbers). Raises UserError for a file of another kind."""
+    """A prompt written by `save` or by PEFT: (P, numbers). Raises UserError for another kind."""
     config, tensors = adapters.read(folder, (kind,))
     where = printable(folder)
     found = printable(sorted(tensors))
-    run.check(
-        tensors.keys() == {"prompt_embeddings"}, f"{where} lacks prompt_embeddings; it has {found}"
-    )
+    alone = tensors.keys() == {"prompt_embeddings"}
+    run.check(alone, f"{where} lacks prompt_embeddings; it has {found}")
     prompt = tensors["prompt_embeddings"]
     count = config["num_virtual_tokens"]
-    told = prompt.dim() == 2 and len(prompt) == count
+    shape = tuple(prompt.shape)
+    fits = prompt.dim() == 2 and len(prompt) == count
     run.check(
-        told,
-        f"{where} has prompt_embeddings of shape {tuple(prompt.shape)} for {count} num_virtual_tokens",
+        fits, f"{where} has prompt_embeddings of shape {shape} for {count} num_virtual_tokens"
     )
     return prompt
 
@@ -109,7 +123,8 @@ def load(folder, kind):
 def peft_network(model):
     """A PEFT model with a learned prompt or prefix, as a network of this chapter.
 
-    PEFT counts padding as positions: where texts differ in length, soft words are a little farther away than ours.
+    PEFT counts padding as positions: where texts differ in length, soft words are a little farther
+    away than ours.
     """
 
     def forward(ids, mask, last=0):
@@ -123,13 +138,15 @@ def peft_network(model):
 
 
 def experiment(cfg, bench, soft, forward, kind, **extra):
-    """Train the module `soft` before the frozen model, score, save what soft() gives in the end -> metrics."""
+    """Train the module `soft` before the frozen model, score, save what soft() gives -> metrics."""
+    # the model is frozen, the soft prompt is trained
     bench.model.requires_grad_(False)
     whole = nn.ModuleDict({"model": bench.model, "soft": soft.to(bench.device)})
     metrics = llama2_full.experiment(cfg, bench, forward, whole)
-    # As it was asked: an LSTM may round otherwise when it keeps what gradients need
+    # as it was asked: an LSTM may round otherwise when it keeps what gradients need
     with torch.no_grad():
         prompt = soft()
+    # what is kept is the prompt alone
     base = adapters.base_of(bench.model)
     save(bench.folder / "adapter", kind, prompt, bench.model, base_model_name_or_path=base, **extra)
     print(adapters.usage(bench.folder / "adapter", base))
@@ -137,42 +154,49 @@ def experiment(cfg, bench, soft, forward, kind, **extra):
 
 
 def through_peft(model, tokenizer, cfg):
-    """The same soft words by the PEFT library -> its model; the start is ours, number by number (see the tests)."""
+    """The same soft words by the PEFT library -> its model; the start is ours, number by number
+    (see the tests).
+    """
     from peft import PromptTuningConfig, get_peft_model
 
     words = first_words(tokenizer, cfg.start, cfg.tokens, model.config.vocab_size)
     start = model.get_input_embeddings().weight[words].detach().float()
-    made: Any = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=cfg.tokens)
-    )
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=cfg.tokens)
+    made: Any = get_peft_model(model, config)
     with torch.no_grad():
         made.prompt_encoder["default"].embedding.weight.copy_(start)
     return made
 
 
+@torch.no_grad()
+def nearest(prompt, embeddings):
+    """The word of the vocabulary with the largest cosine to each soft word: (P, D), (V, D) -> (P,)."""
+    a = F.normalize(prompt.float(), dim=-1)
+    b = F.normalize(embeddings.float(), dim=-1)
+    cosine = a @ b.T
+    return cosine.argmax(-1)
+
+
 def main(cfg: Config) -> dict:
-    """Start from words, train, score; write the prompt in PEFT's layout and the words nearest to what was learned."""
+    """Start from words, train, score; write the prompt in PEFT's layout and the words nearest to
+    what was learned.
+    """
     run.check(cfg.tokens > 0, "--tokens must be at least 1")
     bench = task_setup.start(cfg, before=cfg.tokens)
+    # by PEFT
     if cfg.backend == "peft":
         model = through_peft(bench.model, bench.tokenizer, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, peft_network(model))
         return run.report(bench.folder, metrics, then="python finetune/llama2_ptune.py")
+    # by the classes above: soft words that start as real ones
     embedding = bench.model.get_input_embeddings()
-    soft = SoftPrompt(
-        embedding, first_words(bench.tokenizer, cfg.start, cfg.tokens, len(embedding.weight))
-    )
+    words = first_words(bench.tokenizer, cfg.start, cfg.tokens, len(embedding.weight))
+    soft = SoftPrompt(embedding, words)
     metrics = experiment(cfg, bench, soft, network(bench.model, soft), "PROMPT_TUNING")
+    # what they are nearest to after training
     nearest_words = nearest(soft(), embedding.weight).tolist()
     print("nearest words:", *(repr(bench.tokenizer.decode([i])) for i in nearest_words))
     return run.report(bench.folder, metrics, then="python finetune/llama2_ptune.py")
-
-
-@torch.no_grad()
-def nearest(prompt, embeddings):
-    """The word of the vocabulary with the largest cosine to each soft word: (P, D), (V, D) -> (P,)."""
-    a, b = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (prompt, embeddings))
-    return (a @ b.T).argmax(-1)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""P-tuning: a soft prompt written by a prompt encoder (LSTM or MLP). Liu et al. 2021, arXiv:2103.10385.
+"""P-tuning: a soft prompt written by a prompt encoder (LSTM or MLP). Liu et al. 2021,
+arXiv:2103.10385.
 
-Soft words that are learned one by one know nothing of each other, and the paper finds them slow to leave the place
-where they start. So let an LSTM (or an MLP) write them: one step then moves all of them, together. After training its
-output is kept, and the network thrown away; what runs is a soft prompt as in llama2_prompt.py.
+Soft words that are learned one by one know nothing of each other, and the paper finds them slow to
+leave the place where they start. So let an LSTM (or an MLP) write them: one step then moves all of
+them, together. After training its output is kept, and the network thrown away; what runs is a soft
+prompt as in llama2_prompt.py.
 
 Shapes: P soft words, D width of an embedding, H hidden width.
-Differences from the paper: soft words stand before the text only, not between its parts; no anchor words.
+Differences from the paper: soft words stand before the text only, not between its parts; no anchor
+words.
 
     python finetune/llama2_ptune.py
     python finetune/llama2_ptune.py --encoder mlp
@@ -34,12 +37,15 @@ class Config(task_setup.Training):
 
 
 class PromptEncoder(nn.Module):
-    """P free vectors and the network that turns them into a soft prompt: () -> (P, D). Eq. 4; named as in PEFT."""
+    """P free vectors and the network that turns them into a soft prompt: () -> (P, D). Eq. 4; named
+    as in PEFT.
+    """
 
     def __init__(self, tokens, width, hidden, encoder="lstm"):
         super().__init__()
         self.embedding = nn.Embedding(tokens, width)
         self.lstm_head = None
+        # an LSTM in both directions and a small MLP, or a larger MLP alone
         if encoder == "lstm":
             self.lstm_head = nn.LSTM(
                 width, hidden, num_layers=2, bidirectional=True, batch_first=True
@@ -56,6 +62,7 @@ class PromptEncoder(nn.Module):
         self.mlp_head = nn.Sequential(*layers)
 
     def forward(self):
+        # the free vectors are read as a sequence
         x = self.embedding.weight[None]  # (1, P, D)
         if self.lstm_head is not None:
             x, _ = self.lstm_head(x)
@@ -68,9 +75,13 @@ def through_peft(model, cfg):
 
     kind = {"lstm": "LSTM", "mlp": "MLP"}[cfg.encoder]
     config = PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=cfg.tokens, encoder_hidden_size=cfg.hidden,
-        encoder_reparameterization_type=kind, encoder_num_layers=2, encoder_dropout=0.0,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=cfg.tokens,
+        encoder_hidden_size=cfg.hidden,
+        encoder_reparameterization_type=kind,
+        encoder_num_layers=2,
+        encoder_dropout=0.0,
+    )
     return get_peft_model(model, config)
 
 
@@ -78,6 +89,7 @@ def main(cfg: Config) -> dict:
     """Train the encoder, score; write the prompt that it ends with in PEFT's layout."""
     run.check(min(cfg.tokens, cfg.hidden) > 0, "--tokens and --hidden must be at least 1")
     bench = task_setup.start(cfg, before=cfg.tokens)
+    # by PEFT, or by the class above
     if cfg.backend == "peft":
         model = through_peft(bench.model, cfg)
         metrics = llama2_full.by_peft(cfg, bench, model, llama2_prompt.peft_network(model))
@@ -85,6 +97,7 @@ def main(cfg: Config) -> dict:
         width = bench.model.get_input_embeddings().embedding_dim
         soft = PromptEncoder(cfg.tokens, width, cfg.hidden, cfg.encoder)
         forward = llama2_prompt.network(bench.model, soft)
+        # what PEFT's file says besides
         extra = {
             "encoder_hidden_size": cfg.hidden,
             "encoder_reparameterization_type": cfg.encoder.upper(),

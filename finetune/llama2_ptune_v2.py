@@ -1,12 +1,14 @@
-"""P-tuning v2: deep prompts, a prefix in every layer, learned directly. Liu et al. 2021, arXiv:2110.07602.
+"""P-tuning v2: deep prompts, a prefix in every layer, learned directly. Liu et al. 2021,
+arXiv:2110.07602.
 
-Deep prompts as in prefix tuning, without the network that writes them: the paper finds that it helps on some tasks and
-hurts on others, and that depth is what counts. Fewer numbers to train, and one thing less to choose. Where do they
-begin? Random keys and values are words that mean nothing, and many steps go by until they stop disturbing. So they
-begin as those of a real sentence.
+Deep prompts as in prefix tuning, without the network that writes them: the paper finds that it
+helps on some tasks and hurts on others, and that depth is what counts. Fewer numbers to train, and
+one thing less to choose. Where do they begin? Random keys and values are words that mean nothing,
+and many steps go by until they stop disturbing. So they begin as those of a real sentence.
 
 Shapes: P prefix positions, N layers, H heads of keys and values with d numbers each.
-Differences from the paper: answers are words of the model, not classes of a new head; the start is not random.
+Differences from the paper: answers are words of the model, not classes of a new head; the start is
+not random.
 
     python finetune/llama2_ptune_v2.py
     python finetune/llama2_ptune_v2.py --start ""         # from random numbers
@@ -39,7 +41,7 @@ class DeepPrompt(nn.Module):
 
     def __init__(self, tokens, layers, heads, size, start=None):
         super().__init__()
-        # Standard normal, as in PEFT
+        # standard normal, as in PEFT, or keys and values of a text
         self.embedding = nn.Embedding(tokens, layers * 2 * heads * size)
         if start is not None:
             self.embedding.weight.data.copy_(start)
@@ -52,7 +54,9 @@ def main(cfg: Config) -> dict:
     """Train the prefix, score; write it in PEFT's layout."""
     run.check(cfg.tokens > 0, "--tokens must be at least 1")
     bench = task_setup.start(cfg, llama2_prefix.sizes, before=cfg.tokens)
+    # where it begins: keys and values of the text, or random ones
     start = llama2_prefix.beginning(bench, cfg)
+    # by PEFT, or by the class above
     if cfg.backend == "peft":
         model = llama2_prefix.through_peft(bench.model, cfg, projection=False)
         if start is not None:
@@ -61,6 +65,7 @@ def main(cfg: Config) -> dict:
     else:
         layers, heads, size = llama2_prefix.sizes(bench.model)
         prefix = DeepPrompt(cfg.tokens, layers, heads, size, start)
+        # what PEFT's file says besides
         extra = {
             "prefix_projection": False,
             "token_dim": heads * size,

@@ -1,16 +1,18 @@
-"""QLoRA: frozen weights quantised to 8 or 4 bits, LoRA in 32 beside them. Dettmers et al. 2023, arXiv:2305.14314.
+"""QLoRA: frozen weights quantised to 8 or 4 bits, LoRA in 32 beside them. Dettmers et al. 2023,
+arXiv:2305.14314.
 
-Frozen weights are only read, so they may be stored coarsely: cut each matrix into blocks of 64 numbers, divide a block
-by its largest (absmax quantisation), and keep of each quotient the number of the nearest of 16 values. Which values?
-Weights are nearly normal, so take quantiles of the normal distribution: NF4, 4-bit NormalFloat. Double quantisation
-stores the scales of the blocks in 8 bits. Gradients pass through the coarse weights to the LoRA
-corrections, which are exact. Eight bits are older: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) multiplies
-integers, and takes the few columns with huge activations out, in full precision. All of that is in quantization.py;
+Frozen weights are only read, so they may be stored coarsely: cut each matrix into blocks of 64
+numbers, divide a block by its largest (absmax quantisation), and keep of each quotient the number
+of the nearest of 16 values. Which values? Weights are nearly normal, so take quantiles of the
+normal distribution: NF4, 4-bit NormalFloat. Double quantisation stores the scales of the blocks in
+8 bits. Gradients pass through the coarse weights to the LoRA corrections, which are exact. Eight
+bits are older: LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) multiplies integers, and takes
+the few columns with huge activations out, in full precision. All of that is in quantization.py;
 here a model is stored so, and LoRA trained beside it.
 
 Shapes: weight (out, in), blocks of S = 64.
-Differences from the papers: those of quantization.py; LoRA sits in attention alone, where the paper puts it in every
-linear layer and finds that this matters; no paged optimizer.
+Differences from the papers: those of quantization.py; LoRA sits in attention alone, where the paper
+puts it in every linear layer and finds that this matters; no paged optimizer.
 
     python finetune/llama2_qlora.py                   # --bits 4
     python finetune/llama2_qlora.py --bits 8          # 32, 16, 8 or 4
@@ -52,22 +54,27 @@ class Config(task_setup.Training):
 
 
 def body(model):
-    """The linear layers but the head: that shares its weights with the embedding, and answers are read from it."""
+    """The linear layers but the head: that shares its weights with the embedding, and answers are
+    read from it.
+    """
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 def cast(model, dtype):
-    """Change the type of the weights, in place; not of buffers: the angles of the rotations must stay exact."""
+    """Change the type of the weights, in place; buffers, such as rotary angles, stay exact."""
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model
 
 
 def store(model, bits, codebook="nf4", block=64, double=True, make=QuantLinear):
-    """Keep every linear layer but the head in `bits`, in place -> the model, frozen; 16 and 32 change the type."""
+    """Keep every linear layer but the head in `bits`, in place -> the model, frozen; 16 and 32
+    change the type.
+    """
     layers = body(model)
     run.check(layers, "this model has no linear layer besides its head: nothing to quantise")
+    # frozen; 32 and 16 bits are a type
     model.requires_grad_(False)
     if bits >= 16:
         return cast(model, torch.float32 if bits == 32 else torch.bfloat16)
@@ -79,11 +86,12 @@ def store(model, bits, codebook="nf4", block=64, double=True, make=QuantLinear):
 
 
 def by_bitsandbytes(base, bits, codebook, block, double):
-    """The same layer by the bitsandbytes library; its eight bits multiply integers, as `int8_matmul` does."""
+    """The same layer by bitsandbytes; its eight bits multiply integers, as `int8_matmul` does."""
     import bitsandbytes as bnb
 
     size = (base.in_features, base.out_features, base.bias is not None)
     weight = base.weight.detach()
+    # LLM.int8(), or QLoRA
     if bits == 8:
         layer = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False, threshold=6.0)
         parameter: Any = bnb.nn.Int8Params  # made by __new__, which a type checker does not see
@@ -101,7 +109,7 @@ def by_bitsandbytes(base, bits, codebook, block, double):
 
 
 def errors(weights, block=64):
-    """Root mean square error of real weights, relative to theirs, in each kind of storage: {name: (bits, error)}."""
+    """Relative root mean square error of weights, by kind of storage: {name: (bits, error)}."""
     # name: bits, codebook, block, double quantisation
     kinds = {"int8, a row": (8, "", 0, False)}
     for codebook in CODEBOOKS:
@@ -111,6 +119,7 @@ def errors(weights, block=64):
     found = {}
     norm = sum(float(w.weight.float().square().sum()) for w in weights)
     for name, (bits, codebook, size, double) in kinds.items():
+        # quantise every weight so; squares of what is lost
         layers = [QuantLinear(w, bits, codebook, size, double) for w in weights]
         square = 0.0
         for layer, base in zip(layers, weights):
@@ -121,7 +130,9 @@ def errors(weights, block=64):
 
 
 def draw(path, weight, block=64):
-    """Histogram of real weights, each divided by the largest of its block, and the values that 4 bits leave of them."""
+    """Histogram of real weights, each divided by the largest of its block, and the values that 4
+    bits leave of them.
+    """
     import matplotlib.pyplot as plt
 
     # quotients of whole blocks
@@ -139,10 +150,12 @@ def draw(path, weight, block=64):
 
 
 def underflow(gradients, scale):
-    """What fp16 makes of gradients that were multiplied by `scale`: the fractions that are zero, and infinite.
+    """What fp16 makes of gradients that were multiplied by `scale`: the fractions that are zero,
+    and infinite.
 
-    Micikevicius et al. 2017, arXiv:1710.03740, Sec. 3.2: below 6e-8 fp16 has nothing, so the loss is multiplied by a
-    number, its gradients with it, and they are divided by it again in fp32. bf16 reaches as far down as fp32.
+    Micikevicius et al. 2017, arXiv:1710.03740, Sec. 3.2: below 6e-8 fp16 has nothing, so the loss
+    is multiplied by a number, its gradients with it, and they are divided by it again in fp32. bf16
+    reaches as far down as fp32.
     """
     x = torch.cat([g.float().flatten() for g in gradients])
     half = (x[x != 0] * scale).half()
@@ -151,8 +164,10 @@ def underflow(gradients, scale):
 
 def gradients(bench, cfg, layers) -> Any:
     """The gradients of some weights for one batch, in fp32."""
+    # these weights alone
     for layer in layers:
         layer.float().requires_grad_(True)
+    # the first batch of the training
     batch = task_setup.draw(bench.tokenizer, bench.parts["train"], cfg, 0)
     network = sentiment.network(bench.model)
     with run.autocast(bench.device):

@@ -1,7 +1,8 @@
-"""Injection of adapters: find the target layers of a model, put an adapter around each, merge them again.
+"""Injection of adapters: find the target layers of a model, put an adapter around each, merge them
+again.
 
-The base model is frozen. A target is the end of a name or a regular expression; one that names nothing, a layer outside
-of the part that may change, or a tied weight is a UserError.
+The base model is frozen. A target is the end of a name or a regular expression; one that names
+nothing, a layer outside of the part that may change, or a tied weight is a UserError.
 """
 
 import re
@@ -14,7 +15,7 @@ from utils import run
 
 
 def matches(name, targets):
-    """A target is the end of a name, whole words between dots, or a regular expression for all of it."""
+    """A target is the end of a name, in whole words, or a regular expression for all of it."""
     return any(f".{name}".endswith(f".{t}") or re.fullmatch(t, name) for t in targets)
 
 
@@ -24,7 +25,7 @@ def linear_layers(model):
 
 
 def find(model, targets, within=""):
-    """Names of the linear layers meant by `targets`. Raises UserError for none, and for one outside of `within`."""
+    """Linear layers that `targets` name. Raises UserError for none, or one outside of `within`."""
     linear = linear_layers(model)
     flag = f"--targets {' '.join(targets)}"
     try:
@@ -43,7 +44,9 @@ def find(model, targets, within=""):
 
 
 def refuse_tied(model, names):
-    """Raises UserError for a module that is not there, or whose weights are tied: a head that is the embedding, too."""
+    """Raises UserError for a module that is not there, or whose weights are tied: a head that is
+    the embedding, too.
+    """
     # the modules that own each weight
     modules = dict(model.named_modules())
     owners = {}
@@ -109,8 +112,8 @@ def names(model):
 def merge(model):
     """Merge every adapter into its layer and take it out, in place -> the model, as fast as it was.
 
-    PEFT calls it merge_and_unload. There is no way back (unmerge), for W and s B A are one sum now: keep the adapter's
-    file, and `load` it into the base model again.
+    PEFT calls it merge_and_unload. There is no way back (unmerge), for W and s B A are one sum now:
+    keep the adapter's file, and `load` it into the base model again.
     """
     for name in names(model):
         adapter = model.get_submodule(name)

@@ -1,13 +1,15 @@
-"""LoRA, rsLoRA, DoRA and IA3 as layers: a frozen linear layer with an adapter. Hu et al. 2021, arXiv:2106.09685.
+"""LoRA, rsLoRA, DoRA and IA3 as layers: a frozen linear layer with an adapter. Hu et al. 2021,
+arXiv:2106.09685.
 
-LoRA adds a low-rank update, W x + s B A x; B starts at zero, so step 0 is the base model. Three relatives: rsLoRA
-(Kalajdzievski 2023, arXiv:2312.03732) scales it otherwise, DoRA (Liu et al. 2024, arXiv:2402.09353) learns the length
-of each row apart from its direction, IA3 (Liu et al. 2022, arXiv:2205.05638) multiplies by a vector and adds nothing.
-Each can be merged into its layer. Sections are the papers'.
+LoRA adds a low-rank update, W x + s B A x; B starts at zero, so step 0 is the base model. Three
+relatives: rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales it otherwise, DoRA (Liu et al. 2024,
+arXiv:2402.09353) learns the length of each row apart from its direction, IA3 (Liu et al. 2022,
+arXiv:2205.05638) multiplies by a vector and adds nothing. Each can be merged into its layer.
+Sections are the papers'.
 
 Shapes: x (..., in) -> (..., out), W (out, in), rank r.
-Differences from the papers: A starts uniform, as in PEFT, not normal; DoRA's lengths are those of rows of W (out, in),
-again as in PEFT.
+Differences from the papers: A starts uniform, as in PEFT, not normal; DoRA's lengths are those of
+rows of W (out, in), again as in PEFT.
 """
 
 import math
@@ -21,7 +23,9 @@ Variant = Literal["lora", "rslora", "dora", "ia3"]
 
 
 class LoRALinear(nn.Module):
-    """LoRA, Sec. 4.1: a frozen linear layer and a low-rank update beside it, W x + s B A x with s = alpha / r."""
+    """LoRA, Sec. 4.1: a frozen linear layer and a low-rank update beside it, W x + s B A x with s =
+    alpha / r.
+    """
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
@@ -40,7 +44,10 @@ class LoRALinear(nn.Module):
         return alpha / rank
 
     def low_rank_update(self, x):
-        """s B A x: (..., in) -> (..., out). The r numbers of A x are scaled, which are fewer than those of B A x."""
+        """s B A x: (..., in) -> (..., out). The r numbers of A x are scaled, which are fewer than
+        those of B A x.
+        """
+        # down to r numbers, and up to all outputs
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., r)
         return F.linear(self.scale * low, self.lora_B.to(x.dtype))
 
@@ -64,7 +71,9 @@ class LoRALinear(nn.Module):
 
 
 class RsLoRALinear(LoRALinear):
-    """rsLoRA, rank-stabilised LoRA, Theorem 3.2: s = alpha / sqrt(r), so that a larger rank learns no more slowly."""
+    """rsLoRA, rank-stabilised LoRA, Theorem 3.2: s = alpha / sqrt(r), so that a larger rank learns
+    no more slowly.
+    """
 
     @staticmethod
     def scaling(alpha, rank):
@@ -87,8 +96,10 @@ class DoRALinear(LoRALinear):
         return self.magnitude / norm
 
     def forward(self, x):
+        # (W + s B A) x, without the bias, which is not part of W and is not scaled
         update = self.low_rank_update(x)
-        base_output = F.linear(x, self.base.weight)  # the bias is not part of W, and is not scaled
+        base_output = F.linear(x, self.base.weight)
+        # each output at the magnitude of its row
         y = self.gain() * (base_output + update)
         return y if self.base.bias is None else y + self.base.bias
 
@@ -97,7 +108,9 @@ class DoRALinear(LoRALinear):
 
 
 class IA3Linear(nn.Module):
-    """IA3, Sec. 3.3: a frozen linear layer whose output or input is scaled by a vector l: l * W x, or W (l * x)."""
+    """IA3, Sec. 3.3: a frozen linear layer whose output or input is scaled by a vector l: l * W x,
+    or W (l * x).
+    """
 
     def __init__(self, base, feedforward):
         super().__init__()
@@ -108,6 +121,7 @@ class IA3Linear(nn.Module):
         self.ia3_l = nn.Parameter(torch.ones(size, device=base.weight.device))
 
     def forward(self, x):
+        # in the MLP the inner activations, elsewhere the output
         if self.feedforward:
             scaled_input = (x * self.ia3_l).to(x.dtype)
             return self.base(scaled_input)

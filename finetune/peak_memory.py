@@ -1,7 +1,8 @@
 """Peak memory of a training step, by the profiler, and of the whole process.
 
-Tensors are counted one by one: what is there before a step, and the largest sum of allocations and releases in it. The
-process counts Python and the libraries, too, and what the allocator has not given back.
+Tensors are counted one by one: what is there before a step, and the largest sum of allocations and
+releases in it. The process counts Python and the libraries, too, and what the allocator has not
+given back.
 """
 
 import os
@@ -26,7 +27,8 @@ def storage_bytes(tensors):
 
 @contextmanager
 def silent_stderr():
-    """Nothing reaches stderr, not even from C++: the profiler announces there that it begins and ends."""
+    """Nothing reaches stderr, not even from C++: the profiler announces itself there."""
+    # descriptor 2 leads nowhere for a while
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -40,9 +42,11 @@ def silent_stderr():
 
 
 def peak(model, optimizer, step):
-    """Bytes of tensors at the highest moment of a training step: what is there before it, and what it allocates.
+    """Bytes of tensors at the highest moment of a training step: what is there before it, and what
+    it allocates.
 
-    `step` is a function that makes one step. On a CPU the profiler reports every allocation and release in order.
+    `step` is a function that makes one step. On a CPU the profiler reports every allocation and
+    release in order.
     """
     optimizer.zero_grad()
     # CUDA keeps the maximum itself

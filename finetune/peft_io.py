@@ -1,7 +1,7 @@
 """LoRA and IA3 adapters in PEFT's files: written here and loaded there, and the reverse.
 
-`save` names and shapes each parameter as PEFT does; `load` injects what a folder describes, ours or PEFT's, and fills
-it. The folder itself, its keys and its hash are read and checked in adapters.py.
+`save` names and shapes each parameter as PEFT does; `load` injects what a folder describes, ours or
+PEFT's, and fills it. The folder itself, its keys and its hash are read and checked in adapters.py.
 """
 
 import re
@@ -16,7 +16,9 @@ from utils.text import printable
 
 
 def peft_tensors(name, adapter):
-    """The parameters of one adapter as PEFT's files name and shape them: {name: tensor}, views of what is trained."""
+    """The parameters of one adapter as PEFT's files name and shape them: {name: tensor}, views of
+    what is trained.
+    """
     if isinstance(adapter, IA3Linear):
         shaped = adapter.ia3_l[None] if adapter.feedforward else adapter.ia3_l[:, None]
         return {f"{name}.ia3_l": shaped}
@@ -29,8 +31,8 @@ def peft_tensors(name, adapter):
 def save(model, folder, cfg, base="", also=()):
     """Write the adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors.
 
-    base: what `from_pretrained` finds the model by that it belongs to, a folder or a hub id; `also`: names of modules
-    that were trained whole (PEFT's modules_to_save).
+    base: what `from_pretrained` finds the model by that it belongs to, a folder or a hub id;
+    `also`: names of modules that were trained whole (PEFT's modules_to_save).
     """
     # what was trained, under PEFT's names
     tensors = {}
@@ -40,17 +42,25 @@ def save(model, folder, cfg, base="", also=()):
         tensors |= {f"{name}.{k}": v for k, v in model.get_submodule(name).state_dict().items()}
     # what PEFT needs to inject the same adapters
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "target_modules": names(model), "modules_to_save": list(also) or None,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "target_modules": names(model),
+        "modules_to_save": list(also) or None,
+    }
     if cfg.variant == "ia3":
         config["peft_type"] = "IA3"
         config["feedforward_modules"] = [n for n in names(model) if n.endswith(FEEDFORWARD)]
     else:
         config |= {
-            "r": cfg.rank, "lora_alpha": cfg.alpha, "lora_dropout": cfg.dropout, "bias": "none",
-            "use_rslora": cfg.variant == "rslora", "use_dora": cfg.variant == "dora",
-        }  # fmt: skip
+            "r": cfg.rank,
+            "lora_alpha": cfg.alpha,
+            "lora_dropout": cfg.dropout,
+            "bias": "none",
+            "use_rslora": cfg.variant == "rslora",
+            "use_dora": cfg.variant == "dora",
+        }
     adapters.write(folder, config, {adapters.PREFIX + k: v for k, v in tensors.items()})
 
 
@@ -66,8 +76,8 @@ def variant_of(config):
 def target_modules(model, config, tensors):
     """Names of the layers that an adapter of PEFT is for.
 
-    A list holds ends of names. A string is a regular expression; the file of the weights says as well where they
-    belong, and unlike a stranger's expression it cannot take for ever.
+    A list holds ends of names. A string is a regular expression; the file of the weights says as
+    well where they belong, and unlike a stranger's expression it cannot take for ever.
     """
     targets = config["target_modules"]
     linear = linear_layers(model)
@@ -90,11 +100,13 @@ def check_feedforward(found, config, where):
 
 
 def check_tensors(wanted, tensors, where):
-    """Raises UserError for a weight that is missing, for one that has no place, and for one of another shape."""
+    """Raises UserError for a weight that is missing, has no place, or has another shape."""
+    # the same names
     missing = sorted(wanted.keys() - tensors.keys())
     strange = sorted(tensors.keys() - wanted.keys())
     lost = printable(f"missing {missing[:2]}, without a place {strange[:2]}")
     run.check(not missing and not strange, f"{where}: {lost}")
+    # and the same shapes
     for key, weight in wanted.items():
         name = key.removeprefix(adapters.PREFIX)
         shape = tuple(tensors[key].shape)
@@ -104,10 +116,11 @@ def check_tensors(wanted, tensors, where):
 
 
 def load(model, folder):
-    """Inject what an adapter folder describes, ours or PEFT's, and load it, in place -> names of the layers.
+    """Inject what an adapter folder describes, ours or PEFT's, and load it, in place -> names of
+    the layers.
 
-    Raises UserError for another kind of adapter, for a setting that is not known here, for a weight that is missing,
-    and for one that has no place.
+    Raises UserError for another kind of adapter, for a setting that is not known here, for a weight
+    that is missing, and for one that has no place.
     """
     config, tensors = adapters.read(folder, ("LORA", "IA3"))
     where = printable(folder)

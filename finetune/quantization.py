@@ -1,12 +1,13 @@
-"""Quantisation of weights: NF4, FP4, INT4, absmax int8, double quantisation, and a linear layer stored so.
+"""Quantisation of weights: NF4, FP4, INT4, absmax int8, double quantisation, and a linear layer
+stored so.
 
-A matrix is cut into blocks, each divided by its largest number, and of each quotient the code of the nearest of 16
-values is kept. Dettmers et al. 2023, arXiv:2305.14314 (QLoRA): equations and sections, unless LLM.int8() is named
-(Dettmers et al. 2022, arXiv:2208.07339).
+A matrix is cut into blocks, each divided by its largest number, and of each quotient the code of
+the nearest of 16 values is kept. Dettmers et al. 2023, arXiv:2305.14314 (QLoRA): equations and
+sections, unless LLM.int8() is named (Dettmers et al. 2022, arXiv:2208.07339).
 
 Shapes: weight (out, in), n numbers, blocks of S = 64, a codebook of 16 values in [-1, 1].
-Differences from the papers: 8-bit weights are stored, not multiplied, in training (`int8_matmul` shows the product);
-scales of the second quantisation are linear int8, not 8-bit floats.
+Differences from the papers: 8-bit weights are stored, not multiplied, in training (`int8_matmul`
+shows the product); scales of the second quantisation are linear int8, not 8-bit floats.
 """
 
 import torch
@@ -15,10 +16,11 @@ from torch import nn
 
 
 def nf4():
-    """NF4, 4-bit NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Sec. 3; values of App. E.
+    """NF4, 4-bit NormalFloat: 16 quantiles of the normal distribution, scaled into [-1, 1]. Sec. 3;
+    values of App. E.
 
-    Eq. 4 has as many values above as below, and no zero, which padding needs. So the authors take two sets, 2^(k-1) + 1
-    values from zero up and 2^(k-1) from zero down, and of the two zeros one.
+    Eq. 4 has as many values above as below, and no zero, which padding needs. So the authors take
+    two sets, 2^(k-1) + 1 values from zero up and 2^(k-1) from zero down, and of the two zeros one.
     """
     # the quantile of the outermost value, as bitsandbytes has it: (1 - 1/30 + 1 - 1/32) / 2
     end = 0.9677083
@@ -52,7 +54,9 @@ def absmax(x, dim):
 
 
 def quantize(weight, values, block=64):
-    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1, with the values of a codebook."""
+    """-> code of each number (n,) uint8, largest of each block (n / block,). Eq. 1, with the values
+    of a codebook.
+    """
     # Blocks of numbers, the last one padded, each divided by its largest.
     flat = weight.detach().float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
@@ -65,7 +69,8 @@ def quantize(weight, values, block=64):
 
 
 def dequantize(packed, top, values, shape):
-    """Two codes a byte (n / 2,), the largest of each block -> weight of this shape, in the type of `values`.
+    """Two codes a byte (n / 2,), the largest of each block -> weight of this shape, in the type of
+    `values`.
 
     A byte is one of 256 pairs of codes: a table of the pairs answers both at once.
     """
@@ -82,7 +87,8 @@ def pack(codes):
 
 
 def double_quantize(top, block=256):
-    """Double quantisation: the scales of the blocks, their mean subtracted, in 8 bits each, one scale for 256. Sec. 3.
+    """Double quantisation: the scales of the blocks, their mean subtracted, in 8 bits each, one
+    scale for 256. Sec. 3.
 
     -> codes, scale, mean
     """
@@ -101,8 +107,8 @@ def double_dequantize(codes, scale, mean, block=256):
 def int8_matmul(x, codes, scale, threshold=6.0):
     """x W^T in integers: (N, in), codes (out, in), scale (out, 1) -> (N, out). LLM.int8(), Eq. 8.
 
-    Columns of x with a number above the threshold are multiplied in full precision: one of them would cost all others
-    their digits.
+    Columns of x with a number above the threshold are multiplied in full precision: one of them
+    would cost all others their digits.
     """
     # outlier columns in full precision
     large = (x.abs() > threshold).any(0)
@@ -114,7 +120,8 @@ def int8_matmul(x, codes, scale, threshold=6.0):
 
 
 class QuantizedLinearFunction(torch.autograd.Function):
-    """x W^T with a quantised W: dequantised when needed and forgotten, again in the backward pass. Eq. 5 and 6.
+    """x W^T with a quantised W: dequantised when needed and forgotten, again in the backward pass.
+    Eq. 5 and 6.
 
     The gradient of x is exact for the dequantised W, and W has none: nothing is estimated here.
     """
@@ -130,7 +137,8 @@ class QuantizedLinearFunction(torch.autograd.Function):
 
 
 class QuantLinear(nn.Module):
-    """A frozen, quantised linear layer: int8 with absmax by rows, or 4 bits with a codebook such as NF4.
+    """A frozen, quantised linear layer: int8 with absmax by rows, or 4 bits with a codebook such as
+    NF4.
 
     `weight` is what the bits stand for, dequantised on every call.
     """

@@ -1,14 +1,17 @@
-"""Prompt-based classification, the task of this chapter: sentiment of texts; prompts, verbalisers, likelihood, scores.
+"""Prompt-based classification, the task of this chapter: sentiment of texts; prompts, verbalisers,
+likelihood, scores.
 
-A language model answers by going on: "Tweet: LMAO, AMAZING!\\nSentiment:" -> " positive". To train it, show it the
-prompt and the answer, and count the loss on the answer alone. To ask it, compare how likely it finds each answer.
-Every method of this chapter learns these labels and is scored by the functions below.
+A language model answers by going on: "Tweet: LMAO, AMAZING!\\nSentiment:" -> " positive". To train
+it, show it the prompt and the answer, and count the loss on the answer alone. To ask it, compare
+how likely it finds each answer. Every method of this chapter learns these labels and is scored by
+the functions below.
 
-Texts and ratings, in sentiment_data.py: Hutto & Gilbert 2014, "VADER", ICWSM: 20 people rated each text from -4 to 4.
-Shapes: B texts a batch, L tokens, V words of the vocabulary, K answers. A network here is any function
-(ids (B, L), mask (B, L), last) -> logits of the `last` positions at the end (B, last, V), True in the mask where there
-is a token. Padding is on the left, so that all answers end together, and the head, a fifth of a small model, is asked
-only where an answer stands.
+Texts and ratings, in sentiment_data.py: Hutto & Gilbert 2014, "VADER", ICWSM: 20 people rated each
+text from -4 to 4.
+Shapes: B texts a batch, L tokens, V words of the vocabulary, K answers. A network here is any
+function (ids (B, L), mask (B, L), last) -> logits of the `last` positions at the end (B, last, V),
+True in the mask where there is a token. Padding is on the left, so that all answers end together,
+and the head, a fifth of a small model, is asked only where an answer stands.
 
     python finetune/sentiment.py                          # the data, and what two simple methods score on it
     python finetune/sentiment.py --data films
@@ -49,7 +52,7 @@ def prompt(tokenizer, task, text):
 
 
 def answers(tokenizer, task):
-    """The tokens of each answer, as they are behind a question: some tokenizers see a word alone differently."""
+    """Verbaliser: the tokens of each answer behind a question; a word alone may differ."""
     end = task.pattern.split("{text}")[-1] or "."
     before = tokenizer(end)["input_ids"]
     whole = [tokenizer(end + word)["input_ids"] for word in task.words]
@@ -64,14 +67,15 @@ def answers(tokenizer, task):
 
 
 def encode(tokenizer, question, answer):
-    """-> ids, labels (lists): the prompt's labels are IGNORE; the answer and the end token are what is learned."""
+    """-> ids, labels (lists); only the answer and the end token are supervised."""
+    # question, answer, end; only the last two are supervised
     before = tokenizer(question)["input_ids"]
     after = answer + [tokenizer.eos_token_id]
     return before + after, [IGNORE] * len(before) + after
 
 
 def last_positions(ids, last):
-    """Numbers of the `last` positions, of all if it is 0: a slice would make the head four times slower."""
+    """The `last` positions, all if it is 0; a slice would make the head four times slower."""
     return torch.arange(-(last or ids.shape[1]), 0, device=ids.device)
 
 
@@ -88,8 +92,9 @@ def check_positions(model, positions):
 def network(model):
     """A causal language model of transformers as a network of this chapter.
 
-    Padding is masked. Positions count the tokens that are there: a Llama sees distances alone and would not mind, a
-    model with learned positions would, and so would soft words that stand before the padding.
+    Padding is masked. Positions count the tokens that are there: a Llama sees distances alone and
+    would not mind, a model with learned positions would, and so would soft words that stand before
+    the padding.
     """
 
     def forward(ids, mask, last=0):
@@ -115,18 +120,23 @@ def pad(rows, fill):
 def batch(tokenizer, task, pairs):
     """[(text, label)] -> ids, mask, labels, each (B, L). Padding is masked and not learned."""
     words = answers(tokenizer, task)
+    # one row for each text
     ids = []
     labels = []
     for text, label in pairs:
         row, supervised = encode(tokenizer, prompt(tokenizer, task, text), words[label])
         ids.append(row)
         labels.append(supervised)
+    # padded with the end token, which is masked and has no label
     mask = pad([[True] * len(row) for row in ids], False)
     return pad(ids, tokenizer.eos_token_id), mask, pad(labels, IGNORE)
 
 
 def batches(rows, size, fill):
-    """Rows of token numbers, those of equal length together -> (their places, ids, mask), `size` rows at a time."""
+    """Rows of token numbers, those of equal length together -> (their places, ids, mask), `size`
+    rows at a time.
+    """
+    # neighbours in length need little padding
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for k in range(0, len(order), size):
         pick = order[k : k + size]
@@ -179,7 +189,7 @@ def generate(network, tokenizer, questions, device, tokens=4, size=32):
 
 
 def parse_labels(texts, words):
-    """Generated texts -> label numbers: the answer with which the text begins, -1 if it is none of them."""
+    """Generated texts -> label numbers: the answer at the beginning, -1 if it is none of them."""
     beginnings = [word.strip().lower() for word in words]
     # the longest first: "not good" before "not"
     longest = sorted(range(len(words)), key=lambda i: -len(words[i].strip()))
@@ -192,7 +202,7 @@ def parse_labels(texts, words):
 
 
 def evaluate(network, tokenizer, task, pairs, device):
-    """The scores of a network by likelihood of the answers, and of what it writes -> {"likelihood", "generated"}."""
+    """Scores of a network, by likelihood and by what it writes -> {"likelihood", "generated"}."""
     questions = [prompt(tokenizer, task, text) for text, _ in pairs]
     truth = [label for _, label in pairs]
     words = answers(tokenizer, task)
@@ -207,7 +217,7 @@ def evaluate(network, tokenizer, task, pairs, device):
 
 
 def majority(parts):
-    """Majority-class baseline: the most frequent label of the training set, for every text that is scored."""
+    """Majority-class baseline: the most frequent training label for every scored text."""
     counts = Counter(label for _, label in parts["train"])
     ((label, _),) = counts.most_common(1)
     return [label] * len(parts["scored"])

@@ -1,8 +1,10 @@
-"""Texts with labels: tweets, reviews or a file of your own, dealt to training, validation and test by a hash.
+"""Texts with labels: tweets, reviews or a file of your own, dealt to training, validation and test
+by a hash.
 
-Texts and ratings: Hutto & Gilbert 2014, "VADER", ICWSM: 20 people rated each text from -4 to 4; ratings near zero are
-left out. Copies of a text have the same hash, so no test text was trained on, and the parts are the same on every
-machine. A .csv or .jsonl file is read strictly: what is wrong with it is a UserError that names the line.
+Texts and ratings: Hutto & Gilbert 2014, "VADER", ICWSM: 20 people rated each text from -4 to 4;
+ratings near zero are left out. Copies of a text have the same hash, so no test text was trained on,
+and the parts are the same on every machine. A .csv or .jsonl file is read strictly: what is wrong
+with it is a UserError that names the line.
 """
 
 import csv
@@ -37,7 +39,9 @@ class Task:
 
 
 def rated(kind, threshold):
-    """The texts of one of SETS as [(text, 0 or 1)]: rated below -threshold, above threshold; the rest is left out."""
+    """The texts of one of SETS as [(text, 0 or 1)]: rated below -threshold, above threshold; the
+    rest is left out.
+    """
     pairs = []
     for text, rating in data.tweets(SETS[kind]):
         if abs(rating) > threshold:
@@ -46,7 +50,7 @@ def rated(kind, threshold):
 
 
 def csv_rows(text):
-    """Rows of a table with commas, its columns named in the first line: (number of the line, {column: value})."""
+    """Rows of a table with commas and a header: (number of the line, {column: value})."""
     # strict: a quote that is never closed is an error
     reader = csv.DictReader(io.StringIO(text), strict=True)
     columns = [name.strip() for name in reader.fieldnames or ()]
@@ -73,7 +77,8 @@ def json_rows(text):
 
 
 def read(path, words):
-    """A .csv or .jsonl file with the columns text and label -> [(text, number of the label)]; labels are `words`.
+    """A .csv or .jsonl file with the columns text and label -> [(text, number of the label)];
+    labels are `words`.
 
     Raises UserError, one line that names the file and the line in it.
     """
@@ -106,10 +111,12 @@ def read(path, words):
 
 
 def letters(text):
-    """What makes two texts copies of each other: their letters, accents and digits, whatever the alphabet.
+    """What makes two texts copies of each other: their letters, accents and digits, whatever the
+    alphabet.
 
-    Names (@anonymous), addresses, blanks, punctuation and capitals do not count. Accented letters of Western Europe
-    are left out as well: a wrong decoding turns them into others, and the copy should be recognised all the same.
+    Names (@anonymous), addresses, blanks, punctuation and capitals do not count. Accented letters
+    of Western Europe are left out as well: a wrong decoding turns them into others, and the copy
+    should be recognised all the same.
     """
     # without the accented letters of Western Europe
     composed = unicodedata.normalize("NFC", text)
@@ -143,7 +150,7 @@ def part(text):
 
 
 def load(task):
-    """-> {"train", "valid", "test", "scored": [(text, label)]}, the same on every machine. Raises UserError."""
+    """-> {"train", "valid", "test", "scored": [(text, label)]}. Raises UserError."""
     # flags
     asked = "".join([task.pattern, *task.words])
     run.check(clean(asked) == asked, "--pattern and --words must be UTF-8")

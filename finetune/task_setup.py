@@ -1,7 +1,8 @@
 """Flags, model, data and batches that all trained methods of this chapter share.
 
-`start` checks everything before anything is written: flags, texts, and whether the model can be asked as this chapter
-asks. `draw` makes the batch of a step. Shapes: as in sentiment.py; B texts, L tokens.
+`start` checks everything before anything is written: flags, texts, and whether the model can be
+asked as this chapter asks. `draw` makes the batch of a step. Shapes: as in sentiment.py; B texts, L
+tokens.
 """
 
 import inspect
@@ -46,7 +47,8 @@ class Bench:
 def draw(tokenizer, pairs, cfg, i):
     """The texts of step i, the same in every run with this seed -> ids, mask, labels (B, L).
 
-    `pairs` are sorted by length: texts of one neighbourhood need little padding, and padding costs what texts cost.
+    `pairs` are sorted by length: texts of one neighbourhood need little padding, and padding costs
+    what texts cost.
     """
     random = np.random.default_rng([cfg.seed, i])
     # a text at random, the texts nearest to it in length, and of these a batch
@@ -58,7 +60,8 @@ def draw(tokenizer, pairs, cfg, i):
 
 
 def check_model(model, tokenizer, cfg, before=0):
-    """Raises UserError for a model that cannot be asked as this chapter asks, or has too few positions for the texts.
+    """Raises UserError for a model that cannot be asked as this chapter asks, or has too few
+    positions for the texts.
 
     before: positions that stand before every text, soft words or a prefix.
     """
@@ -86,10 +89,11 @@ def check_model(model, tokenizer, cfg, before=0):
 
 
 def start(cfg, allow=None, before=0):
-    """Check the flags, load data and model, make the folder, fix the seed -> Bench. Raises UserError.
+    """Check the flags, load data and model, make the folder, fix the seed -> Bench. Raises
+    UserError.
 
-    allow: a function that refuses a model by a UserError, before anything is written; before: positions that stand
-    before every text.
+    allow: a function that refuses a model by a UserError, before anything is written; before:
+    positions that stand before every text.
     """
     # flags
     if isinstance(cfg, Training):

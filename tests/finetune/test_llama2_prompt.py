@@ -228,7 +228,7 @@ def test_what_is_saved_is_what_was_trained_in_the_end_and_names_its_base(
     text = batch()
     bench = task_setup.Bench(tmp_path, torch.device("cpu"), Letters(), model, {})
     monkeypatch.setattr(
-        llama2_full, "start", lambda cfg, *allow, before=0: found.update(before=before) or bench
+        task_setup, "start", lambda cfg, *allow, before=0: found.update(before=before) or bench
     )
     monkeypatch.setattr(llama2_full, "experiment", experiment)
     script.main(script.Config(tokens=P, **({"hidden": 12} if name in ("ptune", "prefix") else {})))
