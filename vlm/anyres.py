@@ -23,7 +23,8 @@ def candidates(side, most=4):
 
 def fitted(size, into):
     """The size of a picture when it is scaled, shape kept, until it touches a side of `into`: (height, width)."""
-    (h, w), (high, wide) = size, into
+    h, w = size
+    high, wide = into
     if wide / w < high / h:
         return min(-(-h * wide // w), high), wide  # rounded up
     return high, min(-(-w * high // h), wide)
@@ -35,7 +36,7 @@ def select_best_resolution(size, candidates):
 
     def worth(candidate):
         scale = min(candidate[0] / size[0], candidate[1] / size[1])
-        # Enlarging shows nothing new
+        # enlarging shows nothing new
         shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
         return shown, shown - candidate[0] * candidate[1]
 
@@ -44,20 +45,21 @@ def select_best_resolution(size, candidates):
 
 def resize(image, size):
     """uint8 (C,H,W) -> uint8 (C,*size), bicubic and antialiased."""
-    x = F.interpolate(
-        image[None].float(), size, mode="bicubic", antialias=True, align_corners=False
-    )[0]
-    return x.round().clamp(0, 255).to(torch.uint8)
+    batch = image[None].float()
+    x = F.interpolate(batch, size, mode="bicubic", antialias=True, align_corners=False)
+    return x[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def centred(image, size):
     """Put the picture (C,h,w) into the middle of a black one; what is left over goes below and to the right."""
-    high, wide = size[0] - image.shape[1], size[1] - image.shape[2]
+    high = size[0] - image.shape[1]
+    wide = size[1] - image.shape[2]
     return F.pad(image, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
 
 def tiles(image, side, candidates):
     """uint8 (C,H,W) -> (1+T,C,side,side): the whole picture squeezed into one, then its tiles row by row."""
+    # the grid that fits best, the image scaled into it, black around it
     best = select_best_resolution(image.shape[1:], candidates)
     large = centred(resize(image, fitted(image.shape[1:], best)), best)
     parts = rearrange(large, "c (r p) (k q) -> (r k) c p q", p=side, q=side)
@@ -69,10 +71,12 @@ def unpad(features, size):
 
     Counted in cells of features, and as much from either side: a cell that is half padding may stay.
     """
-    (high, wide), (h, w) = features.shape[1:], size
+    high, wide = features.shape[1:]
+    h, w = size
     if w / h > wide / high:  # as wide as it gets: bars above and below
         bar = (high - int(round(h * (wide / w), 7))) // 2
         return features[:, bar : high - bar]
+    # as high as it gets: bars at the sides
     bar = (wide - int(round(w * (high / h), 7))) // 2
     return features[:, :, bar : wide - bar]
 
@@ -82,7 +86,8 @@ def pack(features, size, side, candidates, newline=None):
 
     newline (D,): ends each row of the large picture. Without tiles (T = 0) it ends the whole one.
     """
-    whole, parts = features[0], features[1:]
+    whole = features[0]
+    parts = features[1:]
     if not len(parts):
         return whole if newline is None else torch.cat([whole, newline[None].to(whole)])
     rows, columns = (x // side for x in select_best_resolution(size, candidates))
@@ -91,8 +96,10 @@ def pack(features, size, side, candidates, newline=None):
         rows * columns == len(parts) and g * g == whole.shape[0],
         "these are not the features of tiles of this size",
     )
+    # tiles as one large map, without its padding
     large = rearrange(parts, "(r k) (p q) d -> d (r p) (k q)", r=rows, p=g)
     large = unpad(large, size)
+    # a newline token at the end of each row
     if newline is not None:
         end = newline.to(large)[:, None, None].expand(-1, large.shape[1], 1)
         large = torch.cat([large, end], dim=2)

@@ -20,11 +20,13 @@ LORA_SCALE = 2.0  # alpha over rank, of every adapter
 
 
 def tensors(model):
-    """What was learned, by the names that vlm/llava_io.py reads."""
+    """Trained weights, by the names that vlm/llava_parts.py reads."""
     found = {f"connector.{k}": v for k, v in model.connector.state_dict().items()}
+    # LoRA in the language model
     for name in llama2_lora.names(model.language):
         adapter = model.language.get_submodule(name)
         found |= {f"lora.{name}.A": adapter.lora_A, f"lora.{name}.B": adapter.lora_B}
+    # parts that were trained whole
     for part in ("vision", "language"):
         network = getattr(model, part)
         if not llama2_lora.names(network):
@@ -47,20 +49,27 @@ def engine_of(learner, every, cfg):
     It casts every parameter to --precision and no buffer, and batch norms need both alike. So a tower that learns
     nothing is left as it is, and one that learns and has batch norms is refused in bf16.
     """
+    # a tower whose batch norms would see two precisions
     tower = learner.model.vision
     learns = any(p.requires_grad for p in tower.parameters())
-    alike = cfg.precision == "fp32" or not any(
-        isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules()
-    )
+    has_batch_norm = any(isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules())
+    alike = cfg.precision == "fp32" or not has_batch_norm
     check(
         alike or not learns,
         "--train_type none: under DeepSpeed this tower learns in --precision fp32 only",
     )
-    config = zero_config.read(SimpleNamespace(
-        zero_stage=cfg.zero_stage, config="", offload="none", precision=cfg.precision,
-        batch=cfg.per_device_train_batch_size, accumulation=cfg.gradient_accumulation_steps,
-    ))  # fmt: skip
+    # configuration and optimizer
+    flags = SimpleNamespace(
+        zero_stage=cfg.zero_stage,
+        config="",
+        offload="none",
+        precision=cfg.precision,
+        batch=cfg.per_device_train_batch_size,
+        accumulation=cfg.gradient_accumulation_steps,
+    )
+    config = zero_config.read(flags)
     optimizer = torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
+    # the engine casts the frozen tower: its values are put back
     kept = [] if learns else [(p, p.data) for p in tower.parameters()]
     engine = zero_config.quiet().initialize(model=learner, optimizer=optimizer, config=config)[0]
     for parameter, values in kept:
@@ -92,13 +101,16 @@ def save(cfg, model, optimizer, losses, engine=None):
 
 def load(cfg, model, optimizer, engine=None):
     """Put the last checkpoint back -> the losses so far. Raises UserError: there is none, or it is of another run."""
+    # one process, or plain ranks
     if not engine:
         found = Path(cfg.out) / "state.safetensors"
         return checkpoint.load_state(
             found, cfg, weights=llama2_full.Trained(model), optimizer=optimizer
         )["losses"]
+    # DeepSpeed: as many ranks as wrote it
     folder = manifest.load(Path(cfg.out) / "checkpoints")
-    state, n = checkpoint.load_state(folder / "run.safetensors"), dist.get_world_size()
+    state = checkpoint.load_state(folder / "run.safetensors")
+    n = dist.get_world_size()
     check(
         state["config"]["ranks"] == n,
         f"--resume: {folder} was written by {state['config']['ranks']} ranks, not {n}",

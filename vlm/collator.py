@@ -14,7 +14,7 @@ from utils.run import UserError
 from utils.text import printable
 from vlm.packing import pack, packed, pad
 
-# What reading a bad file raises; a bug stays loud
+# What reading a bad file raises; a bug is not among it
 BROKEN = (
     OSError,
     EOFError,

@@ -44,7 +44,8 @@ class Concat(nn.Module):
 
     def __init__(self, side, dim_in, dim_out):
         super().__init__()
-        self.side, self.mlp = side, mlp(2, side * side * dim_in, dim_out)
+        self.side = side
+        self.mlp = mlp(2, side * side * dim_in, dim_out)
 
     def count(self, n):
         return (-(-round(n**0.5) // self.side)) ** 2
@@ -64,7 +65,9 @@ class Pool(nn.Module):
 
     def __init__(self, side, dim_in, dim_out, how):
         super().__init__()
-        self.side, self.how, self.mlp = side, how, mlp(2, dim_in, dim_out)
+        self.side = side
+        self.how = how
+        self.mlp = mlp(2, dim_in, dim_out)
 
     def count(self, n):
         return self.side**2
@@ -217,6 +220,7 @@ def build(name, dim_in, dim_out, **options):
     """A connector by its name: (B,N,dim_in) -> (B,M,dim_out). Raises UserError for a name that there is not."""
     known = r"(linear|identity|perceiver)|(mlp)([1-9]\d*)x_gelu|(concat|pool|bilinear)([1-9]\d*)"
     found = re.fullmatch(known, name)
+    # its kind and its number: pool3 -> pool, 3
     kind, number = [g for g in (*found.groups(), "") if g is not None][:2] if found else ("", "")
     if kind == "linear":
         return nn.Linear(dim_in, dim_out)  # LLaVA, Eq. 1

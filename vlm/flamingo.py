@@ -50,7 +50,7 @@ class Config:
     lr: float = 2e-3  # of new layers; the gates' is ten times that
     every: int = 6  # a new layer before every so many-th layer of the language model
     latents: int = 16  # M, vectors that stand for a photo
-    shots: tuple[int, ...] = (0, 2, 4)  # examples in the prompt when judged
+    shots: tuple[int, ...] = (0, 2, 4)  # few-shot examples in the prompt
     judged: int = 300  # photos to be judged by; 0: all 1322
     language: str = "smollm2"  # the language model: smollm2, or a folder or hub id
     pretrained: bool = False  # start from the shipped weights and skip the training

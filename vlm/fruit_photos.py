@@ -33,12 +33,13 @@ def name_of(fruit, i):
 
 
 def split(fruit, judged=0, seed=0):
-    """The data set's own split: indices of the photos to learn from, and of those to be judged by, or some of them."""
+    """The data set's own split: indices of the training photos, and of the held-out ones, or `judged` of these."""
     part = np.array(fruit.split)
-    learn, unseen = np.flatnonzero(part != "test"), np.flatnonzero(part == "test")
+    train = np.flatnonzero(part != "test")
+    heldout = np.flatnonzero(part == "test")
     if judged:
-        unseen = np.sort(np.random.default_rng([seed, 9]).permutation(unseen)[:judged])
-    return torch.from_numpy(learn), torch.from_numpy(unseen)
+        heldout = np.sort(np.random.default_rng([seed, 9]).permutation(heldout)[:judged])
+    return torch.from_numpy(train), torch.from_numpy(heldout)
 
 
 def truths(fruit):
@@ -47,6 +48,7 @@ def truths(fruit):
 
 def grouped(log_p, fruit):
     """Scores of 14 kinds -> the group whose kinds have the most probability together: (B,)."""
+    # the group of each kind, and the probabilities of its kinds added up
     group = torch.stack([fruit.coarse[fruit.fine == k][0] for k in range(len(fruit.fine_names))])
     each = torch.zeros(len(log_p), len(fruit.coarse_names)).index_add_(1, group, log_p.softmax(-1))
     return each.argmax(-1)
@@ -54,10 +56,12 @@ def grouped(log_p, fruit):
 
 def one_of_each(fruit, order):
     """The photos `order`, so that the first 14 are of 14 kinds, then the next."""
-    seen = [
-        sum(fruit.fine[j] == fruit.fine[i] for j in order[:n]) for n, i in enumerate(order[:200])
-    ]
-    return [i for _, i in sorted(zip(seen, order[:200]), key=lambda pair: int(pair[0]))]
+    # how many photos of its kind stand before each
+    before = []
+    for n, i in enumerate(order[:200]):
+        before.append(sum(fruit.fine[j] == fruit.fine[i] for j in order[:n]))
+    # the first of each kind, then the second of each
+    return [i for _, i in sorted(zip(before, order[:200]), key=lambda pair: int(pair[0]))]
 
 
 def spread(chosen, count=8):
@@ -66,7 +70,7 @@ def spread(chosen, count=8):
 
 
 def draw(path, images, answers, truths, prompt):
-    """Photos, what was said about them, and what they are."""
+    """Photos, the generated answers, and what they are."""
     import matplotlib.pyplot as plt
 
     columns = min(4, len(images))
@@ -76,19 +80,12 @@ def draw(path, images, answers, truths, prompt):
     )
     for ax in axes.flat:
         ax.axis("off")
-    for ax, image, said, truth in zip(axes.flat, images, answers, truths):
+    below = {"fontsize": 7, "color": "gray", "ha": "center", "va": "top"}
+    for ax, image, answer, truth in zip(axes.flat, images, answers, truths):
         ax.imshow(image.permute(1, 2, 0))
-        right = truth and truth.lower() in said.lower()
-        ax.set_title(textwrap.fill(said, 32), fontsize=9, color="tab:green" if right else "black")
-        ax.text(
-            0.5,
-            -0.02,
-            truth,
-            fontsize=7,
-            color="gray",
-            ha="center",
-            va="top",
-            transform=ax.transAxes,
-        )
+        # the answer above, green if it names what it is; that below
+        right = truth and truth.lower() in answer.lower()
+        ax.set_title(textwrap.fill(answer, 32), fontsize=9, color="tab:green" if right else "black")
+        ax.text(0.5, -0.02, truth, transform=ax.transAxes, **below)
     figure.suptitle(prompt, fontsize=10)
     return figures.close(figure, path)

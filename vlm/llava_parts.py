@@ -54,7 +54,7 @@ def merge_lora(language, tensors, scale):
 
 
 def restore(path, on="cpu"):
-    """A file that vlm/train.py wrote: what it learned, and the names of what it did not -> tokenizer, Parts."""
+    """A file that vlm/train.py wrote: trained weights, and the names of frozen parts -> tokenizer, Parts."""
     tensors, meta = checkpoint.read(path)
     try:
         # the parts by their names

@@ -6,7 +6,7 @@ one row, each blind to its neighbours, and next to nothing is. Krell et al. 2021
 2023, arXiv:2310.03744, App. A (one modality a batch: samplers.py). The collator that reads images is in collator.py.
 
 A sample is {"ids": [...], "labels": [...], "images": [...]}: a picture stands in ids as so many equal ids as it has
-features, labels are IGNORE where nothing is learned, images are paths or numbers, or none.
+features, labels are IGNORE where nothing is supervised, images are paths or numbers, or none.
 Shapes: B rows of T tokens.
 Difference from the paper: best fit decreasing over samples, not over a histogram of their lengths.
 

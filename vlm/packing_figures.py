@@ -39,7 +39,7 @@ def draw(path, ways, titles, length):
         axis.spines[["left", "right", "top"]].set_visible(False)
     axes[0].invert_yaxis()
     axes[0].set_ylabel("rows, batch by batch")
-    named = {"with a picture": shades[True][2], "words alone": shades[False][1], "padding": "0.88"}
+    named = {"with a picture": shades[True][2], "text alone": shades[False][1], "padding": "0.88"}
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in named.values()]
     axes[-1].legend(handles, named, fontsize=9, frameon=False, loc="lower right")
     figure.tight_layout()

@@ -18,14 +18,14 @@ def share(right):
     return float(right.float().mean())
 
 
-def probe(x, y, unseen, weight=1e-4):
-    """Multinomial logistic regression on standardised features (N,D) of kinds y -> logits of the unseen ones."""
+def probe(x, y, heldout, weight=1e-4):
+    """Multinomial logistic regression on standardised features (N,D) of kinds y -> logits of the held-out ones."""
     # standardise by the training photos, and divide by the root of the width
     mean = x.mean(0)
     spread = x.std(0) + 1e-6
     size = x.shape[1] ** 0.5
     x = (x - mean) / spread / size
-    unseen = (unseen - mean) / spread / size
+    heldout = (heldout - mean) / spread / size
     # a linear layer that begins at zero
     head = nn.Linear(x.shape[1], int(y.max()) + 1)
     nn.init.zeros_(head.weight)
@@ -40,16 +40,16 @@ def probe(x, y, unseen, weight=1e-4):
         return value
 
     optimizer.step(closure)
-    return head(unseen).detach()
+    return head(heldout).detach()
 
 
 def probed(vision_tower, fruit, learn, chosen):
     """Linear-probe predictions for the photos `chosen`: {"14 kinds", "5 groups"} of (B,)."""
     x = tower.vision_features(vision_tower, fruit.images[learn]).float().mean(1)
-    unseen = tower.vision_features(vision_tower, fruit.images[chosen]).float().mean(1)
+    heldout = tower.vision_features(vision_tower, fruit.images[chosen]).float().mean(1)
     found = {}
     for name, y in truths(fruit).items():
-        found[name] = probe(x, y[learn], unseen).argmax(-1)
+        found[name] = probe(x, y[learn], heldout).argmax(-1)
     return found
 
 

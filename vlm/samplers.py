@@ -1,4 +1,4 @@
-"""Samplers: which samples make a batch. Grouped by length or by modality, or mixed from several sources by weight.
+"""Batch samplers: which samples make a batch. Grouped by length or by modality, or mixed from sources by weight.
 
 Grouped by length, less of a rectangle is padding; one modality a batch keeps the ranks in step: Liu et al. 2023,
 arXiv:2310.03744, App. A.
@@ -15,7 +15,8 @@ MEGA = 50  # batches that are sorted by length together
 
 def shuffled(lengths, batch, random):
     """Numbers of all samples in a random order, sorted by length inside each piece of MEGA batches."""
-    order, piece = random.permutation(len(lengths)), MEGA * batch
+    order = random.permutation(len(lengths))
+    piece = MEGA * batch
     lengths = np.asarray(lengths)
     pieces = [order[i : i + piece] for i in range(0, len(order), piece)]
     return np.concatenate([piece[np.argsort(-lengths[piece], kind="stable")] for piece in pieces])
@@ -26,6 +27,7 @@ def by_length(lengths, batch, seed=0, epoch=0):
     check(len(lengths) > 0 and batch > 0, "there must be samples, and --batch at least 1")
     random = np.random.default_rng([seed, epoch])
     order = shuffled(lengths, batch, random)
+    # cut into batches of neighbours, in a random order
     batches = [order[i : i + batch].tolist() for i in range(0, len(order), batch)]
     return [batches[i] for i in random.permutation(len(batches))]
 
@@ -41,26 +43,28 @@ def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
         len(samples) > 0 and batch > 0 and ranks > 0,
         "there must be samples, and --batch and ranks at least 1",
     )
-    random, steps = np.random.default_rng([seed, epoch]), []
+    random = np.random.default_rng([seed, epoch])
+    steps = []
     for kind in (True, False):
-        chosen = np.array(
-            [i for i, s in enumerate(samples) if bool(s["images"]) == kind], dtype=int
-        )
-        count = -(-len(chosen) // (batch * ranks))  # steps, rounded up
-        what = f"{len(chosen)} samples {'with' if kind else 'without'} pictures on {ranks} ranks, --batch {batch}"
+        # samples of one modality, and steps for them, rounded up
+        chosen = [i for i, s in enumerate(samples) if bool(s["images"]) == kind]
+        chosen = np.array(chosen, dtype=int)
+        count = -(-len(chosen) // (batch * ranks))
+        which = "with" if kind else "without"
+        what = f"{len(chosen)} samples {which} pictures on {ranks} ranks, --batch {batch}"
         left = len(chosen) % ranks if len(chosen) >= ranks else len(chosen)
         check(
             count * ranks <= len(chosen),
             f"{what}: some rank would have none in a step; leave out {left} of them",
         )
-        if count:
-            order = chosen[
-                shuffled([len(samples[i]["ids"]) for i in chosen], batch * ranks, random)
-            ]
-            steps += [
-                [part[rank::ranks].tolist() for rank in range(ranks)]
-                for part in np.array_split(order, count)
-            ]
+        if not count:
+            continue
+        # neighbours in length share a step, dealt out to the ranks
+        lengths = [len(samples[i]["ids"]) for i in chosen]
+        order = chosen[shuffled(lengths, batch * ranks, random)]
+        for part in np.array_split(order, count):
+            steps.append([part[rank::ranks].tolist() for rank in range(ranks)])
+    # steps of both modalities in a random order, the same on all ranks
     order = random.permutation(len(steps))
     return [[steps[i][rank] for i in order] for rank in range(ranks)]
 
@@ -76,18 +80,23 @@ class Mixture:
             sources and sources.keys() == weights.keys(),
             f"weights are for {[*weights]}, sources are {[*sources]}",
         )
+        # weights, one for each source
         values = np.array([weights[name] for name in sources], dtype=float)
         good = np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0
         check(good, f"weights must be numbers of 0 or more, and not all 0: {weights}")
         empty = [name for name in sources if weights[name] > 0 and not len(sources[name])]
         check(not empty, f"nothing to draw from in {empty}; give it weight 0")
-        self.sources, self.seed, self.bounds = sources, seed, (values / values.sum()).cumsum()
+        self.sources = sources
+        self.seed = seed
+        self.bounds = (values / values.sum()).cumsum()
+        # what a state must agree with, and the state: draws of each source so far
         self.fixed = {
             "seed": seed,
             "weights": values.tolist(),
             "sizes": {k: len(v) for k, v in sources.items()},
         }
-        self.drawn, self.orders = dict.fromkeys(sources, 0), {}
+        self.drawn = dict.fromkeys(sources, 0)
+        self.orders = {}
 
     def source(self, draw):
         """The name of the source of a draw, 0, 1, ..."""
@@ -98,20 +107,23 @@ class Mixture:
         return self
 
     def __next__(self):
+        # a source, and the place in its epoch
         name = self.source(sum(self.drawn.values()))
-        items, number = self.sources[name], [*self.sources].index(name)
+        items = self.sources[name]
         epoch, place = divmod(self.drawn[name], len(items))
+        # every epoch of a source has its own order
         if self.orders.get(name, (-1,))[0] != epoch:
-            self.orders[name] = (
-                epoch,
-                np.random.default_rng([self.seed, 1, number, epoch]).permutation(len(items)),
-            )
+            number = [*self.sources].index(name)
+            random = np.random.default_rng([self.seed, 1, number, epoch])
+            self.orders[name] = (epoch, random.permutation(len(items)))
         self.drawn[name] += 1
-        return items[self.orders[name][1][place]]
+        order = self.orders[name][1]
+        return items[order[place]]
 
     def state_dict(self, ahead=0):
         """Plain numbers. ahead: draws that a DataLoader's workers hold ready and nobody has learned from yet."""
-        drawn, total = dict(self.drawn), sum(self.drawn.values())
+        drawn = dict(self.drawn)
+        total = sum(drawn.values())
         check(0 <= ahead <= total, f"{ahead} draws ahead of {total} cannot be")
         for draw in range(total - ahead, total):
             drawn[self.source(draw)] -= 1
@@ -119,9 +131,7 @@ class Mixture:
 
     def load_state_dict(self, state):
         """Go on where the state was taken. Raises UserError if sources, weights or seed are others."""
-        other = [k for k in self.fixed if state.get(k) != self.fixed[k]]
-        check(
-            not other,
-            f"the state is of another mixture: {', '.join(f'{k} {state.get(k)}' for k in other)}",
-        )
-        self.drawn, self.orders = dict(state["drawn"]), {}
+        other = [f"{k} {state.get(k)}" for k in self.fixed if state.get(k) != self.fixed[k]]
+        check(not other, f"the state is of another mixture: {', '.join(other)}")
+        self.drawn = dict(state["drawn"])
+        self.orders = {}

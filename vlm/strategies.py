@@ -50,20 +50,25 @@ def command(name, cfg, folder):
     flags = list(STRATEGIES[name][1])
     if flags[-1] == "--align_steps":
         flags.append(str(cfg.steps // 3))
+    # the same for all strategies
     every = {
         "max_steps": cfg.steps,
         "per_device_train_batch_size": cfg.batch,
         "views": cfg.views,
         "judged": cfg.judged,
+        "text_share": 0.1,
+        "num_warmup_steps": max(1, cfg.steps // 10),
+        "seed": cfg.seed,
+        "out": folder / name,
     }
-    every |= {"text_share": 0.1}
-    every |= {"num_warmup_steps": max(1, cfg.steps // 10), "seed": cfg.seed, "out": folder / name}
-    more = [x for flag, value in every.items() for x in (f"--{flag}", str(value))]
+    more = []
+    for flag, value in every.items():
+        more += [f"--{flag}", str(value)]
     return [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *more]
 
 
 def row(metrics, steps):
-    """What the table says of a run."""
+    """Row of the table: the metrics of a run."""
     return {
         "14 kinds": metrics["LLaVA"]["14 kinds"], "5 groups": metrics["LLaVA"]["5 groups"],
         "loss": metrics["final_loss"], "text loss": metrics["text loss"]["after"], "learned": metrics["learned"],
@@ -78,15 +83,9 @@ def draw(path, rows):
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     for name, r in rows.items():
         ax.scatter(r["CPU s a step"], r["14 kinds"], s=r["MiB"] / 15, alpha=0.6)
-        ax.annotate(
-            name,
-            (r["CPU s a step"], r["14 kinds"]),
-            (0, 12),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    ax.set(xlabel="CPU seconds a step", ylabel="right of 14 kinds, unseen photos")
+        point = (r["CPU s a step"], r["14 kinds"])
+        ax.annotate(name, point, (0, 12), textcoords="offset points", ha="center", fontsize=8)
+    ax.set(xlabel="CPU seconds a step", ylabel="right of 14 kinds, held-out photos")
     ax.set_xlim(0, 1.15 * max(r["CPU s a step"] for r in rows.values()))
     ax.margins(y=0.25)
     return figures.close(figure, path)
@@ -100,12 +99,15 @@ def main(cfg: Config) -> dict:
         cfg.steps >= 3 and min(cfg.batch, cfg.views, cfg.judged) > 0,
         "--steps must be 3 or more, the rest above 0",
     )
-    folder, rows = run.output(cfg.out, cfg), {}
+    folder = run.output(cfg.out, cfg)
+    rows = {}
     for name in cfg.only or STRATEGIES:
+        # a run in a process of its own
         print(f"{name}: {STRATEGIES[name][0]}", flush=True)
         done = subprocess.run(command(name, cfg, folder), stdout=subprocess.DEVNULL)
         check(done.returncode == 0, f"the run of {name} failed")
-        rows[name] = row(json.loads((folder / name / "metrics.json").read_text("utf-8")), cfg.steps)
+        metrics = json.loads((folder / name / "metrics.json").read_text("utf-8"))
+        rows[name] = row(metrics, cfg.steps)
     draw(folder / "compare.png", rows)
     return run.report(folder, rows)
 

@@ -28,7 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class EfficientNetMaps(nn.Module):
     """The last maps of EfficientNet-lite0: (B,3,224,224) -> (B,1280,7,7), of mean 0 and variance 1 at every place.
 
-    A transformer's states were normalised on their way, these were not, and some channels are fifty times as loud.
+    A transformer's states were normalised on their way, these were not, and some channels are of fifty times the norm.
     """
 
     def __init__(self, network):
@@ -52,17 +52,22 @@ class VisionTower(nn.Module):
         super().__init__()
         check(select in ("patch", "all"), f"--select is patch or all, not {select}")
         check(isinstance(layer, int), f"one layer is read, not {layer}")
-        self.network, self.layer, self.select = network, layer, select
+        self.network = network
+        self.layer = layer
+        self.select = select
+        # size of the pictures: that of the encoder, or positions for another one
         config = getattr(network, "config", None)
         side = getattr(config, "image_size", 224)
         self.size = side if isinstance(side, int) else side[0]
         if size and size != self.size:
             interpolate_positions(network, size)
             self.size = size
-        patch = getattr(config, "patch_size", None)
-        self.lead = 0
+        # normalisation of pixels
         self.mean: tuple[float, ...] = MEAN
         self.std: tuple[float, ...] = STD
+        # number and width of the tokens, and how many stand before the patches: one look at a black picture
+        patch = getattr(config, "patch_size", None)
+        self.lead = 0
         with torch.no_grad():
             states = self.states(torch.zeros(1, 3, self.size, self.size, device=device(network)))
         if states.dim() == 3 and isinstance(patch, int) and select == "patch":
@@ -108,6 +113,7 @@ def device(network):
 def interpolate(positions, lead, grid):
     """Learned positions (1, lead + g*g, D) for another grid (rows, columns): bicubic (ViT, Sec. 3.2)."""
     before, patches = positions[:, :lead], positions[:, lead:]
+    # as maps, resized like a picture
     g = round(patches.shape[1] ** 0.5)
     patches = rearrange(patches, "b (h w) d -> b d h w", h=g)
     patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)
@@ -147,21 +153,15 @@ def interpolate_positions(network, size):
 def fingerprint(vision_tower):
     """A hash of all that its features depend on: weights and buffers, configuration, layer, size, normalisation, code.
 
-    Not its name: a tower retrained in place keeps its name and says something else.
+    Not its name: a tower retrained in place keeps its name and has other features.
     """
     network = vision_tower.network
     weights = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     config: Any = getattr(network, "config", None)
     described = config.to_json_string(use_diff=False) if config is not None else ""
-    settings = (
-        vision_tower.layer,
-        vision_tower.select,
-        vision_tower.size,
-        vision_tower.lead,
-        tuple(vision_tower.mean),
-        tuple(vision_tower.std),
-        network.training,
-    )
+    read = (vision_tower.layer, vision_tower.select, vision_tower.size, vision_tower.lead)
+    normalisation = (tuple(vision_tower.mean), tuple(vision_tower.std))
+    settings = (*read, *normalisation, network.training)
     return checkpoint.digest(weights, repr((VERSION, type(network).__name__, described, settings)))
 
 
@@ -175,10 +175,12 @@ def vision_features(vision_tower, images, key=None, batch=4):
     content = repr(key).encode() if key else images.contiguous().numpy().tobytes()
     name = hashlib.sha256(fingerprint(vision_tower).encode() + shape + content).hexdigest()[:16]
     path = assets.cache() / "features" / f"tower-{name}.safetensors"
-    with suppress(UserError):  # not there yet, or damaged: look again
+    # frozen feature cache; not there yet, or damaged: look again
+    with suppress(UserError):
         return checkpoint.read(path)[0]["features"]
     # larger batches are slower on a CPU
-    on, parts = device(vision_tower.network), (images() if key else images).split(batch)
+    on = device(vision_tower.network)
+    parts = (images() if key else images).split(batch)
     found = [
         vision_tower(vision_tower.pixels(part.to(on))).bfloat16().cpu()
         for part in run.bar(parts, len(parts), name="look")
@@ -188,7 +190,7 @@ def vision_features(vision_tower, images, key=None, batch=4):
 
 
 def load(name, layer=-2, select="patch", size=None, on="cpu"):
-    """-> tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError if there is none.
+    """Vision tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError if there is none.
 
     EfficientNet has one answer, its last maps: any `layer` but the default is refused.
     """

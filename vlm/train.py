@@ -11,7 +11,7 @@ all weights, and both stages on the same photos.
 
 Flags: train_config.py; trainable parameters and their rates: trainable.py; batches: train_data.py.
 
-    python vlm/train.py                                                     # two cores: 5.4 minutes, 3 to judge
+    python vlm/train.py                                                     # two cores: 5.4 minutes, 3 of evaluation
     python vlm/train.py --train_type projector                              # the connector alone
     torchrun --nproc_per_node 2 vlm/train.py
     deepspeed --num_gpus 1 vlm/train.py --zero_stage 2
