@@ -197,7 +197,7 @@ def main(cfg: Config) -> dict:
     device = run.device(cfg.device)
     model, schedule, predict = ddpm.load(find_weights(cfg), device)
     run.seed(cfg.seed)
-    judge = quality.judge(device)
+    judge = quality.scorer(device)
     metrics = {}
     shown = {}
     noise = torch.randn(cfg.samples, 1, 28, 28).to(device)

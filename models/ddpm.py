@@ -279,7 +279,7 @@ def main(cfg: Config) -> dict:
     # measure
     metrics["sample_seconds"] = clock()
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    metrics |= quality.judge(device)(digits)
+    metrics |= quality.scorer(device)(digits)
 
     # draw
     figures.grid(folder / "samples.png", digits[:64])

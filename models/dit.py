@@ -272,7 +272,7 @@ def main(cfg: Config) -> dict:
     # sample every digit and measure, at each guidance scale from the same noise
     clock = run.Clock()
     classifier = quality.load(device)
-    judge = quality.judge(device)
+    judge = quality.scorer(device)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     y = torch.arange(cfg.samples) % 10
     noise = torch.randn(cfg.samples, 1, 28, 28)

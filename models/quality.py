@@ -7,7 +7,7 @@ same classifier how many samples it takes for a digit with a confidence of at le
 
 Shapes: B or N images, D = 64 features, K = 10 classes.
 
-    python models/quality.py                # train the classifier, then score real digits and spoiled ones
+    python models/quality.py                # train the classifier, then score real digits and corrupted ones
     python models/quality.py --pretrained   # only the scores
 """
 
@@ -27,7 +27,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "quality.safetensors"
 
 @dataclass(frozen=True)
 class Config:
-    """Train the classifier that scores generated digits, and try the scores on real and spoiled digits."""
+    """Train the classifier that scores generated digits, and try the scores on real and corrupted digits."""
 
     epochs: int = 4  # passes over the 60 000 training digits
     batch: int = 128  # images per step
@@ -65,9 +65,13 @@ def frechet_distance(x, y):
     The trace of the root is the sum of the roots of the eigenvalues of C_x C_y, taken here from the symmetric
     C_x^(1/2) C_y C_x^(1/2), which has the same ones and no imaginary parts.
     """
-    x, y = x.double(), y.double()
+    x = x.double()
+    y = y.double()
+    # means and covariances of the two Gaussians
     mean = (x.mean(0) - y.mean(0)).square().sum()
-    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    cx = torch.cov(x.T)
+    cy = torch.cov(y.T)
+    # trace of the root of their product
     value, vector = torch.linalg.eigh(cx)
     root = vector * value.clamp(min=0).sqrt() @ vector.T
     trace_root = torch.linalg.eigvalsh(root @ cy @ root).clamp(min=0).sqrt().sum()
@@ -78,9 +82,10 @@ def frechet_distance(x, y):
 def evaluate(model, images, batch=500):
     """Images (N, 1, 28, 28) in [-1, 1] -> features (N, 64), probabilities (N, 10)."""
     model.eval()
-    where = next(model.parameters()).device
-    features = torch.cat([model.features(x.to(where)) for x in images.split(batch)])
-    return features.cpu(), model.head(features).softmax(-1).cpu()
+    device = next(model.parameters()).device
+    features = torch.cat([model.features(x.to(device)) for x in images.split(batch)])
+    probabilities = model.head(features).softmax(-1)
+    return features.cpu(), probabilities.cpu()
 
 
 def recognised(probabilities, confidence=0.9):
@@ -89,19 +94,19 @@ def recognised(probabilities, confidence=0.9):
 
 
 def standard_error(share, n):
-    """Of a share of n independent trials: with 64 samples a share near 0.7 is known to 0.06 only."""
+    """Standard error of a share of n independent trials: with 64 samples one near 0.7 is known to 0.06 only."""
     return math.sqrt(share * (1 - share) / n)
 
 
 def score(model, images, real):
     """Both numbers for images (N, 1, 28, 28) in [-1, 1]; `real` are features of test digits, (M, 64)."""
     shape = tuple(images.shape)
-    run.check(
-        shape[1:] == (1, 28, 28), f"quality is measured on (N, 1, 28, 28) digits, not on {shape}"
-    )
+    digits = shape[1:] == (1, 28, 28)
+    run.check(digits, f"quality is measured on (N, 1, 28, 28) digits, not on {shape}")
     run.check(len(images) > 1, "a Frechet distance needs two images or more")
     run.check(images.isfinite().all(), "the images hold numbers that are not finite")
     features, probabilities = evaluate(model, images)
+    # how evenly the digits come: the exponential of the entropy of the classes
     spread = probabilities.argmax(-1).bincount(minlength=10) / len(images)
     entropy = float(-(spread * spread.clamp(min=1e-9).log()).sum())
     share = recognised(probabilities)
@@ -118,28 +123,30 @@ def load(device="cpu"):
     """The shipped classifier, ready to score."""
     model = Classifier().to(device).eval().requires_grad_(False)
     tensors, _ = checkpoint.read(WEIGHTS)
-    model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    )
+    # bf16 to fp32; counters of the batch norms stay integers
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor.float()
+    model.load_state_dict(tensors)
     return model
 
 
-def judge(device="cpu"):
+def scorer(device="cpu"):
     """A function images -> scores against all test digits, with what as many real training digits would score.
 
     The distance grows as samples get fewer, for real digits too: compare it with theirs, `frechet_of_real`.
     """
     model = load(device)
-    real, (others, _) = (
-        evaluate(model, data.to_float(data.mnist("test")[0]))[0],
-        data.mnist("train"),
-    )
+    test, _ = data.mnist("test")
+    others, _ = data.mnist("train")
+    real, _ = evaluate(model, data.to_float(test))
 
     def scores(images):
-        pick = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[
-            : len(images)
-        ]
-        floor = frechet_distance(evaluate(model, data.to_float(others[pick]))[0], real)
+        # as many training digits, the same ones in every run
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
+        pick = order[: len(images)]
+        features, _ = evaluate(model, data.to_float(others[pick]))
+        floor = frechet_distance(features, real)
         return score(model, images.float(), real) | {"frechet_of_real": floor}
 
     return scores
@@ -147,14 +154,18 @@ def judge(device="cpu"):
 
 def not_digits(x):
     """As many pictures that are no digits: noise of every strength, and digits cut into 16 squares and shuffled."""
-    squares = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", h=4, w=4)[:, torch.randperm(16)]
+    # digits cut into squares, in another order
+    squares = rearrange(x, "b c (h p) (w q) -> b (h w) c p q", h=4, w=4)
+    squares = squares[:, torch.randperm(16)]
     shuffled = rearrange(squares, "b (h w) c p q -> b c (h p) (w q)", h=4)
 
-    def chance():
+    def uniform():
+        """A number in [0, 1) for each picture."""
         return torch.rand(len(x), 1, 1, 1, device=x.device)
 
-    noise = chance() * torch.randn_like(x) * 2 + chance() * 2 - 1
-    return torch.where(chance() < 0.5, shuffled, noise.clamp(-1, 1))
+    # noise of any strength around any grey; for each picture a coin says which of the two
+    noise = uniform() * torch.randn_like(x) * 2 + uniform() * 2 - 1
+    return torch.where(uniform() < 0.5, shuffled, noise.clamp(-1, 1))
 
 
 def train(model, images, labels, cfg):
@@ -163,21 +174,26 @@ def train(model, images, labels, cfg):
     A plain classifier is sure of everything: it calls pure noise an 8 with confidence 1. So an eighth of every batch is
     no digit at all, and the right answer there is a tenth for each class.
     """
-    steps = cfg.epochs * (len(images) // cfg.batch)
+    device = next(model.parameters()).device
+    per_epoch = len(images) // cfg.batch  # steps
+    steps = cfg.epochs * per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=steps)
     for step in range(steps):
-        if step % (len(images) // cfg.batch) == 0:
+        # a new order every epoch
+        if step % per_epoch == 0:
             order = torch.randperm(len(images)).split(cfg.batch)
-        pick = order[step % (len(images) // cfg.batch)]
-        x = data.to_float(images[pick])
-        # Digits stand anywhere, and generated ones are rarely centred
+        pick = order[step % per_epoch]
+        # digits moved: they stand anywhere, and generated ones are rarely centred
         shift = torch.randint(-2, 3, (2,)).tolist()
-        x = x.roll(shift, (2, 3)).to(next(model.parameters()).device)
-        truth = F.one_hot(labels[pick], 10).float().to(x.device)
-        spoiled = len(x) // 8
-        x[:spoiled], truth[:spoiled] = not_digits(x[:spoiled]), 0.1
-        loss = F.cross_entropy(model(x), truth)
+        x = data.to_float(images[pick]).roll(shift, (2, 3)).to(device)
+        target = F.one_hot(labels[pick], 10).float().to(device)
+        # an eighth of them corrupted
+        corrupted = len(x) // 8
+        x[:corrupted] = not_digits(x[:corrupted])
+        target[:corrupted] = 0.1
+        # forward and backward pass, then the learning rate of the next step
+        loss = F.cross_entropy(model(x), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -185,39 +201,9 @@ def train(model, images, labels, cfg):
         yield loss.item()
 
 
-def main(cfg: Config) -> dict:
-    """Train or load the classifier; score real digits and digits spoiled by noise, blur and repetition."""
-    run.check(cfg.epochs > 0, "--epochs must be at least 1")
-    run.check(
-        8 <= cfg.batch <= 60_000,
-        "--batch must be 8 to 60 000: an eighth is no digit, and there are 60 000",
-    )
-    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
-    run.seed(cfg.seed)
-    folder, where, clock = run.output(cfg.out, cfg), run.device(cfg.device), run.Clock()
-    test, labels = data.mnist("test")
-    others, names = data.mnist("train")
-    metrics = {}
-    if cfg.pretrained:
-        model = load(where)
-    else:
-        model = Classifier().to(where).train()
-        losses = list(
-            run.progress(
-                train(model, *data.mnist("train"), cfg), cfg.epochs * (60_000 // cfg.batch)
-            )
-        )
-        checkpoint.write(folder / "model.safetensors", model.state_dict(), {"class": "Classifier"})
-        figures.curves(
-            folder / "loss.png", {"cross-entropy": losses}, "step", "cross-entropy, nats", smooth=50
-        )
-        metrics["train_seconds"] = clock()
-    real = data.to_float(test)
-    features, probabilities = evaluate(model, real)
-    metrics["test_accuracy"] = float((probabilities.argmax(-1) == labels).float().mean())
-    pick = torch.randperm(len(others))[:5000]  # of other writers than those of the test digits
-    x, names = data.to_float(others[pick]), names[pick]
-    spoiled = {
+def corruptions(x, names):
+    """Digits (N, 1, 28, 28) and what becomes of them: {name: images}; names: which digit each is."""
+    return {
         "real": x,
         "noise 0.1": x + 0.1 * torch.randn_like(x),
         "noise 0.3": x + 0.3 * torch.randn_like(x),
@@ -227,10 +213,47 @@ def main(cfg: Config) -> dict:
         "one digit only": x[names == 1],
         "pure noise": torch.randn_like(x),
     }
-    for name, images in run.bar(spoiled.items(), len(spoiled), name="score"):
-        result = score(model, images.clamp(-1, 1), features)
+
+
+def main(cfg: Config) -> dict:
+    """Train or load the classifier; score real digits and digits corrupted by noise, blur and repetition."""
+    run.check(cfg.epochs > 0, "--epochs must be at least 1")
+    run.check(
+        8 <= cfg.batch <= 60_000,
+        "--batch must be 8 to 60 000: an eighth is no digit, and there are 60 000",
+    )
+    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
+    run.seed(cfg.seed)
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
+    clock = run.Clock()
+    metrics = {}
+
+    # the classifier
+    images, names = data.mnist("train")
+    if cfg.pretrained:
+        model = load(device)
+    else:
+        model = Classifier().to(device).train()
+        steps = train(model, images, names, cfg)
+        losses = list(run.progress(steps, cfg.epochs * (60_000 // cfg.batch)))
+        checkpoint.write(folder / "model.safetensors", model.state_dict(), {"class": "Classifier"})
+        curve = {"cross-entropy": losses}
+        figures.curves(folder / "loss.png", curve, "step", "cross-entropy, nats", smooth=50)
+        metrics["train_seconds"] = clock()
+
+    # its accuracy, and features of the test digits
+    test, labels = data.mnist("test")
+    features, probabilities = evaluate(model, data.to_float(test))
+    metrics["test_accuracy"] = float((probabilities.argmax(-1) == labels).float().mean())
+
+    # scores of training digits, corrupted in several ways: of other writers than those of the test digits
+    pick = torch.randperm(len(images))[:5000]
+    kinds = corruptions(data.to_float(images[pick]), names[pick])
+    for name, x in run.bar(kinds.items(), len(kinds), name="score"):
+        result = score(model, x.clamp(-1, 1), features)
         metrics |= {f"{name}: {k}": v for k, v in result.items()}
-    figures.rows(folder / "spoiled.png", {name: images[:10] for name, images in spoiled.items()})
+    figures.rows(folder / "spoiled.png", {name: x[:10] for name, x in kinds.items()})
     return run.report(folder, metrics, then="python models/ddpm.py --pretrained")
 
 

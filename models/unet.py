@@ -29,7 +29,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels, dim):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(channels, dim), nn.Linear(dim, dim)
+        self.linear_1 = nn.Linear(channels, dim)
+        self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -45,16 +46,20 @@ class ResBlock(nn.Module):
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
-        )
+        self.conv_shortcut = None
+        if channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, time=None):
         h = self.conv1(F.silu(self.norm1(x)))
+        # the time step, added to every position
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        # residual connection; a 1 x 1 convolution where the width changes
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return h + x
 
 
 class Attention(nn.Module):
@@ -69,30 +74,34 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x, context=None, mask=None):
-        """mask: (B, L), True where there is a word to look at; positions look at each other if there is no context."""
+        """Cross-attention to `context`, self-attention without it. mask: (B, L), True where there is a word."""
         context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        # queries, keys, values, each cut into heads
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        k = rearrange(self.to_k(context), "b n (h d) -> b h n d", h=self.heads)
+        v = rearrange(self.to_v(context), "b n (h d) -> b h n d", h=self.heads)
+        # attention weights; padding gets none
         score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         if mask is not None:
             score = score.masked_fill(~mask[:, None, None, :], -torch.inf)
+        # weighted sum of the values, heads side by side
         y = score.softmax(dim=-1) @ v
         return self.to_out[0](rearrange(y, "b h n d -> b n (h d)"))
 
 
 class AttentionBlock(nn.Module):
-    """Every pixel looks at every other: x + attention(norm(x)). (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention of all positions: x + attention(norm(x)). (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels, head_dim=32, groups=8, eps=1e-5):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps)
         attention = Attention(channels, head_dim, bias=True)
-        self.heads, self.to_q, self.to_k, self.to_v, self.to_out = (
-            attention.heads,
-            *attention.children(),
-        )
+        # its parts, without a level in between: diffusers' names
+        self.heads = attention.heads
+        self.to_q = attention.to_q
+        self.to_k = attention.to_k
+        self.to_v = attention.to_v
+        self.to_out = attention.to_out
 
     def forward(self, x, context=None, mask=None):
         y = Attention.forward(self, rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
@@ -112,19 +121,19 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at pixels, then at words, then each thinks for itself. (B, N, C), (B, L, D) -> (B, N, C)."""
+    """Self-attention, cross-attention to words, feed-forward network. (B, N, C), (B, L, D) -> (B, N, C)."""
 
     def __init__(self, channels, head_dim, context_dim):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, head_dim)
         self.attn2 = Attention(channels, head_dim, context_dim)
-        feed_forward = (
-            GEGLU(channels, 4 * channels),
-            nn.Identity(),
-            nn.Linear(4 * channels, channels),
-        )
-        self.ff = nn.ModuleDict({"net": nn.Sequential(*feed_forward)})
+        # in diffusers the identity is a dropout
+        widened = GEGLU(channels, 4 * channels)
+        net = nn.Sequential(widened, nn.Identity(), nn.Linear(4 * channels, channels))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x, context, mask):
         x = x + self.attn1(self.norm1(x))
@@ -153,13 +162,13 @@ class Downsample(nn.Module):
 
     def __init__(self, channels, padding=1):
         super().__init__()
-        self.conv, self.padding = (
-            nn.Conv2d(channels, channels, 3, stride=2, padding=padding),
-            padding,
-        )
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.padding = padding
 
     def forward(self, x):
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        if not self.padding:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -181,16 +190,18 @@ class Stage(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(i, o, **kw) for i, o in widths)
         self.attentions = nn.ModuleList(attention(o) for _, o in widths) if attention else None
-        self.downsamplers = (
-            nn.ModuleList([Downsample(widths[-1][1], down_padding)]) if down else None
-        )
-        self.upsamplers = nn.ModuleList([Upsample(widths[-1][1])]) if up else None
+        width = widths[-1][1]
+        self.downsamplers = nn.ModuleList([Downsample(width, down_padding)]) if down else None
+        self.upsamplers = nn.ModuleList([Upsample(width)]) if up else None
 
     def forward(self, x, time=None, context=None, mask=None, memory=()):
         """-> x, [output of every block]. On the way up, each block also takes the last of `memory` and reads it."""
         outputs = []
         for j, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, memory.pop()], dim=1) if memory else x, time)
+            # skip connection: what the way down has remembered last
+            if memory:
+                x = torch.cat([x, memory.pop()], dim=1)
+            x = resnet(x, time)
             if self.attentions is not None and j < len(self.attentions):
                 x = self.attentions[j](x, context, mask)
             outputs.append(x)
@@ -209,8 +220,10 @@ class UNet(nn.Module):
     ):  # fmt: skip
         """`channels`, `attention`: one entry a resolution, finest first; `layers`: residual blocks each going down."""
         super().__init__()
-        self.patch, self.channels = patch, channels
-        folded, time_dim = in_channels * patch**2, 4 * channels[0]
+        self.patch = patch
+        self.channels = channels
+        folded = in_channels * patch**2
+        time_dim = 4 * channels[0]
         kw = dict(time_dim=time_dim, groups=groups)
 
         def attend(c):
@@ -220,37 +233,50 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(folded, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        remembered, c = [channels[0]], channels[0]
+        self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+
+        # down; `remembered` are the widths that the way up will read
+        c = channels[0]
+        remembered = [c]
         for i, width in enumerate(channels):
             last = i == len(channels) - 1
             widths = [(c if j == 0 else width, width) for j in range(layers)]
-            self.down_blocks.append(
-                Stage(widths, attend if attention[i] else None, down=not last, **kw)
-            )
-            remembered += [width] * (layers + (not last))
+            block = attend if attention[i] else None
+            self.down_blocks.append(Stage(widths, block, down=not last, **kw))
+            remembered += [width] * layers
+            if not last:
+                remembered.append(width)  # the halved one
             c = width
+
+        # in the middle: attention between two residual blocks
         self.mid_block = Stage([(c, c), (c, c)], **kw)
         self.mid_block.attentions = nn.ModuleList([attend(c)])
+
+        # up: each residual block reads one activation more, the last remembered first
         for i, width in reversed(list(enumerate(channels))):
-            widths = [
-                ((c if j == 0 else width) + remembered.pop(), width) for j in range(layers + 1)
-            ]
-            self.up_blocks.append(Stage(widths, attend if attention[i] else None, up=i > 0, **kw))
-            c = width
+            widths = []
+            for _ in range(layers + 1):
+                widths.append((c + remembered.pop(), width))
+                c = width
+            block = attend if attention[i] else None
+            self.up_blocks.append(Stage(widths, block, up=i > 0, **kw))
         self.conv_norm_out = nn.GroupNorm(groups, c)
         self.conv_out = nn.Conv2d(c, folded, 3, padding=1)
 
     def forward(self, xt, t, context=None, mask=None):
         """t: integers 0..T-1; context: word features, mask: True where there is a word."""
         time = self.time_embedding(timestep_embedding(t, self.channels[0]))
+        # pixels folded into channels
         x = F.pixel_unshuffle(xt, self.patch)
         x = self.conv_in(x)
+        # down, every activation remembered
         memory = [x]
         for stage in self.down_blocks:
             x, outputs = stage(x, time, context, mask)
             memory += outputs
         x, _ = self.mid_block(x, time, context, mask)
+        # up, what was remembered read again
         for stage in self.up_blocks:
             x, _ = stage(x, time, context, mask, memory)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))

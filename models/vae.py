@@ -212,7 +212,7 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     test, labels = data.mnist("test")
     test = data.to_float(test)
-    judge = quality.judge(device)
+    judge = quality.scorer(device)
     codes = {}
     samples = {}
     for name, model in run.bar(models.items(), len(models), name="measure"):

@@ -210,7 +210,7 @@ class Chains:
         monkeypatch.setattr(ddim, "sample", self.sample)
         monkeypatch.setattr(ddim, "invert", self.invert)
         self.judged = []
-        monkeypatch.setattr(quality, "judge", lambda device: self.judge)
+        monkeypatch.setattr(quality, "scorer", lambda device: self.judge)
 
     def sample(self, model, schedule, xt, n, predict="eps", spacing="trailing", eta=0.0, clip=True):
         self.asked.append(dict(noise=xt, n=n, predict=predict, spacing=spacing, eta=eta, clip=clip))

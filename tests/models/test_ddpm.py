@@ -315,7 +315,7 @@ class Spy:
         kinds = {"train": (images[:64], labels[:64]), "test": (images[64:128], labels[64:128])}
         monkeypatch.setattr(data, "mnist", kinds.get)
         monkeypatch.setattr(module, "sample", self.sample)
-        monkeypatch.setattr(quality, "judge", lambda device: self.judge)
+        monkeypatch.setattr(quality, "scorer", lambda device: self.judge)
         for name in ("grid", "curves", "rows"):
             monkeypatch.setattr(figures, name, self.figure)
 

@@ -317,7 +317,7 @@ def test_main_asks_the_ema_for_every_digit_at_every_scale(monkeypatch, tmp_path)
     monkeypatch.setattr(
         dit, "accuracy", lambda classifier, images, y: asked[-1].update(y=y) or 0.25
     )
-    monkeypatch.setattr(quality, "judge", lambda device: judge)
+    monkeypatch.setattr(quality, "scorer", lambda device: judge)
 
     def guide(model, y, scale):
         asked.append({"model": model, "classes": y, "scale": scale})

@@ -214,7 +214,7 @@ def test_the_floor_is_of_training_digits_against_test_digits(monkeypatch):
     images, _ = data.mnist("test")
     kinds = {"test": images[:600], "train": 255 - images[600:1000]}
     monkeypatch.setattr(data, "mnist", lambda split: (kinds[split], None))
-    judge = quality.judge()
+    judge = quality.scorer()
     result = judge(data.to_float(images[:300]))
     model = quality.load()
     real, negatives = (

@@ -274,7 +274,9 @@ def test_main_measures_test_digits_and_judges_samples(monkeypatch, tmp_path):
     }
     monkeypatch.setattr(data, "mnist", lambda split: (kinds[split], torch.arange(70) % 10))
     monkeypatch.setattr(
-        quality, "judge", lambda device: lambda images: judged.append(images) or {"recognised": 0.5}
+        quality,
+        "scorer",
+        lambda device: lambda images: judged.append(images) or {"recognised": 0.5},
     )
     monkeypatch.setattr(vae, "draw", lambda folder, cfg, *rest: drawn.append(rest))
     judged, drawn, trained, measured = [], [], [], []
