@@ -38,7 +38,9 @@ class Config:
 
 
 def ours(channels, layers, attention, size, colours=4, head_dim=32):
-    return UNet(colours, channels, layers, attention, head_dim=head_dim), (colours, size, size)
+    """Our U-Net, and the shape of an image for it."""
+    model = UNet(colours, channels, layers, attention, head_dim=head_dim)
+    return model, (colours, size, size)
 
 
 def diffusers_unet(channels, layers, attention, colours=4):
@@ -56,11 +58,11 @@ def lucidrains_unet(dim, mults, colours=4):
     """denoising-diffusion-pytorch's Unet, or None where it is not installed."""
     names = ["torchvision", "torchvision.transforms", "torchvision.utils", "torchvision.models"]
     names += ["ema_pytorch", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"]
+    package = "denoising_diffusion_pytorch"
+    # with stubs of what a bare Unet does not use
     with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
         try:
-            module = importlib.import_module(
-                "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
-            )
+            module = importlib.import_module(f"{package}.{package}")
         except ImportError:
             return None
     return module.Unet(dim, dim_mults=mults, channels=colours, flash_attn=False)
@@ -70,7 +72,8 @@ def cost(model, x, t):
     """(parameters, FLOPs of a forward and a backward pass)."""
     with FlopCounterMode(display=False) as counter:
         output(model, x, t).float().mean().backward()
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, counter.get_total_flops()
 
 
 def output(model, x, t):
@@ -102,41 +105,52 @@ def interleaved(actions, rounds, name="bench"):
     """Run the actions in turn, after one unmeasured turn -> [seconds of each]."""
     for action in actions:
         action()
-    times = [
-        [seconds(action) for action in actions] for _ in run.bar(range(rounds), rounds, name=name)
-    ]
+    # every round measures each of them once
+    times = []
+    for _ in run.bar(range(rounds), rounds, name=name):
+        times.append([seconds(action) for action in actions])
     return list(zip(*times))
 
 
 def matmul_rate(bf16, n=1024):
     """FLOP/s of this machine, one thread, in a product of n x n matrices."""
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
-    return 2 * n**3 / statistics.median(seconds(lambda: a @ b) for _ in range(9))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a = torch.randn(n, n, dtype=dtype)
+    b = torch.randn(n, n, dtype=dtype)
+    time_of_one = statistics.median(seconds(lambda: a @ b) for _ in range(9))
+    return 2 * n**3 / time_of_one
 
 
 def main(cfg: Config) -> dict:
+    """Measure a training step of the U-Nets in fp32 and bf16, and the overhead of the sampler."""
     run.check(cfg.rounds > 0 and cfg.batch > 0, "--rounds and --batch must be at least 1")
     torch.set_num_threads(1)
     run.seed(cfg.seed)
-    folder, metrics = run.output(cfg.out, cfg), {}
+    folder = run.output(cfg.out, cfg)
+    metrics = {}
+
+    # pairs of U-Nets of the same cost
     shape = dict(channels=(32, 64), layers=2, attention=(False, True))
     pairs = {
         "diffusers": (ours(**shape, size=14), diffusers_unet(**shape)),
         "denoising-diffusion-pytorch": (ours(**LUCID[0], size=16), lucidrains_unet(**LUCID[1])),
     }
     for name, ((model, image), other) in pairs.items():
-        x, t = torch.randn(cfg.batch, *image), torch.randint(1000, (cfg.batch,))
+        x = torch.randn(cfg.batch, *image)
+        t = torch.randint(1000, (cfg.batch,))
         if other is None:
             metrics[name] = "not measured: pip install --no-deps denoising-diffusion-pytorch"
             continue
-        (p, f), (p_other, f_other) = cost(model, x, t), cost(other, x, t)
-        sizes = {
-            "parameters": p,
-            "their_parameters": p_other,
-            "GFLOP": f / 1e9,
-            "their_GFLOP": f_other / 1e9,
+        # parameters and FLOPs of both
+        parameters, flops = cost(model, x, t)
+        their_parameters, their_flops = cost(other, x, t)
+        metrics[f"{name}: size"] = {
+            "parameters": parameters,
+            "their_parameters": their_parameters,
+            "GFLOP": flops / 1e9,
+            "their_GFLOP": their_flops / 1e9,
         }
-        metrics[f"{name}: size"] = sizes
+        # time of a training step
         for kind, bf16 in (("fp32", False), ("bf16", True)):
             steps = [training_step(m, x, t, bf16) for m in (model, other)]
             mine, theirs = interleaved(steps, cfg.rounds, f"{name}, {kind}")
@@ -144,7 +158,7 @@ def main(cfg: Config) -> dict:
                 "times_faster": statistics.median(b / a for a, b in zip(mine, theirs)),
                 "ms": 1e3 * statistics.median(mine),
                 "their_ms": 1e3 * statistics.median(theirs),
-                "share_of_matmul_rate": f / statistics.median(mine) / matmul_rate(bf16),
+                "share_of_matmul_rate": flops / statistics.median(mine) / matmul_rate(bf16),
             }
     metrics["sampler overhead"] = sampler_overhead(cfg)
     return run.report(folder, metrics)
@@ -152,18 +166,21 @@ def main(cfg: Config) -> dict:
 
 def sampler_overhead(cfg, n=20):
     """Time of ddim.sample over that of the bare network calls in it, minus 1."""
-    model, schedule = ddpm.build((32, 64), 2).eval(), ddpm.Schedule(kind="cosine")
-    noise, t = torch.randn(cfg.batch, 1, 28, 28), torch.zeros(cfg.batch, dtype=torch.long)
+    model = ddpm.build((32, 64), 2).eval()
+    schedule = ddpm.Schedule(kind="cosine")
+    noise = torch.randn(cfg.batch, 1, 28, 28)
+    t = torch.zeros(cfg.batch, dtype=torch.long)
+
+    def whole():
+        ddim.last(ddim.sample(model, schedule, noise, n, "v"))
 
     @torch.no_grad()
     def bare():
         for _ in range(n):
             model(noise, t)
 
-    whole, calls = interleaved(
-        [lambda: ddim.last(ddim.sample(model, schedule, noise, n, "v")), bare], cfg.rounds
-    )
-    return statistics.median(a / b for a, b in zip(whole, calls)) - 1
+    of_whole, of_calls = interleaved([whole, bare], cfg.rounds)
+    return statistics.median(a / b for a, b in zip(of_whole, of_calls)) - 1
 
 
 if __name__ == "__main__":

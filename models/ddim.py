@@ -47,10 +47,8 @@ def timesteps(schedule, n, spacing="trailing"):
     pure noise, so use trailing.
     """
     run.check(1 <= n <= schedule.steps, f"cannot take {n} of {schedule.steps} steps")
-    run.check(
-        spacing in ("leading", "trailing"),
-        f"there is no spacing '{spacing}'; there are leading and trailing",
-    )
+    known = spacing in ("leading", "trailing")
+    run.check(known, f"there is no spacing '{spacing}'; there are leading and trailing")
     if spacing == "leading":
         return torch.arange(n).flip(0) * (schedule.steps // n)
     return (schedule.steps - torch.arange(n) * schedule.steps / n).round().long() - 1
@@ -129,6 +127,7 @@ def invert(model, schedule, x0, n, predict="eps", rounds=8):
     not know yet: guess it from the lower end, and use the answer as a better guess, a few rounds (one round is the
     nearest to the paper's). This is a fixed-point iteration.
     """
+    # the steps of `sample`, from clean to noisy
     steps = [-1, *timesteps(schedule, n).flip(0).tolist()]
     x = x0
     yield x
@@ -158,6 +157,7 @@ def slerp(a, b, weight):
 
     Raises UserError for a noise of zeros and for opposite noises: no way between them is the shortest.
     """
+    # the angle between the two
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = cosine.clamp(-1, 1).acos()
     if angle < 1e-3:  # where the formula is 0 / 0, arc and line are one
@@ -166,6 +166,7 @@ def slerp(a, b, weight):
         angle.sin() > 1e-3,
         "no arc between these two noises: one is zero, or they are opposite; draw another",
     )
+    # shares that keep the point on the sphere
     share_a = ((1 - weight) * angle).sin()
     share_b = (weight * angle).sin()
     return (share_a * a + share_b * b) / angle.sin()
@@ -176,14 +177,10 @@ def find_weights(cfg):
     if cfg.pretrained:
         return ddpm.WEIGHTS
     if not Path(cfg.weights).is_file() and cfg.weights == Config.weights:
-        print(
-            f"no weights at {cfg.weights}: training them first with models/ddpm.py; --pretrained takes shipped ones"
-        )
-        ddpm.main(
-            replace(
-                ddpm.Config(), seed=cfg.seed, device=cfg.device, out=str(Path(cfg.weights).parent)
-            )
-        )
+        train = "training them first with models/ddpm.py; --pretrained takes shipped ones"
+        print(f"no weights at {cfg.weights}: {train}")
+        out = str(Path(cfg.weights).parent)
+        ddpm.main(replace(ddpm.Config(), seed=cfg.seed, device=cfg.device, out=out))
     return cfg.weights
 
 
@@ -215,11 +212,8 @@ def main(cfg: Config) -> dict:
         digits = data.to_float(data.mnist("test")[0][:10]).to(device)
         back = {}
         for n in (20, 100):
-            found = last(
-                run.bar(
-                    invert(model, schedule, digits, n, predict), n + 1, name=f"invert, {n} steps"
-                )
-            )
+            chain = invert(model, schedule, digits, n, predict)
+            found = last(run.bar(chain, n + 1, name=f"invert, {n} steps"))
             back[n] = last(sample(model, schedule, found, n, predict)).cpu()
 
         # interpolation: four walks of ten steps, each between two noises
@@ -227,36 +221,27 @@ def main(cfg: Config) -> dict:
         b = noise[4:8].repeat_interleave(10, 0)
         weights = torch.linspace(0, 1, 10).repeat(4)
         path = torch.cat([slerp(x[None], y[None], w) for x, y, w in zip(a, b, weights)])
-        between = last(
-            run.bar(sample(model, schedule, path, 50, predict), 51, name="interpolate")
-        ).cpu()
+        chain = sample(model, schedule, path, 50, predict)
+        between = last(run.bar(chain, 51, name="interpolate")).cpu()
 
-    # measure and draw
+    # how far is an inverted digit from the one that it was?
     digits = digits.cpu()
-    metrics |= {
-        f"inversion_error_{n}_steps": float((x - digits).abs().mean()) for n, x in back.items()
-    }
+    for n, x in back.items():
+        metrics[f"inversion_error_{n}_steps"] = float((x - digits).abs().mean())
+
+    # draw: quality over the number of steps, inversion, interpolation
     figures.rows(folder / "steps.png", shown)
     for name, score, label in (
         ("quality", "recognised", f"share recognised, of {cfg.samples}"),
         ("frechet", "frechet", "Frechet distance to test digits"),
     ):
         values = [metrics[f"{n} steps"][score] for n in cfg.counts]
-        figures.curves(
-            folder / f"{name}.png",
-            {label: (cfg.counts, values)},
-            "DDIM steps a digit",
-            label,
-            log="x",
-        )
-    figures.rows(
-        folder / "inversion.png",
-        {"test digits": digits, **{f"{n} steps": x for n, x in back.items()}},
-    )
-    figures.rows(
-        folder / "interpolation.png",
-        {f"pair {i + 1}": between[10 * i : 10 * i + 10] for i in range(4)},
-    )
+        curve = {label: (cfg.counts, values)}
+        figures.curves(folder / f"{name}.png", curve, "DDIM steps a digit", label, log="x")
+    rows = {"test digits": digits} | {f"{n} steps": x for n, x in back.items()}
+    figures.rows(folder / "inversion.png", rows)
+    rows = {f"pair {i + 1}": between[10 * i : 10 * i + 10] for i in range(4)}
+    figures.rows(folder / "interpolation.png", rows)
     return run.report(folder, metrics, then="python models/autoencoder.py")
 
 
