@@ -1,7 +1,7 @@
 """Claims and ablations of the masked autoencoder's paper, each as the smallest experiment that could refute it.
 
 He et al. 2021, arXiv:2111.06377. A claim is measured by training twice or more, with one thing changed, and probing:
-logistic regression on the mean of the encoder's states, on photos of fruit that no training saw. Speed is CPU time of a
+logistic regression on the mean of the encoder's states, on held-out photos of fruit. Speed is CPU time of a
 step, forward and backward, one thread, in turns inside one process, as a ratio. What cannot be checked on a laptop:
 that accuracy grows with size and schedule on ImageNet (Table 3, Fig. 7), and transfer to COCO and ADE20K (Sec. 5).
 
@@ -20,10 +20,9 @@ from torch import nn
 
 from papers import mae, photos, vit
 from papers.mae_evaluation import features
+from papers.mae_figures import RATIOS
 from utils import data, figures, run
 from utils.run import check
-
-RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
@@ -39,25 +38,28 @@ class Config:
     out: str = "outputs/mae_claims"
 
 
-class HiddenWordsInEncoder(mae.MAE):
-    """The other way: the encoder reads all patches, with a word for "hidden" in place of those that are. Table 1c."""
+class MaskTokensInEncoder(mae.MAE):
+    """The other way: the encoder reads all patches, with a mask token in place of the masked ones. Table 1c."""
 
     def __init__(self, **rest):
         super().__init__(**rest)
-        self.word = nn.Parameter(0.02 * torch.randn(1, 1, self.cls.shape[-1]))
+        self.encoder_mask_token = nn.Parameter(0.02 * torch.randn(1, 1, self.cls.shape[-1]))
 
     def forward_encoder(self, x, ratio, noise=None):
         position = self.position
         x = self.embed(x)
-        mask, here = (
-            mae.random_masking(x, ratio, noise)[1],
-            torch.arange(x.shape[1], device=x.device),
-        )
-        x = torch.where(mask[..., None] == 1, self.word.to(x.dtype), x) + position[:, 1:]
-        x = torch.cat([(self.cls + position[:, :1]).expand(len(x), -1, -1), x], 1)
+        # mask tokens in place of the masked patches, positions for all
+        _, mask, _ = mae.random_masking(x, ratio, noise)
+        token = self.encoder_mask_token.to(x.dtype)
+        x = torch.where(mask[..., None] == 1, token, x) + position[:, 1:]
+        # the class token in front, then the blocks
+        cls = (self.cls + position[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], 1)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x), mask, here.expand(len(x), -1)  # every patch is where it was
+        # every patch is where it was
+        here = torch.arange(x.shape[1] - 1, device=x.device)
+        return self.norm(x), mask, here.expand(len(x), -1)
 
 
 # What is compared, and what the paper says of it: linear probes on ImageNet of ViT-L, in percent
@@ -87,7 +89,7 @@ def variants(cfg):
         "ratio 0.9": (mae.MAE, replace(plain, ratio=0.9)),
         "heavy decoder": (mae.MAE, replace(plain, decoder="heavy")),
         "normalised pixels": (mae.MAE, replace(plain, norm_pix=True)),
-        "hidden words in the encoder": (HiddenWordsInEncoder, plain),
+        "hidden words in the encoder": (MaskTokensInEncoder, plain),
     }
 
 
@@ -100,10 +102,13 @@ def network(kind, flags):
 
 def worth(kind, flags, fruit, learn, judge, device):
     """Train, probe: accuracies with what one standard error of them is, and CPU seconds of a step."""
+    # train
     torch.manual_seed(flags.seed)
-    model, start = network(kind, flags).to(device), time.process_time()
+    model = network(kind, flags).to(device)
+    start = time.process_time()
     losses = list(run.progress(mae.train(model, fruit.images[learn], flags), flags.steps))
     seconds = (time.process_time() - start) / flags.steps
+    # probe
     x = features(model.eval(), fruit.images, flags.image_size)
     row = photos.probed(x, fruit, learn, judge)
     error = (row["14 kinds"] * (1 - row["14 kinds"]) / len(judge)) ** 0.5
@@ -111,10 +116,10 @@ def worth(kind, flags, fruit, learn, judge, device):
 
 
 def speed(cfg, device):
-    """How many times faster a step is than with nothing hidden: {what: {ratio: times}}."""
+    """How many times faster a step is than without masking: {what: {ratio: times}}."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    x, found = torch.randn(cfg.batch, 3, 64, 64, device=device), {}
+    x = torch.randn(cfg.batch, 3, 64, 64, device=device)
     models = {name: mae.build(64, 8, decoder=name).to(device) for name in ("light", "heavy")}
 
     def seconds(work, ratio):
@@ -124,14 +129,20 @@ def speed(cfg, device):
         out.float().square().mean().backward()
         return clock(device) - start
 
+    # the encoder alone, and with each of the decoders
     kinds = {"encoder": lambda r: models["light"].forward_encoder(x, r)[0]}
     kinds |= {f"{name} decoder": lambda r, m=m: m(x, r)[1] for name, m in models.items()}
+    found = {}
     for name, work in kinds.items():
+        # once unmeasured, then all ratios in turn
         seconds(work, 0.0)
-        times = [[seconds(work, r) for r in (0.0, *RATIOS)] for _ in range(cfg.repeat)]
-        found[name] = {
-            f"{r:g}": statistics.median(t[0] / t[i] for t in times) for i, r in enumerate(RATIOS, 1)
-        }
+        times = []
+        for _ in range(cfg.repeat):
+            times.append([seconds(work, ratio) for ratio in (0.0, *RATIOS)])
+        # column 0 is without masking
+        found[name] = {}
+        for i, ratio in enumerate(RATIOS, 1):
+            found[name][f"{ratio:g}"] = statistics.median(t[0] / t[i] for t in times)
     torch.set_num_threads(threads)
     return found
 
@@ -146,10 +157,8 @@ def clock(device):
 
 def main(cfg: Config) -> dict:
     """Train every variant once, print each claim with what was found."""
-    check(
-        min(cfg.steps, cfg.batch, cfg.repeat) > 0,
-        "--steps, --batch and --repeat must be at least 1",
-    )
+    sizes = (cfg.steps, cfg.batch, cfg.repeat)
+    check(min(sizes) > 0, "--steps, --batch and --repeat must be at least 1")
     claims = [name for name in CLAIMS if cfg.only in name]
     check(claims, f"there is no claim {cfg.only}; there are: {', '.join(CLAIMS)}")
     run.seed(cfg.seed)
@@ -157,29 +166,28 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     fruit = data.groceries(128)
     learn, judge = photos.split(fruit)
+
+    # train and probe every variant that the claims need
     rows: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     needed = {name for claim in claims for name in COMPARED[claim]}
     for name, (kind, flags) in variants(cfg).items():
         if name in needed:
             curves[name], rows[name] = worth(kind, flags, fruit, learn, judge, device)
-            print(
-                f"{name}: {rows[name]['14 kinds']:.3f} of 14 kinds, {rows[name]['5 groups']:.3f} of 5",
-                flush=True,
-            )
+            kinds, groups = rows[name]["14 kinds"], rows[name]["5 groups"]
+            print(f"{name}: {kinds:.3f} of 14 kinds, {groups:.3f} of 5", flush=True)
     times = speed(cfg, device) if "speed" in claims else {}
+
+    # each claim, and what was found
     for claim in claims:
         print(f"\n{claim}: {CLAIMS[claim]}")
         for name in COMPARED[claim]:
-            print(
-                "    "
-                + "  ".join([f"{name:<28}", *(f"{k} {v:.3f}" for k, v in rows[name].items())])
-            )
-        for name, row in times.items() if claim == "speed" else ():
-            print(
-                "    "
-                + "  ".join([f"{name:<28}", *(f"{v:.2f} times at {k}" for k, v in row.items())])
-            )
+            values = [f"{k} {v:.3f}" for k, v in rows[name].items()]
+            print("    " + "  ".join([f"{name:<28}", *values]))
+        if claim == "speed":
+            for name, row in times.items():
+                values = [f"{v:.2f} times at {k}" for k, v in row.items()]
+                print("    " + "  ".join([f"{name:<28}", *values]))
     print()
     draw(folder, curves, rows, times)
     return run.report(folder, rows | {f"speed, {name}": row for name, row in times.items()})
@@ -189,14 +197,16 @@ def draw(folder, curves, rows, times):
     """Losses, accuracies with two standard errors, and speed against the ratio."""
     if curves:
         figures.curves(folder / "loss.png", curves, "step", "loss", smooth=20, size=(6.4, 3.6))
-        spread = {k: (r["14 kinds"], 2 * r["standard error"]) for k, r in rows.items()}
-        named = {k: (v, v - e, v + e) for k, (v, e) in spread.items()}
+        named = {}
+        for name, row in rows.items():
+            value = row["14 kinds"]
+            error = 2 * row["standard error"]
+            named[name] = (value, value - error, value + error)
         figures.bars(folder / "probe.png", named, x="accuracy of a linear probe, 14 kinds")
     if times:
         lines = {name: ([0, *map(float, row)], [1, *row.values()]) for name, row in times.items()}
-        figures.curves(
-            folder / "speed.png", lines, "part of the patches that is hidden", "times faster"
-        )
+        label = "part of the patches that is hidden"
+        figures.curves(folder / "speed.png", lines, label, "times faster")
 
 
 if __name__ == "__main__":

@@ -292,12 +292,12 @@ def test_a_ratio_that_leaves_nothing_is_refused():
         mae.sincos_2d(10, 2, 2)
 
 
-def test_hidden_words_in_the_encoder_stand_where_something_is_hidden():
+def test_mask_tokens_in_the_encoder_stand_in_masked_places():
     """The other way of Table 1c: what is hidden has no say, but a place; and the encoder reads every patch."""
     torch.manual_seed(0)
-    model = mae_claims.network(mae_claims.HiddenWordsInEncoder, mae.Config()).eval()
+    model = mae_claims.network(mae_claims.MaskTokensInEncoder, mae.Config()).eval()
     with torch.no_grad():
-        model.word.normal_()
+        model.encoder_mask_token.normal_()
     x, other = torch.randn(2, 3, 64, 64).unbind(0)
     noise = torch.rand(1, (64 // mae.Config().patch) ** 2)
     states, mask, restore = model.forward_encoder(x[None], 0.75, noise)

@@ -428,7 +428,7 @@ def test_variants_differ_from_plain_in_the_one_thing_they_name():
     for name, (kind, flags) in found.items():
         fields = vars(flags)
         changed[name] = {k: v for k, v in fields.items() if v != getattr(plain, k)}
-        assert (kind is mae_claims.HiddenWordsInEncoder) == (name == "hidden words in the encoder")
+        assert (kind is mae_claims.MaskTokensInEncoder) == (name == "hidden words in the encoder")
     assert changed == {
         "ratio 0.25": {"ratio": 0.25}, "ratio 0.5": {"ratio": 0.5}, "plain": {}, "ratio 0.9": {"ratio": 0.9},
         "heavy decoder": {"decoder": "heavy"}, "normalised pixels": {"norm_pix": True},
