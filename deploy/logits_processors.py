@@ -23,8 +23,9 @@ def repetition_penalty(logits, seen, penalty):
 
 
 def top_k(logits, k):
-    """Top-k: only the k likeliest tokens, and those as likely as the last of them: (B,V), the
-    others -inf. Sec. 3.2.
+    """Top-k: only the k likeliest tokens, and those as likely as the last of them. Sec. 3.2.
+
+    (B,V) -> (B,V), the others -inf.
     """
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
@@ -49,10 +50,12 @@ def sampler(temperature=1.0, k=0, p=1.0, generator=None):
 
     def draw(logits):
         logits = logits / temperature  # Sec. 3.3
+        # truncation: what is cut off is -inf
         if k:
             logits = top_k(logits, k)
         if p < 1:
             logits = top_p(logits, p)
+        # one token by its probability
         token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         return token.squeeze(1)
 

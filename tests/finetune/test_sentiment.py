@@ -381,7 +381,7 @@ def test_ratings_near_zero_are_left_out_and_the_sign_is_the_label(monkeypatch):
     assert len(sentiment_data.rated("products", 0.0)) == 6
 
 
-def test_the_judge_asks_about_the_texts_it_is_given_and_takes_the_likelier_answer():
+def test_evaluate_asks_about_the_texts_it_is_given_and_takes_the_likelier_answer():
     """A network that only knows the last letter of the text: its scores are known."""
     words = [letters("no")[0], letters("yes")[0]]
 
