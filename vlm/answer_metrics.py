@@ -1,7 +1,7 @@
 """Metrics of short answers: VQA accuracy, direct answers of A-OKVQA, multiple choice.
 
-Antol et al. 2015, arXiv:1505.00468 and Goyal et al. 2017, arXiv:1612.00837 (VQA accuracy); Schwenk et al. 2022,
-arXiv:2206.01718 (A-OKVQA). The tables are those of the official VQA evaluation.
+Antol et al. 2015, arXiv:1505.00468 and Goyal et al. 2017, arXiv:1612.00837 (VQA accuracy); Schwenk
+et al. 2022, arXiv:2206.01718 (A-OKVQA). The tables are those of the official VQA evaluation.
 """
 
 import re
@@ -52,8 +52,9 @@ def normalise(answer):
 def vqa_accuracy(answer, answers):
     """VQA accuracy, 0..1: right if three people said so. Mean over leaving each person out of min(others / 3, 1).
 
-    Ten people: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who gave this answer. Both sides are normalised; the
-    official code changes only the punctuation of the people's answers, and only if they differ.
+    Ten people: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who gave this answer. Both sides are
+    normalised; the official code changes only the punctuation of the people's answers, and only if
+    they differ.
     """
     check(
         len(answers) > 1, "VQA accuracy leaves one of the people out: it needs two answers or more"
@@ -79,8 +80,9 @@ NEGATIONS = {"not", "no", "nor", "neither", "never", "without", "cannot"}
 def match_choice(text, choices):
     """Index of the choice that a free text names, or None, which counts as wrong.
 
-    It names a choice by being it, by its letter, "(b)", or by its words anywhere; of several the longest, if no other
-    is as long. What the text denies it does not name: "not a cat, a dog" is the dog.
+    It names a choice by being it, by its letter, "(b)", or by its words anywhere; of several the
+    longest, if no other is as long. What the text denies it does not name: "not a cat, a dog" is
+    the dog.
     """
     # the choice itself
     same = [i for i, c in enumerate(choices) if c.strip().lower() == text.strip().lower()]

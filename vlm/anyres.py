@@ -1,9 +1,10 @@
 """Any-resolution tiles of LLaVA-1.6: a large picture is cut into tiles for an encoder of one size.
 
-Liu et al. 2024, "LLaVA-NeXT: improved reasoning, OCR, and world knowledge" (a report without equations); what it leaves
-open was settled by its code, and transformers' LlavaNext is what this file is proved against. Every size here is
-(height, width). A picture is seen twice: whole and small, and in tiles of the encoder's own size; the features of the
-tiles are put together again, what was padding is cut off, and a learned token ends every row.
+Liu et al. 2024, "LLaVA-NeXT: improved reasoning, OCR, and world knowledge" (a report without
+equations); what it leaves open was settled by its code, and transformers' LlavaNext is what this
+file is proved against. Every size here is (height, width). A picture is seen twice: whole and
+small, and in tiles of the encoder's own size; the features of the tiles are put together again,
+what was padding is cut off, and a learned token ends every row.
 
 Shapes: a picture (C,H,W), T tiles of S x S pixels, g x g features of width D from each.
 """
@@ -69,7 +70,8 @@ def tiles(image, side, candidates):
 def unpad(features, size):
     """Cut off what was padding: features (D,h,w) of a padded picture -> (D,h',w') in the shape of `size` (H,W).
 
-    Counted in cells of features, and as much from either side: a cell that is half padding may stay.
+    Counted in cells of features, and as much from either side: a cell that is half padding may
+    stay.
     """
     high, wide = features.shape[1:]
     h, w = size

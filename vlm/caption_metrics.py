@@ -1,12 +1,15 @@
 """Caption metrics: BLEU, ROUGE-L and CIDEr.
 
-A caption has many right wordings, so a candidate is compared with what people wrote: which runs of n words (n-grams)
-do both have? The scores differ in what they count and in what a rare word is worth. Papineni et al. 2002 (BLEU), Lin
-2004 (ROUGE-L), Vedantam et al. 2015, arXiv:1411.5726 (CIDEr). Equation numbers are theirs.
+A caption has many right wordings, so a candidate is compared with what people wrote: which runs of
+n words (n-grams) do both have? The scores differ in what they count and in what a rare word is
+worth. Papineni et al. 2002 (BLEU), Lin 2004 (ROUGE-L), Vedantam et al. 2015, arXiv:1411.5726
+(CIDEr). Equation numbers are theirs.
 
-Shapes: N images, one candidate each, any number of references each; scores are (N,), or one number for BLEU.
-Differences from the papers: ROUGE-L and CIDEr are those of the COCO caption evaluation (beta 1.2; CIDEr-D with sigma 6,
-without its stemming). Its tokeniser is a Java program; here a regular expression gives both sides the same words.
+Shapes: N images, one candidate each, any number of references each; scores are (N,), or one number
+for BLEU.
+Differences from the papers: ROUGE-L and CIDEr are those of the COCO caption evaluation (beta 1.2;
+CIDEr-D with sigma 6, without its stemming). Its tokeniser is a Java program; here a regular
+expression gives both sides the same words.
 """
 
 import math
@@ -103,7 +106,8 @@ def tf_idf(tokens, n, images, count):
 def cider(candidates, references, n=4, sigma=6.0):
     """CIDEr-D of each image, (N,) in 0..10: the cosine of n-gram vectors in which what all images share weighs little.
 
-    Raises UserError for fewer than two images: how rare an n-gram is, is counted over the references of all images.
+    Raises UserError for fewer than two images: how rare an n-gram is, is counted over the
+    references of all images.
     """
     corpus = pairs(candidates, references)
     check(len(corpus) > 1, "CIDEr counts in how many images an n-gram occurs: give at least two")

@@ -1,8 +1,9 @@
 """What caption metrics see: real captions corrupted in known ways, scored by BLEU, ROUGE-L and CIDEr.
 
-The metrics are in caption_metrics.py (Papineni et al. 2002; Lin 2004; Vedantam et al. 2015, arXiv:1411.5726), those of
-short answers in answer_metrics.py (Antol et al. 2015, arXiv:1505.00468). The captions are the names of emoji; each is
-its own only reference, so that the untouched captions have the perfect score.
+The metrics are in caption_metrics.py (Papineni et al. 2002; Lin 2004; Vedantam et al. 2015,
+arXiv:1411.5726), those of short answers in answer_metrics.py (Antol et al. 2015, arXiv:1505.00468).
+The captions are the names of emoji; each is its own only reference, so that the untouched captions
+have the perfect score.
 
     python vlm/captions.py                         # corrupt real captions, and see which score sees it
     python vlm/captions.py --least-words 2         # names of emoji of two words and more

@@ -1,7 +1,7 @@
 """Checkpoints and metric loggers of vlm/train.py: weights, states of one process or of DeepSpeed's ranks, records.
 
-A checkpoint of DeepSpeed is a folder of its own files, with our numbers and a list of hashes beside them; files that
-are not on the list are not read.
+A checkpoint of DeepSpeed is a folder of its own files, with our numbers and a list of hashes beside
+them; files that are not on the list are not read.
 """
 
 from dataclasses import asdict, replace
@@ -46,8 +46,9 @@ def about(cfg):
 def engine_of(learner, every, cfg):
     """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts, averages and steps.
 
-    It casts every parameter to --precision and no buffer, and batch norms need both alike. So a tower that learns
-    nothing is left as it is, and one that learns and has batch norms is refused in bf16.
+    It casts every parameter to --precision and no buffer, and batch norms need both alike. So a
+    tower that learns nothing is left as it is, and one that learns and has batch norms is refused
+    in bf16.
     """
     # a tower whose batch norms would see two precisions
     tower = learner.model.vision

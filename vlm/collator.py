@@ -30,10 +30,11 @@ BROKEN = (
 class Collator:
     """Samples -> a batch; images are read here, so that workers of a DataLoader do it and none waits in memory.
 
-    load(path) -> tensor; samples: where to look for a stand-in; length: pack into rows of so many tokens, 0: pad.
-    If a picture cannot be read, the whole sample is replaced by another one with a picture: the question was about
-    the picture. Who stands in depends on the broken sample alone, so a run can be repeated; the batch keeps its size
-    and modality, so ranks stay in step. `broken` counts pictures that failed, over all workers.
+    load(path) -> tensor; samples: where to look for a stand-in; length: pack into rows of so many
+    tokens, 0: pad. If a picture cannot be read, the whole sample is replaced by another one with a
+    picture: the question was about the picture. Who stands in depends on the broken sample alone,
+    so a run can be repeated; the batch keeps its size and modality, so ranks stay in step. `broken`
+    counts pictures that failed, over all workers.
     """
 
     def __init__(self, load, samples, pad_id, length=0, tries=10):

@@ -1,13 +1,16 @@
 """Connectors (projectors, resamplers): vision features become token embeddings of a language model.
 
-Linear projection (LLaVA, Liu et al. 2023, arXiv:2304.08485), or an MLP (1.5, arXiv:2310.03744): as many tokens out as
-in. Fewer, because every token costs: neighbours concatenated into one (pixel unshuffle; MiniGPT-v2, Chen et al. 2023,
-arXiv:2310.09478; by squares as in Qwen2-VL, arXiv:2409.12191), average pooling, bilinear samples, or the perceiver
-resampler, a few learned latents that query all of the image by cross-attention (Flamingo, Alayrac et al. 2022,
+Linear projection (LLaVA, Liu et al. 2023, arXiv:2304.08485), or an MLP (1.5, arXiv:2310.03744): as
+many tokens out as in. Fewer, because every token costs: neighbours concatenated into one (pixel
+unshuffle; MiniGPT-v2, Chen et al. 2023, arXiv:2310.09478; by squares as in Qwen2-VL,
+arXiv:2409.12191), average pooling, bilinear samples, or the perceiver resampler, a few learned
+latents that query all of the image by cross-attention (Flamingo, Alayrac et al. 2022,
 arXiv:2204.14198, Sec. 2.1; Idefics2: Laurencon et al. 2024, arXiv:2405.02246).
 
-Shapes: (B,N,D) from the vision tower, N = g x g, row by row -> (B,M,E) for the language model, E its hidden size.
-What differs: squares that do not fill the grid are filled up with zeros; the resampler has no embedding of time.
+Shapes: (B,N,D) from the vision tower, N = g x g, row by row -> (B,M,E) for the language model, E
+its hidden size.
+What differs: squares that do not fill the grid are filled up with zeros; the resampler has no
+embedding of time.
 
     python vlm/connector_probe.py              # what each costs, and what it lets through
 """
@@ -157,9 +160,10 @@ class PerceiverLayer(nn.Module):
 class PerceiverResampler(nn.Module):
     """Perceiver resampler: M learned latents query the image by cross-attention, again in every layer.
 
-    Any number N of image tokens becomes M. Flamingo, Sec. 2.1. kv_heads: keys and values that groups of heads share;
-    concat_latents_kv: the latents are among keys and values; use_rmsnorm_swiglu: RMSNorm and SwiGLU (Idefics2), else
-    LayerNorm and ReLU as in Idefics, its counterpart in transformers; the paper has squared ReLU here too (appendix).
+    Any number N of image tokens becomes M. Flamingo, Sec. 2.1. kv_heads: keys and values that
+    groups of heads share; concat_latents_kv: the latents are among keys and values;
+    use_rmsnorm_swiglu: RMSNorm and SwiGLU (Idefics2), else LayerNorm and ReLU as in Idefics, its
+    counterpart in transformers; the paper has squared ReLU here too (appendix).
     """
 
     def __init__(

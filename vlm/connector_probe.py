@@ -1,8 +1,8 @@
 """Linear probing of connectors: small ones trained on frozen vision features, scored by what is seen and where.
 
-Each connector (connector.py) gets two linear probes: of the mean of its tokens, which of 14 kinds of fruit the photo
-shows; of their row, where a marker of 2 x 2 tokens was put. Beside the two accuracies stand what it costs: parameters,
-tokens, seconds a step.
+Each connector (connector.py) gets two linear probes: of the mean of its tokens, which of 14 kinds
+of fruit the photo shows; of their row, where a marker of 2 x 2 tokens was put. Beside the two
+accuracies stand what it costs: parameters, tokens, seconds a step.
 
 Shapes: features (B,N,D) with N = 49, tokens (B,M,E).
 

@@ -1,8 +1,9 @@
 """Conversation format of LLaVA: rows of a chat.json, checked, read, cut into tokens and labels.
 
-A file chat.json is a list of {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt",
-"value": ...}, ...]}; the first question says <image> where the image stands, and a row without "image" is text alone
-("image": null says the same). Liu et al. 2023, arXiv:2304.08485, Sec. 3.
+A file chat.json is a list of {"id", "image", "conversations": [{"from": "human", "value": ...},
+{"from": "gpt", "value": ...}, ...]}; the first question says <image> where the image stands, and a
+row without "image" is text alone ("image": null says the same). Liu et al. 2023, arXiv:2304.08485,
+Sec. 3.
 """
 
 import json
@@ -84,7 +85,8 @@ def is_inside(folder, name):
 def read(path, folder):
     """-> the rows of a chat.json, checked: {"id", "conversations"}, and "image" where there is a picture.
 
-    Half characters in a text become U+FFFD. Raises UserError: one line that names the file and the row.
+    Half characters in a text become U+FFFD. Raises UserError: one line that names the file and the
+    row.
     """
     name = printable(path)
     text = read_text(path, MEGABYTES)
@@ -123,8 +125,8 @@ def tidy(one):
 def replace_undecodable(rows, folder):
     """Replacement of undecodable images: -> rows, as many as before, and how many were replaced by others.
 
-    Without its image a question has no answer, so the whole row is replaced. Which row stands in depends on the rows
-    alone, so all ranks choose alike.
+    Without its image a question has no answer, so the whole row is replaced. Which row stands in
+    depends on the rows alone, so all ranks choose alike.
     """
     # which images can be decoded
     decodable = {}
@@ -176,7 +178,8 @@ def shorten(tokenizer, one, count, longest):
 def samples(tokenizer, rows, count, numbers, longest=None):
     """Rows -> samples of at most `longest` tokens, how many of them lost turns at their end, and rows left out.
 
-    count: tokens of a picture; numbers: {name of a picture: its number}. Raises UserError if no row is left.
+    count: tokens of a picture; numbers: {name of a picture: its number}. Raises UserError if no row
+    is left.
     """
     found = []
     shortened = 0

@@ -1,8 +1,8 @@
 """Instruction data: conversations about photos of fruit and emoji, in LLaVA's format.
 
-Liu et al. 2023, arXiv:2304.08485, Sec. 3; the format is that of vlm/conversations.py. The kind of each photo is known,
-and an emoji has a name; questions are of four sorts (what is it, which kind, is it a ..., describe it), and some rows
-have several turns.
+Liu et al. 2023, arXiv:2304.08485, Sec. 3; the format is that of vlm/conversations.py. The kind of
+each photo is known, and an emoji has a name; questions are of four sorts (what is it, which kind,
+is it a ..., describe it), and some rows have several turns.
 
     python vlm/data.py                      # write chat.json and the photos it speaks of, show some rows
 """

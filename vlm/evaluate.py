@@ -1,10 +1,11 @@
 """Evaluation of a LLaVA: answer ranking by likelihood, generated answers, forgetting; beside a linear probe.
 
-Held-out photos of fruit, of 14 kinds in 5 groups. The kind is read in two ways: by likelihood, which of the 14 names
-the model finds most probable after the question, and from its generated answer. Beside it stand the majority class, and
-a linear probe: logistic regression on the mean of the same features, which cannot talk. Generated answers are scored as
-captions, too (caption_metrics.py). And since a language model that learned to see may have forgotten how to read: its
-loss on pages of manuals, text alone.
+Held-out photos of fruit, of 14 kinds in 5 groups. The kind is read in two ways: by likelihood,
+which of the 14 names the model finds most probable after the question, and from its generated
+answer. Beside it stand the majority class, and a linear probe: logistic regression on the mean of
+the same features, which cannot talk. Generated answers are scored as captions, too
+(caption_metrics.py). And since a language model that learned to see may have forgotten how to read:
+its loss on pages of manuals, text alone.
 
 Shapes: features (B,N,D) of B photos, C names.
 
@@ -63,7 +64,8 @@ def prompt_embeddings(tokenizer, model, prompt, features):
 def answer_likelihoods(tokenizer, model, features, answers, prompt=QUESTION):
     """log p(answer and the end of it | photo, question) -> (B,C). The question is read once, each answer after it.
 
-    Raises UserError for an answer without a word, or a tokenizer without a word that ends an answer.
+    Raises UserError for an answer without a word, or a tokenizer without a word that ends an
+    answer.
     """
     embeds = prompt_embeddings(tokenizer, model, prompt, features)
     # answers as ids, each with its end
@@ -128,8 +130,8 @@ def text_loss(tokenizer, language, texts):
 def evaluate_photos(tokenizer, model, features, fruit, chosen, prompt=QUESTION, batch=32):
     """-> accuracies of 14 kinds and 5 groups by likelihood, and of generated answers; the answers; log p (photos,14).
 
-    features (B,N,D) of the photos `chosen` of the groceries. A generated answer is right if it is the name, word for
-    word.
+    features (B,N,D) of the photos `chosen` of the groceries. A generated answer is right if it is
+    the name, word for word.
     """
     names = [fruit_photos.NAMES[kind] for kind in fruit.fine_names]
     scores = []

@@ -1,13 +1,14 @@
 """Few-shot prompts of Flamingo: interleaved image-text batches, training on them, names ranked by likelihood.
 
-Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.4 and 2.5. A text is a chain of photos, each with its name:
-`<start> <image> NAME<|endofchunk|> <image> NAME<|endofchunk|> ...`. Training draws such chains; a few-shot prompt is
-one that lacks its last name.
+Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.4 and 2.5. A text is a chain of photos, each with its
+name: `<start> <image> NAME<|endofchunk|> <image> NAME<|endofchunk|> ...`. Training draws such
+chains; a few-shot prompt is one that lacks its last name.
 
 Shapes: features (B,J,N,D) of J photos in each of B texts, or (B,N,D) of one photo each; ids (B,T).
-Examples in the prompt do not help: names before a photo were drawn at random and say nothing about it. Four of them
-harm, because such a chain is as long as the longest in training, which it hardly saw: 21.8 names a step stand at place
-one, 1.8 at place five. With --shortest 5 all chains are equally long: no drop, but fewer right names without examples.
+Examples in the prompt do not help: names before a photo were drawn at random and say nothing about
+it. Four of them harm, because such a chain is as long as the longest in training, which it hardly
+saw: 21.8 names a step stand at place one, 1.8 at place five. With --shortest 5 all chains are
+equally long: no drop, but fewer right names without examples.
 """
 
 import math
@@ -39,8 +40,9 @@ def chunk(tokenizer, name):
 def start_token(tokenizer):
     """The id that every text begins with, an attention sink.
 
-    Language models pile up on their first token what belongs nowhere (Xiao et al. 2023, arXiv:2309.17453), and there
-    SmolLM2's states are a hundred times as large: no photo would count beside them.
+    Language models pile up on their first token what belongs nowhere (Xiao et al. 2023,
+    arXiv:2309.17453), and there SmolLM2's states are a hundred times as large: no photo would count
+    beside them.
     """
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
@@ -48,8 +50,8 @@ def start_token(tokenizer):
 def interleaved_batch(random, start_id, chunks, kinds, batch, longest, shortest=1):
     """Interleaved image-text batch: about `batch` photos drawn at random, as chains of J photos, each with its name.
 
-    -> ids (B,T), which of them are supervised (B,T), which photos (B,J). J is drawn from `shortest` to `longest`;
-    chunks: ids by kind; kinds (photos,).
+    -> ids (B,T), which of them are supervised (B,T), which photos (B,J). J is drawn from `shortest`
+    to `longest`; chunks: ids by kind; kinds (photos,).
     """
     # one length for all chains of the batch, then the photos
     size = random.integers(shortest, longest + 1)
@@ -121,8 +123,9 @@ def train(model, features, kinds, start_id, chunks, cfg, on):
 def name_likelihoods(model, features, start_id, chunks, shots=(), examples=None):
     """log p(NAME<|endofchunk|> | examples, <image>) for photos (B,N,D) -> (B,C). Sec. 2.5, Fig. 8.
 
-    shots: kinds of the examples, whose features are examples (S,N,D). The prompt is read once, each name after it.
-    Raises UserError if examples, photo and name are longer than the language model's positions.
+    shots: kinds of the examples, whose features are examples (S,N,D). The prompt is read once, each
+    name after it. Raises UserError if examples, photo and name are longer than the language model's
+    positions.
     """
     from transformers import DynamicCache
 

@@ -1,13 +1,16 @@
 """Flamingo: gated cross-attention, with zero-initialised tanh gates, between the layers of a frozen language model.
 
-Alayrac et al. 2022, arXiv:2204.14198; sections and figures are those of its second version. A perceiver resampler makes
-a few visual tokens (latents) out of each photo; the new layers (gated_cross_attention.py) attend to them. At zero the
-gates change nothing: training begins with exactly the old language model. It is trained on interleaved image-text
-chains, photos and their names, and evaluated by chains that lack their last name (few_shot.py).
+Alayrac et al. 2022, arXiv:2204.14198; sections and figures are those of its second version. A
+perceiver resampler makes a few visual tokens (latents) out of each photo; the new layers
+(gated_cross_attention.py) attend to them. At zero the gates change nothing: training begins with
+exactly the old language model. It is trained on interleaved image-text chains, photos and their
+names, and evaluated by chains that lack their last name (few_shot.py).
 
-Shapes: features (B,N,D) of a photo, latents (B,J,M,V) of J photos in a text, M each; text (B,T), its states (B,T,E).
-Differences from the paper: 1.9 M new parameters, not 10 000 M; 732 photos of fruit, not 2300 M pictures; the resampler
-is one layer deep, with ReLU as in transformers' Idefics, and a photo has no time that would need an embedding.
+Shapes: features (B,N,D) of a photo, latents (B,J,M,V) of J photos in a text, M each; text (B,T),
+its states (B,T,E).
+Differences from the paper: 1.9 M new parameters, not 10 000 M; 732 photos of fruit, not 2300 M
+pictures; the resampler is one layer deep, with ReLU as in transformers' Idefics, and a photo has no
+time that would need an embedding.
 
     python vlm/flamingo.py                     # 5 minutes on two cores
     python vlm/flamingo.py --pretrained        # weights of the book, no training
@@ -62,8 +65,8 @@ class Config:
 class Flamingo(nn.Module):
     """A frozen language model, a resampler, and gated layers before every `every`-th layer of it. Fig. 3.
 
-    new_ids: of <image> and <|endofchunk|>. Their two embeddings, for reading and for writing, are all of the vocabulary
-    that is trained.
+    new_ids: of <image> and <|endofchunk|>. Their two embeddings, for reading and for writing, are
+    all of the vocabulary that is trained.
     """
 
     new_ids: torch.Tensor
@@ -123,8 +126,9 @@ class Flamingo(nn.Module):
     def states(self, ids, latents=None, before=0, cache=None):
         """Last hidden states of text with photos: (B,T), (B,J,M,V) -> (B,T,E).
 
-        before: photos that stand before this text, in what the cache remembers. Raises UserError if a text has more
-        tokens <image> than there are photos: the last of them would see nothing, without a word.
+        before: photos that stand before this text, in what the cache remembers. Raises UserError if
+        a text has more tokens <image> than there are photos: the last of them would see nothing,
+        without a word.
         """
         if latents is not None:
             # cross-attention mask: which latents each token sees

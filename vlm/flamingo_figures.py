@@ -12,8 +12,8 @@ from utils import figures
 def image_attention_map(model, features, start_id):
     """Image attention map: how much <image> attends to each place of photos (B,N,D) -> (B,N).
 
-    An attention rollout through the latents: cross-attention weights of <image> over the latents, times the latents'
-    weights over the image tokens.
+    An attention rollout through the latents: cross-attention weights of <image> over the latents,
+    times the latents' weights over the image tokens.
     """
     found = []
 

@@ -1,12 +1,13 @@
 """LoRA in a trained Flamingo: other names for the same photos, learned by all new layers, LoRA in them, or their gates.
 
-The Flamingo of vlm/flamingo.py names fruit in English; here it learns to do so in French. Whatever is trained sits
-between the layers of the language model, which stays as it is. LoRA (Hu et al. 2021, arXiv:2106.09685) in the gated
-cross-attention layers (Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.2) can be taken out again, and the English that
-training overwrote comes back bit for bit.
+The Flamingo of vlm/flamingo.py names fruit in English; here it learns to do so in French. Whatever
+is trained sits between the layers of the language model, which stays as it is. LoRA (Hu et al.
+2021, arXiv:2106.09685) in the gated cross-attention layers (Alayrac et al. 2022, arXiv:2204.14198,
+Sec. 2.2) can be taken out again, and the English that training overwrote comes back bit for bit.
 
 Shapes: features (B,N,D), scores (photos, names).
-Difference from both papers: neither of them does it; adapters in vision-language models usually sit in self-attention.
+Difference from both papers: neither of them does it; adapters in vision-language models usually sit
+in self-attention.
 
     python vlm/flamingo_lora.py                   # four ways to learn: 14 CPU minutes
     python vlm/flamingo_lora.py --ways lora --rank 32 --steps 100

@@ -1,6 +1,7 @@
 """The fruit photos of this chapter: names of the classes, train and held-out split, groups, a figure.
 
-2054 photos of 14 kinds in 5 groups (`utils.data.groceries`); the data set's own test photos are held out.
+2054 photos of 14 kinds in 5 groups (`utils.data.groceries`); the data set's own test photos are
+held out.
 """
 
 import textwrap

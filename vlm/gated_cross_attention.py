@@ -1,7 +1,7 @@
 """Gated cross-attention: text attends to the photo before it, behind zero-initialised tanh gates.
 
-Alayrac et al. 2022, arXiv:2204.14198, Fig. 4 and Sec. 2.3. The layer stands between two layers of a frozen language
-model (vlm/flamingo.py puts it there). At zero the gates change nothing.
+Alayrac et al. 2022, arXiv:2204.14198, Fig. 4 and Sec. 2.3. The layer stands between two layers of a
+frozen language model (vlm/flamingo.py puts it there). At zero the gates change nothing.
 
 Shapes: text ids (B,T), its states (B,T,E); latents (B,J*M,V) of J photos in a text, M each.
 """
@@ -31,7 +31,8 @@ def visible(counts, photos, latents):
 class GatedCrossAttention(nn.Module):
     """States (B,T,E), latents (B,J*M,V), mask (B,T,J*M) -> states (B,T,E): both gates at zero change nothing. Fig. 4.
 
-    use_rmsnorm_swiglu: RMSNorm and SwiGLU, as Idefics has it; else the paper's LayerNorm and squared ReLU.
+    use_rmsnorm_swiglu: RMSNorm and SwiGLU, as Idefics has it; else the paper's LayerNorm and
+    squared ReLU.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from vlm.prompts import IMAGE
 def prompt_ids(tokenizer, model, prompt, tokens):
     """Prompt of a question about one photo of so many tokens, which stands before the text -> ids (1,T).
 
-    Raises UserError if the question has a picture of its own, or is longer than the language model can read.
+    Raises UserError if the question has a picture of its own, or is longer than the language model
+    can read.
     """
     check(IMAGE not in prompt, f"a question is words; {IMAGE} is put before it")
     ids, _ = prompts.chat(tokenizer, [(f"{IMAGE}\n{prompt}", None)], tokens)

@@ -1,15 +1,16 @@
 """LLaVA: image tokens, vision features through a connector, among the token embeddings of a language model.
 
-Liu et al. 2023, arXiv:2304.08485 (a matrix as connector); 1.5: Liu et al. 2023, arXiv:2310.03744 (two layers); 1.6: Liu
-et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into tokens, a connector turns these
-into vectors of the size of word embeddings, and where the text says <image> they are put in. Nothing else is new: the
-language model reads on as it always has.
+Liu et al. 2023, arXiv:2304.08485 (a matrix as connector); 1.5: Liu et al. 2023, arXiv:2310.03744
+(two layers); 1.6: Liu et al. 2024 (tiles, in anyres.py). A vision encoder turns a photo into
+tokens, a connector turns these into vectors of the size of word embeddings, and where the text says
+<image> they are put in. Nothing else is new: the language model reads on as it always has.
 
-Shapes: pixels (B,3,S,S), features (B,N,D), text embeddings (B,T,E), where T counts N words <image> for each photo.
-Differences from the papers: by default EfficientNet-lite0 sees and SmolLM2 speaks, 4.7 and 134.5 M parameters; any pair
-of transformers' models can be named. The weights that come with the book were made by vlm/train.py, of 732 photos
-of fruit: they know fourteen kinds and nothing else, and call a blue car a fruit, too. Beside each answer stands how
-likely the model itself finds it.
+Shapes: pixels (B,3,S,S), features (B,N,D), text embeddings (B,T,E), where T counts N words <image>
+for each photo.
+Differences from the papers: by default EfficientNet-lite0 sees and SmolLM2 speaks, 4.7 and 134.5 M
+parameters; any pair of transformers' models can be named. The weights that come with the book were
+made by vlm/train.py, of 732 photos of fruit: they know fourteen kinds and nothing else, and call a
+blue car a fruit, too. Beside each answer stands how likely the model itself finds it.
 
     python vlm/llava.py                                                     # held-out photos
     python vlm/llava.py --image PHOTO --prompt "What fruit is this?"        # one of your own
@@ -86,7 +87,8 @@ class Llava(nn.Module):
     def tile_features(self, pixels, size, candidates):
         """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one sequence (1,N',E).
 
-        Raises UserError for a connector whose tokens have no place, and so cannot be put together again.
+        Raises UserError for a connector whose tokens have no place, and so cannot be put together
+        again.
         """
         is_map = not isinstance(self.connector, connector.PerceiverResampler)
         check(

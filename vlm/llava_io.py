@@ -1,8 +1,9 @@
 """LLaVA checkpoints: weights of our own, ordinary folders, and transformers' LLaVA, which holds the same numbers.
 
-`load` takes any of them apart into what llava.py puts together, `save` writes a folder: transformers' own format
-(llava_transformers.py) if it has these parts (a transformer as vision encoder, a connector mlp2x_gelu), else one of
-ours, in which every part is an ordinary folder of its library.
+`load` takes any of them apart into what llava.py puts together, `save` writes a folder:
+transformers' own format (llava_transformers.py) if it has these parts (a transformer as vision
+encoder, a connector mlp2x_gelu), else one of ours, in which every part is an ordinary folder of its
+library.
 """
 
 import json

@@ -1,12 +1,14 @@
 """Packing: several samples of images and text in one row, none attends to another; or padded batches.
 
-A tweet has 17 tokens, a photo with its question 70, a page of a manual 400. Put side by side in a rectangle, most of
-it is padding, which costs as much as words. Sort by length first, and less is wasted; lay several samples end to end in
-one row, each blind to its neighbours, and next to nothing is. Krell et al. 2021, arXiv:2107.02027 (packing); Liu et al.
-2023, arXiv:2310.03744, App. A (one modality a batch: samplers.py). The collator that reads images is in collator.py.
+A tweet has 17 tokens, a photo with its question 70, a page of a manual 400. Put side by side in a
+rectangle, most of it is padding, which costs as much as words. Sort by length first, and less is
+wasted; lay several samples end to end in one row, each blind to its neighbours, and next to nothing
+is. Krell et al. 2021, arXiv:2107.02027 (packing); Liu et al. 2023, arXiv:2310.03744, App. A (one
+modality a batch: samplers.py). The collator that reads images is in collator.py.
 
-A sample is {"ids": [...], "labels": [...], "images": [...]}: a picture stands in ids as so many equal ids as it has
-features, labels are IGNORE where nothing is supervised, images are paths or numbers, or none.
+A sample is {"ids": [...], "labels": [...], "images": [...]}: a picture stands in ids as so many
+equal ids as it has features, labels are IGNORE where nothing is supervised, images are paths or
+numbers, or none.
 Shapes: B rows of T tokens.
 Difference from the paper: best fit decreasing over samples, not over a histogram of their lengths.
 
@@ -67,8 +69,8 @@ def pad(samples, pad_id):
 def pack(samples, length):
     """-> rows: lists of samples that fit into `length` tokens together. Raises UserError for a sample that does not.
 
-    Best fit decreasing (Sec. 3.1): the longest first, each into the row where it leaves least room. Rows come out
-    full and long-winded first, crumbs last: shuffle them before training.
+    Best fit decreasing (Sec. 3.1): the longest first, each into the row where it leaves least room.
+    Rows come out full and long-winded first, crumbs last: shuffle them before training.
     """
     longest = max((len(s["ids"]) for s in samples), default=0)
     check(
@@ -91,9 +93,9 @@ def pack(samples, length):
 def packed(rows, pad_id):
     """Packed batch: rows of samples -> {"ids", "labels", "positions", "segments"}, each (B,T).
 
-    positions start at 0 in every sample; segments number the samples of a row from 1, padding is 0. The first token of
-    a sample has no label: it would be predicted by the last one of its neighbour. Pictures are those of the rows, in
-    this order.
+    positions start at 0 in every sample; segments number the samples of a row from 1, padding is 0.
+    The first token of a sample has no label: it would be predicted by the last one of its
+    neighbour. Pictures are those of the rows, in this order.
     """
     # samples of a row end to end
     joined = []
@@ -119,8 +121,9 @@ def packed(rows, pad_id):
 def block_mask(segments, dtype=None):
     """Packing mask: segments (B,T) -> bool (B,1,T,T), causal inside a segment, nothing across; padding sees itself.
 
-    With a dtype: what is added to the scores instead, 0 or the lowest number. transformers hands a mask of four
-    dimensions on as it is: "sdpa" takes both kinds, "eager" adds it, and True counts as 1: no error, and no mask.
+    With a dtype: what is added to the scores instead, 0 or the lowest number. transformers hands a
+    mask of four dimensions on as it is: "sdpa" takes both kinds, "eager" adds it, and True counts
+    as 1: no error, and no mask.
     """
     same = segments[:, :, None] == segments[:, None, :]
     mask = same.tril()[:, None]

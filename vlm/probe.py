@@ -1,7 +1,7 @@
 """Linear probe: multinomial logistic regression on the mean of frozen vision features. It can classify, not talk.
 
-Alain & Bengio 2016, arXiv:1610.01644. The yardstick of a model that answers from the same features, beside always
-saying the most frequent class.
+Alain & Bengio 2016, arXiv:1610.01644. The yardstick of a model that answers from the same features,
+beside always saying the most frequent class.
 
 Shapes: features (N,D) of N photos, logits (N,C).
 """

@@ -1,8 +1,8 @@
 """Chat templates with image tokens in them: special tokens, turns of a conversation, supervised tokens.
 
-Where the text says <image>, as many image tokens stand as the connector makes of a photo. Labels are those of the
-answers and of the token that ends each; questions and the template itself are masked. LLaVA, Liu et al. 2023,
-arXiv:2304.08485, Sec. 4.2; Vicuna's template is LLaVA's own.
+Where the text says <image>, as many image tokens stand as the connector makes of a photo. Labels
+are those of the answers and of the token that ends each; questions and the template itself are
+masked. LLaVA, Liu et al. 2023, arXiv:2304.08485, Sec. 4.2; Vicuna's template is LLaVA's own.
 """
 
 from deploy import decode
@@ -22,7 +22,8 @@ STYLES = {
 def add_words(tokenizer, language, words=(IMAGE,)):
     """Put words into the vocabulary -> the id of <image>; embeddings grow, and no row of them is ever lost.
 
-    Many models have more rows than their tokenizer has words: cutting the table to the tokenizer's length loses them.
+    Many models have more rows than their tokenizer has words: cutting the table to the tokenizer's
+    length loses them.
     """
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(words)}, replace_extra_special_tokens=False

@@ -1,9 +1,10 @@
 """Visual question answering: multiple choice by likelihood, direct answers, on files of VQA v2 and A-OKVQA.
 
-Goyal et al. 2017, arXiv:1612.00837 (VQA v2, open answers); Schwenk et al. 2022, arXiv:2206.01718 (A-OKVQA, four choices
-and open answers). A choice is found by likelihood: the most probable of the four after the question. An open answer is
-the generated one, against those of ten people (answer_metrics.py). Files are read by vqa_data.py; without one, held-out
-photos of fruit are written in A-OKVQA's format first.
+Goyal et al. 2017, arXiv:1612.00837 (VQA v2, open answers); Schwenk et al. 2022, arXiv:2206.01718
+(A-OKVQA, four choices and open answers). A choice is found by likelihood: the most probable of the
+four after the question. An open answer is the generated one, against those of ten people
+(answer_metrics.py). Files are read by vqa_data.py; without one, held-out photos of fruit are
+written in A-OKVQA's format first.
 
 Shapes: scores (C,) of the C choices of a question.
 

@@ -1,7 +1,7 @@
 """Batch samplers: which samples make a batch. Grouped by length or by modality, or mixed from sources by weight.
 
-Grouped by length, less of a rectangle is padding; one modality a batch keeps the ranks in step: Liu et al. 2023,
-arXiv:2310.03744, App. A.
+Grouped by length, less of a rectangle is padding; one modality a batch keeps the ranks in step: Liu
+et al. 2023, arXiv:2310.03744, App. A.
 
 A sample is {"ids": [...], "labels": [...], "images": [...]}, as in packing.py.
 """
@@ -35,9 +35,10 @@ def by_length(lengths, batch, seed=0, epoch=0):
 def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
     """-> batches[rank][step], lists of numbers: all with pictures or all without, and the same on all ranks of a step.
 
-    A rank whose batch has no picture does not call the vision tower; if its neighbour does, both wait for ever in the
-    next collective. Every sample once, about equally long ones in a step; sizes differ by one on the ranks, and by
-    little over the steps. Raises UserError where some rank would have nothing in some step.
+    A rank whose batch has no picture does not call the vision tower; if its neighbour does, both
+    wait for ever in the next collective. Every sample once, about equally long ones in a step;
+    sizes differ by one on the ranks, and by little over the steps. Raises UserError where some rank
+    would have nothing in some step.
     """
     check(
         len(samples) > 0 and batch > 0 and ranks > 0,
@@ -72,7 +73,8 @@ def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
 class Mixture:
     """Draws for ever from several lists, each as often as its weight says, each anew shuffled when it is used up.
 
-    What is drawn when is a function of the seed and the numbers drawn so far, so these numbers are the whole state.
+    What is drawn when is a function of the seed and the numbers drawn so far, so these numbers are
+    the whole state.
     """
 
     def __init__(self, sources, weights, seed=0):

@@ -1,10 +1,12 @@
 """Vision towers: any vision encoder as a sequence of features for a language model.
 
-A transformer's patches are tokens already; the maps of a convolutional network become tokens, one for each place. The
-layer before the last is read, as in LLaVA: the last one of CLIP is made for a single vector. Any vision encoder of
-transformers will do, by folder or hub id, and by default EfficientNet-lite0, whose maps are 49 tokens.
+A transformer's patches are tokens already; the maps of a convolutional network become tokens, one
+for each place. The layer before the last is read, as in LLaVA: the last one of CLIP is made for a
+single vector. Any vision encoder of transformers will do, by folder or hub id, and by default
+EfficientNet-lite0, whose maps are 49 tokens.
 
-Shapes: pixels (B,3,S,S) -> (B,N,D). A tower may begin with tokens that are no patches (class, distilled, registers).
+Shapes: pixels (B,3,S,S) -> (B,N,D). A tower may begin with tokens that are no patches (class,
+distilled, registers).
 """
 
 import hashlib
@@ -28,7 +30,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class EfficientNetMaps(nn.Module):
     """The last maps of EfficientNet-lite0: (B,3,224,224) -> (B,1280,7,7), of mean 0 and variance 1 at every place.
 
-    A transformer's states were normalised on their way, these were not, and some channels are of fifty times the norm.
+    A transformer's states were normalised on their way, these were not, and some channels are of
+    fifty times the norm.
     """
 
     def __init__(self, network):
@@ -43,9 +46,9 @@ class EfficientNetMaps(nn.Module):
 class VisionTower(nn.Module):
     """An encoder, and which of its states are the tokens. LLaVA, Sec. 4.1.
 
-    layer: of the hidden states, -2 the one before the last; select: "patch" leaves out what is no patch, "all" keeps
-    it; size S: of the pictures, if not that of the encoder: its positions are interpolated.
-    Raises UserError for an encoder without the layer.
+    layer: of the hidden states, -2 the one before the last; select: "patch" leaves out what is no
+    patch, "all" keeps it; size S: of the pictures, if not that of the encoder: its positions are
+    interpolated. Raises UserError for an encoder without the layer.
     """
 
     def __init__(self, network, layer=-2, select="patch", size=None):
@@ -169,7 +172,8 @@ def fingerprint(vision_tower):
 def vision_features(vision_tower, images, key=None, batch=4):
     """Vision features of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D).
 
-    With a key, which says all that the pictures depend on, `images` is a function, and called the first time only.
+    With a key, which says all that the pictures depend on, `images` is a function, and called the
+    first time only.
     """
     shape = b"" if key else repr(tuple(images.shape)).encode()
     content = repr(key).encode() if key else images.contiguous().numpy().tobytes()

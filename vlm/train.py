@@ -1,13 +1,14 @@
 """Visual instruction tuning: LLaVA's two stages, with any part frozen, trained or adapted with LoRA.
 
-Liu et al. 2023, arXiv:2304.08485, Sec. 4.2. First the connector alone learns to speak the language model's language
-(align), then it and the language model learn to answer (instruct). Vision features of a photo are computed once and
-kept, unless the tower learns, too. Of an answer every token is
+Liu et al. 2023, arXiv:2304.08485, Sec. 4.2. First the connector alone learns to speak the language
+model's language (align), then it and the language model learn to answer (instruct). Vision features
+of a photo are computed once and kept, unless the tower learns, too. Of an answer every token is
 supervised, and the one that ends it; of a question none.
 
-Shapes: B conversations that a rank reads at a time, T tokens; A such parts make a step; features (B,N,D).
-Differences from the paper: 732 photos instead of 595 000 pictures and 158 000 conversations; by default LoRA instead of
-all weights, and both stages on the same photos.
+Shapes: B conversations that a rank reads at a time, T tokens; A such parts make a step; features
+(B,N,D).
+Differences from the paper: 732 photos instead of 595 000 pictures and 158 000 conversations; by
+default LoRA instead of all weights, and both stages on the same photos.
 
 Flags: train_config.py; trainable parameters and their rates: trainable.py; batches: train_data.py.
 
@@ -54,7 +55,8 @@ class Learner(nn.Module):
     def forward(self, batch, features):
         """Sum of -log p(token | photo, all before it) over the supervised tokens. Eq. 3 of LLaVA, Sec. 4.2.
 
-        features: vision features (photos,N,D), or pixels (photos,3,S,S) if the tower learns; None: text alone.
+        features: vision features (photos,N,D), or pixels (photos,3,S,S) if the tower learns; None:
+        text alone.
         """
         model = self.model
         # image tokens: through the connector, and through the tower, if it learns

@@ -1,7 +1,7 @@
 """Trainable parameters of a LLaVA, and the learning rate of each: new parts, pretrained parts, two stages.
 
-Liu et al. 2023, arXiv:2304.08485, Sec. 4.2: the connector alone first (feature alignment), then it and the language
-model. LoRA in the language model: Hu et al. 2021, arXiv:2106.09685.
+Liu et al. 2023, arXiv:2304.08485, Sec. 4.2: the connector alone first (feature alignment), then it
+and the language model. LoRA in the language model: Hu et al. 2021, arXiv:2106.09685.
 """
 
 import math

@@ -25,7 +25,8 @@ def random_crop(image, random):
 def features(vision_tower, paths, views=1, seed=0):
     """Vision features of images in several views, kept for the next time -> bf16 (views, len(paths), N, D).
 
-    View 0 is the middle square, the others are random crops. Raises UserError for an image that cannot be read.
+    View 0 is the middle square, the others are random crops. Raises UserError for an image that
+    cannot be read.
     """
     size = vision_tower.size
     content = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]

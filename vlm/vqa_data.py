@@ -1,7 +1,8 @@
 """Visual question answering data: files of VQA v2 and A-OKVQA, and one of fruit in A-OKVQA's format.
 
-Goyal et al. 2017, arXiv:1612.00837 (VQA v2, open answers); Schwenk et al. 2022, arXiv:2206.01718 (A-OKVQA, four choices
-and open answers). A-OKVQA's images carry the numbers of COCO's; any name is taken here, too.
+Goyal et al. 2017, arXiv:1612.00837 (VQA v2, open answers); Schwenk et al. 2022, arXiv:2206.01718
+(A-OKVQA, four choices and open answers). A-OKVQA's images carry the numbers of COCO's; any name is
+taken here, too.
 """
 
 import json
@@ -53,7 +54,8 @@ def parse(path):
 def read(path, annotations="", images=""):
     """-> [{"image", "question", "choices", "right", "answers"}] of a file of A-OKVQA or VQA v2, whatever is known.
 
-    Raises UserError for another format, VQA v2 without its annotations, a question without answers, a lost picture.
+    Raises UserError for another format, VQA v2 without its annotations, a question without answers,
+    a lost picture.
     """
     found = parse(path)
     if isinstance(found, dict):
