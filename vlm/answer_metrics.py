@@ -35,7 +35,8 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # a slip of the official table, kept: 
 
 
 def normalise(answer):
-    """An answer as the VQA evaluation compares it: "Two dogs." -> "2 dogs", "the t-shirt" -> "t shirt"."""
+    """An answer as the VQA evaluation compares it: "Two dogs." -> "2 dogs", "the t-shirt" -> "t
+    shirt"."""
     text = re.sub(r"[\n\t]", " ", answer).strip()
     number = re.search(r"\d,\d", text)
     out = text
@@ -50,7 +51,8 @@ def normalise(answer):
 
 
 def vqa_accuracy(answer, answers):
-    """VQA accuracy, 0..1: right if three people said so. Mean over leaving each person out of min(others / 3, 1).
+    """VQA accuracy, 0..1: right if three people said so. Mean over leaving each person out of
+    min(others / 3, 1).
 
     Ten people: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who gave this answer. Both sides are
     normalised; the official code changes only the punctuation of the people's answers, and only if
@@ -69,7 +71,8 @@ def direct_answer_accuracy(answer, answers):
 
 
 def likeliest(log_p, lengths=None):
-    """Index of the choice with the highest log-likelihood; with lengths (in tokens), of the highest mean per token."""
+    """Index of the choice with the highest log-likelihood; with lengths (in tokens), of the highest
+    mean per token."""
     log_p = np.asarray(log_p, float)
     return int(np.argmax(log_p if lengths is None else log_p / np.asarray(lengths)))
 
@@ -107,7 +110,8 @@ def match_choice(text, choices):
 
 
 def denied(text, choice):
-    """Does a negation stand before the choice in every clause that has it? Clauses end at , . ; : ! ? and "but"."""
+    """Does a negation stand before the choice in every clause that has it? Clauses end at , . ; : !
+    ? and "but"."""
     clauses = [f" {normalise(part)} " for part in re.split(r"[,.;:!?](?:\s|$)|\bbut\b", text)]
     before = [clause.partition(choice)[0].split() for clause in clauses if choice in clause]
     negated = [any(w in NEGATIONS or w.endswith("n't") for w in words) for words in before]

@@ -17,13 +17,15 @@ from utils.run import check
 
 
 def candidates(side, most=4):
-    """Sizes to choose from, in tiles of `side` pixels: every grid of rows x columns with 2 to `most` tiles."""
+    """Sizes to choose from, in tiles of `side` pixels: every grid of rows x columns with 2 to
+    `most` tiles."""
     grids = [(r, c) for r in range(1, most + 1) for c in range(1, most + 1) if 2 <= r * c <= most]
     return [(r * side, c * side) for r, c in grids]
 
 
 def fitted(size, into):
-    """The size of a picture when it is scaled, shape kept, until it touches a side of `into`: (height, width)."""
+    """The size of a picture when it is scaled, shape kept, until it touches a side of `into`:
+    (height, width)."""
     h, w = size
     high, wide = into
     if wide / w < high / h:
@@ -32,7 +34,8 @@ def fitted(size, into):
 
 
 def select_best_resolution(size, candidates):
-    """Which of the candidates shows most of a picture, and of those that show as much, wastes least. All (h, w)."""
+    """Which of the candidates shows most of a picture, and of those that show as much, wastes
+    least. All (h, w)."""
     check(candidates, "there is no resolution to choose from")
 
     def worth(candidate):
@@ -52,14 +55,16 @@ def resize(image, size):
 
 
 def centred(image, size):
-    """Put the picture (C,h,w) into the middle of a black one; what is left over goes below and to the right."""
+    """Put the picture (C,h,w) into the middle of a black one; what is left over goes below and to
+    the right."""
     high = size[0] - image.shape[1]
     wide = size[1] - image.shape[2]
     return F.pad(image, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
 
 def tiles(image, side, candidates):
-    """uint8 (C,H,W) -> (1+T,C,side,side): the whole picture squeezed into one, then its tiles row by row."""
+    """uint8 (C,H,W) -> (1+T,C,side,side): the whole picture squeezed into one, then its tiles row
+    by row."""
     # the grid that fits best, the image scaled into it, black around it
     best = select_best_resolution(image.shape[1:], candidates)
     large = centred(resize(image, fitted(image.shape[1:], best)), best)
@@ -68,7 +73,8 @@ def tiles(image, side, candidates):
 
 
 def unpad(features, size):
-    """Cut off what was padding: features (D,h,w) of a padded picture -> (D,h',w') in the shape of `size` (H,W).
+    """Cut off what was padding: features (D,h,w) of a padded picture -> (D,h',w') in the shape of
+    `size` (H,W).
 
     Counted in cells of features, and as much from either side: a cell that is half padding may
     stay.
@@ -84,7 +90,8 @@ def unpad(features, size):
 
 
 def pack(features, size, side, candidates, newline=None):
-    """Features of whole and tiles (1+T,g*g,D), of a picture of `size` -> one sequence (N,D): whole, then row by row.
+    """Features of whole and tiles (1+T,g*g,D), of a picture of `size` -> one sequence (N,D): whole,
+    then row by row.
 
     newline (D,): ends each row of the large picture. Without tiles (T = 0) it ends the whole one.
     """

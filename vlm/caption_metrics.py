@@ -22,7 +22,8 @@ from utils.run import check
 
 
 def words(text):
-    """Lower-case words and numbers, with hyphens, apostrophes and points inside them: "It's 3.5 m!" -> it's 3.5 m."""
+    """Lower-case words and numbers, with hyphens, apostrophes and points inside them: "It's 3.5 m!"
+    -> it's 3.5 m."""
     return re.findall(r"\w+(?:['’.-]\w+)*", text.lower())
 
 
@@ -46,7 +47,8 @@ def pairs(candidates, references):
 
 
 def bleu(candidates, references, n=4):
-    """BLEU-1 ... BLEU-n of the whole corpus, (n,) in 0..1. Papineni et al. 2002; counts are added over the images."""
+    """BLEU-1 ... BLEU-n of the whole corpus, (n,) in 0..1. Papineni et al. 2002; counts are added
+    over the images."""
     match = np.zeros(n)
     total = np.zeros(n)
     length = 0
@@ -84,7 +86,8 @@ def lcs_length(a, b):
 
 
 def rouge_l(candidates, references, beta=1.2):
-    """ROUGE-L of each image, (N,) in 0..1; of several references the best recall and the best precision count."""
+    """ROUGE-L of each image, (N,) in 0..1; of several references the best recall and the best
+    precision count."""
     scores = []
     for candidate, refs in pairs(candidates, references):
         common = [lcs_length(candidate, r) for r in refs]
@@ -96,7 +99,8 @@ def rouge_l(candidates, references, beta=1.2):
 
 
 def tf_idf(tokens, n, images, count):
-    """n-gram vector of a sentence: how often each occurs, times log(count / images that have it). Eq. 1."""
+    """n-gram vector of a sentence: how often each occurs, times log(count / images that have it).
+    Eq. 1."""
     vector = {}
     for gram, tf in ngrams(tokens, n).items():
         vector[gram] = tf * math.log(count / max(images[gram], 1))
@@ -104,7 +108,8 @@ def tf_idf(tokens, n, images, count):
 
 
 def cider(candidates, references, n=4, sigma=6.0):
-    """CIDEr-D of each image, (N,) in 0..10: the cosine of n-gram vectors in which what all images share weighs little.
+    """CIDEr-D of each image, (N,) in 0..10: the cosine of n-gram vectors in which what all images
+    share weighs little.
 
     Raises UserError for fewer than two images: how rare an n-gram is, is counted over the
     references of all images.

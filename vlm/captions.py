@@ -42,7 +42,8 @@ OTHER_WORDS = {word: (same, other) for word, same, other in map(str.split, SAME_
 
 
 def reworded(caption, which):
-    """The caption with one word exchanged (the first in the table): 0 for the same meaning, 1 for another."""
+    """The caption with one word exchanged (the first in the table): 0 for the same meaning, 1 for
+    another."""
     tokens = words(caption)
     i = next(i for i, word in enumerate(tokens) if word in OTHER_WORDS)
     return " ".join(tokens[:i] + [OTHER_WORDS[tokens[i]][which]] + tokens[i + 1 :])
@@ -90,7 +91,8 @@ def corruptions(captions, rng):
 
 
 def draw(path, shares, curves, table, examples):
-    """Above: each score, as a share of the perfect one, against the share of words hit. Below: corruptions by name."""
+    """Above: each score, as a share of the perfect one, against the share of words hit. Below:
+    corruptions by name."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(8, 7.8))
@@ -119,7 +121,8 @@ def draw(path, shares, curves, table, examples):
 
 
 def main(cfg: Config) -> dict:
-    """Corrupt the names of the emoji, score them against the names; writes the table and the figure."""
+    """Corrupt the names of the emoji, score them against the names; writes the table and the
+    figure."""
     check(cfg.least_words >= 1 and cfg.draws >= 1, "--least-words and --draws must be at least 1")
     # captions: long enough, and with a word that has a synonym
     known = []

@@ -35,7 +35,8 @@ def tensors(model):
 
 
 def about(cfg):
-    """What stands beside the weights: enough to put the model together again, from whatever folder."""
+    """What stands beside the weights: enough to put the model together again, from whatever
+    folder."""
     named = {k: getattr(cfg, k) for k in ("vision", "language", "connector", "layer", "select")}
     for part in ("vision", "language"):
         if Path(named[part]).is_dir():
@@ -44,7 +45,8 @@ def about(cfg):
 
 
 def engine_of(learner, every, cfg):
-    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts, averages and steps.
+    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts,
+    averages and steps.
 
     It casts every parameter to --precision and no buffer, and batch norms need both alike. So a
     tower that learns nothing is left as it is, and one that learns and has batch norms is refused
@@ -79,7 +81,8 @@ def engine_of(learner, every, cfg):
 
 
 def save(cfg, model, optimizer, losses, engine=None):
-    """Write a checkpoint of this step, whole or not at all. With DeepSpeed every rank calls it and writes its part."""
+    """Write a checkpoint of this step, whole or not at all. With DeepSpeed every rank calls it and
+    writes its part."""
     if engine:
 
         def put(folder):
@@ -101,7 +104,8 @@ def save(cfg, model, optimizer, losses, engine=None):
 
 
 def load(cfg, model, optimizer, engine=None):
-    """Put the last checkpoint back -> the losses so far. Raises UserError: there is none, or it is of another run."""
+    """Put the last checkpoint back -> the losses so far. Raises UserError: there is none, or it is
+    of another run."""
     # one process, or plain ranks
     if not engine:
         found = Path(cfg.out) / "state.safetensors"
@@ -122,7 +126,8 @@ def load(cfg, model, optimizer, engine=None):
 
 
 def metric_loggers(cfg, folder):
-    """Metric loggers -> functions of (step, loss): TensorBoard's file, Weights & Biases' folder, which stays here."""
+    """Metric loggers -> functions of (step, loss): TensorBoard's file, Weights & Biases' folder,
+    which stays here."""
     loggers = []
     if cfg.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter

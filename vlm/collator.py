@@ -28,7 +28,8 @@ BROKEN = (
 
 
 class Collator:
-    """Samples -> a batch; images are read here, so that workers of a DataLoader do it and none waits in memory.
+    """Samples -> a batch; images are read here, so that workers of a DataLoader do it and none
+    waits in memory.
 
     load(path) -> tensor; samples: where to look for a stand-in; length: pack into rows of so many
     tokens, 0: pad. If a picture cannot be read, the whole sample is replaced by another one with a
@@ -58,7 +59,8 @@ class Collator:
         yield from (s for s in others if s["images"] != sample["images"])
 
     def read(self, sample):
-        """-> the sample, or who stands in for it, and the pictures. Raises UserError after so many tries."""
+        """-> the sample, or who stands in for it, and the pictures. Raises UserError after so many
+        tries."""
         worker = torch.utils.data.get_worker_info()
         why = ""
         for one, _ in zip(self.candidates(sample), range(self.tries)):
@@ -72,7 +74,8 @@ class Collator:
         )
 
     def __call__(self, samples):
-        """-> what `pad` or `packed` give, and "images" (N,...) in the order of the rows, or None."""
+        """-> what `pad` or `packed` give, and "images" (N,...) in the order of the rows, or
+        None."""
         # samples with their images; an undecodable one is replaced
         found = [self.read(s) for s in samples]
         # a rectangle, padded or packed; the images follow its rows

@@ -43,7 +43,8 @@ def grid(x):
 
 
 class Concat(nn.Module):
-    """Squares of s x s neighbours become one token, their features side by side, row by row; then an MLP."""
+    """Squares of s x s neighbours become one token, their features side by side, row by row; then
+    an MLP."""
 
     def __init__(self, side, dim_in, dim_out):
         super().__init__()
@@ -101,7 +102,8 @@ class SwiGLU(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    """Cross-attention from latents (B,M,E) to image tokens (B,N,E), then a feed-forward network -> latents (B,M,E)."""
+    """Cross-attention from latents (B,M,E) to image tokens (B,N,E), then a feed-forward network ->
+    latents (B,M,E)."""
 
     def __init__(
         self, width, heads, kv_heads, head_dim, concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu
@@ -129,7 +131,8 @@ class PerceiverLayer(nn.Module):
         self.mlp = SwiGLU(width, mlp_ratio) if use_rmsnorm_swiglu else relu_mlp
 
     def attention_weights(self, latents, context):
-        """Cross-attention weights (B,heads,M,N), with N + M keys if concat_latents_kv, and values (B,heads,N,head_dim).
+        """Cross-attention weights (B,heads,M,N), with N + M keys if concat_latents_kv, and values
+        (B,heads,N,head_dim).
 
         The weights of a latent add up to one.
         """
@@ -158,7 +161,8 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Perceiver resampler: M learned latents query the image by cross-attention, again in every layer.
+    """Perceiver resampler: M learned latents query the image by cross-attention, again in every
+    layer.
 
     Any number N of image tokens becomes M. Flamingo, Sec. 2.1. kv_heads: keys and values that
     groups of heads share; concat_latents_kv: the latents are among keys and values;
@@ -202,7 +206,8 @@ class PerceiverResampler(nn.Module):
 
     @torch.no_grad()
     def attention_map(self, x):
-        """Cross-attention weights of each latent over the image tokens, last layer, mean over heads: (B,M,N)."""
+        """Cross-attention weights of each latent over the image tokens, last layer, mean over
+        heads: (B,M,N)."""
         context = self.input_proj(x)  # (B,N,E)
         latents = self.latents.expand(len(x), -1, -1)  # (B,M,E)
         for layer in self.layers[:-1]:
@@ -213,7 +218,8 @@ class PerceiverResampler(nn.Module):
 
 
 def rename_old_parameters(resampler, state_dict, prefix, *_):
-    """Weights that were saved when `input_proj` was called `inlet` still load: renames their keys, in place."""
+    """Weights that were saved when `input_proj` was called `inlet` still load: renames their keys,
+    in place."""
     for leaf in ("weight", "bias"):
         old_key = f"{prefix}inlet.{leaf}"
         if old_key in state_dict:
@@ -221,7 +227,8 @@ def rename_old_parameters(resampler, state_dict, prefix, *_):
 
 
 def build(name, dim_in, dim_out, **options):
-    """A connector by its name: (B,N,dim_in) -> (B,M,dim_out). Raises UserError for a name that there is not."""
+    """A connector by its name: (B,N,dim_in) -> (B,M,dim_out). Raises UserError for a name that
+    there is not."""
     known = r"(linear|identity|perceiver)|(mlp)([1-9]\d*)x_gelu|(concat|pool|bilinear)([1-9]\d*)"
     found = re.fullmatch(known, name)
     # its kind and its number: pool3 -> pool, 3

@@ -47,7 +47,8 @@ PLACES = [(y, x) for y in (0, 2, 5) for x in (0, 2, 5)]
 
 
 def insert_marker(maps, places, marker):
-    """Put the same 2 x 2 tokens (2,2,D) into every photo (B,49,D), each at its place of nine: can it be told where?"""
+    """Put the same 2 x 2 tokens (2,2,D) into every photo (B,49,D), each at its place of nine: can
+    it be told where?"""
     x = grid(maps).clone()  # (B,7,7,D)
     for i, place in enumerate(places.tolist()):
         top, left = PLACES[place]
@@ -56,7 +57,8 @@ def insert_marker(maps, places, marker):
 
 
 class Probe(nn.Module):
-    """A connector and two linear probes: what, from the mean of its tokens; where, from their row."""
+    """A connector and two linear probes: what, from the mean of its tokens; where, from their
+    row."""
 
     def __init__(self, join, n, width):
         super().__init__()
@@ -106,7 +108,8 @@ def score(probe, maps, kinds, marker, on):
 
 
 def attribution_map(join, x):
-    """Where each token that comes out comes from: (M,g,g). A resampler's attention map; of others the gradient norm."""
+    """Where each token that comes out comes from: (M,g,g). A resampler's attention map; of others
+    the gradient norm."""
     side = grid(x).shape[1:3]
     if isinstance(join, PerceiverResampler):
         return join.attention_map(x)[0].unflatten(1, side)
@@ -119,7 +122,8 @@ def attribution_map(join, x):
 
 
 def draw(path, photo, maps, joins):
-    """A photo, and for each connector where its tokens come from: each token a colour, blended by how much it looks."""
+    """A photo, and for each connector where its tokens come from: each token a colour, blended by
+    how much it looks."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(joins) + 1, figsize=(1.55 * (len(joins) + 1), 2))

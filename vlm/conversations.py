@@ -40,8 +40,8 @@ def turns_of(one):
 
 
 def validate(rows, folder):
-    """Raises UserError, which names the row: not this format, turns that do not alternate, a picture that is not there,
-    a word <image> where no picture is or where the answer is."""
+    """Raises UserError, which names the row: not this format, turns that do not alternate, a
+    picture that is not there, a word <image> where no picture is or where the answer is."""
     check(isinstance(rows, list) and rows, "the file holds no list of conversations")
     for number, one in enumerate(rows):
         at = f"row {number}"
@@ -83,19 +83,22 @@ def is_inside(folder, name):
 
 
 def read(path, folder):
-    """-> the rows of a chat.json, checked: {"id", "conversations"}, and "image" where there is a picture.
+    """-> the rows of a chat.json, checked: {"id", "conversations"}, and "image" where there is a
+    picture.
 
     Half characters in a text become U+FFFD. Raises UserError: one line that names the file and the
     row.
     """
     name = printable(path)
     text = read_text(path, MEGABYTES)
+    # JSON
     try:
         rows = json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise UserError(f"{name} is no readable JSON file: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{name} is no readable JSON file: {printable(error)}") from None
+    # format
     try:
         validate(rows, folder)
     except UserError as error:
@@ -104,7 +107,8 @@ def read(path, folder):
 
 
 def unique_keys(pairs):
-    """The pairs of a JSON object as a dict. Raises ValueError for a key that is there twice: JSON would keep one."""
+    """The pairs of a JSON object as a dict. Raises ValueError for a key that is there twice: JSON
+    would keep one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -123,7 +127,8 @@ def tidy(one):
 
 
 def replace_undecodable(rows, folder):
-    """Replacement of undecodable images: -> rows, as many as before, and how many were replaced by others.
+    """Replacement of undecodable images: -> rows, as many as before, and how many were replaced by
+    others.
 
     Without its image a question has no answer, so the whole row is replaced. Which row stands in
     depends on the rows alone, so all ranks choose alike.
@@ -149,7 +154,8 @@ def replace_undecodable(rows, folder):
 
 
 def sample(tokenizer, one, count, image=None):
-    """A row -> {"ids", "labels", "images"}: every question is masked, the end token of an answer supervised.
+    """A row -> {"ids", "labels", "images"}: every question is masked, the end token of an answer
+    supervised.
 
     What is written in a question or an answer is text, even if it reads "<|im_end|>".
     """
@@ -159,7 +165,8 @@ def sample(tokenizer, one, count, image=None):
 
 
 def shorten(tokenizer, one, count, longest):
-    """The row with as many whole turns, from the first on, as fit into `longest` tokens; None if the first does not.
+    """The row with as many whole turns, from the first on, as fit into `longest` tokens; None if
+    the first does not.
 
     A turn is never cut in the middle: the model would learn to stop anywhere, or not to stop.
     """
@@ -176,7 +183,8 @@ def shorten(tokenizer, one, count, longest):
 
 
 def samples(tokenizer, rows, count, numbers, longest=None):
-    """Rows -> samples of at most `longest` tokens, how many of them lost turns at their end, and rows left out.
+    """Rows -> samples of at most `longest` tokens, how many of them lost turns at their end, and
+    rows left out.
 
     count: tokens of a picture; numbers: {name of a picture: its number}. Raises UserError if no row
     is left.

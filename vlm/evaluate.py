@@ -62,7 +62,8 @@ def prompt_embeddings(tokenizer, model, prompt, features):
 
 @torch.no_grad()
 def answer_likelihoods(tokenizer, model, features, answers, prompt=QUESTION):
-    """log p(answer and the end of it | photo, question) -> (B,C). The question is read once, each answer after it.
+    """log p(answer and the end of it | photo, question) -> (B,C). The question is read once, each
+    answer after it.
 
     Raises UserError for an answer without a word, or a tokenizer without a word that ends an
     answer.
@@ -128,7 +129,8 @@ def text_loss(tokenizer, language, texts):
 
 
 def evaluate_photos(tokenizer, model, features, fruit, chosen, prompt=QUESTION, batch=32):
-    """-> accuracies of 14 kinds and 5 groups by likelihood, and of generated answers; the answers; log p (photos,14).
+    """-> accuracies of 14 kinds and 5 groups by likelihood, and of generated answers; the answers;
+    log p (photos,14).
 
     features (B,N,D) of the photos `chosen` of the groceries. A generated answer is right if it is
     the name, word for word.
@@ -155,8 +157,9 @@ def evaluate_photos(tokenizer, model, features, fruit, chosen, prompt=QUESTION, 
 
 
 def paired(ours, theirs):
-    """Paired difference of two models on the same photos, right or wrong (B,) each: how much more often ours is right,
-    its 95 % interval, and the p-value of the sign test over the photos on which they differ (McNemar 1947, exact)."""
+    """Paired difference of two models on the same photos, right or wrong (B,) each: how much more
+    often ours is right, its 95 % interval, and the p-value of the sign test over the photos on
+    which they differ (McNemar 1947, exact)."""
     difference = ours.float() - theirs.float()
     mean = float(difference.mean())
     error = float(difference.std()) / len(difference) ** 0.5
@@ -202,7 +205,8 @@ def confusion(path, log_p, fruit, chosen):
 
 
 def main(cfg: Config) -> dict:
-    """Score the model on held-out photos, the linear probe on the same, and its language model on text alone."""
+    """Score the model on held-out photos, the linear probe on the same, and its language model on
+    text alone."""
     check(cfg.judged >= 0 and cfg.batch > 0, "--judged must be 0 or more, --batch at least 1")
     tokenizer, model = llava.load(cfg.model, run.device(cfg.device))
     folder = run.output(cfg.out, cfg)

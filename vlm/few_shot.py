@@ -27,7 +27,8 @@ END = "<|endofchunk|>"
 
 
 def add_words(tokenizer, language):
-    """New tokens <image> and <|endofchunk|> -> their ids. The embedding table may grow, and no row is lost."""
+    """New tokens <image> and <|endofchunk|> -> their ids. The embedding table may grow, and no row
+    is lost."""
     prompts.add_words(tokenizer, language, (IMAGE, END))
     return tokenizer.convert_tokens_to_ids([IMAGE, END])
 
@@ -48,7 +49,8 @@ def start_token(tokenizer):
 
 
 def interleaved_batch(random, start_id, chunks, kinds, batch, longest, shortest=1):
-    """Interleaved image-text batch: about `batch` photos drawn at random, as chains of J photos, each with its name.
+    """Interleaved image-text batch: about `batch` photos drawn at random, as chains of J photos,
+    each with its name.
 
     -> ids (B,T), which of them are supervised (B,T), which photos (B,J). J is drawn from `shortest`
     to `longest`; chunks: ids by kind; kinds (photos,).
@@ -71,14 +73,16 @@ def interleaved_batch(random, start_id, chunks, kinds, batch, longest, shortest=
 
 
 def patch_dropout(features):
-    """Keep a random half of the image tokens of photos (B,J,N,D): 732 photos are soon learned by heart."""
+    """Keep a random half of the image tokens of photos (B,J,N,D): 732 photos are soon learned by
+    heart."""
     count = features.shape[2]
     kept = torch.randperm(count)[: (count + 1) // 2]
     return features[:, :, kept]
 
 
 def loss(model, ids, supervised, features):
-    """Mean of -log p(token | tokens before it, the photo it sees). Eq. 1. Logits of supervised tokens only."""
+    """Mean of -log p(token | tokens before it, the photo it sees). Eq. 1. Logits of supervised
+    tokens only."""
     states = model.states(ids, model.resample(features))  # (B,T,E)
     # the state of a token predicts the next one
     is_target = supervised[:, 1:]

@@ -43,7 +43,8 @@ OLD_NAMES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Teach a frozen language model to name fruit, and see what examples in the prompt are worth."""
+    """Teach a frozen language model to name fruit, and see what examples in the prompt are
+    worth."""
 
     steps: int = 120  # training steps
     batch: int = 48  # photos a step, in chains that are all equally long
@@ -63,7 +64,8 @@ class Config:
 
 
 class Flamingo(nn.Module):
-    """A frozen language model, a resampler, and gated layers before every `every`-th layer of it. Fig. 3.
+    """A frozen language model, a resampler, and gated layers before every `every`-th layer of it.
+    Fig. 3.
 
     new_ids: of <image> and <|endofchunk|>. Their two embeddings, for reading and for writing, are
     all of the vocabulary that is trained.
@@ -77,17 +79,15 @@ class Flamingo(nn.Module):
         self.language = language.requires_grad_(False)
         layers = decoder_layers(language)
         width = language.config.get_text_config().hidden_size
-        check(
-            0 < every <= len(layers),
-            f"--every {every}: the language model has {len(layers)} layers",
-        )
+        count = len(layers)
+        check(0 < every <= count, f"--every {every}: the language model has {count} layers")
         # new: perceiver resampler, photos to latents
         self.latents = latents
         self.resampler = connector.PerceiverResampler(
             dim_in, latent_width, 1, latents, heads=6, kv_heads=6, use_rmsnorm_swiglu=False
         )
         # new: a gated cross-attention layer before every `every`-th layer
-        self.cross_layer_ids = range(0, len(layers), every)
+        self.cross_layer_ids = range(0, count, every)
         self.cross = nn.ModuleList(
             GatedCrossAttention(width, latent_width) for _ in self.cross_layer_ids
         )
@@ -103,7 +103,8 @@ class Flamingo(nn.Module):
             layers[i].register_forward_pre_hook(hook, with_kwargs=True)
 
     def cross_attention_hook(self, cross, layer, args, kwargs):
-        """Before a layer of the language model: what enters it goes through gated cross-attention first."""
+        """Before a layer of the language model: what enters it goes through gated cross-attention
+        first."""
         if self.visual_context is None:
             return None
         latents, mask = self.visual_context
@@ -117,7 +118,8 @@ class Flamingo(nn.Module):
         return rearrange(latents, "(b j) m v -> b j m v", b=len(features))
 
     def embed(self, ids):
-        """(B,T) -> (B,T,E): the embeddings of the language model, but for those of the new tokens."""
+        """(B,T) -> (B,T,E): the embeddings of the language model, but for those of the new
+        tokens."""
         is_new = ids[..., None] == self.new_ids  # (B,T,2)
         text = self.language.get_input_embeddings()(ids.where(~is_new.any(-1), 0))
         new = (is_new.float() @ self.new_embeddings).to(text.dtype)
@@ -126,9 +128,8 @@ class Flamingo(nn.Module):
     def states(self, ids, latents=None, before=0, cache=None):
         """Last hidden states of text with photos: (B,T), (B,J,M,V) -> (B,T,E).
 
-        before: photos that stand before this text, in what the cache remembers. Raises UserError if
-        a text has more tokens <image> than there are photos: the last of them would see nothing,
-        without a word.
+        before: photos that stand before this text, in what the cache remembers. Raises UserError for
+        more tokens <image> than photos: the last of them would see nothing, without a word.
         """
         if latents is not None:
             # cross-attention mask: which latents each token sees
@@ -200,7 +201,8 @@ def build(shipped, language, new_ids, shape, on):
 
 
 def check_flags(cfg):
-    """Raises UserError for flags out of range, or for another network than that of the shipped weights."""
+    """Raises UserError for flags out of range, or for another network than that of the shipped
+    weights."""
     counts = (cfg.steps, cfg.batch, cfg.longest, cfg.latents)
     check(min(counts) > 0 and cfg.lr > 0, "all numbers must be above 0")
     check(1 <= cfg.shortest <= cfg.longest, "--shortest must be at least 1 and at most --longest")
@@ -211,11 +213,8 @@ def check_flags(cfg):
     check(WEIGHTS.is_file(), f"there are no weights at {WEIGHTS}: leave out --pretrained")
     shipped = checkpoint.read(WEIGHTS)[1]
     for name, asked in (("every", cfg.every), ("latents", cfg.latents)):
-        has = shipped[name]
-        check(
-            has == asked,
-            f"--{name} {asked}: the weights have {has}; leave out --{name} or --pretrained",
-        )
+        has = f"the weights have {shipped[name]}; leave out --{name} or --pretrained"
+        check(shipped[name] == asked, f"--{name} {asked}: {has}")
     check(
         cfg.language == "smollm2",
         "the weights were learned in front of smollm2: leave out --language or --pretrained",
@@ -223,7 +222,8 @@ def check_flags(cfg):
 
 
 def main(cfg: Config) -> dict:
-    """Train (or load) the new layers, few-shot evaluation, figures of gates and image attention maps."""
+    """Train (or load) the new layers, few-shot evaluation, figures of gates and image attention
+    maps."""
     check_flags(cfg)
     run.seed(cfg.seed)
     on = run.device(cfg.device)

@@ -33,7 +33,8 @@ def image_attention_map(model, features, start_id):
 
 
 def draw_gates(ax, part, title):
-    """Gates (steps + 1, layers): a line for each new layer while it learned; without training a bar for each."""
+    """Gates (steps + 1, layers): a line for each new layer while it learned; without training a bar
+    for each."""
     import matplotlib.pyplot as plt
 
     layers = part.shape[1]
@@ -52,7 +53,8 @@ def draw_gates(ax, part, title):
 
 
 def draw_photo(ax, photo, attention, names, truth, log_p):
-    """A photo (3,H,W) under its attention map (side,side), the two likeliest names above it, the true one below."""
+    """A photo (3,H,W) under its attention map (side,side), the two likeliest names above it, the
+    true one below."""
     heat = F.interpolate(attention[None, None], photo.shape[1:], mode="bicubic")[0, 0]
     ax.imshow(photo.permute(1, 2, 0))
     ax.imshow(heat, cmap="inferno", alpha=0.45)
@@ -67,7 +69,8 @@ def draw_photo(ax, photo, attention, names, truth, log_p):
 
 
 def draw(path, gates, photos, maps, names, truths, log_p):
-    """Above: the gates of each new layer. Below: photos, their image attention maps, the likeliest names."""
+    """Above: the gates of each new layer. Below: photos, their image attention maps, the likeliest
+    names."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(9.2, 6.6), layout="constrained")

@@ -35,7 +35,8 @@ Way = Literal["gates", "lora", "layers", "from nothing"]
 
 @dataclass(frozen=True)
 class Config:
-    """Teach the Flamingo of the book French, in several ways, and see how much English it knows afterwards."""
+    """Teach the Flamingo of the book French, in several ways, and see how much English it knows
+    afterwards."""
 
     # what learns: gates, LoRA, all new layers; or all of them, not trained before
     ways: tuple[Way, ...] = WAYS
@@ -74,7 +75,8 @@ def remove_lora(model):
 
 
 def draw(path, rows, losses):
-    """The loss of each way while it learns, and what is known of both languages before and afterwards."""
+    """The loss of each way while it learns, and what is known of both languages before and
+    afterwards."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")

@@ -34,7 +34,8 @@ def name_of(fruit, i):
 
 
 def split(fruit, judged=0, seed=0):
-    """The data set's own split: indices of the training photos, and of the held-out ones, or `judged` of these."""
+    """The data set's own split: indices of the training photos, and of the held-out ones, or
+    `judged` of these."""
     part = np.array(fruit.split)
     train = np.flatnonzero(part != "test")
     heldout = np.flatnonzero(part == "test")
@@ -66,7 +67,8 @@ def one_of_each(fruit, order):
 
 
 def spread(chosen, count=8):
-    """Some of the photos, from the first to the last: neighbours in the data set are of one kind."""
+    """Some of the photos, from the first to the last: neighbours in the data set are of one
+    kind."""
     return chosen[torch.linspace(0, len(chosen) - 1, min(count, len(chosen))).long()]
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 
 def media_mask(ids, image_id, before=0):
-    """Visual context of each token, the last photo before it: ids (B,T) -> counts (B,T), j for the j-th, 0 for none.
+    """Visual context of each token, the last photo before it: ids (B,T) -> counts (B,T), j for the
+    j-th, 0 for none.
 
     Sec. 2.3. The token <image> itself already sees its photo; before: photos read earlier.
     """
@@ -23,13 +24,15 @@ def media_mask(ids, image_id, before=0):
 
 
 def visible(counts, photos, latents):
-    """Cross-attention mask: counts (B,T) -> (B,T,J*M), true at the M latents of the one photo that a token sees."""
+    """Cross-attention mask: counts (B,T) -> (B,T,J*M), true at the M latents of the one photo that
+    a token sees."""
     mask = counts[..., None] == torch.arange(1, photos + 1, device=counts.device)
     return repeat(mask, "b t j -> b t (j m)", m=latents)
 
 
 class GatedCrossAttention(nn.Module):
-    """States (B,T,E), latents (B,J*M,V), mask (B,T,J*M) -> states (B,T,E): both gates at zero change nothing. Fig. 4.
+    """States (B,T,E), latents (B,J*M,V), mask (B,T,J*M) -> states (B,T,E): both gates at zero
+    change nothing. Fig. 4.
 
     use_rmsnorm_swiglu: RMSNorm and SwiGLU, as Idefics has it; else the paper's LayerNorm and
     squared ReLU.
@@ -59,7 +62,8 @@ class GatedCrossAttention(nn.Module):
         self.gate_mlp = nn.Parameter(torch.zeros(1))
 
     def attention_weights(self, x, latents, mask):
-        """Cross-attention weights (B,heads,T,J*M): rows add up to one, or to zero where nothing can be seen."""
+        """Cross-attention weights (B,heads,T,J*M): rows add up to one, or to zero where nothing can
+        be seen."""
         q = rearrange(self.q_proj(self.norm_attention(x)), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(latents), "b n (h d) -> b h n d", h=self.heads)
         scores = (q @ k.mT / q.shape[-1] ** 0.5).float()  # (B,heads,T,J*M)
@@ -68,7 +72,8 @@ class GatedCrossAttention(nn.Module):
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
 
     def attend(self, x, latents, mask):
-        """Cross-attention: text (B,T,E) gives the queries, latents of photos (B,J*M,V) the keys and values."""
+        """Cross-attention: text (B,T,E) gives the queries, latents of photos (B,J*M,V) the keys and
+        values."""
         v = rearrange(self.v_proj(latents), "b n (h d) -> b h n d", h=self.heads)
         weights = self.attention_weights(x, latents, mask).to(v.dtype)
         return self.o_proj(rearrange(weights @ v, "b h t d -> b t (h d)"))

@@ -12,7 +12,8 @@ from vlm.prompts import IMAGE
 
 
 def prompt_ids(tokenizer, model, prompt, tokens):
-    """Prompt of a question about one photo of so many tokens, which stands before the text -> ids (1,T).
+    """Prompt of a question about one photo of so many tokens, which stands before the text -> ids
+    (1,T).
 
     Raises UserError if the question has a picture of its own, or is longer than the language model
     can read.
@@ -53,7 +54,8 @@ def answer(
 def answer_and_probability(
     tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
 ):
-    """Generated answer about a photo, uint8 (3,H,W), and p(answer | photo, prompt), its end included."""
+    """Generated answer about a photo, uint8 (3,H,W), and p(answer | photo, prompt), its end
+    included."""
     # prompt, with as many <image> as the photo has tokens
     seen = photo_embeddings(model, image, tiles)
     ids = prompt_ids(tokenizer, model, prompt, seen.shape[1]).to(seen.device)

@@ -52,7 +52,7 @@ class Config:
     out: str = "outputs/llava"
 
 
-# Not what generation_config.json says: a penalty on words that were there before forbids "apple" the second time.
+# Not what generation_config.json says: a penalty on repeated words forbids a second "apple"
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
@@ -65,10 +65,11 @@ class Llava(nn.Module):
         self.connector = join
         self.language = language
         self.image_id = image_id
+        # 1.6: a token that ends a row of tiles
         width = language.config.get_text_config().hidden_size
-        # 1.6: ends a row of tiles
         self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None
-        self.grids: list[tuple] = []  # 1.6: the sizes that a picture is tiled to; none: every grid
+        # 1.6: the sizes that a photo is tiled to; none: every grid
+        self.grids: list[tuple] = []
 
     @property
     def count(self):
@@ -80,12 +81,14 @@ class Llava(nn.Module):
         return self.project(self.vision(pixels))
 
     def project(self, features):
-        """Vision features (B,N,D) -> (B,N,E), through the connector; those of a frozen tower are kept."""
+        """Vision features (B,N,D) -> (B,N,E), through the connector; those of a frozen tower are
+        kept."""
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
 
     def tile_features(self, pixels, size, candidates):
-        """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one sequence (1,N',E).
+        """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one
+        sequence (1,N',E).
 
         Raises UserError for a connector whose tokens have no place, and so cannot be put together
         again.
@@ -99,7 +102,8 @@ class Llava(nn.Module):
         return anyres.pack(features, size, self.vision.size, candidates, self.newline)[None]
 
     def merge(self, text_embeds, image_features, input_ids):
-        """Put features into the places of <image>, in order: (B,T,E), (any number of photos, N,E), (B,T) -> (B,T,E).
+        """Put features into the places of <image>, in order: (B,T,E), (any number of photos, N,E),
+        (B,T) -> (B,T,E).
 
         Raises UserError if there are more places than features, or fewer.
         """
@@ -114,18 +118,21 @@ class Llava(nn.Module):
 
     def embed(self, input_ids, features=None):
         """Token embeddings of text and photos as one sequence: (B,T,E)."""
+        # <image> may have no row in the table: any other, which merge overwrites
         text = self.language.get_input_embeddings()(input_ids.where(input_ids != self.image_id, 0))
         return text if features is None else self.merge(text, features, input_ids)
 
     def forward(self, input_ids, pixels=None, features=None, **more):
-        """-> the output of the language model; `features`, if given, are those of `image_features`."""
+        """-> the output of the language model; `features`, if given, are those of
+        `image_features`."""
         if pixels is not None:
             features = self.image_features(pixels)
         return self.language(inputs_embeds=self.embed(input_ids, features), **more)
 
     @torch.no_grad()
     def generate(self, input_ids, features=None, **more):
-        """Answers (B, new tokens): greedy and without a penalty, whatever the model's own habits, if not asked for."""
+        """Answers (B, new tokens): greedy and without a penalty, whatever the model's own habits,
+        if not asked for."""
         embeds = self.embed(input_ids, features)
         return self.language.generate(inputs_embeds=embeds, **GREEDY | more)
 
@@ -141,7 +148,8 @@ def build(
     newline=False,
     on="cpu",
 ):
-    """Names of a tower and a connector, and a language model -> Llava; the words are added to its vocabulary."""
+    """Names of a tower and a connector, and a language model -> Llava; the words are added to its
+    vocabulary."""
     parts = llava_parts.build(vision, join, language, tokenizer, layer, select, words, on)
     return Llava(parts.vision, parts.connector, parts.language, parts.image_id, newline)
 
@@ -155,7 +163,8 @@ def assemble(parts):
 
 
 def load(name, on="cpu"):
-    """What `llava_io.load` reads: a file of weights, a folder or a hub id -> tokenizer, Llava, frozen."""
+    """What `llava_io.load` reads: a file of weights, a folder or a hub id -> tokenizer, Llava,
+    frozen."""
     tokenizer, parts = llava_io.load(name, on)
     return tokenizer, assemble(parts).eval().requires_grad_(False)
 
@@ -185,7 +194,8 @@ def check_flags(cfg):
 
 
 def read_photos(cfg):
-    """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones of fruit."""
+    """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones of
+    fruit."""
     if cfg.image:  # as it is if it is cut into tiles; else its middle, as in training
         return [data.read_image(Path(cfg.image), 0 if cfg.tiles > 1 else 448)], [""]
     fruit = data.groceries(348)

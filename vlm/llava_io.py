@@ -32,13 +32,15 @@ OURS = {"model_type", "vision", "connector", "layer", "select"}
 
 
 def save(model, tokenizer, folder, join="mlp2x_gelu"):
-    """Write an ordinary folder, whole or not at all: transformers' own LLaVA if it knows the parts, else ours."""
+    """Write an ordinary folder, whole or not at all: transformers' own LLaVA if it knows the parts,
+    else ours."""
     folder = Path(folder)
     check(not folder.exists(), f"{folder} is there already: name another")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             ready = Path(temporary) / "ready"
+            # transformers' format, if it has these parts
             try:
                 theirs = to_transformers(model)
             except UserError:
@@ -54,7 +56,8 @@ def save(model, tokenizer, folder, join="mlp2x_gelu"):
 
 
 def save_parts(model, tokenizer, folder, join):
-    """Ours: config.json, language/ (with the tokenizer), vision/ unless it is EfficientNet, connector.safetensors."""
+    """Ours: config.json, language/ (with the tokenizer), vision/ unless it is EfficientNet,
+    connector.safetensors."""
     vision_tower = model.vision
     model.language.save_pretrained(folder / "language")
     tokenizer.save_pretrained(folder / "language")
@@ -74,7 +77,8 @@ def save_parts(model, tokenizer, folder, join):
 
 
 def load(name, on="cpu"):
-    """A file of weights, a folder that `save` wrote, or a folder or hub id of transformers' LLaVA -> tokenizer, Parts.
+    """A file of weights, a folder that `save` wrote, or a folder or hub id of transformers' LLaVA
+    -> tokenizer, Parts.
 
     Raises UserError for anything else.
     """
@@ -101,6 +105,7 @@ def load(name, on="cpu"):
         not lost,
         f"'{name}' lacks {len(lost)} weights, {printable(lost[:1])} first: fetch or write it again",
     )
+    # tokenizer, and the normalisation of pixels
     shown: Any = from_pretrained(AutoProcessor, name)
     model = from_transformers(pretrained.frozen(theirs, on), name)
     model.vision.mean = shown.image_processor.image_mean
@@ -109,7 +114,8 @@ def load(name, on="cpu"):
 
 
 def read_config(path):
-    """config.json of a folder. Raises UserError: none, no JSON object, one of ours with keys missing or unknown."""
+    """config.json of a folder. Raises UserError: none, no JSON object, one of ours with keys
+    missing or unknown."""
     check(
         (path / "config.json").is_file(), f"{path} is no folder of a model: it has no config.json"
     )
@@ -118,6 +124,7 @@ def read_config(path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no folder of a model: {first_line(error)}") from None
     check(isinstance(about, dict), f"{path} is no folder of a model: its config.json is no object")
+    # one of ours: its keys, and the kinds of their values
     if about.get("model_type") == "llava-of-parts":
         odd = sorted(about.keys() ^ OURS)
         check(not odd, f"{path}/config.json: {printable(', '.join(odd))} is unknown or missing")

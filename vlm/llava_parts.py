@@ -26,8 +26,10 @@ class Parts(NamedTuple):
 
 
 def build(vision, join, language, tokenizer, layer=-2, select="patch", words=(IMAGE,), on="cpu"):
-    """Names of a tower and a connector, and a language model -> Parts; the words are added to its vocabulary."""
+    """Names of a tower and a connector, and a language model -> Parts; the words are added to its
+    vocabulary."""
     vision_tower = tower.load(vision, layer, select, on=on) if isinstance(vision, str) else vision
+    # the connector, from the width of the tower to that of the language model
     width = language.config.get_text_config().hidden_size
     image_id = add_words(tokenizer, language, words)
     made = connector.build(join, vision_tower.width, width).to(on)
@@ -54,7 +56,8 @@ def merge_lora(language, tensors, scale):
 
 
 def restore(path, on="cpu"):
-    """A file that vlm/train.py wrote: trained weights, and the names of frozen parts -> tokenizer, Parts."""
+    """A file that vlm/train.py wrote: trained weights, and the names of frozen parts -> tokenizer,
+    Parts."""
     tensors, meta = checkpoint.read(path)
     try:
         # the parts by their names
@@ -70,8 +73,9 @@ def restore(path, on="cpu"):
         # trained weights: the connector, LoRA
         model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
         merge_lora(language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
-        for name, parts in (("vision.", model.vision), ("language.", language)):  # trained whole
-            if part(name):  # what did not learn is not in the file
+        # parts that were trained whole; a frozen one is not in the file
+        for name, parts in (("vision.", model.vision), ("language.", language)):
+            if part(name):
                 unknown = parts.load_state_dict(part(name), strict=False).unexpected_keys
                 check(
                     not unknown,

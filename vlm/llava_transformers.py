@@ -25,7 +25,8 @@ HARMLESS = set(
 
 
 def check_supported(config, name):
-    """Raises UserError, naming the key, for what a configuration of transformers asks and this project does not do."""
+    """Raises UserError, naming the key, for what a configuration of transformers asks and this
+    project does not do."""
     kind = getattr(config, "model_type", None)
     check(
         kind in KINDS,
@@ -55,7 +56,8 @@ def check_supported(config, name):
 
 
 def from_transformers(theirs, name="the model"):
-    """transformers' LlavaForConditionalGeneration or LlavaNext... -> Parts, with the very same weights, not copied.
+    """transformers' LlavaForConditionalGeneration or LlavaNext... -> Parts, with the very same
+    weights, not copied.
 
     Raises UserError for a model of another kind, or with a setting that is not done here.
     """
@@ -85,7 +87,8 @@ def from_transformers(theirs, name="the model"):
 
 
 def to_transformers(model):
-    """Ours -> transformers' LlavaForConditionalGeneration or LlavaNext... Raises UserError if it has no such parts."""
+    """Ours -> transformers' LlavaForConditionalGeneration or LlavaNext... Raises UserError if it
+    has no such parts."""
     from transformers import (
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -146,7 +149,8 @@ def image_processor(vision_tower):
 
 
 def processor(model, tokenizer):
-    """transformers' LlavaProcessor of this model: it puts N words <image> for one, and makes pixels."""
+    """transformers' LlavaProcessor of this model: it puts N words <image> for one, and makes
+    pixels."""
     from transformers import LlavaProcessor
 
     vision_tower = model.vision
@@ -169,7 +173,8 @@ def from_pretrained(what, name, **more) -> Any:
 
 
 def transformers_config(name):
-    """The configuration of a folder or hub id of transformers' LLaVA. Raises UserError for any other."""
+    """The configuration of a folder or hub id of transformers' LLaVA. Raises UserError for any
+    other."""
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, name)

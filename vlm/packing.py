@@ -47,7 +47,8 @@ class Config:
 
 
 def pad(samples, pad_id):
-    """Right-padded batch, as long as the longest sample -> {"ids", "mask", "labels", "positions"}, each (B,T)."""
+    """Right-padded batch, as long as the longest sample -> {"ids", "mask", "labels", "positions"},
+    each (B,T)."""
     check(samples, "a batch needs at least one sample")
     check(
         all(len(s["ids"]) == len(s["labels"]) > 0 for s in samples),
@@ -67,18 +68,21 @@ def pad(samples, pad_id):
 
 
 def pack(samples, length):
-    """-> rows: lists of samples that fit into `length` tokens together. Raises UserError for a sample that does not.
+    """-> rows: lists of samples that fit into `length` tokens together. Raises UserError for a
+    sample that does not.
 
     Best fit decreasing (Sec. 3.1): the longest first, each into the row where it leaves least room.
     Rows come out full and long-winded first, crumbs last: shuffle them before training.
     """
+    # a sample is never cut
     longest = max((len(s["ids"]) for s in samples), default=0)
     check(
         longest <= length,
         f"a sample of {longest} tokens does not fit into rows of {length}: cut it, or take longer",
     )
+    # the longest sample first; rooms: (tokens left, number of the row), sorted
     rows = []
-    rooms = []  # (tokens left, number of the row), sorted
+    rooms = []
     for s in sorted(samples, key=lambda s: -len(s["ids"])):
         n = len(s["ids"])
         at = bisect(rooms, (n, -1))  # the smallest room that takes it
@@ -119,7 +123,8 @@ def packed(rows, pad_id):
 
 
 def block_mask(segments, dtype=None):
-    """Packing mask: segments (B,T) -> bool (B,1,T,T), causal inside a segment, nothing across; padding sees itself.
+    """Packing mask: segments (B,T) -> bool (B,1,T,T), causal inside a segment, nothing across;
+    padding sees itself.
 
     With a dtype: what is added to the scores instead, 0 or the lowest number. transformers hands a
     mask of four dimensions on as it is: "sdpa" takes both kinds, "eager" adds it, and True counts
@@ -134,12 +139,14 @@ def block_mask(segments, dtype=None):
 
 
 def positions_of(model):
-    """How many positions the model was made for: the longest sample that it can read; None if it does not say."""
+    """How many positions the model was made for: the longest sample that it can read; None if it
+    does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_positions(model, batch):
-    """Raises UserError for a position beyond the model's last: a table ends in a crash, rotary ones in noise."""
+    """Raises UserError for a position beyond the model's last: a table ends in a crash, rotary ones
+    in noise."""
     room = positions_of(model)
     last = int(batch["positions"].max())
     check(
@@ -149,7 +156,8 @@ def check_positions(model, batch):
 
 
 def attention_mask(model, batch):
-    """What a model of transformers needs as attention_mask for a batch of `pad` or `packed`, whatever its attention.
+    """What a model of transformers needs as attention_mask for a batch of `pad` or `packed`,
+    whatever its attention.
 
     Raises UserError for samples longer than the model's positions.
     """
@@ -174,7 +182,8 @@ def loss(model, batch):
 
 
 def three_ways(samples, cfg):
-    """-> {way: [batch of rows of samples, ...]}; all of them see every sample once, about cfg.batch a step."""
+    """-> {way: [batch of rows of samples, ...]}; all of them see every sample once, about cfg.batch
+    a step."""
     n = cfg.batch
     random = np.random.default_rng(cfg.seed)
     # naive: at random
@@ -192,7 +201,8 @@ def three_ways(samples, cfg):
 
 
 def measure(model, ways, pad_id):
-    """Forward and backward over every batch of every way in turn -> {way: tokens, padding, CPU seconds, loss}."""
+    """Forward and backward over every batch of every way in turn -> {way: tokens, padding, CPU
+    seconds, loss}."""
     found = {}
     for name in ways:
         found[name] = {"tokens": 0, "places": 0, "steps": 0, "cpu_seconds": 0.0, "loss": 0.0}
@@ -219,7 +229,8 @@ def measure(model, ways, pad_id):
 
 
 def main(cfg: Config) -> dict:
-    """The same samples in three ways: useful tokens a second, the share of padding, and a picture of the batches."""
+    """The same samples in three ways: useful tokens a second, the share of padding, and a picture
+    of the batches."""
     check(
         cfg.samples > 1 and cfg.batch > 0 and cfg.rank > 0,
         "--samples must be at least 2, --batch and --rank 1",

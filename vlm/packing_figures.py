@@ -6,7 +6,8 @@ from utils import figures
 
 
 def draw(path, ways, titles, length):
-    """The batches as pictures on one scale: rows are sequences, colours samples, grey is padding; the area is work."""
+    """The batches as pictures on one scale: rows are sequences, colours samples, grey is padding;
+    the area is work."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(

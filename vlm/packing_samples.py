@@ -7,7 +7,8 @@ from vlm.samplers import Mixture
 
 
 def conversation(tokenizer, question, answer, image, tokens=49):
-    """A photo, a question and an answer as a sample: the answer and the token that ends it are supervised."""
+    """A photo, a question and an answer as a sample: the answer and the token that ends it are
+    supervised."""
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -24,7 +25,8 @@ def conversation(tokenizer, question, answer, image, tokens=49):
 
 
 def collect(tokenizer, count, length, seed=0):
-    """A mixture as for a LLaVA: half images, a quarter tweets, a quarter of one to eight paragraphs of manuals."""
+    """A mixture as for a LLaVA: half images, a quarter tweets, a quarter of one to eight paragraphs
+    of manuals."""
     # manuals, in pieces of different lengths
     manuals = []
     for k, (_, page) in enumerate(data.docs()):

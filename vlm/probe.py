@@ -19,7 +19,8 @@ def share(right):
 
 
 def probe(x, y, heldout, weight=1e-4):
-    """Multinomial logistic regression on standardised features (N,D) of kinds y -> logits of the held-out ones."""
+    """Multinomial logistic regression on standardised features (N,D) of kinds y -> logits of the
+    held-out ones."""
     # standardise by the training photos, and divide by the root of the width
     mean = x.mean(0)
     spread = x.std(0) + 1e-6

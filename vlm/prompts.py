@@ -20,7 +20,8 @@ STYLES = {
 
 
 def add_words(tokenizer, language, words=(IMAGE,)):
-    """Put words into the vocabulary -> the id of <image>; embeddings grow, and no row of them is ever lost.
+    """Put words into the vocabulary -> the id of <image>; embeddings grow, and no row of them is
+    ever lost.
 
     Many models have more rows than their tokenizer has words: cutting the table to the tokenizer's
     length loses them.
@@ -44,7 +45,8 @@ def add_words(tokenizer, language, words=(IMAGE,)):
 
 
 def has(tokenizer, word):
-    """Is it one word of the vocabulary? (Asking for the whole vocabulary takes 30 ms, each time.)"""
+    """Is it one word of the vocabulary? (Asking for the whole vocabulary takes 30 ms, each
+    time.)"""
     unknown = (None, tokenizer.unk_token_id)
     return word == tokenizer.unk_token or tokenizer.convert_tokens_to_ids(word) not in unknown
 
@@ -57,20 +59,23 @@ def style(tokenizer):
 
 
 def end_of_answer(tokenizer, talk=None):
-    """The token that ends an answer, which is supervised; None if the tokenizer has no such word."""
+    """The token that ends an answer, which is supervised; None if the tokenizer has no such
+    word."""
     word = STYLES[talk or style(tokenizer)][2]
     return word if has(tokenizer, word) else tokenizer.eos_token
 
 
 def ends(tokenizer, language=None):
-    """The ids that end an answer: of the supervised end token, and all that the model itself names."""
+    """The ids that end an answer: of the supervised end token, and all that the model itself
+    names."""
     word = end_of_answer(tokenizer)
     ours = [] if word is None else [tokenizer.convert_tokens_to_ids(word)]
     return sorted({*ours, *decode.ends(tokenizer, language)})
 
 
 def chat(tokenizer, turns, count, talk=None):
-    """Turns [(question, answer or None), ...] -> ids, supervised (lists): only answers and their end tokens are.
+    """Turns [(question, answer or None), ...] -> ids, supervised (lists): only answers and their
+    end tokens are.
 
     Every <image> in a question becomes `count` of them, between START and END if the vocabulary has these. Pieces are
     tokenized one by one, so that the border between prompt and target is a border of tokens, whatever the texts are.

@@ -51,8 +51,8 @@ def choose(tokenizer, model, features, question, choices, per_token=False):
 
 
 def answer(tokenizer, model, rows, features, per_token=False):
-    """Rows and vision features of their images (B,N,D) -> rows with the generated answer, the choice by likelihood, and
-    the choice that the answer names."""
+    """Rows and vision features of their images (B,N,D) -> rows with the generated answer, the
+    choice by likelihood, and the choice that the answer names."""
     on = next(model.language.parameters()).device
     done = []
     for one, seen in run.bar(zip(rows, features[:, None].float()), len(rows), name="questions"):
@@ -70,13 +70,15 @@ def answer(tokenizer, model, rows, features, per_token=False):
 
 
 def is_right(row, how):
-    """Is the choice that was found the right one? By its words: a file may give the same choice twice."""
+    """Is the choice that was found the right one? By its words: a file may give the same choice
+    twice."""
     found = row[how]
     return found is not None and row["choices"][found] == row["choices"][row["right"]]
 
 
 def score(done):
-    """Answered rows -> accuracies: of choices, and of generated answers, by both data sets' rules."""
+    """Answered rows -> accuracies: of choices, and of generated answers, by both data sets'
+    rules."""
     metrics = {"questions": len(done)}
     # multiple choice
     several = [r for r in done if r["choices"]]

@@ -14,7 +14,8 @@ MEGA = 50  # batches that are sorted by length together
 
 
 def shuffled(lengths, batch, random):
-    """Numbers of all samples in a random order, sorted by length inside each piece of MEGA batches."""
+    """Numbers of all samples in a random order, sorted by length inside each piece of MEGA
+    batches."""
     order = random.permutation(len(lengths))
     piece = MEGA * batch
     lengths = np.asarray(lengths)
@@ -23,7 +24,8 @@ def shuffled(lengths, batch, random):
 
 
 def by_length(lengths, batch, seed=0, epoch=0):
-    """-> batches, lists of numbers of samples that are about equally long; every sample once, the order random."""
+    """-> batches, lists of numbers of samples that are about equally long; every sample once, the
+    order random."""
     check(len(lengths) > 0 and batch > 0, "there must be samples, and --batch at least 1")
     random = np.random.default_rng([seed, epoch])
     order = shuffled(lengths, batch, random)
@@ -33,7 +35,8 @@ def by_length(lengths, batch, seed=0, epoch=0):
 
 
 def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
-    """-> batches[rank][step], lists of numbers: all with pictures or all without, and the same on all ranks of a step.
+    """-> batches[rank][step], lists of numbers: all with pictures or all without, and the same on
+    all ranks of a step.
 
     A rank whose batch has no picture does not call the vision tower; if its neighbour does, both
     wait for ever in the next collective. Every sample once, about equally long ones in a step;
@@ -71,7 +74,8 @@ def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
 
 
 class Mixture:
-    """Draws for ever from several lists, each as often as its weight says, each anew shuffled when it is used up.
+    """Draws for ever from several lists, each as often as its weight says, each anew shuffled when
+    it is used up.
 
     What is drawn when is a function of the seed and the numbers drawn so far, so these numbers are
     the whole state.
@@ -123,7 +127,8 @@ class Mixture:
         return items[order[place]]
 
     def state_dict(self, ahead=0):
-        """Plain numbers. ahead: draws that a DataLoader's workers hold ready and nobody has learned from yet."""
+        """Plain numbers. ahead: draws that a DataLoader's workers hold ready and nobody has learned
+        from yet."""
         drawn = dict(self.drawn)
         total = sum(drawn.values())
         check(0 <= ahead <= total, f"{ahead} draws ahead of {total} cannot be")
@@ -132,7 +137,8 @@ class Mixture:
         return {"drawn": drawn, **self.fixed}
 
     def load_state_dict(self, state):
-        """Go on where the state was taken. Raises UserError if sources, weights or seed are others."""
+        """Go on where the state was taken. Raises UserError if sources, weights or seed are
+        others."""
         other = [f"{k} {state.get(k)}" for k in self.fixed if state.get(k) != self.fixed[k]]
         check(not other, f"the state is of another mixture: {', '.join(other)}")
         self.drawn = dict(state["drawn"])

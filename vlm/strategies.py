@@ -47,6 +47,7 @@ class Config:
 
 def command(name, cfg, folder):
     """The run of one strategy."""
+    # flags of the strategy
     flags = list(STRATEGIES[name][1])
     if flags[-1] == "--align_steps":
         flags.append(str(cfg.steps // 3))

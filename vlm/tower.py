@@ -28,7 +28,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class EfficientNetMaps(nn.Module):
-    """The last maps of EfficientNet-lite0: (B,3,224,224) -> (B,1280,7,7), of mean 0 and variance 1 at every place.
+    """The last maps of EfficientNet-lite0: (B,3,224,224) -> (B,1280,7,7), of mean 0 and variance 1
+    at every place.
 
     A transformer's states were normalised on their way, these were not, and some channels are of
     fifty times the norm.
@@ -114,7 +115,8 @@ def device(network):
 
 
 def interpolate(positions, lead, grid):
-    """Learned positions (1, lead + g*g, D) for another grid (rows, columns): bicubic (ViT, Sec. 3.2)."""
+    """Learned positions (1, lead + g*g, D) for another grid (rows, columns): bicubic (ViT, Sec.
+    3.2)."""
     before, patches = positions[:, :lead], positions[:, lead:]
     # as maps, resized like a picture
     g = round(patches.shape[1] ** 0.5)
@@ -124,7 +126,8 @@ def interpolate(positions, lead, grid):
 
 
 def interpolate_positions(network, size):
-    """Give the encoder (CLIP, SigLIP, ViT, DeiT and the like) positions for pictures of size x size, in place."""
+    """Give the encoder (CLIP, SigLIP, ViT, DeiT and the like) positions for pictures of size x
+    size, in place."""
     parts: Any = getattr(network, "embeddings", None)
     patch = getattr(getattr(network, "config", None), "patch_size", None)
     check(
@@ -154,7 +157,8 @@ def interpolate_positions(network, size):
 
 
 def fingerprint(vision_tower):
-    """A hash of all that its features depend on: weights and buffers, configuration, layer, size, normalisation, code.
+    """A hash of all that its features depend on: weights and buffers, configuration, layer, size,
+    normalisation, code.
 
     Not its name: a tower retrained in place keeps its name and has other features.
     """
@@ -194,7 +198,8 @@ def vision_features(vision_tower, images, key=None, batch=4):
 
 
 def load(name, layer=-2, select="patch", size=None, on="cpu"):
-    """Vision tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError if there is none.
+    """Vision tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError
+    if there is none.
 
     EfficientNet has one answer, its last maps: any `layer` but the default is refused.
     """

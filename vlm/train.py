@@ -53,7 +53,8 @@ class Learner(nn.Module):
         self.model = model
 
     def forward(self, batch, features):
-        """Sum of -log p(token | photo, all before it) over the supervised tokens. Eq. 3 of LLaVA, Sec. 4.2.
+        """Sum of -log p(token | photo, all before it) over the supervised tokens. Eq. 3 of LLaVA,
+        Sec. 4.2.
 
         features: vision features (photos,N,D), or pixels (photos,3,S,S) if the tower learns; None:
         text alone.
@@ -97,7 +98,8 @@ def total(*values):
 
 
 def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=0):
-    """Steps `start` to cfg.max_steps; yields the loss of each: the mean over the supervised tokens of all ranks."""
+    """Steps `start` to cfg.max_steps; yields the loss of each: the mean over the supervised tokens
+    of all ranks."""
     rank, n = world()
     trainable = [p for p in learner.parameters() if p.requires_grad]
     for step in range(start, cfg.max_steps):
@@ -137,7 +139,8 @@ def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=
 
 
 def prepare(cfg, on):
-    """-> tokenizer, model with its trainable parameters, samples, their photos, counts of rows that were changed."""
+    """-> tokenizer, model with its trainable parameters, samples, their photos, counts of rows that
+    were changed."""
     # language model
     tokenizer, language = llava_parts.language_model(cfg.language, on)
     room = packing.positions_of(language)

@@ -21,14 +21,16 @@ TEXT_LOSS_PAGES = 40
 
 @dataclass
 class Photos:
-    """Photos by number: their vision features (V,photos,N,D), or their files, if the tower learns."""
+    """Photos by number: their vision features (V,photos,N,D), or their files, if the tower
+    learns."""
 
     paths: list
     features: Any = None
     vision_tower: Any = None
 
     def __call__(self, numbers, random):
-        """-> features (len,N,D) or pixels (len,3,S,S) of these photos, a view of each drawn by `random`."""
+        """-> features (len,N,D) or pixels (len,3,S,S) of these photos, a view of each drawn by
+        `random`."""
         if self.features is not None:
             drawn = random.integers(len(self.features), size=len(numbers))
             return self.features[torch.from_numpy(drawn), torch.tensor(numbers)].float()
@@ -37,7 +39,8 @@ class Photos:
 
 
 def read_rows(cfg):
-    """-> rows to learn from, the folder of their photos, how many rows had a photo that cannot be decoded."""
+    """-> rows to learn from, the folder of their photos, how many rows had a photo that cannot be
+    decoded."""
     if cfg.data:
         folder = Path(cfg.image_folder or Path(cfg.data).parent)
         rows, broken = conversations.replace_undecodable(
@@ -78,14 +81,16 @@ def read_samples(cfg, tokenizer, model, longest):
 
 
 def text_sample(tokenizer, text, longest=None):
-    """A paragraph without a photo: all of it is supervised, so that the language model stays what it was."""
+    """A paragraph without a photo: all of it is supervised, so that the language model stays what
+    it was."""
     most = min(128, longest or 128)
     ids = tokenizer(plain(text, tokenizer), truncation=True, max_length=most).input_ids
     return {"ids": ids, "labels": list(ids), "images": []}
 
 
 def step_batches(samples, cfg, step, rank, n):
-    """Batches of a step on this rank: A parts of B samples. Every epoch has its own order, the same on all ranks."""
+    """Batches of a step on this rank: A parts of B samples. Every epoch has its own order, the same
+    on all ranks."""
     if cfg.group_by_modality_length:
         return modality_batches(samples, cfg, step, rank, n)
     size = cfg.per_device_train_batch_size

@@ -11,8 +11,8 @@ from vlm import checkpoints
 
 
 def set_trainable(model, cfg):
-    """Trainable parameters by --train_type: the connector, and nothing else, LoRA in the language model, all of that,
-    or everything.
+    """Trainable parameters by --train_type: the connector, and nothing else, LoRA in the language
+    model, all of that, or everything.
 
     What learns is kept in fp32: a bf16 number next to 1 cannot move by less than 0.008.
     """
@@ -59,7 +59,8 @@ def lr_multipliers(cfg, step):
 
 
 def param_groups(model, cfg):
-    """Parameter groups for the optimizer: new parts, and pretrained ones or their LoRA, each with a rate of its own."""
+    """Parameter groups for the optimizer: new parts, and pretrained ones or their LoRA, each with a
+    rate of its own."""
     new_ids = {id(p) for p in model.connector.parameters()} | {id(model.newline)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     new = [p for p in trainable if id(p) in new_ids]

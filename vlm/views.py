@@ -15,7 +15,8 @@ VERSION = 1
 
 
 def random_crop(image, random):
-    """A random square of an image, half of its area or more, some mirrored: uint8 (3,H,W) -> (3,h,w)."""
+    """A random square of an image, half of its area or more, some mirrored: uint8 (3,H,W) ->
+    (3,h,w)."""
     side = int(image.shape[1] * np.sqrt(random.uniform(0.5, 1)))
     y, x = (random.integers(n - side + 1) for n in image.shape[1:])
     image = image[:, y : y + side, x : x + side]
@@ -23,7 +24,8 @@ def random_crop(image, random):
 
 
 def features(vision_tower, paths, views=1, seed=0):
-    """Vision features of images in several views, kept for the next time -> bf16 (views, len(paths), N, D).
+    """Vision features of images in several views, kept for the next time -> bf16 (views,
+    len(paths), N, D).
 
     View 0 is the middle square, the others are random crops. Raises UserError for an image that
     cannot be read.

@@ -21,7 +21,8 @@ LONGEST = 2000
 
 
 def write_fruit(folder, count, seed=0):
-    """A file in A-OKVQA's format of held-out photos, the right kind among three others -> its path."""
+    """A file in A-OKVQA's format of held-out photos, the right kind among three others -> its
+    path."""
     photos = data.groceries(348)
     random = np.random.default_rng([seed, 6])
     _, chosen = fruit_photos.split(photos, count, seed)
@@ -36,6 +37,7 @@ def write_fruit(folder, count, seed=0):
             "question_id": f"fruit-{i:04}", "image": f"{i:04}.jpg", "question": fruit_photos.QUESTION,
             "choices": choices, "correct_choice_idx": choices.index(name), "direct_answers": [name] * 10,
         })  # fmt: skip
+        # the photo as a file
         image = Image.fromarray(photos.images[i].permute(1, 2, 0).numpy())
         image.save(folder / rows[-1]["image"], quality=95)
     run.write_json(folder / "questions.json", rows)
@@ -52,12 +54,14 @@ def parse(path):
 
 
 def read(path, annotations="", images=""):
-    """-> [{"image", "question", "choices", "right", "answers"}] of a file of A-OKVQA or VQA v2, whatever is known.
+    """-> [{"image", "question", "choices", "right", "answers"}] of a file of A-OKVQA or VQA v2,
+    whatever is known.
 
     Raises UserError for another format, VQA v2 without its annotations, a question without answers,
     a lost picture.
     """
     found = parse(path)
+    # VQA v2: an object; A-OKVQA: a list
     if isinstance(found, dict):
         check(
             isinstance(found.get("questions"), list),
@@ -75,6 +79,7 @@ def join_annotations(questions, listed, path, annotations):
     """Questions of VQA v2, each with the answers that people gave to it, by question_id."""
     whole = isinstance(listed, dict) and isinstance(listed.get("annotations"), list)
     check(whole, f"{annotations} holds no answers")
+    # answers by question_id, then each with its question
     try:
         answers = {}
         for one in listed["annotations"]:
