@@ -35,15 +35,22 @@ def clean(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def cli(main: Callable[[Any], Any], config: type) -> Any:
-    """Parse the command line into the dataclass `config`, run main; a UserError becomes one line and exit code 2."""
+def cli(
+    main: Callable[[Any], Any],
+    config: type,
+    expand: Callable[[list[str]], list[str]] = lambda args: args,
+) -> Any:
+    """Parse the command line into the dataclass `config`, run main; a UserError becomes one line and exit code 2.
+
+    expand: what is done with the arguments first, such as reading those of a file.
+    """
     # Launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
     args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
     try:
         for argument in args:
             whole = argument == clean(argument)
             check(whole, f"'{clean(argument)}' is not UTF-8; write it in UTF-8, or rename the file")
-        return main(tyro.cli(config, args=args))
+        return main(tyro.cli(config, args=expand(args)))
     except UserError as error:
         line = f"error: {clean(str(error))}"
         print(line, file=sys.stderr)

@@ -1,0 +1,179 @@
+"""Build an untrained vision-language model: vision encoder, new connector and language model in one folder.
+
+Liu et al. 2023, arXiv:2304.08485, Sec. 4.1. Encoder and language model come with their weights, the connector between
+them is new and knows nothing yet: vlm/train.py teaches it. The folder is one of transformers: `from_pretrained`,
+`generate` and PEFT take it (vlm/modeling.py).
+
+With `--dry_run` nothing is fetched but configurations: the model is made on the meta device, without weights, and its
+sizes and the memory of training it are printed. Names of training/presets.py need no network at all.
+
+    python vlm/build.py                                                # EfficientNet-lite0 and SmolLM2: 10 seconds
+    python vlm/build.py --vision clip-vit-large-patch14-336 --language qwen2.5-7b --connector mlp2x_gelu --dry_run
+    python vlm/build.py --vision openai/clip-vit-large-patch14-336 --language Qwen/Qwen2.5-1.5B-Instruct \\
+        --connector mlp2x_gelu
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import nn
+
+from training import presets
+from utils import run
+from utils.run import UserError, check
+from utils.text import printable
+from vlm.config import VLMConfig, model_flags, with_file
+
+LORA_RANK = 8  # of the row "LoRA" of a dry run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Put an untrained vision-language model together and save it."""
+
+    model: Annotated[VLMConfig, tyro.conf.arg(constructor=model_flags, name="")]
+    dry_run: bool = False  # no weights: print sizes, and the memory of training
+    seed: int = 0  # of the connector's weights
+    out: str = "outputs/build"  # the model's folder is OUT/model
+
+
+def build(config: VLMConfig) -> tuple[Any, Any]:
+    """-> (model, processor): encoder and language model with their weights, a connector that knows nothing.
+
+    Raises UserError for a name that leads nowhere, and for parts that do not fit together.
+    """
+    from vlm import connector, llava_io, prompts, tower
+    from vlm.modeling import VLM, perceiver_options
+    from vlm.processor import VLMProcessor, image_processor
+
+    # 1. The parts with their weights; <image> becomes a token of the vocabulary
+    size = config.img_size or None
+    vision = tower.load(config.vision_name_or_path, config.vision_layer, config.select, size)
+    tokenizer, language = llava_io.speaker(config.text_name_or_path)
+    image_token_id = prompts.add_words(tokenizer, language)
+    width = language.config.get_text_config().hidden_size
+    new = connector.build(config.connector, vision.width, width, **perceiver_options(config))
+    # 2. The configuration says what they are, so that the saved folder needs no names
+    config.vision_config = getattr(vision.network, "config", None)
+    config.text_config = language.config
+    config.image_token_id = image_token_id
+    # 3. An empty model, which costs no memory, takes the parts
+    with torch.device("meta"):
+        model = VLM(config)
+    model.vision = vision
+    model.language = language
+    model.connector = new.to(language.dtype)
+    model.generation_config = language.generation_config
+    if config.vision_config is not None:
+        vision.to(language.dtype)  # not all of the model: rotary frequencies stay in fp32
+    processor = VLMProcessor(image_processor(vision), tokenizer, image_tokens=model.image_tokens)
+    return model.eval(), processor
+
+
+def configurations(config: VLMConfig) -> VLMConfig:
+    """Fill in what the parts are, without their weights. Raises UserError for a name that leads nowhere."""
+    from transformers import AutoConfig, CLIPVisionConfig
+
+    name = config.vision_name_or_path
+    if name == "clip-vit-large-patch14-336":
+        config.vision_config = CLIPVisionConfig(**presets.CLIP)
+    elif name != "efficientnet":
+        try:
+            vision = AutoConfig.from_pretrained(name)
+        except Exception as error:  # whatever is wrong with a folder that somebody else wrote
+            reason = printable(str(error).partition("\n")[0])
+            raise UserError(f"no vision encoder at '{printable(name)}': {reason}") from None
+        config.vision_config = getattr(vision, "vision_config", vision)
+    name = config.text_name_or_path
+    config.text_config = presets.configuration("smollm2-135m" if name == "smollm2" else name)
+    return config
+
+
+def parameters(part: nn.Module) -> int:
+    """How many numbers it has, those that are shared counted once."""
+    return sum(p.numel() for p in part.parameters())
+
+
+def lora_parameters(language: nn.Module, rank: int = LORA_RANK) -> int:
+    """Numbers of LoRA beside every matrix but the embeddings: rank x (inputs + outputs). Hu et al. 2021, Sec. 4.1."""
+    head = language.get_output_embeddings()
+    linears = [m for m in language.modules() if isinstance(m, nn.Linear) and m is not head]
+    return sum(rank * (m.in_features + m.out_features) for m in linears)
+
+
+def training_memory(frozen: int, trained: int) -> int:
+    """Bytes of weights, gradients and Adam's moments: 2 of a frozen bf16 number, 16 of a trained fp32 one.
+
+    Rajbhandari et al. 2020, arXiv:1910.02054, Sec. 3.1. Activations come on top: training/memory.py.
+    """
+    return 2 * frozen + 16 * trained
+
+
+def sizes(config: VLMConfig) -> dict[str, Any]:
+    """Numbers of every part and bytes of each way to train them, from the configuration alone."""
+    from vlm.modeling import VLM
+
+    with torch.device("meta"):
+        model = VLM(configurations(config))
+    vision = parameters(model.vision)
+    connector = parameters(model.connector)
+    language = parameters(model.language)
+    lora = lora_parameters(model.language)
+    every = {"vision": vision, "connector": connector, "language": language}
+    bytes_of = {
+        "answer (bf16)": 2 * (vision + connector + language),
+        "train the connector": training_memory(vision + language, connector),
+        f"LoRA, rank {LORA_RANK}": training_memory(vision + language, connector + lora),
+        "freeze vision": training_memory(vision, connector + language),
+        "train everything": training_memory(0, vision + connector + language),
+    }
+    return {"image tokens": model.image_tokens, "parameters": every, "GB": bytes_of}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Sizes as lines."""
+    lines = [f"{name:>22} {n / 1e6:10.1f} M parameters" for name, n in found["parameters"].items()]
+    lines.append(f"{'a picture':>22} {found['image tokens']:10} tokens")
+    lines += [f"{name:>22} {n / 1e9:10.2f} GB" for name, n in found["GB"].items()]
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> dict:
+    """Build and save, or count."""
+    run.seed(cfg.seed)
+    folder = run.output(cfg.out, cfg)
+    if cfg.dry_run:
+        found = sizes(cfg.model)
+        print(table(found))
+        flat = {f"{name} parameters": n for name, n in found["parameters"].items()}
+        flat |= {f"{name}, GB": n / 1e9 for name, n in found["GB"].items()}
+        return run.report(folder, flat | {"image tokens": found["image tokens"]})
+    # Whole or not at all: a folder that is there already is not overwritten
+    target = folder / "model"
+    check(not target.exists(), f"{target} is there already: choose another place with --out")
+    model, processor = build(cfg.model)
+    save(model, processor, target)
+    parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
+    counted = {f"{name} parameters": parameters(part) for name, part in parts.items()}
+    return run.report(folder, counted | {"image tokens": model.image_tokens})
+
+
+def save(model, processor, folder) -> None:
+    """Write the folder of a model, whole or not at all. Raises UserError if it cannot be written."""
+    import shutil
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            ready = f"{temporary}/ready"
+            model.save_pretrained(ready)
+            processor.save_pretrained(ready)
+            shutil.move(ready, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, expand=with_file)

@@ -1,0 +1,172 @@
+"""A vision-language model as a model of transformers: any vision encoder, connector and language model, one folder.
+
+LLaVA's forward pass (Liu et al. 2023, arXiv:2304.08485, Eq. 1) in the frame that the libraries expect: a
+`PreTrainedModel`, so that `from_pretrained`, `generate`, PEFT, accelerate and `Trainer` take it. The parts are those of
+vlm/tower.py and vlm/connector.py, the language model is any causal one of transformers.
+
+Shapes: pixels (P,3,S,S) of P pictures, features (P,M,E), text (B,T), where T counts M tokens <image> for each picture.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from utils.run import check
+from vlm import connector, tower
+from vlm.config import PerceiverConfig, VLMConfig
+from vlm.prompts import IGNORE
+
+
+def vision_network(config):
+    """The encoder that a configuration describes, without weights: of transformers, or EfficientNet-lite0's maps."""
+    if config.vision_config is None:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        return tower.EfficientNetMaps(EfficientNet.from_name("efficientnet-lite0"))
+    network = AutoModel.from_config(config.vision_config)
+    # Of CLIP and its like the half that sees
+    return getattr(network, "vision_model", network)
+
+
+def perceiver_options(config):
+    """What the resampler is made with; nothing for another connector."""
+    return PerceiverConfig(**config.perceiver).options() if config.perceiver else {}
+
+
+class VLM(PreTrainedModel, GenerationMixin):
+    """Vision encoder, connector, language model. Image tokens stand where the text says <image>."""
+
+    config_class = VLMConfig
+    base_model_prefix = "vlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        network = vision_network(config)
+        size = config.img_size or None
+        self.vision = tower.VisionTower(network, config.vision_layer, config.select, size)
+        self.language: Any = AutoModelForCausalLM.from_config(config.text_config)
+        width = config.text_config.hidden_size
+        options = perceiver_options(config)
+        self.connector = connector.build(config.connector, self.vision.width, width, **options)
+        if config.vision_config is None:
+            # EfficientNet's batch statistics suffer in bf16, and it is small
+            self._keep_in_fp32_modules_strict = ["vision"]
+        self.post_init()
+
+    def _init_weights(self, module):
+        """New parts were initialised when they were made, the others by their own classes."""
+
+    def get_input_embeddings(self):
+        return self.language.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language.set_output_embeddings(value)
+
+    @property
+    def dtype(self):
+        """Of the language model: it is by far the largest part."""
+        return self.language.dtype
+
+    @property
+    def image_tokens(self):
+        """M, tokens <image> for a picture."""
+        return connector.tokens(self.connector, self.vision.count)
+
+    def get_image_features(self, pixel_values):
+        """(P,3,S,S), normalised -> (P,M,E): H_v = W g(X_v). Eq. 1."""
+        features = self.vision(pixel_values)  # (P,N,D)
+        weight = next(self.connector.parameters(), features)
+        return self.connector(features.to(weight.dtype))
+
+    def merge(self, input_ids, image_features=None):
+        """Text (B,T) and features (P,M,E) -> embeddings (B,T,E): features in the places of <image>, in order.
+
+        Raises UserError if there are more places than features, or fewer.
+        """
+        places = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        if image_features is None:
+            image_features = embeds[:0, :0]
+        count = image_features.shape[0] * image_features.shape[1]
+        asked = int(places.sum())
+        check(asked == count, f"the text has {asked} places for image tokens, the pictures {count}")
+        return embeds.masked_scatter(places[..., None], image_features.to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        image_features=None,
+        logits_to_keep=0,
+        **more,
+    ):
+        """-> CausalLMOutputWithPast; with labels (B,T) the loss is the mean of -log p over those that are learned.
+
+        image_features: instead of pixel_values, where the vision encoder was asked before.
+        """
+        # 1. Pictures to features
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values)
+        # 2. Features among the embeddings of the text
+        if inputs_embeds is None:
+            inputs_embeds = self.merge(input_ids, image_features)
+        # 3. The language model reads on
+        outputs = self.language(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            logits_to_keep=logits_to_keep,
+            **more,
+        )
+        loss = None
+        if labels is not None:
+            # 4. Each token is predicted from all before it
+            logits = outputs.logits[:, :-1].float().flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
+        """Pictures are read with the prompt; afterwards they are in the cache."""
+        found = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        first = kwargs.get("is_first_iteration", False)
+        if first or not kwargs.get("use_cache", True):
+            found["pixel_values"] = pixel_values
+        return found
+
+
+AutoConfig.register("vlm_action", VLMConfig, exist_ok=True)
+AutoModel.register(VLMConfig, VLM, exist_ok=True)
+AutoModelForImageTextToText.register(VLMConfig, VLM, exist_ok=True)
