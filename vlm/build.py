@@ -44,14 +44,14 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
 
     Raises UserError for a name that leads nowhere, and for parts that do not fit together.
     """
-    from vlm import connector, llava_io, prompts, tower
+    from vlm import connector, llava_parts, prompts, tower
     from vlm.modeling import VLM, perceiver_options
     from vlm.processor import VLMProcessor, image_processor
 
     # 1. The parts with their weights; <image> becomes a token of the vocabulary
     size = config.img_size or None
     vision = tower.load(config.vision_name_or_path, config.vision_layer, config.select, size)
-    tokenizer, language = llava_io.speaker(config.text_name_or_path)
+    tokenizer, language = llava_parts.language_model(config.text_name_or_path)
     image_token_id = prompts.add_words(tokenizer, language)
     width = language.config.get_text_config().hidden_size
     new = connector.build(config.connector, vision.width, width, **perceiver_options(config))
