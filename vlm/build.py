@@ -61,7 +61,7 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     config.image_token_id = image_token_id
     # 3. An empty model, which costs no memory, takes the parts
     with torch.device("meta"):
-        model = VLM(config)
+        model: Any = VLM(config)
     model.vision = vision
     model.language = language
     model.connector = new.to(language.dtype)

@@ -48,7 +48,7 @@ class VLM(PreTrainedModel, GenerationMixin):
     config_class = VLMConfig
     base_model_prefix = "vlm"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -160,7 +160,8 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
         """Pictures are read with the prompt; afterwards they are in the cache."""
-        found = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        mixin: Any = super()
+        found = mixin.prepare_inputs_for_generation(input_ids, **kwargs)
         first = kwargs.get("is_first_iteration", False)
         if first or not kwargs.get("use_cache", True):
             found["pixel_values"] = pixel_values

@@ -38,7 +38,9 @@ def image_processor(vision):
 class VLMProcessor(ProcessorMixin):
     """Image processor and tokenizer of one model; `image_tokens` is M, the tokens <image> of a picture."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_tokens=1):
+    def __init__(
+        self, image_processor=None, tokenizer: Any = None, chat_template=None, image_tokens=1
+    ):
         self.image_tokens = image_tokens
         self.image_token = IMAGE
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
