@@ -54,7 +54,7 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     tokenizer, language = llava_parts.language_model(config.text_name_or_path)
     image_token_id = prompts.add_words(tokenizer, language)
     width = language.config.get_text_config().hidden_size
-    new = connector.build(config.connector, vision.width, width, **perceiver_options(config))
+    new: Any = connector.build(config.connector, vision.width, width, **perceiver_options(config))
     # 2. The configuration says what they are, so that the saved folder needs no names
     config.vision_config = getattr(vision.network, "config", None)
     config.text_config = language.config
