@@ -54,7 +54,7 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     tokenizer, language = llava_parts.language_model(config.text_name_or_path)
     image_token_id = prompts.add_words(tokenizer, language)
     width = language.config.get_text_config().hidden_size
-    new: Any = connector.build(config.connector, vision.width, width, **perceiver_options(config))
+    new = connector.build(config.connector, vision.width, width, **perceiver_options(config))
     # 2. The configuration says what they are, so that the saved folder needs no names
     config.vision_config = getattr(vision.network, "config", None)
     config.text_config = language.config
@@ -96,7 +96,7 @@ def parameters(part: nn.Module) -> int:
     return sum(p.numel() for p in part.parameters())
 
 
-def lora_parameters(language: nn.Module, rank: int = LORA_RANK) -> int:
+def lora_parameters(language: Any, rank: int = LORA_RANK) -> int:
     """Numbers of LoRA beside every matrix but the embeddings: rank x (inputs + outputs). Hu et al. 2021, Sec. 4.1."""
     head = language.get_output_embeddings()
     linears = [m for m in language.modules() if isinstance(m, nn.Linear) and m is not head]
