@@ -140,7 +140,7 @@ class CompressionRetriever(BaseRetriever):
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
-    """The quick search of raw retrieval with the filters behind it."""
+    """The quick search of dense retrieval with the filters behind it."""
     for name in ("relevant", "same", "keep"):
         check(-1 <= getattr(cfg, name) <= 1, f"--{name} is a cosine: between -1 and 1")
     llm = language_models.language_model(cfg.llm, 32) if cfg.by == "llm" else None

@@ -115,7 +115,7 @@ class RerankRetriever(BaseRetriever):
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
-    """Raw retrieval with a reranker behind it."""
+    """Dense retrieval with a reranker behind it."""
     check(cfg.candidates >= 1, "--candidates must be 1 or more")
     # At least as many candidates as are kept
     again = reranker(cfg)

@@ -96,7 +96,7 @@ def generate(llm, chats, decoding):
 def load(cfg):
     """-> {"judged" or "for choosing": {corpus: rows}}.
 
-    A row has its question, its keys ([]: no answer is there) and the passages that raw retrieval
+    A row has its question, its keys ([]: no answer is there) and the passages that dense retrieval
     found for it.
     """
     listed = json.loads((HERE / "questions.json").read_text("utf-8"))

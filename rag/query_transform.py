@@ -95,7 +95,7 @@ class TransformRetriever(BaseRetriever):
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
-    """The quick search of raw retrieval, asked with what the language model writes."""
+    """The quick search of dense retrieval, asked with what the language model writes."""
     message = "the language model rewrites: give --llm, and --words of 1 or more"
     check(cfg.llm != "none" and cfg.words > 0, message)
     quick = raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))

@@ -196,7 +196,7 @@ def spread(questions, limit):
 
 
 def score(cfg, build, retriever, questions, folder):
-    """Ask all questions; unless this is raw retrieval itself, compare with it on the same
+    """Ask all questions; unless this is dense retrieval itself, compare with it on the same
     questions."""
     rows = {}
     ranks = {}
@@ -241,7 +241,7 @@ def row(cfg, retriever, questions):
 
 
 def baseline(cfg):
-    """The configuration of raw retrieval on the same corpus, for comparison."""
+    """The configuration of dense retrieval on the same corpus, for comparison."""
     # And neither --skip nor --titles
     same = ("docs", "distractors", "embedder", "store", "store_url", "seed")
     flags = {name: getattr(cfg, name) for name in same}

@@ -149,7 +149,7 @@ def needed(llm, question):
 
 
 def quick_search(cfg):
-    """Raw retrieval of at least 20 passages, for the critic to grade."""
+    """Dense retrieval of at least 20 passages, for the critic to grade."""
     return raw_rag.build_retriever(replace(cfg, k=max(20, cfg.k)))
 
 
@@ -161,7 +161,7 @@ def others(questions, limit, count):
 
 
 def build_retriever(cfg: Config) -> BaseRetriever:
-    """The quick search of raw retrieval with a critic behind it."""
+    """The quick search of dense retrieval with a critic behind it."""
     in_process = not cfg.llm.startswith(("http", "none"))
     check(cfg.critic != "llm" or in_process, "--critic llm needs a model in this process")
     message = "--threshold: between 0 and 1, or -1 to choose it"
