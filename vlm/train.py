@@ -83,11 +83,6 @@ class Learner(nn.Module):
         return value
 
 
-def world():
-    """-> which rank this is, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def total(*values):
     """Numbers, each summed over all ranks."""
     if not dist.is_initialized():
@@ -100,7 +95,7 @@ def total(*values):
 def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=0):
     """Steps `start` to cfg.max_steps; yields the loss of each: the mean over the supervised tokens
     of all ranks."""
-    rank, n = world()
+    rank, n = ranks.rank_and_world_size()
     trainable = [p for p in learner.parameters() if p.requires_grad]
     for step in range(start, cfg.max_steps):
         # learning rate of each parameter group
@@ -168,7 +163,7 @@ def prepare(cfg, on):
 
 def worker(cfg):
     """Training on one rank -> its numbers; rank 0 writes the weights and evaluates them."""
-    rank, n = world()
+    rank, n = ranks.rank_and_world_size()
     on = ranks.device() if n > 1 else run.device(cfg.device)
     folder = Path(cfg.out)
     first = rank == 0
