@@ -340,7 +340,7 @@ def test_gradients_of_ranks_are_summed_once(unclipped, monkeypatch):
     """Two ranks that read the same: twice the sum over twice the tokens is the gradient of one."""
     cfg = still(train_type="projector", max_steps=1, per_device_train_batch_size=5)
     value, gradients = expected(cfg)
-    monkeypatch.setattr(teach, "world", lambda: (0, 2))
+    monkeypatch.setattr(teach.ranks, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
     monkeypatch.setattr(teach.dist, "all_reduce", lambda x: x.mul_(2))
     monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [samples])
@@ -373,7 +373,7 @@ def test_deepspeed_is_given_what_it_divides_by(monkeypatch):
         gradient_accumulation_steps=5,
     )
     _, gradients = expected(cfg)
-    monkeypatch.setattr(teach, "world", lambda: (0, 2))
+    monkeypatch.setattr(teach.ranks, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
     monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [[s] for s in samples])
     losses, recorder, _ = steps(cfg, Engine)
