@@ -3,7 +3,7 @@
 `load` takes any of them apart into what llava.py puts together, `save` writes a folder:
 transformers' own format (llava_transformers.py) if it has these parts (a transformer as vision
 encoder, a connector mlp2x_gelu), else one of ours, in which every part is an ordinary folder of its
-library.
+library. Folders of build.py are read, too.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
 from utils.text import printable, read_text
-from vlm.llava_parts import build, first_line, language_model, restore
+from vlm.llava_parts import Parts, build, first_line, language_model, restore
 from vlm.llava_transformers import (
     from_pretrained,
     from_transformers,
@@ -94,6 +94,9 @@ def load(name, on="cpu"):
     about = read_config(path) if path.is_dir() else {}
     if about.get("model_type") == "llava-of-parts":
         return load_parts(path, about, on)
+    # a folder of build.py
+    if about.get("model_type") == "vlm_action":
+        return load_vlm(path, on)
     # transformers' LLaVA
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -135,6 +138,25 @@ def read_config(path):
             fine, f"{path}/config.json: vision, connector, layer or select is not what save writes"
         )
     return about
+
+
+def load_vlm(path, on="cpu"):
+    """A folder of build.py, any encoder with any language model -> tokenizer, Parts."""
+    from vlm.modeling import VLM
+    from vlm.processor import VLMProcessor
+
+    pretrained.check_weights(path)
+    model, info = from_pretrained(VLM, path, output_loading_info=True)
+    lost = sorted(info["missing_keys"])
+    check(not lost, f"'{path}' lacks {len(lost)} weights, {printable(lost[:1])} first")
+    model = pretrained.frozen(model, on)
+    # tokenizer, and the normalisation of pixels; EfficientNet has its own
+    shown: Any = from_pretrained(VLMProcessor, path)
+    if model.config.vision_config is not None:
+        model.vision.mean = shown.image_processor.image_mean
+        model.vision.std = shown.image_processor.image_std
+    parts = Parts(model.vision, model.connector, model.language, model.config.image_token_id)
+    return shown.tokenizer, parts
 
 
 def load_parts(path, about, on="cpu"):

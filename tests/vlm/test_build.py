@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil
 
 from tests import eyes, llamas
 from utils import data
 from utils.run import UserError
-from vlm import build, config, processor, tower
+from vlm import build, config, llava, llava_io, processor, tower
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,34 @@ def test_the_folder_needs_no_names(built, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(**one).logits, again(**two).logits)
     assert again.generate(**two, max_new_tokens=2).shape[1] == one["input_ids"].shape[1] + 2
+
+
+def test_llava_reads_the_folder(built, tmp_path):
+    """Tokenizer, parts and pixels are those of the model, so `python vlm/llava.py --model FOLDER` asks it."""
+    model, made = built
+    build.save(model, made, tmp_path / "model")
+    tokenizer, parts = llava_io.load(tmp_path / "model")
+    inputs = made(picture(), "<image>\nWhat?", return_tensors="pt")
+    assert tokenizer.convert_tokens_to_ids("<image>") == parts.image_id
+    asked = llava.assemble(parts)
+    pixels = asked.vision.pixels(data.square(picture(), 28)[None])
+    torch.testing.assert_close(pixels, inputs["pixel_values"], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        ours = asked(inputs["input_ids"], pixels=inputs["pixel_values"])
+        assert torch.equal(getattr(ours, "logits", ours), model(**inputs).logits)
+
+
+def test_a_damaged_folder_is_one_line(built, tmp_path):
+    build.save(*built, tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged or only half there"):
+        llava_io.load(tmp_path / "model")
+    tensors = dict(built[0].state_dict())
+    tensors.pop("connector.0.weight")
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights"):
+        llava_io.load(tmp_path / "model")
 
 
 def test_a_picture_is_as_many_tokens_as_the_connector_makes(built):

@@ -133,6 +133,19 @@ def test_every_combination_is_saved_generates_and_learns(vision, text, connector
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
 
 
+def test_efficientnet_stays_in_fp32(tmp_path):
+    """A model in bf16 is loaded in bf16, but for batch statistics that would suffer."""
+    model = tiny(None, "llama", "pool2")
+    model.language.bfloat16()
+    model.connector.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert {p.dtype for p in again.vision.parameters()} == {torch.float32}
+    assert {p.dtype for p in again.language.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in again.connector.parameters()} == {torch.bfloat16}
+
+
 def test_features_instead_of_pictures():
     model = tiny()
     ids, pixels = asked(model)
