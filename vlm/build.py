@@ -21,7 +21,7 @@ import tyro
 from torch import nn
 
 from training import presets
-from utils import run
+from utils import pretrained, run
 from utils.run import UserError, check
 from utils.text import printable
 from vlm.config import VLMConfig, model_flags, with_file
@@ -45,8 +45,9 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     Raises UserError for a name that leads nowhere, and for parts that do not fit together.
     """
     from vlm import connector, llava_parts, prompts, tower
+    from vlm.llava_transformers import image_processor
     from vlm.modeling import VLM, perceiver_options
-    from vlm.processor import VLMProcessor, image_processor
+    from vlm.processor import VLMProcessor
 
     # 1. The parts with their weights; <image> becomes a token of the vocabulary
     size = config.img_size or None
@@ -154,25 +155,10 @@ def main(cfg: Config) -> dict:
     target = folder / "model"
     check(not target.exists(), f"{target} is there already: choose another place with --out")
     model, processor = build(cfg.model)
-    save(model, processor, target)
+    pretrained.save(model, processor, target)
     parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
     counted = {f"{name} parameters": parameters(part) for name, part in parts.items()}
     return run.report(folder, counted | {"image tokens": model.image_tokens})
-
-
-def save(model, processor, folder) -> None:
-    """Write the folder of a model, whole or not at all. Raises UserError if it cannot be written."""
-    import shutil
-    import tempfile
-
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            ready = f"{temporary}/ready"
-            model.save_pretrained(ready)
-            processor.save_pretrained(ready)
-            shutil.move(ready, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
 
 
 if __name__ == "__main__":

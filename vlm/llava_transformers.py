@@ -136,15 +136,20 @@ def to_transformers(model):
 
 
 def image_processor(vision_tower):
-    """transformers' image processor that does what `vision_tower.pixels` does."""
+    """transformers' image processor that prepares pictures as ours are: resize, crop, normalise."""
+    from PIL.Image import Resampling
     from transformers import CLIPImageProcessorPil
 
-    side = {"height": vision_tower.size, "width": vision_tower.size}
+    mean, std = vision_tower.mean, vision_tower.std
+    if isinstance(vision_tower.network, tower.EfficientNetMaps):
+        # (x - 127) / 128 of x from 0 to 255
+        mean, std = [127 / 255] * 3, [128 / 255] * 3
     return CLIPImageProcessorPil(
         size={"shortest_edge": vision_tower.size},
-        crop_size=side,
-        image_mean=list(vision_tower.mean),
-        image_std=list(vision_tower.std),
+        crop_size={"height": vision_tower.size, "width": vision_tower.size},
+        resample=Resampling.LANCZOS,
+        image_mean=list(mean),
+        image_std=list(std),
     )
 
 

@@ -14,25 +14,6 @@ from transformers.feature_extraction_utils import BatchFeature
 from utils.run import check
 from vlm.config import VLMConfig
 from vlm.prompts import IMAGE
-from vlm.tower import EfficientNetMaps
-
-
-def image_processor(vision):
-    """transformers' image processor that prepares pictures as `VisionTower.pixels` does: resize, crop, normalise."""
-    from PIL.Image import Resampling
-    from transformers import CLIPImageProcessorPil
-
-    mean, std = vision.mean, vision.std
-    if isinstance(vision.network, EfficientNetMaps):
-        # (x - 127) / 128 of x from 0 to 255
-        mean, std = [127 / 255] * 3, [128 / 255] * 3
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": vision.size},
-        crop_size={"height": vision.size, "width": vision.size},
-        resample=Resampling.LANCZOS,
-        image_mean=list(mean),
-        image_std=list(std),
-    )
 
 
 class VLMProcessor(ProcessorMixin):

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil
 
 from tests import eyes, llamas
-from utils import data
+from utils import data, pretrained
 from utils.run import UserError
-from vlm import build, config, llava, llava_io, processor, tower
+from vlm import build, config, llava, llava_io, llava_transformers, tower
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_parts_come_with_their_weights(built, folders):
 
 def test_the_folder_needs_no_names(built, tmp_path):
     model, made = built
-    build.save(model, made, tmp_path / "model")
+    pretrained.save(model, made, tmp_path / "model")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
     processor_again = AutoProcessor.from_pretrained(tmp_path / "model")
     one = made(picture(), "<image>\nWhat?", return_tensors="pt")
@@ -65,7 +65,7 @@ def test_the_folder_needs_no_names(built, tmp_path):
 def test_llava_reads_the_folder(built, tmp_path):
     """Tokenizer, parts and pixels are those of the model, so `python vlm/llava.py --model FOLDER` asks it."""
     model, made = built
-    build.save(model, made, tmp_path / "model")
+    pretrained.save(model, made, tmp_path / "model")
     tokenizer, parts = llava_io.load(tmp_path / "model")
     inputs = made(picture(), "<image>\nWhat?", return_tensors="pt")
     assert tokenizer.convert_tokens_to_ids("<image>") == parts.image_id
@@ -78,7 +78,7 @@ def test_llava_reads_the_folder(built, tmp_path):
 
 
 def test_a_damaged_folder_is_one_line(built, tmp_path):
-    build.save(*built, tmp_path / "model")
+    pretrained.save(*built, tmp_path / "model")
     path = tmp_path / "model/model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged or only half there"):
@@ -108,14 +108,18 @@ def test_the_image_processor_does_what_the_tower_does(folders):
     """Of a square picture; another one is resized before it is cropped, not after."""
     vision = tower.load(folders[0])
     pixels = data.square(picture(40), 28)
-    theirs = processor.image_processor(vision)([picture(40)], return_tensors="pt")["pixel_values"]
+    theirs = llava_transformers.image_processor(vision)([picture(40)], return_tensors="pt")[
+        "pixel_values"
+    ]
     torch.testing.assert_close(theirs, vision.pixels(pixels[None]), atol=1e-5, rtol=0)
 
 
 def test_efficientnet_is_shown_pictures_as_it_was_trained():
     vision = tower.load("efficientnet")
     pixels = data.square(picture(224), 224)
-    theirs = processor.image_processor(vision)([picture(224)], return_tensors="pt")["pixel_values"]
+    theirs = llava_transformers.image_processor(vision)([picture(224)], return_tensors="pt")[
+        "pixel_values"
+    ]
     torch.testing.assert_close(theirs, vision.pixels(pixels[None]), atol=1e-5, rtol=0)
 
 
@@ -173,7 +177,7 @@ def test_a_folder_is_whole_or_not_there(built, tmp_path, monkeypatch):
 
     monkeypatch.setattr(made, "save_pretrained", full)
     with pytest.raises(UserError, match="no space left"):
-        build.save(model, made, tmp_path / "model")
+        pretrained.save(model, made, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
