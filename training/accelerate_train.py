@@ -71,9 +71,12 @@ def train(accelerator, model, optimizer, rows, cfg, ending, start=0):
         yield sft.add(total)[0] / tokens
 
 
-def build_accelerator(cfg):
-    """accelerate's Accelerator, told what it would guess badly on CPUs."""
-    from accelerate import Accelerator
+def build_accelerator(cfg, find_unused=False):
+    """accelerate's Accelerator, told what it would guess badly on CPUs.
+
+    find_unused: some parameters that learn get no gradient in some step.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     cpu = not torch.cuda.is_available()
     wanted = {
@@ -90,6 +93,7 @@ def build_accelerator(cfg):
         cpu=cpu,
         mixed_precision="bf16" if cfg.precision == "bf16" else "no",
         gradient_accumulation_steps=cfg.accumulation,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
     )
 
 

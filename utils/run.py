@@ -121,14 +121,26 @@ def output(folder: str | Path, cfg: Any) -> Path:
 # What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
 FREE = {"resume", "out", "device", "save_every", "steps", "max_steps"}
 FREE |= {"samples", "guidance_scale", "sampling_steps", "prompt", "negative"}
-FREE |= {"split", "texts", "merge", "judged"}
+FREE |= {"split", "texts", "merge", "judged", "save_steps", "log_steps", "local_rank"}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested flags side by side: {"lora": {"r": 8}} -> {"lora.r": 8}."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def same_flags(cfg: Any, then: dict[str, Any], path: str | Path) -> None:
     """Raises UserError if a run resumed from `path` would learn otherwise than with its flags of `then`."""
-    now = json.loads(json.dumps(asdict(cfg)))  # as JSON gives them back: no tuples
-    changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
-    flags = ", ".join(f"--{k} {then.get(k)}" for k in changed)
+    now = flat(json.loads(json.dumps(asdict(cfg), default=str)))  # as JSON gives them back
+    then = flat(then)
+    changed = [k for k in now if k.split(".")[-1] not in FREE and then.get(k) != now[k]]
+    flags = ", ".join(f"--{k.split('.')[-1]} {then.get(k)}" for k in changed)
     check(
         not changed, f"--resume goes on with the flags that the run in {path} began with: {flags}"
     )

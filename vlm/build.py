@@ -24,7 +24,8 @@ from training import presets
 from utils import pretrained, run
 from utils.run import UserError, check
 from utils.text import printable
-from vlm.config import VLMConfig, model_flags, with_file
+from vlm.config import VLMConfig, model_flags
+from vlm.config_file import with_file
 
 LORA_RANK = 8  # of the row "LoRA" of a dry run
 
@@ -46,7 +47,7 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     """
     from vlm import connector, llava_parts, prompts, tower
     from vlm.llava_transformers import image_processor
-    from vlm.modeling import VLM, perceiver_options
+    from vlm.modeling import assemble, perceiver_options
     from vlm.processor import VLMProcessor
 
     # 1. The parts with their weights; <image> becomes a token of the vocabulary
@@ -56,21 +57,12 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     image_token_id = prompts.add_words(tokenizer, language)
     width = language.config.get_text_config().hidden_size
     new = connector.build(config.connector, vision.width, width, **perceiver_options(config))
-    # 2. The configuration says what they are, so that the saved folder needs no names
-    config.vision_config = getattr(vision.network, "config", None)
-    config.text_config = language.config
-    config.image_token_id = image_token_id
-    # 3. An empty model, which costs no memory, takes the parts
-    with torch.device("meta"):
-        model: Any = VLM(config)
-    model.vision = vision
-    model.language = language
-    model.connector = new.to(language.dtype)
-    model.generation_config = language.generation_config
-    if config.vision_config is not None:
+    # 2. One precision, and one model
+    if hasattr(vision.network, "config"):
         vision.to(language.dtype)  # not all of the model: rotary frequencies stay in fp32
+    model = assemble(config, vision, new.to(language.dtype), language, image_token_id)
     processor = VLMProcessor(image_processor(vision), tokenizer, image_tokens=model.image_tokens)
-    return model.eval(), processor
+    return model, processor
 
 
 def configurations(config: VLMConfig) -> VLMConfig:

@@ -1,147 +1,174 @@
-"""Checkpoints and metric loggers of vlm/train.py: weights, states of one process or of DeepSpeed's ranks, records.
+"""Checkpoints of vlm/train.py: trained weights, and states to go on from, of one process or of sharded ranks.
 
-A checkpoint of DeepSpeed is a folder of its own files, with our numbers and a list of hashes beside
-them; files that are not on the list are not read.
+Sharded states (FSDP, DeepSpeed) are a folder of the library's own files, with our numbers and a list of hashes
+beside them; files that are not on the list are not read.
 """
 
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
 import torch.distributed as dist
 
 from finetune import llama2_full, llama2_lora
-from training import manifest, zero_config
+from training import manifest
 from utils import checkpoint
 from utils.run import check, same_flags
+from vlm.train_config import changed, engine_name
 
-LORA_SCALE = 2.0  # alpha over rank, of every adapter
+
+def gathered(model):
+    """Around reading weights: with ZeRO-3 all ranks gather what is written; else nothing is to be done."""
+    wanted = [p for p in model.parameters() if p.requires_grad] + [*model.connector.parameters()]
+    if not any(hasattr(p, "ds_id") for p in wanted):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(dict.fromkeys(wanted)))
+
+
+def whole(tensor):
+    """A tensor, of FSDP's shards the whole one: every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def tensors(model):
-    """Trained weights, by the names that vlm/llava_parts.py reads."""
-    found = {f"connector.{k}": v for k, v in model.connector.state_dict().items()}
-    # LoRA in the language model
-    for name in llama2_lora.names(model.language):
-        adapter = model.language.get_submodule(name)
-        found |= {f"lora.{name}.A": adapter.lora_A, f"lora.{name}.B": adapter.lora_B}
-    # parts that were trained whole
-    for part in ("vision", "language"):
-        network = getattr(model, part)
-        if not llama2_lora.names(network):
-            found |= {f"{part}.{k}": p for k, p in network.named_parameters() if p.requires_grad}
-    return found
+    """Trained weights, by the names that vlm/llava_io.py reads. With a sharded model every rank must ask."""
+    with gathered(model):
+        found = {f"connector.{k}": v for k, v in model.connector.state_dict().items()}
+        # LoRA in the language model
+        for name in llama2_lora.names(model.language):
+            adapter = model.language.get_submodule(name)
+            found |= {f"lora.{name}.A": adapter.lora_A, f"lora.{name}.B": adapter.lora_B}
+        # parts that were trained whole
+        for part in ("vision", "language"):
+            network = getattr(model, part)
+            if not llama2_lora.names(network):
+                for name, p in network.named_parameters():
+                    if p.requires_grad:
+                        found[f"{part}.{name}"] = p
+        return {name: whole(x).detach().cpu().clone() for name, x in found.items()}
 
 
 def about(cfg):
     """What stands beside the weights: enough to put the model together again, from whatever
     folder."""
-    named = {k: getattr(cfg, k) for k in ("vision", "language", "connector", "layer", "select")}
-    for part in ("vision", "language"):
-        if Path(named[part]).is_dir():
-            named[part] = str(Path(named[part]).resolve())
-    return named | {"scale": LORA_SCALE}
+    scale = cfg.lora.alpha / cfg.lora.r
+    # trained from another model: its parts are those of that one
+    if cfg.train.ckpt_path:
+        return {"base": absolute(cfg.train.ckpt_path), "scale": scale}
+    model = cfg.model
+    named = {
+        "vision": absolute(model.vision_name_or_path),
+        "language": absolute(model.text_name_or_path),
+        "connector": model.connector,
+        "layer": model.vision_layer,
+        "select": model.select,
+        "scale": scale,
+    }
+    # only where they say something
+    if model.perceiver:
+        named["perceiver"] = model.perceiver
+    if model.img_size:
+        named["img_size"] = model.img_size
+    return named
 
 
-def engine_of(learner, every, cfg):
-    """DeepSpeed's engine around it, as training/configs/zero*.json says: it shards, sums parts,
-    averages and steps.
-
-    It casts every parameter to --precision and no buffer, and batch norms need both alike. So a
-    tower that learns nothing is left as it is, and one that learns and has batch norms is refused
-    in bf16.
-    """
-    # a tower whose batch norms would see two precisions
-    tower = learner.model.vision
-    learns = any(p.requires_grad for p in tower.parameters())
-    has_batch_norm = any(isinstance(m, torch.nn.BatchNorm2d) for m in tower.modules())
-    alike = cfg.precision == "fp32" or not has_batch_norm
-    check(
-        alike or not learns,
-        "--train_type none: under DeepSpeed this tower learns in --precision fp32 only",
-    )
-    # configuration and optimizer
-    flags = SimpleNamespace(
-        zero_stage=cfg.zero_stage,
-        config="",
-        offload="none",
-        precision=cfg.precision,
-        batch=cfg.per_device_train_batch_size,
-        accumulation=cfg.gradient_accumulation_steps,
-    )
-    config = zero_config.read(flags)
-    optimizer = torch.optim.AdamW(every, weight_decay=cfg.weight_decay)
-    # the engine casts the frozen tower: its values are put back
-    kept = [] if learns else [(p, p.data) for p in tower.parameters()]
-    engine = zero_config.quiet().initialize(model=learner, optimizer=optimizer, config=config)[0]
-    for parameter, values in kept:
-        parameter.data = values
-    return engine
+def absolute(name):
+    """A folder or file by its whole path; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def save(cfg, model, optimizer, losses, engine=None):
-    """Write a checkpoint of this step, whole or not at all. With DeepSpeed every rank calls it and
+def sharded(cfg):
+    """Does each rank hold a part of the state?"""
+    return engine_name(cfg) in ("fsdp", "deepspeed")
+
+
+def parts_of(engine):
+    """What a state of one process holds besides plain values."""
+    parts = {
+        "weights": llama2_full.Trained(engine.learner.model),
+        "optimizer": engine.optimizer,
+    }
+    if engine.scaler.is_enabled():
+        parts["scaler"] = engine.scaler
+    return parts
+
+
+def save(cfg, engine, losses):
+    """Write a checkpoint of this step, whole or not at all. Sharded, every rank calls it and
     writes its part."""
-    if engine:
+    if not sharded(cfg):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            path = Path(cfg.out) / "state.safetensors"
+            checkpoint.save_state(path, **parts_of(engine), config=asdict(cfg), losses=losses)
+        return
 
-        def put(folder):
-            engine.save_checkpoint(
+    def put(folder):
+        if engine_name(cfg) == "deepspeed":
+            engine.engine.save_checkpoint(
                 folder.parent, folder.name, save_latest=False, exclude_frozen_parameters=True
             )
-            if dist.get_rank() == 0:
-                ranks = {"ranks": dist.get_world_size()}
-                checkpoint.save_state(
-                    folder / "run.safetensors", config=asdict(cfg) | ranks, losses=losses
-                )
+        else:
+            save_shards(folder, engine)
+        if dist.get_rank() == 0:
+            flags = asdict(changed(cfg, ranks=dist.get_world_size()))
+            checkpoint.save_state(folder / "run.safetensors", config=flags, losses=losses)
 
-        manifest.save(Path(cfg.out) / "checkpoints", len(losses), put)
-    elif not dist.is_initialized() or dist.get_rank() == 0:
-        kept = {"weights": llama2_full.Trained(model), "optimizer": optimizer}
-        checkpoint.save_state(
-            Path(cfg.out) / "state.safetensors", **kept, config=asdict(cfg), losses=losses
-        )
+    manifest.save(Path(cfg.out) / "checkpoints", len(losses), put)
 
 
-def load(cfg, model, optimizer, engine=None):
+def load(cfg, engine):
     """Put the last checkpoint back -> the losses so far. Raises UserError: there is none, or it is
     of another run."""
-    # one process, or plain ranks
-    if not engine:
+    # one process, or ranks that all hold the same
+    if not sharded(cfg):
         found = Path(cfg.out) / "state.safetensors"
-        return checkpoint.load_state(
-            found, cfg, weights=llama2_full.Trained(model), optimizer=optimizer
-        )["losses"]
-    # DeepSpeed: as many ranks as wrote it
+        return checkpoint.load_state(found, cfg, **parts_of(engine))["losses"]
     folder = manifest.load(Path(cfg.out) / "checkpoints")
     state = checkpoint.load_state(folder / "run.safetensors")
-    n = dist.get_world_size()
-    check(
-        state["config"]["ranks"] == n,
-        f"--resume: {folder} was written by {state['config']['ranks']} ranks, not {n}",
-    )
-    same_flags(replace(cfg, ranks=n), state["config"], folder)
-    engine.load_checkpoint(folder.parent, folder.name, load_module_strict=False)
+    ranks = dist.get_world_size()
+    before = state["config"]
+    # FSDP: any number of ranks; DeepSpeed: as many as wrote it
+    if engine_name(cfg) == "fsdp":
+        before["train"]["ranks"] = ranks
+    wrote = before["train"]["ranks"]
+    check(wrote == ranks, f"--resume: {folder} was written by {wrote} ranks, not {ranks}")
+    same_flags(changed(cfg, ranks=ranks), before, folder)
+    if engine_name(cfg) == "deepspeed":
+        engine.engine.load_checkpoint(folder.parent, folder.name, load_module_strict=False)
+    else:
+        load_shards(folder, engine)
     return state["losses"]
 
 
-def metric_loggers(cfg, folder):
-    """Metric loggers -> functions of (step, loss): TensorBoard's file, Weights & Biases' folder,
-    which stays here."""
-    loggers = []
-    if cfg.enable_tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+def shards(engine):
+    """FSDP: the shards of this rank, of what learns, under names and places of the whole."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-        board = SummaryWriter(folder / "tensorboard")
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(engine.learner, engine.optimizer, options=options)
+    return {"model": weights, "optimizer": moments}
 
-        def to_tensorboard(step, value):
-            board.add_scalar("loss", value, step)
-            board.flush()
 
-        loggers.append(to_tensorboard)
-    if cfg.enable_wandb:
-        import wandb  # pyright: ignore[reportMissingImports]
+def save_shards(folder, engine):
+    """FSDP: every rank writes its own shards."""
+    import torch.distributed.checkpoint as dcp
 
-        log = wandb.init(project="llava", dir=folder, mode="offline", config=asdict(cfg))
-        loggers.append(lambda step, value: log.log({"loss": value}, step=step))
-    return loggers
+    dcp.save(shards(engine), checkpoint_id=folder)
+
+
+def load_shards(folder, engine):
+    """FSDP: each rank reads, of all files, the rows that are its own now, whatever ranks wrote them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    state = shards(engine)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        engine.learner,
+        engine.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )

@@ -1,15 +1,11 @@
-"""Configuration of a vision-language model, its training and its engines: nested dataclasses, flags, a file.
+"""Configuration of a vision-language model, its training and its engines: nested dataclasses.
 
-tyro makes flags of the dataclasses (`--model.connector mlp2x_gelu --optim.lr 1e-3`), and `--config run.yaml` (or .json)
-fills them from a file. What the file says stands before the flags of the command line, so that flags win; a key that
-there is not is refused by name. `VLMConfig` is also the configuration of a model of transformers (vlm/modeling.py).
-
-    connector: mlp2x_gelu          # the same as --model.connector mlp2x_gelu if it stands below `model:`
+tyro makes flags of them (`--connector mlp2x_gelu --lora.r 16`), a file fills them (config_file.py). Flags of the common
+trainers (transformers, LLaVA, DeepSpeed examples) are aliases: `--learning_rate` is `--lr`. `VLMConfig` is also the
+configuration of a model of transformers (modeling.py).
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -17,8 +13,18 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from tyro.conf import arg
 
-from utils.run import UserError, check
-from utils.text import printable, read_text
+TrainType = Literal["use_lora", "projector", "freeze_vision", "none", "lora_frozen_projector"]
+
+
+# Fields of PerceiverConfig, and arguments of vlm.connector.PerceiverResampler
+RESAMPLER_NAMES = {
+    "depth": "depth",
+    "n_latents": "latents",
+    "n_heads": "heads",
+    "n_query_groups": "kv_heads",
+    "head_dim": "head_dim",
+    "concat_latents_kv": "concat_latents_kv",
+}
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,13 @@ class PerceiverConfig:
 
     def options(self) -> dict[str, Any]:
         """As `vlm.connector.PerceiverResampler` names them."""
+        return {theirs: getattr(self, ours) for ours, theirs in RESAMPLER_NAMES.items()}
+
+    @staticmethod
+    def of(options: dict[str, Any]) -> dict[str, Any]:
+        """The other way round: fields from the resampler's own names."""
         return {
-            "depth": self.depth,
-            "latents": self.n_latents,
-            "heads": self.n_heads,
-            "kv_heads": self.n_query_groups,
-            "head_dim": self.head_dim,
-            "concat_latents_kv": self.concat_latents_kv,
+            ours: options[theirs] for ours, theirs in RESAMPLER_NAMES.items() if theirs in options
         }
 
 
@@ -73,10 +79,10 @@ class VLMConfig(PreTrainedConfig):
 
 def model_flags(
     vision_name_or_path: Annotated[str, arg(aliases=["--vision"])] = "efficientnet",
-    text_name_or_path: Annotated[str, arg(aliases=["--language"])] = "smollm2",
+    text_name_or_path: Annotated[str, arg(aliases=["--language", "--text"])] = "smollm2",
     connector: str = "pool3",
     perceiver: PerceiverConfig = PerceiverConfig(),  # noqa: B008  (frozen)
-    vision_layer: int = -2,
+    vision_layer: Annotated[int, arg(aliases=["--layer"])] = -2,
     select: Literal["patch", "all"] = "patch",
     img_size: int = 0,
     attn_implementation: str | None = None,
@@ -91,65 +97,134 @@ def model_flags(
         vision_layer: of the encoder's hidden states
         select: patches only, or the class token and others, too
         img_size: side of the pictures; 0: that of the encoder
-        attn_implementation: eager, sdpa, flash_attention_2; None: what transformers chooses
+        attn_implementation: eager, sdpa, flash_attention_2; None: eager on a CPU, else what transformers chooses
     """
     given = dict(locals())
     given["perceiver"] = asdict(perceiver) if connector == "perceiver" else None
     return VLMConfig(**given)
 
 
-def read_file(path: str | Path) -> dict:
-    """A YAML or JSON file of nested values. Raises UserError: missing, not UTF-8, no mapping, damaged."""
-    import yaml
+@dataclass(frozen=True)
+class DataConfig:
+    """Conversations to learn from, and how they become batches."""
 
-    text = read_text(path)
-    try:
-        values = yaml.safe_load(text)  # JSON is YAML
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        line = printable(str(error)).partition(", in ")[0]
-        raise UserError(f"{printable(path)} is no YAML or JSON: {line}") from None
-    values = {} if values is None else values
-    check(isinstance(values, dict), f"{printable(path)} must hold a mapping, flag: value")
-    return values
-
-
-def arguments(values: dict, prefix: str = "--") -> Iterator[str]:
-    """Nested values as command-line arguments: {"perceiver": {"depth": 3}} -> --perceiver.depth 3.
-
-    True and False become --flag and --no-flag, a list becomes several words. Raises UserError for a key that is no
-    word, or a list of lists.
-    """
-    for key, value in values.items():
-        plain = isinstance(key, str) and key.replace("-", "_").isidentifier()
-        check(plain, f"a key of the file is no name of a flag: {printable(key)}")
-        flag = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from arguments(value, f"{flag}.")
-        elif isinstance(value, bool):
-            yield flag if value else f"{prefix}no-{key}"
-        elif isinstance(value, list):
-            flat = not any(isinstance(x, (list, dict)) for x in value)
-            check(flat, f"{key}: a list of words or numbers is expected")
-            yield flag
-            yield from (str(x) for x in value)
-        else:
-            yield flag
-            yield str(value)
+    # a chat.json; empty: photos of fruit
+    data_path: Annotated[str, arg(aliases=["--data"])] = ""
+    image_folder: str = ""  # where its pictures are; empty: beside it
+    emoji: int = 0  # pictures of emoji besides the photos of fruit
+    views: int = 4  # of each picture: its middle, and random pieces
+    # of samples: paragraphs of manuals, so that it does not forget how to read
+    text_share: float = 0.05
+    # tokens of the longest conversation; 0: as many as the language model has positions
+    model_max_length: int = 0
+    packing: bool = True  # several conversations in one row, none sees another
+    # all of a step with pictures or all without, about equally long
+    group_by_modality_length: bool = False
 
 
-def with_file(args: list[str]) -> list[str]:
-    """Command-line arguments with those of `--config FILE` before them, so that flags win: the last one counts.
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, by which steps."""
 
-    Raises UserError for `--config` without a file, or twice.
-    """
-    at = [i for i, word in enumerate(args) if word == "--config" or word.startswith("--config=")]
-    if not at:
-        return args
-    check(len(at) == 1, "--config: one file only")
-    place = at[0]
-    name, equals, path = args[place].partition("=")
-    rest = args[:place] + args[place + 1 :]
-    if not equals:
-        check(place < len(args) - 1, "--config: name a YAML or JSON file")
-        path = rest.pop(place)
-    return [*arguments(read_file(path)), *rest]
+    # none: nothing is frozen
+    train_type: TrainType = "use_lora"
+    # weights to go on from: a folder or hub id of a LLaVA, or a model.safetensors of this script
+    ckpt_path: Annotated[str, arg(aliases=["--model"])] = ""
+    # B
+    batch_size: Annotated[int, arg(aliases=["--per-device-train-batch-size"])] = 16
+    gradient_accumulation_steps: int = 1  # A
+    steps: Annotated[int, arg(aliases=["--max-steps"])] = 120  # optimizer steps of both stages
+    # instead of steps: passes over the data
+    epochs: Annotated[float, arg(aliases=["--num-train-epochs"])] = 0
+    align_steps: int = 0  # steps of the first stage, in which the connector learns alone
+    lr: Annotated[float, arg(aliases=["--learning-rate"])] = 1e-3  # of new parts: the connector
+    # of what was trained before, or is added to it by LoRA
+    lr_pretrained: Annotated[float, arg(aliases=["--learning-rate-pretraining-components"])] = 1e-3
+    min_lr: float = 0.0  # where the schedule ends
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, arg(aliases=["--num-warmup-steps"])] = 12  # a line up
+    warmup_ratio: float = 0.0  # instead of warmup_steps: a fraction of all steps
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    # largest norm of a step's gradients; 0: no clipping
+    grad_clip: Annotated[float, arg(aliases=["--max-grad-norm"])] = 1.0
+    # of matrix products and of what is frozen; fp16 with loss scaling, on GPUs
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    gradient_checkpointing: bool = False  # keep no activations, compute them again
+    # steps between checkpoints; 0: none
+    save_steps: Annotated[int, arg(aliases=["--save-every"])] = 0
+    log_steps: Annotated[int, arg(aliases=["--logging-steps"])] = 1  # steps between logged losses
+    resume: bool = False  # go on from the last checkpoint in --out
+    judged: int = 300  # photos to be judged by; 0: all 1322
+    # processes, where neither torchrun nor deepspeed starts them
+    ranks: int = 1
+    local_rank: int = -1  # launchers give it; the environment says the same
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA in the language model, under PEFT's names. Hu et al. 2021, arXiv:2106.09685."""
+
+    r: Annotated[int, arg(aliases=["--lora-rank", "--lora-r"])] = 8  # rank
+    # updates are multiplied by alpha / r; 0: alpha = 2 r
+    lora_alpha: Annotated[float, arg(aliases=["--lora-alpha"])] = 0
+    # dropout rate of an update's inputs
+    lora_dropout: Annotated[float, arg(aliases=["--lora-dropout"])] = 0.0
+    # ends of names, or regular expressions
+    target_modules: Annotated[tuple[str, ...], arg(aliases=["--lora-targets"])] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+    @property
+    def alpha(self) -> float:
+        """Alpha, or twice the rank."""
+        return self.lora_alpha or 2 * self.r
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Frozen matrices of the language model in few bits (QLoRA). Dettmers et al. 2023, arXiv:2305.14314."""
+
+    bits: Annotated[Literal[0, 4, 8], arg(aliases=["--bits"])] = 0  # 0: as they are
+    codebook: Literal["nf4", "fp4", "int4"] = "nf4"  # the 16 values of 4 bits
+    double_quant: bool = True  # the scales of 4 bits are quantised, too
+    backend: Literal["ours", "bitsandbytes"] = "ours"
+
+
+@dataclass(frozen=True)
+class FSDPConfig:
+    """Fully sharded data parallelism, PyTorch's FSDP2. Zhao et al. 2023, arXiv:2304.11277."""
+
+    enable: Annotated[bool, arg(aliases=["--fsdp"])] = False
+    # classes to shard one by one; none: the layers of the language model, and of a tower that learns
+    transformer_cls: tuple[str, ...] = ()
+    # of gathered weights: as --precision says for products, or cast when gathered
+    precision: Literal["autocast", "bf16"] = "autocast"
+    offload: bool = False  # shards wait in the host's memory (GPUs)
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """DeepSpeed's engine. Rajbhandari et al. 2020, arXiv:1910.02054."""
+
+    # -1: without DeepSpeed
+    stage: Annotated[Literal[-1, 0, 1, 2, 3], arg(aliases=["--zero-stage"])] = -1
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # what waits in the host's memory
+    config: str = ""  # a JSON file of DeepSpeed's own; empty: training/configs/zero*.json
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases, offline: nothing leaves the machine."""
+
+    enable: Annotated[bool, arg(aliases=["--enable-wandb"])] = False
+    project: str = "llava"
+    entity: str = ""

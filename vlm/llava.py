@@ -28,6 +28,7 @@ from deploy import decode
 from utils import data, run
 from utils.run import check
 from vlm import anyres, connector, fruit_photos, generation, llava_io, llava_parts
+from vlm.image_tokens import merge
 from vlm.prompts import IMAGE
 
 WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
@@ -101,26 +102,13 @@ class Llava(nn.Module):
         features = self.image_features(pixels)
         return anyres.pack(features, size, self.vision.size, candidates, self.newline)[None]
 
-    def merge(self, text_embeds, image_features, input_ids):
-        """Put features into the places of <image>, in order: (B,T,E), (any number of photos, N,E),
-        (B,T) -> (B,T,E).
-
-        Raises UserError if there are more places than features, or fewer.
-        """
-        places = input_ids == self.image_id
-        features = image_features.flatten(0, -2)
-        seen = int(places.sum())
-        check(
-            seen == len(features),
-            f"the text has {seen} places for a picture's tokens, the pictures have {len(features)}",
-        )
-        return text_embeds.masked_scatter(places[..., None], features.to(text_embeds.dtype))
-
     def embed(self, input_ids, features=None):
         """Token embeddings of text and photos as one sequence: (B,T,E)."""
         # <image> may have no row in the table: any other, which merge overwrites
         text = self.language.get_input_embeddings()(input_ids.where(input_ids != self.image_id, 0))
-        return text if features is None else self.merge(text, features, input_ids)
+        if features is None:
+            return text
+        return merge(text, features, input_ids == self.image_id)
 
     def forward(self, input_ids, pixels=None, features=None, **more):
         """-> the output of the language model; `features`, if given, are those of
@@ -147,10 +135,13 @@ def build(
     words=(IMAGE,),
     newline=False,
     on="cpu",
+    size=None,
+    options=None,
 ):
     """Names of a tower and a connector, and a language model -> Llava; the words are added to its
     vocabulary."""
-    parts = llava_parts.build(vision, join, language, tokenizer, layer, select, words, on)
+    about = (layer, select, words, on, size, options)
+    parts = llava_parts.build(vision, join, language, tokenizer, *about)
     return Llava(parts.vision, parts.connector, parts.language, parts.image_id, newline)
 
 

@@ -2,10 +2,11 @@
 
 `load` takes any of them apart into what llava.py puts together, `save` writes a folder:
 transformers' own format (llava_transformers.py) if it has these parts (a transformer as vision
-encoder, a connector mlp2x_gelu), else one of ours, in which every part is an ordinary folder of its
-library. Folders of build.py are read, too.
+encoder, a connector mlp2x_gelu), else that of modeling.py, which build.py writes, too. Folders of
+parts, an older format of ours, are still read.
 """
 
+import copy
 import json
 import shutil
 import tempfile
@@ -17,7 +18,8 @@ import torch
 from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
 from utils.text import printable, read_text
-from vlm.llava_parts import Parts, build, first_line, language_model, restore
+from vlm.config import PerceiverConfig, VLMConfig
+from vlm.llava_parts import Parts, build, first_line, language_model, merge_lora
 from vlm.llava_transformers import (
     from_pretrained,
     from_transformers,
@@ -31,9 +33,9 @@ from vlm.llava_transformers import (
 OURS = {"model_type", "vision", "connector", "layer", "select"}
 
 
-def save(model, tokenizer, folder, join="mlp2x_gelu"):
+def save(model, tokenizer, folder):
     """Write an ordinary folder, whole or not at all: transformers' own LLaVA if it knows the parts,
-    else ours."""
+    else a model of vlm/modeling.py."""
     folder = Path(folder)
     check(not folder.exists(), f"{folder} is there already: name another")
     try:
@@ -49,31 +51,34 @@ def save(model, tokenizer, folder, join="mlp2x_gelu"):
                 theirs.save_pretrained(ready)
                 processor(model, tokenizer).save_pretrained(ready)
             else:
-                save_parts(model, tokenizer, ready, join)
+                save_vlm(model, tokenizer, ready)
             shutil.move(ready, folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
 
 
-def save_parts(model, tokenizer, folder, join):
-    """Ours: config.json, language/ (with the tokenizer), vision/ unless it is EfficientNet,
-    connector.safetensors."""
+def save_vlm(model, tokenizer, folder):
+    """Any other pair of encoder and language model: a folder of vlm/modeling.py, which build.py writes, too."""
+    from vlm.modeling import assemble
+    from vlm.processor import VLMProcessor
+
     vision_tower = model.vision
-    model.language.save_pretrained(folder / "language")
-    tokenizer.save_pretrained(folder / "language")
-    own = hasattr(vision_tower.network, "config")
-    if own:
-        vision_tower.network.save_pretrained(folder / "vision")
-        image_processor(vision_tower).save_pretrained(folder / "vision")
-    checkpoint.write(folder / "connector.safetensors", model.connector.state_dict())
-    about = {
-        "model_type": "llava-of-parts",
-        "vision": "vision" if own else "efficientnet",
-        "connector": join,
-        "layer": vision_tower.layer,
-        "select": vision_tower.select,
-    }
-    run.write_json(folder / "config.json", about)
+    name, options = model.connector.built_as
+    config = VLMConfig(
+        connector=name,
+        perceiver=PerceiverConfig.of(options) if name == "perceiver" else None,
+        vision_layer=vision_tower.layer,
+        select=vision_tower.select,
+    )
+    # copies in the precision of the language model
+    dtype = model.language.dtype
+    join = copy.deepcopy(model.connector).to(dtype)
+    if hasattr(vision_tower.network, "config"):
+        vision_tower = copy.deepcopy(vision_tower).to(dtype)
+    whole = assemble(config, vision_tower, join, model.language, model.image_id)
+    whole.save_pretrained(folder)
+    shown = image_processor(vision_tower)
+    VLMProcessor(shown, tokenizer, image_tokens=model.count).save_pretrained(folder)
 
 
 def load(name, on="cpu"):
@@ -140,6 +145,53 @@ def read_config(path):
     return about
 
 
+def restore(path, on="cpu"):
+    """A file that vlm/train.py wrote: trained weights, and the names of frozen parts -> tokenizer,
+    Parts."""
+    tensors, meta = checkpoint.read(path)
+    try:
+        tokenizer, model = start_of(meta, on)
+
+        def part(name):
+            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
+        # trained weights: the connector, LoRA
+        model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
+        merge_lora(model.language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
+        # parts that were trained whole; a frozen one is not in the file
+        for name, parts in (("vision.", model.vision), ("language.", model.language)):
+            if part(name):
+                unknown = parts.load_state_dict(part(name), strict=False).unexpected_keys
+                check(
+                    not unknown,
+                    f"{path} holds weights that its {name[:-1]} model lacks: {printable(unknown)}",
+                )
+    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} holds no LLaVA of this kind ({first_line(error)})") from None
+    return tokenizer, model
+
+
+def start_of(meta, on):
+    """What a training run began with -> tokenizer, Parts: another model, or parts by their names."""
+    if "base" in meta:
+        return load(meta["base"], on)
+    tokenizer, language = language_model(meta["language"], on)
+    run.seed(0)
+    perceiver = meta.get("perceiver")
+    model = build(
+        meta["vision"],
+        meta["connector"],
+        language,
+        tokenizer,
+        meta["layer"],
+        meta["select"],
+        on=on,
+        size=meta.get("img_size"),
+        options=PerceiverConfig(**perceiver).options() if perceiver else None,
+    )
+    return tokenizer, model
+
+
 def load_vlm(path, on="cpu"):
     """A folder of build.py, any encoder with any language model -> tokenizer, Parts."""
     from vlm.modeling import VLM
@@ -155,6 +207,8 @@ def load_vlm(path, on="cpu"):
     if model.config.vision_config is not None:
         model.vision.mean = shown.image_processor.image_mean
         model.vision.std = shown.image_processor.image_std
+    options = PerceiverConfig(**model.config.perceiver).options() if model.config.perceiver else {}
+    model.connector.built_as = (model.config.connector, options)
     parts = Parts(model.vision, model.connector, model.language, model.config.image_token_id)
     return shown.tokenizer, parts
 

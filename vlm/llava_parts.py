@@ -1,14 +1,14 @@
-"""Parts of a LLaVA: vision tower, connector, language model, and the weights that vlm/train.py wrote.
+"""Parts of a LLaVA: vision tower, connector, language model; LoRA merged into the language model.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685) is merged into the language model.
+Hu et al. 2021, arXiv:2106.09685.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-from utils import checkpoint, pretrained, run
-from utils.run import UserError, check
+from utils import pretrained
+from utils.run import UserError
 from utils.text import printable
 from vlm import connector, tower
 from vlm.prompts import IMAGE, add_words
@@ -25,14 +25,31 @@ class Parts(NamedTuple):
     grids: tuple = ()  # LLaVA-1.6: the sizes that a picture is tiled to
 
 
-def build(vision, join, language, tokenizer, layer=-2, select="patch", words=(IMAGE,), on="cpu"):
+def build(
+    vision,
+    join,
+    language,
+    tokenizer,
+    layer=-2,
+    select="patch",
+    words=(IMAGE,),
+    on="cpu",
+    size=None,
+    options=None,
+):
     """Names of a tower and a connector, and a language model -> Parts; the words are added to its
-    vocabulary."""
-    vision_tower = tower.load(vision, layer, select, on=on) if isinstance(vision, str) else vision
+    vocabulary.
+
+    size: side of the pictures, if not that of the tower; options: of the perceiver resampler.
+    """
+    vision_tower = vision
+    if isinstance(vision, str):
+        vision_tower = tower.load(vision, layer, select, size, on)
     # the connector, from the width of the tower to that of the language model
     width = language.config.get_text_config().hidden_size
     image_id = add_words(tokenizer, language, words)
-    made = connector.build(join, vision_tower.width, width).to(on)
+    made = connector.build(join, vision_tower.width, width, **options or {}).to(on)
+    made.built_as = (join, options or {})  # for the configuration of a saved model
     return Parts(vision_tower, made, language, image_id)
 
 
@@ -53,37 +70,6 @@ def merge_lora(language, tensors, scale):
             raise UserError(
                 f"the corrections are for another language model: {name} does not fit"
             ) from None
-
-
-def restore(path, on="cpu"):
-    """A file that vlm/train.py wrote: trained weights, and the names of frozen parts -> tokenizer,
-    Parts."""
-    tensors, meta = checkpoint.read(path)
-    try:
-        # the parts by their names
-        tokenizer, language = language_model(meta["language"], on)
-        run.seed(0)
-        names = (meta["vision"], meta["connector"])
-        layer = (meta["layer"], meta["select"])
-        model = build(*names, language, tokenizer, *layer, on=on)
-
-        def part(name):
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        # trained weights: the connector, LoRA
-        model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
-        merge_lora(language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
-        # parts that were trained whole; a frozen one is not in the file
-        for name, parts in (("vision.", model.vision), ("language.", language)):
-            if part(name):
-                unknown = parts.load_state_dict(part(name), strict=False).unexpected_keys
-                check(
-                    not unknown,
-                    f"{path} holds weights that its {name[:-1]} model lacks: {printable(unknown)}",
-                )
-    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} holds no LLaVA of this kind ({first_line(error)})") from None
-    return tokenizer, model
 
 
 def first_line(error):

@@ -9,6 +9,7 @@ Shapes: pixels (P,3,S,S) of P pictures, features (P,M,E), text (B,T), where T co
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,9 +21,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from utils.run import check
 from vlm import connector, tower
 from vlm.config import PerceiverConfig, VLMConfig
+from vlm.image_tokens import merge
 from vlm.prompts import IGNORE
 
 
@@ -99,19 +100,13 @@ class VLM(PreTrainedModel, GenerationMixin):
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
 
-    def merge(self, input_ids, image_features=None):
-        """Text (B,T) and features (P,M,E) -> embeddings (B,T,E): features in the places of <image>, in order.
-
-        Raises UserError if there are more places than features, or fewer.
-        """
+    def embed(self, input_ids, image_features=None):
+        """Text (B,T) and features (P,M,E) -> embeddings (B,T,E): features in the places of <image>, in order."""
         places = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if image_features is None:
             image_features = embeds[:0, :0]
-        count = image_features.shape[0] * image_features.shape[1]
-        asked = int(places.sum())
-        check(asked == count, f"the text has {asked} places for image tokens, the pictures {count}")
-        return embeds.masked_scatter(places[..., None], image_features.to(embeds.dtype))
+        return merge(embeds, image_features, places)
 
     def forward(
         self,
@@ -135,7 +130,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             image_features = self.get_image_features(pixel_values)
         # 2. Features among the embeddings of the text
         if inputs_embeds is None:
-            inputs_embeds = self.merge(input_ids, image_features)
+            inputs_embeds = self.embed(input_ids, image_features)
         # 3. The language model reads on
         outputs = self.language(
             inputs_embeds=inputs_embeds,
@@ -166,6 +161,24 @@ class VLM(PreTrainedModel, GenerationMixin):
         if first or not kwargs.get("use_cache", True):
             found["pixel_values"] = pixel_values
         return found
+
+
+def assemble(config, vision, join, language, image_token_id):
+    """Parts with their weights -> VLM, whose configuration says what they are: a saved folder needs no names.
+
+    config: names, connector, layer; the parts are taken as they are, and not copied.
+    """
+    config.vision_config = getattr(vision.network, "config", None)
+    config.text_config = language.config
+    config.image_token_id = image_token_id
+    # An empty model, which costs no memory, takes the parts
+    with torch.device("meta"):
+        model: Any = VLM(config)
+    model.vision = vision
+    model.language = language
+    model.connector = join
+    model.generation_config = language.generation_config
+    return model.eval()
 
 
 AutoConfig.register("vlm_action", VLMConfig, exist_ok=True)

@@ -10,11 +10,13 @@ Shapes: B conversations that a rank reads at a time, T tokens; A such parts make
 Differences from the paper: 732 photos instead of 595 000 pictures and 158 000 conversations; by
 default LoRA instead of all weights, and both stages on the same photos.
 
-Flags: train_config.py; trainable parameters and their rates: trainable.py; batches: train_data.py.
+Flags: config.py; the model: train_model.py; trainable parameters and their rates: trainable.py;
+batches: train_data.py; one process, DDP, FSDP, DeepSpeed, accelerate: engines.py.
 
     python vlm/train.py                                                     # two cores: 5.4 minutes, 3 of evaluation
     python vlm/train.py --train_type projector                              # the connector alone
-    torchrun --nproc_per_node 2 vlm/train.py
+    python vlm/train.py --model outputs/vlm_train/model.safetensors         # go on from it
+    torchrun --nproc_per_node 2 vlm/train.py --fsdp
     deepspeed --num_gpus 1 vlm/train.py --zero_stage 2
     deepspeed vlm/train.py --vision openai/clip-vit-large-patch14-336 --language meta-llama/Llama-2-7b-chat-hf \\
         --connector mlp2x_gelu --data chat.json --image_folder pictures --zero_stage 2 --gradient_checkpointing
@@ -22,8 +24,6 @@ Flags: train_config.py; trainable parameters and their rates: trainable.py; batc
 
 import os
 import time
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,35 @@ from finetune import llama2_full, llama2_lora
 from training import ranks
 from utils import checkpoint, figures, run
 from utils.run import check
-from vlm import checkpoints, llava, llava_parts, packing, tower, train_evaluation
+from vlm import checkpoints, engines, llava, llava_io, metric_loggers, packing, train_evaluation
+from vlm.config_file import with_file
 from vlm.prompts import IGNORE
-from vlm.train_config import Config, check_flags
-from vlm.train_data import collate, count_supervised, read_samples, step_batches
-from vlm.trainable import lr_multipliers, param_groups, set_trainable
+from vlm.train_config import Config, changed, check_flags, engine_name, with_steps
+from vlm.train_data import (
+    collate,
+    count_supervised,
+    read_samples,
+    report_lengths,
+    step_batches,
+)
+from vlm.train_model import build_model
+from vlm.trainable import lr_multipliers
 
 
 class Learner(nn.Module):
-    """A Llava whose forward pass is the loss: the form that DeepSpeed and we need."""
+    """A Llava whose forward pass is the loss: the form that all engines need.
+
+    A frozen tower is no part of it: no engine shards or casts it.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
+        vision_tower = model.vision
+        if not any(p.requires_grad for p in vision_tower.parameters()):
+            del model.vision
+            # an attribute, and no submodule
+            object.__setattr__(model, "vision", vision_tower)
 
     def forward(self, batch, features):
         """Sum of -log p(token | photo, all before it) over the supervised tokens. Eq. 3 of LLaVA,
@@ -61,13 +77,17 @@ class Learner(nn.Module):
         """
         model = self.model
         # image tokens: through the connector, and through the tower, if it learns
-        seen = None
-        if features is not None:
-            is_pixels = features.dim() == 4 and features.shape[1] == 3
-            seen = model.image_features(features) if is_pixels else model.project(features)
-        # the language model reads them among the words
+        image_tokens = self.image_tokens(self.stand_in(batch) if features is None else features)
+        # among the words; without a picture nothing is added to them but a zero, so that on every rank
+        # the backward pass goes through the same layers, and what sees has gradients of zero
+        if features is None:
+            embeds = model.embed(batch["ids"])
+            embeds = embeds + 0 * image_tokens.sum().to(embeds.dtype)
+        else:
+            embeds = model.embed(batch["ids"], image_tokens)
+        # the language model reads on
         states = model.language.base_model(
-            inputs_embeds=model.embed(batch["ids"], seen),
+            inputs_embeds=embeds,
             attention_mask=batch["mask"],
             position_ids=batch["positions"],
             use_cache=False,
@@ -76,11 +96,20 @@ class Learner(nn.Module):
         labels = batch["labels"][:, 1:]
         supervised = labels != IGNORE
         logits = model.language.get_output_embeddings()(states[:, :-1][supervised])
-        value = F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
-        # the connector has gradients of zero, not none: it may be all that learns
-        if features is None:
-            value = value + 0 * sum(p.sum() for p in model.connector.parameters())
-        return value
+        return F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
+
+    def image_tokens(self, features):
+        """Vision features or pixels -> image tokens (photos,M,E)."""
+        is_pixels = features.dim() == 4 and features.shape[1] == 3
+        return self.model.image_features(features) if is_pixels else self.model.project(features)
+
+    def stand_in(self, batch):
+        """A black picture, for a batch without one, so that every rank calls the same layers."""
+        on = batch["ids"].device
+        vision_tower = self.model.vision
+        if any(p.requires_grad for p in vision_tower.parameters()):
+            return torch.zeros(1, 3, vision_tower.size, vision_tower.size, device=on)
+        return torch.zeros(1, vision_tower.count, vision_tower.width, device=on)
 
 
 def total(*values):
@@ -92,71 +121,47 @@ def total(*values):
     return x.tolist()
 
 
-def train(learner, optimizer, samples, photos, pad, cfg, on, engine=None, start=0):
-    """Steps `start` to cfg.max_steps; yields the loss of each: the mean over the supervised tokens
+def train(engine, samples, photos, pad, cfg, on, start=0):
+    """Steps `start` to cfg.train.steps; yields the loss of each: the mean over the supervised tokens
     of all ranks."""
     rank, n = ranks.rank_and_world_size()
-    trainable = [p for p in learner.parameters() if p.requires_grad]
-    for step in range(start, cfg.max_steps):
+    for step in range(start, cfg.train.steps):
         # learning rate of each parameter group
-        factors = lr_multipliers(cfg, step)
-        for group in optimizer.param_groups:
+        factors = lr_multipliers(cfg.train, step)
+        for group in engine.optimizer.param_groups:
             group["lr"] = group["top"] * factors[group["old"]]
         # batches of this step and rank, and the supervised tokens of all ranks
         parts = step_batches(samples, cfg, step, rank, n)
-        random = np.random.default_rng([cfg.seed, 4, step, rank])
+        # random numbers of this step: views of photos, and dropout, which a resumed run draws alike
+        random = np.random.default_rng([cfg.train.seed, 4, step, rank])
+        torch.manual_seed(cfg.train.seed + 1000003 * step + rank)
         (tokens,) = total(sum(count_supervised(part) for part in parts))
         summed = 0.0
-        for part in parts:
-            # forward pass
-            batch, seen = collate(part, cfg, learner.model, pad, photos, random)
+        for number, part in enumerate(parts, 1):
+            batch, features = collate(part, cfg, engine.learner.model, pad, photos, random)
             batch = {k: v.to(on) for k, v in batch.items()}
-            with run.autocast(on) if cfg.precision == "bf16" else nullcontext():
-                value = (engine or learner)(batch, None if seen is None else seen.to(on))
-            summed += value.item()
-            # backward pass, of the mean over all tokens; DeepSpeed divides by A and by n
-            if engine:
-                engine.backward(value * cfg.gradient_accumulation_steps * n / tokens)
-                engine.step()
-            else:
-                (value / tokens).backward()
-        if not engine:
-            # all-reduce: the sum of gradients over ranks; one without photos has none for the tower
-            for p in trainable:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                if n > 1:
-                    dist.all_reduce(p.grad)
-            # gradient clipping, then a step
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            features = None if features is None else features.to(on)
+            with engine.part(last=number == len(parts)):
+                # forward pass
+                value = engine.loss(batch, features)
+                summed += value.item()
+                # backward pass, of the mean over all tokens of all ranks
+                engine.backward(value / tokens)
+        # gradients of all ranks, clipping, a step of the optimizer
+        engine.step()
         yield total(summed)[0] / tokens
 
 
 def prepare(cfg, on):
     """-> tokenizer, model with its trainable parameters, samples, their photos, counts of rows that
     were changed."""
-    # language model
-    tokenizer, language = llava_parts.language_model(cfg.language, on)
-    room = packing.positions_of(language)
-    longest = cfg.model_max_length or room
+    tokenizer, model = build_model(cfg, on)
+    room = packing.positions_of(model.language)
+    longest = cfg.data.model_max_length or room
     fits = room is None or longest <= room
     check(
         fits, f"--model_max_length {longest}: the language model has {room} positions, take no more"
     )
-    if on.type == "cpu":
-        # on rows as short as these faster than the fused kernel
-        language.set_attn_implementation("eager")
-    # vision tower, connector, all three together
-    vision_tower = tower.load(cfg.vision, cfg.layer, cfg.select, on=on)
-    run.seed(cfg.seed)
-    model = llava.build(vision_tower, cfg.connector, language, tokenizer, on=on)
-    set_trainable(model, cfg)
-    if cfg.gradient_checkpointing:
-        language.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-    # data
     samples, photos, counts = read_samples(cfg, tokenizer, model, longest)
     return tokenizer, model, samples, photos, counts
 
@@ -164,76 +169,80 @@ def prepare(cfg, on):
 def worker(cfg):
     """Training on one rank -> its numbers; rank 0 writes the weights and evaluates them."""
     rank, n = ranks.rank_and_world_size()
-    on = ranks.device() if n > 1 else run.device(cfg.device)
+    on = ranks.device() if n > 1 else run.device(cfg.train.device)
     folder = Path(cfg.out)
     first = rank == 0
-    # model, data, optimizer, and the state of an earlier run
+    # model, data, engine, and the state of an earlier run
     tokenizer, model, samples, photos, counts = prepare(cfg, on)
+    cfg = with_steps(cfg, len(samples), n)
+    adapters = llama2_lora.tree(model)
     learner = Learner(model).train()
-    model.vision.train(cfg.train_type == "none")
-    groups = param_groups(model, cfg)
-    if cfg.zero_stage >= 0:
-        engine = checkpoints.engine_of(learner, groups, cfg)
-        optimizer = engine.optimizer
-    else:
-        engine = None
-        optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
-    losses = checkpoints.load(cfg, model, optimizer, engine) if cfg.resume else []
+    model.vision.train(cfg.train.train_type == "none")
+    engine = engines.build(learner, cfg, on)
+    losses = checkpoints.load(cfg, engine) if cfg.resume else []
     if first and not cfg.resume:
         run.output(folder, cfg)
     if first:
         report_lengths(counts, cfg)
-        print(llama2_lora.tree(model) or f"no adapters; what learns: {cfg.train_type}", flush=True)
+        print(adapters or f"no adapters; what learns: {cfg.train.train_type}", flush=True)
     # training, with checkpoints and metric loggers
-    save = partial(checkpoints.save, cfg, model, optimizer, losses, engine)
+    save = partial(checkpoints.save, cfg, engine, losses)
     start = len(losses)
     clock = time.perf_counter()
     cpu_clock = time.process_time()
-    loggers = checkpoints.metric_loggers(cfg, folder) if first else []
-    pad = tokenizer.pad_token_id
-    steps = train(learner, optimizer, samples, photos, pad, cfg, on, engine, start)
-    for value in run.progress(steps, cfg.max_steps, start, cfg.save_every, save):
+    loggers = metric_loggers.metric_loggers(cfg, folder) if first else []
+    steps = train(engine, samples, photos, tokenizer.pad_token_id, cfg, on, start)
+    for value in run.progress(steps, cfg.train.steps, start, cfg.train.save_steps, save):
         losses.append(value)
-        for log in loggers:
-            log(len(losses), value)
+        if len(losses) % cfg.train.log_steps == 0:
+            for log in loggers:
+                log(len(losses), value)
     seconds = time.perf_counter() - clock
     cpu_seconds = time.process_time() - cpu_clock
-    if cfg.save_every:
+    if cfg.train.save_steps:
         save()
     # numbers; weights and evaluation on the first rank
     numbers = {"losses": losses, "train_seconds": seconds, "train_cpu_seconds": cpu_seconds}
     numbers |= {"process_MiB": llama2_full.process_peak() / 2**20} | counts
+    weights = checkpoints.tensors(model)  # of a sharded model all ranks gather them
     if first:
-        weights = checkpoints.tensors(model)
-        checkpoint.write(folder / "model.safetensors", weights, checkpoints.about(cfg))
+        path = folder / "model.safetensors"
+        checkpoint.write(path, weights, checkpoints.about(cfg))
         numbers["learned"] = sum(x.numel() for x in weights.values())
-        if not cfg.data:
-            numbers |= train_evaluation.evaluate_run(cfg, tokenizer, model.eval(), folder)
+        numbers |= after_training(cfg, tokenizer, model.eval(), path)
     return numbers
 
 
-def report_lengths(counts, cfg):
-    """One line, if there were conversations longer than the model can read."""
-    shortened = counts["conversations shortened"]
-    left_out = counts["conversations left out"]
-    if not shortened and not left_out:
-        return
-    most = "the model's positions"
-    if cfg.model_max_length:
-        most = f"--model_max_length {cfg.model_max_length}"
-    print(
-        f"longer than {most}: {shortened} conversations lost turns at their end, {left_out} are left out"
-    )
+def after_training(cfg, tokenizer, model, path):
+    """The whole model as a folder, if it is wanted, and scores on held-out photos -> metrics.
+
+    A sharded model, or one with matrices of few bits, is read from the file that was written.
+    """
+    if cfg.data.data_path and not cfg.save_model:
+        return {}
+    if cfg.save_model or checkpoints.sharded(cfg):
+        tokenizer, model = llava.load(path)
+    if cfg.save_model:
+        llava_io.save(model, tokenizer, path.with_name("model"))
+    if cfg.data.data_path:
+        return {}
+    return train_evaluation.evaluate_run(cfg, tokenizer, model, path.parent)
 
 
 def main(cfg: Config) -> dict:
     """Train on one process or several, write the weights, evaluate them on held-out photos."""
     check_flags(cfg)
-    if cfg.learning_rate_pretraining_components == 0:
+    if cfg.train.lr_pretrained == 0 and cfg.train.train_type != "lora_frozen_projector":
         # parameters that may not move need no gradient, no fp32, no optimizer
-        cfg = replace(cfg, train_type="projector")
-    alone = cfg.ranks == 1 and cfg.zero_stage < 0 and "RANK" not in os.environ
-    found = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.ranks)
+        cfg = changed(cfg, train_type="projector")
+    target = Path(cfg.out) / "model"
+    check(
+        not (cfg.save_model and target.exists()),
+        f"{target} is there already: choose another place with --out",
+    )
+    alone = cfg.train.ranks == 1 and engine_name(cfg) in ("plain", "ddp")
+    alone = alone and "RANK" not in os.environ
+    found = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.train.ranks)
     if found is None:
         return {}
     # the first rank's numbers
@@ -251,4 +260,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run.cli(main, Config)
+    run.cli(main, Config, expand=with_file)

@@ -1,93 +1,138 @@
-"""Flags of vlm/train.py, under the names that LLaVA's own training script and transformers give them."""
+"""Flags of vlm/train.py: the sections of config.py side by side, and the checks that need more than one of them."""
 
-from dataclasses import dataclass
+import copy
+import math
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import arg
 
 from utils.run import check
+from vlm.config import (
+    DataConfig,
+    DeepSpeedConfig,
+    FSDPConfig,
+    LoraConfig,
+    QuantConfig,
+    TrainConfig,
+    VLMConfig,
+    WandbConfig,
+    model_flags,
+)
+
+OUT_NAMES = ["--save-path", "--work-dir", "--output-dir"]
 
 
 @dataclass(frozen=True)
 class Config:
     """Train a LLaVA on conversations about photos."""
 
-    # none: nothing is frozen
-    train_type: Literal["use_lora", "projector", "freeze_vision", "none"] = "use_lora"
-    vision: str = "efficientnet"  # the tower: efficientnet, or a folder or hub id
-    language: str = "smollm2"  # the language model: smollm2, or a folder or hub id
-    connector: str = "pool3"  # see vlm/connector.py
-    layer: int = -2  # of the tower's states
-    select: Literal["patch", "all"] = "patch"  # of the tower's tokens
-    data: str = ""  # a chat.json; empty: photos of fruit
-    image_folder: str = ""  # where its pictures are
-    emoji: int = 0  # pictures of emoji besides the photos of fruit
-    views: int = 4  # of each picture: its middle, and random pieces
-    align_steps: int = 0  # steps of the first stage, in which the connector learns alone
-    max_steps: int = 120  # steps of both stages
-    per_device_train_batch_size: int = 16  # B
-    gradient_accumulation_steps: int = 1  # A
-    learning_rate: float = 1e-3  # of new parts: the connector
-    # of what was trained before, or is added to it by LoRA
-    learning_rate_pretraining_components: float = 1e-3
-    weight_decay: float = 0.0
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    num_warmup_steps: int = 12  # the rates go up in a line
-    lora_rank: int = 8
-    lora_targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+    model: Annotated[VLMConfig, arg(constructor=model_flags, name="")] = field(
+        default_factory=model_flags
     )
-    # of samples: paragraphs of manuals, so that it does not forget how to read
-    text_share: float = 0.05
-    # tokens of the longest conversation; 0: as many as the language model has positions
-    model_max_length: int = 0
-    packing: bool = True  # several conversations in one row, none sees another
-    # all of a step with pictures or all without, about equally long
-    group_by_modality_length: bool = False
-    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products and of what is frozen
-    gradient_checkpointing: bool = False  # keep no activations, compute them again
-    zero_stage: Literal[-1, 0, 1, 2] = -1  # train by DeepSpeed; -1: without
-    judged: int = 300  # photos to be judged by; 0: all 1322
-    save_every: int = 0  # steps between checkpoints; 0: none
-    resume: bool = False  # go on from the last checkpoint in --out
+    train: Annotated[TrainConfig, arg(name="")] = TrainConfig()
+    data: Annotated[DataConfig, arg(name="")] = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    quant: QuantConfig = QuantConfig()
+    fsdp: FSDPConfig = FSDPConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    wandb: WandbConfig = WandbConfig()
+    # who adds up the gradients of several ranks, if neither --fsdp nor --zero_stage: one all-reduce
+    # behind the backward pass, PyTorch's DDP, or accelerate
+    engine: Literal["plain", "ddp", "accelerate"] = "plain"
     enable_tensorboard: bool = False
-    enable_wandb: bool = False  # Weights & Biases, offline: nothing leaves the machine
-    ranks: int = 1  # processes, where neither torchrun nor deepspeed starts them
-    local_rank: int = -1  # launchers give it; the environment says the same
-    seed: int = 0
-    device: str = "auto"
-    out: Annotated[str, tyro.conf.arg(aliases=["--work-dir"])] = "outputs/vlm_train"
+    save_model: bool = False  # also write the whole model, as a folder: OUT/model
+    out: Annotated[str, arg(aliases=OUT_NAMES)] = "outputs/vlm_train"
+
+    @property
+    def resume(self) -> bool:
+        """Go on from the last checkpoint?"""
+        return self.train.resume
 
 
-def check_flags(cfg):
+def changed(cfg: Config, **values: Any) -> Config:
+    """The configuration with other values, each in the section that has a field of its name.
+
+    Raises TypeError for a name that no section has.
+    """
+    top = {name: values.pop(name) for name in [f.name for f in fields(cfg)] if name in values}
+    cfg = replace(cfg, **top)
+    for section in ("model", "train", "data", "lora"):
+        old = getattr(cfg, section)
+        names = [f.name for f in fields(old)]
+        mine = {name: values.pop(name) for name in names if name in values}
+        if section == "model" and mine:
+            new = copy.deepcopy(old)
+            for name, value in mine.items():
+                setattr(new, name, value)
+            cfg = replace(cfg, model=new)
+        elif mine:
+            cfg = replace(cfg, **{section: replace(old, **mine)})
+    if values:
+        raise TypeError(f"no section has {', '.join(values)}")
+    return cfg
+
+
+def engine_name(cfg: Config) -> str:
+    """fsdp, deepspeed, or what --engine says. Raises UserError for two at once."""
+    asked = []
+    if cfg.fsdp.enable:
+        asked.append("fsdp")
+    if cfg.deepspeed.stage >= 0:
+        asked.append("deepspeed")
+    if cfg.engine != "plain":
+        asked.append(cfg.engine)
+    check(len(asked) < 2, f"one engine at a time: {' or '.join(asked)}")
+    return asked[0] if asked else "plain"
+
+
+def with_steps(cfg: Config, samples: int, ranks: int) -> Config:
+    """--epochs and --warmup_ratio become numbers of steps, now that the number of samples is known."""
+    a_step = cfg.train.batch_size * cfg.train.gradient_accumulation_steps * ranks
+    if cfg.train.epochs:
+        cfg = changed(cfg, steps=math.ceil(cfg.train.epochs * samples / a_step))
+    if cfg.train.warmup_ratio:
+        cfg = changed(cfg, warmup_steps=math.ceil(cfg.train.warmup_ratio * cfg.train.steps))
+    return cfg
+
+
+def check_flags(cfg: Config) -> None:
     """Raises UserError for flags that make no sense, before anything is loaded."""
+    train = cfg.train
+    data = cfg.data
     check(
-        min(cfg.max_steps, cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps) > 0
-        and min(cfg.views, cfg.lora_rank) > 0,
-        "--max_steps, --per_device_train_batch_size, ..accumulation.., --views, --lora_rank: above 0",
+        min(train.steps, train.batch_size, train.gradient_accumulation_steps) > 0
+        and min(data.views, cfg.lora.r) > 0,
+        "--steps, --batch_size, --gradient_accumulation_steps, --views, --lora.r: above 0",
     )
-    check(cfg.learning_rate > 0, "--learning_rate must be above 0")
-    check(
-        cfg.learning_rate_pretraining_components >= 0,
-        "--learning_rate_pretraining_components must be 0 or more",
-    )
-    check(
-        0 <= cfg.align_steps < cfg.max_steps,
-        "--align_steps must be 0 or more and below --max_steps",
-    )
-    check(
-        min(cfg.judged, cfg.save_every, cfg.num_warmup_steps, cfg.emoji, cfg.weight_decay) >= 0,
-        "a flag is below 0",
-    )
-    check(cfg.model_max_length >= 0, "--model_max_length must be 0 or more")
-    check(0 <= cfg.text_share < 1, "--text_share must be at least 0 and below 1")
-    check(not cfg.image_folder or cfg.data, "--image_folder goes with --data")
-    for package, asked in (("tensorboard", cfg.enable_tensorboard), ("wandb", cfg.enable_wandb)):
-        check(not asked or find_spec(package), f"--enable_{package}: pip install {package}")
+    # rates
+    check(train.lr > 0, "--lr must be above 0")
+    check(train.lr_pretrained >= 0, "--lr_pretrained must be 0 or more")
+    check(0 <= train.min_lr <= train.lr, "--min_lr must be 0 or more, and at most --lr")
+    betas = all(0 <= beta < 1 for beta in train.betas)
+    check(betas, "--betas must be at least 0 and below 1")
+    check(0 <= cfg.lora.lora_dropout < 1, "--lora.lora_dropout must be at least 0 and below 1")
+    check(cfg.lora.lora_alpha >= 0, "--lora.lora_alpha must be 0 or more; 0: twice the rank")
+    # stages and lengths
+    stages = 0 <= train.align_steps < train.steps or train.epochs > 0
+    check(stages, "--align_steps must be 0 or more and below --steps")
+    low = min(train.judged, train.save_steps, train.warmup_steps, data.emoji, train.weight_decay)
+    check(min(low, train.grad_clip, train.epochs) >= 0, "a flag is below 0")
+    check(train.log_steps > 0, "--log_steps must be above 0")
+    check(0 <= train.warmup_ratio < 1, "--warmup_ratio must be at least 0 and below 1")
+    check(data.model_max_length >= 0, "--model_max_length must be 0 or more")
+    # data
+    check(0 <= data.text_share < 1, "--text_share must be at least 0 and below 1")
+    check(not data.image_folder or data.data_path, "--image_folder goes with --data")
+    # engines
+    name = engine_name(cfg)
+    half = train.precision == "fp16"
+    check(not half or name in ("plain", "ddp"), f"--precision fp16 is not done under {name}: bf16")
+    quantised = cfg.quant.bits > 0
+    lora = train.train_type in ("use_lora", "lora_frozen_projector", "projector")
+    check(not quantised or lora, "--quant.bits: what is stored in few bits cannot learn; use LoRA")
+    # packages that are not required
+    asked = (("tensorboard", cfg.enable_tensorboard), ("wandb", cfg.wandb.enable))
+    for package, wanted in asked:
+        check(not wanted or find_spec(package), f"--enable_{package}: pip install {package}")

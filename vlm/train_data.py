@@ -41,16 +41,15 @@ class Photos:
 def read_rows(cfg):
     """-> rows to learn from, the folder of their photos, how many rows had a photo that cannot be
     decoded."""
-    if cfg.data:
-        folder = Path(cfg.image_folder or Path(cfg.data).parent)
-        rows, broken = conversations.replace_undecodable(
-            conversations.read(cfg.data, folder), folder
-        )
+    path = cfg.data.data_path
+    if path:
+        folder = Path(cfg.data.image_folder or Path(path).parent)
+        rows, broken = conversations.replace_undecodable(conversations.read(path, folder), folder)
         return rows, folder, broken
-    rows = data.fruit("train", cfg.seed)
+    rows = data.fruit("train", cfg.train.seed)
     folder = data.photos()
-    if cfg.emoji:
-        rows += data.emoji(folder, cfg.emoji, cfg.seed)
+    if cfg.data.emoji:
+        rows += data.emoji(folder, cfg.data.emoji, cfg.train.seed)
     return rows, folder, 0
 
 
@@ -61,15 +60,15 @@ def read_samples(cfg, tokenizer, model, longest):
     names = sorted({row["image"] for row in rows if row.get("image")})
     paths = [folder / name for name in names]
     photos = Photos(paths, vision_tower=model.vision)
-    if cfg.train_type != "none" and paths:
-        photos.features = views.features(model.vision, paths, cfg.views, cfg.seed)
+    if cfg.train.train_type != "none" and paths:
+        photos.features = views.features(model.vision, paths, cfg.data.views, cfg.train.seed)
     # conversations as token ids and labels
     number = {name: i for i, name in enumerate(names)}
     made = conversations.samples(tokenizer, rows, model.count, number, longest)
     samples, shortened, left_out = made
     # text alone: other pages than those of the text loss
-    if cfg.text_share:
-        count = round(len(samples) * cfg.text_share / (1 - cfg.text_share))
+    if cfg.data.text_share:
+        count = round(len(samples) * cfg.data.text_share / (1 - cfg.data.text_share))
         pages = evaluate.paragraphs(TEXT_LOSS_PAGES + count)[TEXT_LOSS_PAGES:]
         samples += [text_sample(tokenizer, text, longest) for text in pages]
     counts = {
@@ -91,35 +90,35 @@ def text_sample(tokenizer, text, longest=None):
 def step_batches(samples, cfg, step, rank, n):
     """Batches of a step on this rank: A parts of B samples. Every epoch has its own order, the same
     on all ranks."""
-    if cfg.group_by_modality_length:
+    if cfg.data.group_by_modality_length:
         return modality_batches(samples, cfg, step, rank, n)
-    size = cfg.per_device_train_batch_size
-    a_step = size * cfg.gradient_accumulation_steps
+    size = cfg.train.batch_size
+    a_step = size * cfg.train.gradient_accumulation_steps
     first = (step * n + rank) * a_step
     chosen = []
     for k in range(first, first + a_step):
         epoch, place = divmod(k, len(samples))
-        order = np.random.default_rng([cfg.seed, 3, epoch]).permutation(len(samples))
+        order = np.random.default_rng([cfg.train.seed, 3, epoch]).permutation(len(samples))
         chosen.append(samples[order[place]])
     return [chosen[i : i + size] for i in range(0, a_step, size)]
 
 
 def modality_batches(samples, cfg, step, rank, n):
     """The same, but no batch mixes photos with text alone, on no rank of a step."""
-    size = cfg.per_device_train_batch_size
-    parts = cfg.gradient_accumulation_steps
+    size = cfg.train.batch_size
+    parts = cfg.train.gradient_accumulation_steps
     batches = []
     for k in range(step * parts, (step + 1) * parts):
-        count = len(samplers.by_modality(samples, size, cfg.seed, 0, n)[rank])
+        count = len(samplers.by_modality(samples, size, cfg.train.seed, 0, n)[rank])
         epoch, place = divmod(k, count)
-        numbers = samplers.by_modality(samples, size, cfg.seed, epoch, n)[rank][place]
+        numbers = samplers.by_modality(samples, size, cfg.train.seed, epoch, n)[rank][place]
         batches.append([samples[i] for i in numbers])
     return batches
 
 
 def collate(part, cfg, model, pad, photos, random):
     """Samples -> a batch as `Learner` takes it, and the features of their photos, in order."""
-    if cfg.packing:
+    if cfg.data.packing:
         # several samples a row, under a block-diagonal mask
         rows = packing.pack(part, max(256, max(len(s["ids"]) for s in part)))
         batch = packing.packed(rows, pad)
@@ -135,3 +134,17 @@ def collate(part, cfg, model, pad, photos, random):
 def count_supervised(samples):
     """Supervised tokens: a first token has nothing before it and is none."""
     return sum(label != IGNORE for s in samples for label in s["labels"][1:])
+
+
+def report_lengths(counts, cfg):
+    """One line, if there were conversations longer than the model can read."""
+    shortened = counts["conversations shortened"]
+    left_out = counts["conversations left out"]
+    if not shortened and not left_out:
+        return
+    most = "the model's positions"
+    if cfg.data.model_max_length:
+        most = f"--model_max_length {cfg.data.model_max_length}"
+    print(
+        f"longer than {most}: {shortened} conversations lost turns at their end, {left_out} are left out"
+    )

@@ -1,60 +1,77 @@
 """Trainable parameters of a LLaVA, and the learning rate of each: new parts, pretrained parts, two stages.
 
 Liu et al. 2023, arXiv:2304.08485, Sec. 4.2: the connector alone first (feature alignment), then it
-and the language model. LoRA in the language model: Hu et al. 2021, arXiv:2106.09685.
+and the language model. LoRA in the language model: Hu et al. 2021, arXiv:2106.09685; beside matrices
+of 4 or 8 bits: QLoRA, Dettmers et al. 2023, arXiv:2305.14314.
 """
 
 import math
 
-from finetune import llama2_lora
-from vlm import checkpoints
+from finetune import llama2_lora, llama2_qlora
+from finetune.quantization import QuantLinear
+
+LORA_TYPES = ("use_lora", "lora_frozen_projector")
+
+
+def quantize(language, cfg):
+    """QLoRA: the matrices of the frozen language model in 8 or 4 bits, by our layer or by bitsandbytes."""
+    quant = cfg.quant
+    if not quant.bits:
+        return
+    make = llama2_qlora.by_bitsandbytes if quant.backend == "bitsandbytes" else QuantLinear
+    llama2_qlora.store(language, quant.bits, quant.codebook, double=quant.double_quant, make=make)
 
 
 def set_trainable(model, cfg):
     """Trainable parameters by --train_type: the connector, and nothing else, LoRA in the language
-    model, all of that, or everything.
+    model, all of that, LoRA and not the connector, or everything.
 
     What learns is kept in fp32: a bf16 number next to 1 cannot move by less than 0.008.
     """
-    # the connector always learns
+    kind = cfg.train.train_type
     model.requires_grad_(False)
-    model.connector.float().requires_grad_(True)
+    quantize(model.language, cfg)
+    # the connector, but for the experiment that leaves it random
+    model.connector.float().requires_grad_(kind != "lora_frozen_projector")
     if model.newline is not None:
-        model.newline.requires_grad_(True)
+        model.newline.requires_grad_(kind != "lora_frozen_projector")
     # the language model: by LoRA, or whole
-    if cfg.train_type == "use_lora":
-        alpha = checkpoints.LORA_SCALE * cfg.lora_rank
-        llama2_lora.inject(model.language, cfg.lora_targets, cfg.lora_rank, alpha)
-    if cfg.train_type in ("freeze_vision", "none"):
+    if kind in LORA_TYPES:
+        lora = cfg.lora
+        llama2_lora.inject(
+            model.language, lora.target_modules, lora.r, lora.alpha, lora.lora_dropout
+        )
+    if kind in ("freeze_vision", "none"):
         model.language.float().requires_grad_(True)
     # the vision tower
-    if cfg.train_type == "none":
+    if kind == "none":
         model.vision.float().requires_grad_(True)
 
 
-def lr_multipliers(cfg, step):
+def lr_multipliers(train, step):
     """Learning-rate multipliers at a step -> (of new parts, of pretrained parts).
 
-    The first stage moves new parts only; each stage warms up and comes down by itself.
+    The first stage moves new parts only; each stage warms up and comes down by itself, to min_lr.
     """
     # the stage, and the step in it
-    align = step < cfg.align_steps
+    align = step < train.align_steps
     if align:
         i = step
-        n = cfg.align_steps
+        n = train.align_steps
     else:
-        i = step - cfg.align_steps
-        n = cfg.max_steps - cfg.align_steps
+        i = step - train.align_steps
+        n = train.steps - train.align_steps
     # linear warm-up times the schedule
-    warmup = min(1.0, (i + 1) / max(1, min(cfg.num_warmup_steps, n)))
+    warmup = min(1.0, (i + 1) / max(1, min(train.warmup_steps, n)))
     done = i / n
-    if cfg.lr_scheduler_type == "cosine":
+    if train.lr_scheduler_type == "cosine":
         decay = (1 + math.cos(math.pi * done)) / 2
-    elif cfg.lr_scheduler_type == "linear":
+    elif train.lr_scheduler_type == "linear":
         decay = 1 - done
     else:
         decay = 1.0
-    factor = warmup * decay
+    lowest = train.min_lr / train.lr
+    factor = warmup * (lowest + (1 - lowest) * decay)
     return factor, 0.0 if align else factor
 
 
@@ -65,8 +82,11 @@ def param_groups(model, cfg):
     trainable = [p for p in model.parameters() if p.requires_grad]
     new = [p for p in trainable if id(p) in new_ids]
     old = [p for p in trainable if id(p) not in new_ids]
-    groups = [{"params": new, "lr": cfg.learning_rate, "top": cfg.learning_rate, "old": 0}]
+    groups = []
+    if new:
+        top = cfg.train.lr
+        groups.append({"params": new, "lr": top, "top": top, "old": 0})
     if old:
-        top = cfg.learning_rate_pretraining_components
+        top = cfg.train.lr_pretrained
         groups.append({"params": old, "lr": top, "top": top, "old": 1})
     return groups

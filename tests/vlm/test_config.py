@@ -12,7 +12,7 @@ import tyro
 from tests import fuzz
 from tests.conftest import ROOT
 from utils.run import UserError
-from vlm import config, connector
+from vlm import config, config_file, connector
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Config:
-    model: Annotated[config.VLMConfig, tyro.conf.arg(constructor=config.model_flags)]
+    model: Annotated[config.VLMConfig, tyro.conf.arg(constructor=config.model_flags, name="")]
     optimizer: Optimizer = Optimizer()
     name: str = ""
 
@@ -46,7 +46,7 @@ name: "a b"
 
 
 def parse(*words):
-    return tyro.cli(Config, args=config.with_file(list(words)))
+    return tyro.cli(Config, args=config_file.with_file(list(words)))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_flags_win_wherever_they_stand(run_yaml):
 
 
 def test_no_file_no_change():
-    assert config.with_file(["--name", "x"]) == ["--name", "x"]
+    assert config_file.with_file(["--name", "x"]) == ["--name", "x"]
 
 
 def test_an_unknown_key_is_refused_by_name(tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_an_unknown_key_is_refused_by_name(tmp_path, capsys):
 def test_bad_files(tmp_path, text, words):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
-        config.with_file(["--config", str(tmp_path / "run.yaml")])
+        config_file.with_file(["--config", str(tmp_path / "run.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_bad_files(tmp_path, text, words):
 )
 def test_bad_arguments(args, words):
     with pytest.raises(UserError, match=words):
-        config.with_file(args)
+        config_file.with_file(args)
 
 
 def test_damaged_files_give_one_line(tmp_path):
@@ -126,7 +126,7 @@ def test_damaged_files_give_one_line(tmp_path):
     for data in fuzz.damaged(YAML.encode(), 500, seed=0):
         path.write_bytes(data)
         try:
-            found = list(config.with_file(["--config", str(path)]))
+            found = list(config_file.with_file(["--config", str(path)]))
             assert all(isinstance(word, str) for word in found)
         except UserError as error:
             assert "\n" not in str(error)

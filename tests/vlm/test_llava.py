@@ -20,6 +20,7 @@ from utils import checkpoint, pretrained
 from utils.run import UserError
 from vlm import (
     anyres,
+    connector,
     fruit_photos,
     generation,
     llava,
@@ -164,13 +165,12 @@ def test_any_eye_with_any_speaker(sees, speaks):
 
 
 def test_features_go_where_the_word_stands():
-    model = llava.assemble(llava_transformers.from_transformers(library()))
     ids = torch.tensor([[5, IMAGE_ID, 6, IMAGE_ID], [IMAGE_ID, 7, 8, IMAGE_ID]])
     text, features = torch.zeros(2, 4, 24), torch.arange(4.0)[:, None, None].expand(4, 1, 24) + 1
-    found = model.merge(text, features, ids)[..., 0]
+    found = llava.merge(text, features, ids == IMAGE_ID)[..., 0]
     assert found.tolist() == [[0, 1, 0, 2], [3, 0, 0, 4]]
     with pytest.raises(UserError, match="4 places for a picture's tokens, the pictures have 3"):
-        model.merge(text, features[:3], ids)
+        llava.merge(text, features[:3], ids == IMAGE_ID)
 
 
 class Words:
@@ -551,7 +551,7 @@ def test_weights_that_no_part_has_are_refused(speaker, tmp_path):
         meta | {"scale": 2.0},
     )
     with pytest.raises(UserError, match="its vision model lacks: .*network.nothing"):
-        llava_parts.restore(tmp_path / "x.safetensors")
+        llava_io.restore(tmp_path / "x.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -616,7 +616,8 @@ def test_parts_that_transformers_has_no_llava_for_come_back(tiny, tmp_path):
     vision_tower = tower.VisionTower(eyes.tower("resnet"))
     model = llava.build(vision_tower, "mlp2x_gelu", language, tokenizer).eval()
     llava_io.save(model, tokenizer, tmp_path / "parts")
-    assert json.loads((tmp_path / "parts" / "config.json").read_text())["vision"] == "vision"
+    about = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert about["model_type"] == "vlm_action" and about["connector"] == "mlp2x_gelu"
     _, again = llava.load(tmp_path / "parts")
     ids, pixels = (
         generation.prompt_ids(tokenizer, model, "What?", model.count),
@@ -627,6 +628,23 @@ def test_parts_that_transformers_has_no_llava_for_come_back(tiny, tmp_path):
     )
     with pytest.raises(UserError, match="there already"):
         llava_io.save(model, tokenizer, tmp_path / "parts")
+
+
+def test_a_folder_of_parts_an_older_format_is_still_read(tiny, tmp_path):
+    """config.json, language/, connector.safetensors, as they were written before modeling.py."""
+    tokenizer, language = tiny[0], tiny[1].language
+    language.save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    join = connector.build("pool2", 1280, 32)
+    checkpoint.write(tmp_path / "connector.safetensors", join.state_dict())
+    about = {"model_type": "llava-of-parts", "vision": "efficientnet", "connector": "pool2"}
+    about |= {"layer": -2, "select": "patch"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    _, model = llava.load(tmp_path)
+    assert model.count == 4 and torch.equal(model.connector.mlp[0].weight, join.mlp[0].weight)
+    checkpoint.write(tmp_path / "connector.safetensors", {"nothing": torch.zeros(1)})
+    with pytest.raises(UserError, match="is not a pool2"):
+        llava.load(tmp_path)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -168,7 +168,7 @@ def test_places_and_pictures_must_agree(places, pictures):
     ids, pixels = asked(model, pictures=max(places, pictures))
     if places == 0:
         ids = torch.tensor([[5, 6]])
-    with pytest.raises(UserError, match="places for image tokens"):
+    with pytest.raises(UserError, match="places for a picture's tokens"):
         model(ids, pixels[:pictures] if pictures else None)
 
 

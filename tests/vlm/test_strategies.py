@@ -18,17 +18,14 @@ def test_every_strategy_is_a_run_of_the_same_length_and_seed(name):
     assert Path(words[1]) == Path(train.__file__)
     found = tyro.cli(train.Config, args=words[2:])
     train_config.check_flags(found)
-    assert (found.max_steps, found.per_device_train_batch_size, found.seed, found.out) == (
-        9,
-        4,
-        3,
-        f"out/{name}",
-    )
-    assert found.align_steps == (3 if name == "two-stages" else 0)
-    assert (found.views, found.judged, found.text_share, found.num_warmup_steps) == (4, 300, 0.1, 1)
+    steps = found.train
+    assert (steps.steps, steps.batch_size, steps.seed, found.out) == (9, 4, 3, f"out/{name}")
+    assert steps.align_steps == (3 if name == "two-stages" else 0)
+    about = (found.data.views, steps.judged, found.data.text_share, steps.warmup_steps)
+    assert about == (4, 300, 0.1, 1)
     whole = name in ("language", "everything")
-    assert found.learning_rate_pretraining_components == (5e-5 if whole else 1e-3)
-    assert len(found.lora_targets) == (2 if name == "lora" else 7)
+    assert steps.lr_pretrained == (5e-5 if whole else 1e-3)
+    assert len(found.lora.target_modules) == (2 if name == "lora" else 7)
 
 
 def test_strategies_differ():
@@ -37,9 +34,9 @@ def test_strategies_differ():
         tyro.cli(train.Config, args=strategies.command(n, cfg, Path("x"))[2:])
         for n in strategies.STRATEGIES
     ]
-    about = [(r.train_type, r.lora_targets, r.align_steps) for r in runs]
+    about = [(r.train.train_type, r.lora.target_modules, r.train.align_steps) for r in runs]
     assert len(set(about)) == len(about)
-    assert {r.train_type for r in runs} == {"projector", "use_lora", "freeze_vision", "none"}
+    assert {r.train.train_type for r in runs} == {"projector", "use_lora", "freeze_vision", "none"}
 
 
 def test_the_table_and_its_figure(tmp_path):
@@ -70,12 +67,12 @@ def test_each_strategy_is_run_and_read_from_its_own_folder(tmp_path, monkeypatch
         cfg = tyro.cli(train.Config, args=command[2:])
         Path(cfg.out).mkdir()
         about = {
-            "LLaVA": {"14 kinds": 0.1 * len(cfg.lora_targets), "5 groups": 0.8}, "final_loss": 1.5,
+            "LLaVA": {"14 kinds": 0.1 * len(cfg.lora.target_modules), "5 groups": 0.8}, "final_loss": 1.5,
             "text loss": {"before": 2.0, "after": 3.0}, "learned": 7, "process_MiB": 4000.0,
             "train_cpu_seconds": 12.0,
         }  # fmt: skip
         (Path(cfg.out) / "metrics.json").write_text(json.dumps(about), "utf-8")
-        return SimpleNamespace(returncode=int(cfg.align_steps > 0))
+        return SimpleNamespace(returncode=int(cfg.train.align_steps > 0))
 
     monkeypatch.setattr(strategies.subprocess, "run", run)
     cfg = strategies.Config(only=("lora", "lora-all"), steps=6, out=str(tmp_path / "a"))

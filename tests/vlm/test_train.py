@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from vlm import (
     connector,
     conversations,
     data,
+    engines,
     evaluate,
     fruit_photos,
     llava,
@@ -39,6 +39,13 @@ from vlm import (
     trainable,
 )
 from vlm import train as teach
+from vlm.config import DeepSpeedConfig
+from vlm.train_config import Config, changed
+
+
+def run_flags(**values):
+    """The flags of a run, some of them given."""
+    return changed(Config(), **values)
 
 
 def batch(rows=2):
@@ -79,9 +86,10 @@ def lesson(tmp_path_factory):
         for i in range(2)
     ]
     (folder / "chat.json").write_text(json.dumps(rows))
-    return teach.Config(
-        language=llamas.folder(folder / "speaker"), data=str(folder / "chat.json"), precision="fp32", packing=False,
-        image_folder=str(data.photos()), views=1, per_device_train_batch_size=4, max_steps=3, num_warmup_steps=1,
+    return run_flags(
+        text_name_or_path=llamas.folder(folder / "speaker"),
+        data_path=str(folder / "chat.json"), precision="fp32", packing=False,
+        image_folder=str(data.photos()), views=1, batch_size=4, steps=3, warmup_steps=1,
         out=str(folder / "out"),
     )  # fmt: skip
 
@@ -100,7 +108,7 @@ def moved(before, after):
 def test_what_moves_is_what_was_asked_for(kind, parts):
     """One step on a tiny model: LoRA does not leak into the tower, and nothing that is frozen moves."""
     model = llava.assemble(llava_transformers.from_transformers(library()))
-    cfg = teach.Config(train_type=kind, lora_rank=2, align_steps=0)
+    cfg = run_flags(train_type=kind, r=2, align_steps=0)
     trainable.set_trainable(model, cfg)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(trainable.param_groups(model, cfg), 1e-2)
@@ -120,7 +128,7 @@ def test_what_moves_is_what_was_asked_for(kind, parts):
 
 def test_new_and_old_parts_have_their_own_rates():
     model = llava.assemble(llava_transformers.from_transformers(library()))
-    cfg = teach.Config(lora_rank=2, learning_rate=0.1, learning_rate_pretraining_components=0.01)
+    cfg = run_flags(r=2, lr=0.1, lr_pretrained=0.01)
     trainable.set_trainable(model, cfg)
     new, old = trainable.param_groups(model, cfg)
     assert (new["lr"], old["lr"]) == (0.1, 0.01)
@@ -130,14 +138,14 @@ def test_new_and_old_parts_have_their_own_rates():
 
 
 def test_the_first_stage_moves_the_connector_only():
-    cfg = teach.Config(align_steps=10, max_steps=30, num_warmup_steps=2)
-    factors = [trainable.lr_multipliers(cfg, i) for i in range(30)]
+    cfg = run_flags(align_steps=10, steps=30, warmup_steps=2)
+    factors = [trainable.lr_multipliers(cfg.train, i) for i in range(30)]
     assert all(old == 0 for _, old in factors[:10]) and all(
         old == new > 0 for new, old in factors[10:]
     )
     assert factors[0][0] < factors[2][0] and factors[9][0] < 0.1 < factors[12][0]
     assert [
-        trainable.lr_multipliers(replace(cfg, lr_scheduler_type="constant"), i)[0]
+        trainable.lr_multipliers(changed(cfg, lr_scheduler_type="constant").train, i)[0]
         for i in (0, 5, 20)
     ] == [
         0.5,
@@ -149,7 +157,7 @@ def test_the_first_stage_moves_the_connector_only():
 def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks():
     samples = list(range(24))
     for n, size, parts in ((1, 4, 1), (2, 3, 2), (3, 2, 1)):
-        cfg = teach.Config(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
+        cfg = run_flags(batch_size=size, gradient_accumulation_steps=parts)
         steps = 24 // (n * size * parts)
         seen = [
             x
@@ -164,8 +172,8 @@ def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks(
 def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
     samples = [{"ids": [0] * (5 + i % 7), "images": [i] if i % 3 else []} for i in range(36)]
     for n, size, parts in ((1, 4, 1), (2, 3, 1), (2, 2, 3)):
-        cfg = teach.Config(
-            per_device_train_batch_size=size,
+        cfg = run_flags(
+            batch_size=size,
             gradient_accumulation_steps=parts,
             group_by_modality_length=True,
         )
@@ -176,7 +184,7 @@ def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
                 assert len({bool(x["images"]) for batch in part for x in batch}) == 1
             seen += [id(x) for drawn in ranks for batch in drawn for x in batch]
         assert sorted(seen) == sorted(map(id, samples))
-    plain = teach.Config(per_device_train_batch_size=6)  # the other way does mix them
+    plain = run_flags(batch_size=6)  # the other way does mix them
     assert any(
         len({bool(x["images"]) for x in train_data.step_batches(samples, plain, s, 0, 1)[0]}) == 2
         for s in range(6)
@@ -233,7 +241,7 @@ def one_by_one(model, samples, photos):
 def test_collated_conversations_keep_their_pictures_and_see_no_other(kind, packing):
     """gpt2 has a vector for each position: positions that run on would be felt, too."""
     model, samples, photos = small(kind), talks(), train_data.Photos([], pictures())
-    cfg = teach.Config(packing=packing)
+    cfg = run_flags(packing=packing)
     random = np.random.default_rng(0)
     with torch.no_grad():
         batch, seen = train_data.collate(samples, cfg, model, 0, photos, random)
@@ -248,7 +256,7 @@ def test_positions_beyond_the_model_are_refused_in_rows_and_rectangles():
     for in_rows in (True, False):
         with pytest.raises(UserError, match="300 tokens, but the model has 256 positions"):
             train_data.collate(
-                [long], teach.Config(packing=in_rows), model, 0, photos, np.random.default_rng(0)
+                [long], run_flags(packing=in_rows), model, 0, photos, np.random.default_rng(0)
             )
 
 
@@ -270,28 +278,26 @@ class Recorder:
                 p.grad = None
 
 
-def steps(cfg, engine=None, start=0, views=1, samples=None):
+def steps(cfg, kind=engines.Plain, start=0, views=1, samples=None):
     """Train `small` with an optimizer that moves nothing -> losses, the recorder, the model."""
     model = small()
     trainable.set_trainable(model, cfg)
-    recorder = Recorder(trainable.param_groups(model, cfg))
     photos = train_data.Photos([], pictures(views=views))
-    learner = teach.Learner(model)
-    made = engine(learner) if engine else None
-    values = teach.train(
-        learner, recorder, samples or talks(), photos, 0, cfg, torch.device("cpu"), made, start
-    )
-    return list(values), recorder, model
+    on = torch.device("cpu")
+    engine = kind(teach.Learner(model), cfg, on)
+    engine.optimizer = Recorder(trainable.param_groups(model, cfg))
+    values = teach.train(engine, samples or talks(), photos, 0, cfg, on, start)
+    return list(values), engine.optimizer, model
 
 
 def still(**flags):
     usual = {
         "precision": "fp32",
-        "per_device_train_batch_size": 5,
-        "lora_rank": 2,
-        "num_warmup_steps": 0,
+        "batch_size": 5,
+        "r": 2,
+        "warmup_steps": 0,
     }
-    return teach.Config(**usual | flags)
+    return run_flags(**usual | flags)
 
 
 @pytest.fixture
@@ -321,9 +327,9 @@ def close(mine, theirs):
 
 @pytest.mark.parametrize("kind", ["projector", "use_lora", "freeze_vision"])
 def test_a_step_has_the_gradient_of_the_mean_over_all_tokens(kind, unclipped):
-    cfg = still(train_type=kind, max_steps=1)
+    cfg = still(train_type=kind, steps=1)
     value, gradients = expected(cfg)
-    for part in (cfg, replace(cfg, per_device_train_batch_size=1, gradient_accumulation_steps=5)):
+    for part in (cfg, changed(cfg, batch_size=1, gradient_accumulation_steps=5)):
         losses, recorder, _ = steps(part)
         assert losses[0] == pytest.approx(value, rel=1e-4)
         close(recorder.gradients[0], gradients)
@@ -332,17 +338,17 @@ def test_a_step_has_the_gradient_of_the_mean_over_all_tokens(kind, unclipped):
 
 def test_every_step_begins_with_gradients_of_zero(unclipped):
     """Weights that do not move and the same conversations: the second gradient is the first one, not twice that."""
-    _, recorder, _ = steps(still(train_type="projector", max_steps=2))
+    _, recorder, _ = steps(still(train_type="projector", steps=2))
     close(recorder.gradients[1], recorder.gradients[0])
 
 
 def test_gradients_of_ranks_are_summed_once(unclipped, monkeypatch):
     """Two ranks that read the same: twice the sum over twice the tokens is the gradient of one."""
-    cfg = still(train_type="projector", max_steps=1, per_device_train_batch_size=5)
+    cfg = still(train_type="projector", steps=1, batch_size=5)
     value, gradients = expected(cfg)
     monkeypatch.setattr(teach.ranks, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
-    monkeypatch.setattr(teach.dist, "all_reduce", lambda x: x.mul_(2))
+    monkeypatch.setattr(engines.dist, "all_reduce", lambda x: x.mul_(2))
     monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [samples])
     losses, recorder, _ = steps(cfg)
     assert losses[0] == pytest.approx(value, rel=1e-4)
@@ -352,7 +358,7 @@ def test_gradients_of_ranks_are_summed_once(unclipped, monkeypatch):
 def test_deepspeed_is_given_what_it_divides_by(monkeypatch):
     """An engine divides by parts and ranks: what is left is the mean over all tokens of all ranks."""
 
-    class Engine:
+    class Fake:
         def __init__(self, learner):
             self.learner = learner
 
@@ -365,25 +371,26 @@ def test_deepspeed_is_given_what_it_divides_by(monkeypatch):
         def step(self):
             found.append([p.grad.clone() for p in self.learner.parameters() if p.grad is not None])
 
+    def around(learner, cfg, on):
+        made = engines.Plain(learner, cfg, on)
+        made.engine = Fake(learner)
+        made.__class__ = engines.DeepSpeed
+        return made
+
     found = []
-    cfg = still(
-        train_type="projector",
-        max_steps=1,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=5,
-    )
+    cfg = still(train_type="projector", steps=1, batch_size=1, gradient_accumulation_steps=5)
     _, gradients = expected(cfg)
     monkeypatch.setattr(teach.ranks, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
     monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [[s] for s in samples])
-    losses, recorder, _ = steps(cfg, Engine)
+    losses, recorder, _ = steps(cfg, around)
     assert len(found) == 5 and not recorder.rates  # the engine steps
     close(found[-1], [g / 2 for g in gradients])  # the other rank brings the other half
     assert losses[0] == pytest.approx(expected(cfg)[0], rel=1e-4)
 
 
 def test_large_gradients_are_clipped_to_one():
-    cfg = still(train_type="freeze_vision", max_steps=1)
+    cfg = still(train_type="freeze_vision", steps=1)
     _, gradients = expected(cfg)
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert norm > 1.5
@@ -393,7 +400,7 @@ def test_large_gradients_are_clipped_to_one():
 
 def test_rates_reach_the_optimizer_by_step_and_group():
     cfg = still(
-        max_steps=4, align_steps=2, learning_rate=0.1, learning_rate_pretraining_components=0.01,
+        steps=4, align_steps=2, lr=0.1, lr_pretrained=0.01,
         lr_scheduler_type="linear",
     )  # fmt: skip
     _, recorder, _ = steps(cfg)
@@ -401,7 +408,7 @@ def test_rates_reach_the_optimizer_by_step_and_group():
 
 
 def test_views_are_drawn_anew_every_step_and_a_resumed_run_draws_the_same():
-    cfg = still(train_type="projector", max_steps=6)
+    cfg = still(train_type="projector", steps=6)
     whole, _, _ = steps(cfg, views=8)
     assert len(set(whole)) == 6  # the same five conversations; nothing moves but the views
     assert steps(cfg, views=8, start=4)[0] == whole[4:]
@@ -444,7 +451,7 @@ def test_a_tower_that_learns_sees_pixels(tmp_path):
 @pytest.mark.parametrize("kind", ["projector", "use_lora"])
 def test_a_step_of_words_alone_moves_no_connector(kind):
     words = [s for s in talks() if not s["images"]]
-    losses, recorder, model = steps(still(train_type=kind, max_steps=2), samples=words)
+    losses, recorder, model = steps(still(train_type=kind, steps=2), samples=words)
     count = len(list(model.connector.parameters()))
     assert len(losses) == 2 and all(not g.any() for g in recorder.gradients[1][:count])
     others = recorder.gradients[1][count:]
@@ -455,7 +462,7 @@ def test_a_step_of_words_alone_moves_no_connector(kind):
 
 def test_adapters_are_scaled_in_training_as_in_the_file():
     """What restore adds to the matrices, W + scale B A, gives the logits of the model that learned."""
-    cfg, model = still(lora_rank=4), small()
+    cfg, model = still(r=4), small()
     trainable.set_trainable(model, cfg)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -485,29 +492,35 @@ def test_deepspeed_leaves_a_frozen_tower_as_it_is(monkeypatch):
                 p.data = p.data.bfloat16()
             return [SimpleNamespace(optimizer=optimizer)]
 
-    monkeypatch.setattr(checkpoints.zero_config, "read", lambda cfg: {})
-    monkeypatch.setattr(checkpoints.zero_config, "quiet", Casting)
-    vision_tower = tower.load("efficientnet")
-    model = llava.Llava(vision_tower, connector.build("linear", 1280, 24), eyes.speaker(), 99)
-    cfg = still(train_type="projector", precision="bf16", zero_stage=2)
-    trainable.set_trainable(model, cfg)
+    monkeypatch.setattr(engines.zero_config, "read", lambda cfg: {})
+    monkeypatch.setattr(engines.zero_config, "quiet", Casting)
+    on = torch.device("cpu")
+
+    def begin(kind):
+        vision_tower = tower.load("efficientnet")
+        model = llava.Llava(vision_tower, connector.build("linear", 1280, 24), eyes.speaker(), 99)
+        cfg = still(train_type=kind, precision="bf16", deepspeed=DeepSpeedConfig(2))
+        trainable.set_trainable(model, cfg)
+        return cfg, model, vision_tower
+
+    cfg, model, vision_tower = begin("projector")
     image = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
     before = vision_tower(vision_tower.pixels(image))
-    checkpoints.engine_of(teach.Learner(model), trainable.param_groups(model, cfg), cfg)
+    engines.build(teach.Learner(model), cfg, on)
     assert torch.equal(vision_tower(vision_tower.pixels(image)), before)
     assert {p.dtype for p in model.connector.parameters()} == {torch.bfloat16}
-    trainable.set_trainable(model, cfg := replace(cfg, train_type="none"))
+    cfg, model, _ = begin("none")
     with pytest.raises(UserError, match="--train_type none.*--precision fp32"):
-        checkpoints.engine_of(teach.Learner(model), trainable.param_groups(model, cfg), cfg)
+        engines.build(teach.Learner(model), cfg, on)
 
 
 # whole runs
 
 
 def test_what_is_prepared_is_what_the_flags_say(lesson):
-    cfg = replace(lesson, text_share=0.5, gradient_checkpointing=True, views=2, connector="pool1")
+    cfg = changed(lesson, text_share=0.5, gradient_checkpointing=True, views=2, connector="pool1")
     tokenizer, model, samples, photos, counts = teach.prepare(cfg, torch.device("cpu"))
-    rows = conversations.read(cfg.data, cfg.image_folder)
+    rows = conversations.read(cfg.data.data_path, cfg.data.image_folder)
     assert (
         model.language.is_gradient_checkpointing
         and model.count == 1
@@ -532,7 +545,7 @@ def test_what_is_prepared_is_what_the_flags_say(lesson):
 def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
     lesson, monkeypatch, tmp_path
 ):
-    tokenizer, model, *_ = teach.prepare(replace(lesson, text_share=0.0), torch.device("cpu"))
+    tokenizer, model, *_ = teach.prepare(changed(lesson, text_share=0.0), torch.device("cpu"))
     seen, read = {}, []
 
     def text_loss(_, language, pages):
@@ -553,7 +566,7 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
     )
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: None)
     fruit = data.data.groceries(224)
-    found = train_evaluation.evaluate_run(replace(lesson, judged=3), tokenizer, model, tmp_path)
+    found = train_evaluation.evaluate_run(changed(lesson, judged=3), tokenizer, model, tmp_path)
     assert found["text loss"] == {"after": 1.0, "before": 0.0}
     assert read == [(learned, evaluate.paragraphs(3)) for learned in (True, False)]
     learn, chosen = found["yard"]
@@ -565,7 +578,7 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
         for p in model.vision.parameters():
             p.mul_(1.01)
     train_evaluation.evaluate_run(
-        replace(lesson, judged=3, train_type="none"), tokenizer, model, tmp_path
+        changed(lesson, judged=3, train_type="none"), tokenizer, model, tmp_path
     )
     with torch.no_grad():
         right = model.vision(model.vision.pixels(fruit.images[chosen]))
@@ -575,8 +588,8 @@ def test_answers_are_scored_on_other_pages_and_beside_an_untrained_model(
 
 def test_packed_equals_unpacked_and_resumed_equals_uninterrupted(lesson, parity, tmp_path):
     plain, packed = (
-        replace(lesson, out=str(tmp_path / "a"), save_every=1),
-        replace(lesson, out=str(tmp_path / "b"), packing=True),
+        changed(lesson, out=str(tmp_path / "a"), save_steps=1),
+        changed(lesson, out=str(tmp_path / "b"), packing=True),
     )
     first, second = losses(plain), losses(packed)
     assert first[-1] < first[0]
@@ -588,24 +601,24 @@ def test_packed_equals_unpacked_and_resumed_equals_uninterrupted(lesson, parity,
         second,
         1e-4,
     )
-    short = replace(plain, out=str(tmp_path / "c"), max_steps=2, lr_scheduler_type="constant")
+    short = changed(plain, out=str(tmp_path / "c"), steps=2, lr_scheduler_type="constant")
     losses(short)
-    again = losses(replace(short, max_steps=3, resume=True))
-    whole = losses(replace(short, max_steps=3, out=str(tmp_path / "d"), save_every=0))
+    again = losses(changed(short, steps=3, resume=True))
+    whole = losses(changed(short, steps=3, out=str(tmp_path / "d"), save_steps=0))
     assert again == whole
-    mine, theirs = weights(short), weights(replace(short, out=str(tmp_path / "d")))
+    mine, theirs = weights(short), weights(changed(short, out=str(tmp_path / "d")))
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
 def test_a_rate_of_zero_freezes_what_was_trained_before(lesson, tmp_path):
-    flags = {"train_type": "freeze_vision", "learning_rate_pretraining_components": 0.0}
-    frozen = replace(lesson, out=str(tmp_path / "frozen"), **flags)
-    projector = replace(lesson, out=str(tmp_path / "projector"), train_type="projector")
+    flags = {"train_type": "freeze_vision", "lr_pretrained": 0.0}
+    frozen = changed(lesson, out=str(tmp_path / "frozen"), **flags)
+    projector = changed(lesson, out=str(tmp_path / "projector"), train_type="projector")
     assert losses(frozen) == losses(projector)
     assert weights(frozen).keys() == weights(projector).keys() and all(
         "connector" in k for k in weights(frozen)
     )
-    decayed = replace(projector, out=str(tmp_path / "decayed"), weight_decay=0.5)
+    decayed = changed(projector, out=str(tmp_path / "decayed"), weight_decay=0.5)
     losses(decayed)
     assert any(not torch.equal(weights(decayed)[k], x) for k, x in weights(projector).items())
 
@@ -613,14 +626,14 @@ def test_a_rate_of_zero_freezes_what_was_trained_before(lesson, tmp_path):
 def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(
     lesson, tmp_path, capsys
 ):
-    rows = conversations.read(lesson.data, lesson.image_folder)
+    rows = conversations.read(lesson.data.data_path, lesson.data.image_folder)
     talk = [("What?", "a pear"), ("Tell more", "very " * 200)]
     long = conversations.row("long", rows[0]["image"], talk)
     endless = conversations.row("endless", None, talk[1:])
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([*rows[:2], long, endless]), "utf-8")
     found = teach.main(
-        replace(lesson, data=str(path), out=str(tmp_path / "out"), max_steps=1, text_share=0.0)
+        changed(lesson, data_path=str(path), out=str(tmp_path / "out"), steps=1, text_share=0.0)
     )
     assert found["conversations shortened"] == found["conversations left out"] == 1
     line = (
@@ -631,11 +644,11 @@ def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(
 
 @pytest.mark.long
 def test_two_ranks_are_one_with_twice_the_batch(lesson, parity, tmp_path):
-    one = replace(lesson, per_device_train_batch_size=6, out=str(tmp_path / "one"))
-    two = replace(lesson, per_device_train_batch_size=3, ranks=2, out=str(tmp_path / "two"))
-    parts = replace(
+    one = changed(lesson, batch_size=6, out=str(tmp_path / "one"))
+    two = changed(lesson, batch_size=3, ranks=2, out=str(tmp_path / "two"))
+    parts = changed(
         one,
-        per_device_train_batch_size=3,
+        batch_size=3,
         gradient_accumulation_steps=2,
         out=str(tmp_path / "parts"),
     )
@@ -668,19 +681,19 @@ def test_two_ranks_are_one_with_twice_the_batch(lesson, parity, tmp_path):
 
 def zero_runs(cfg):
     """In one process under DeepSpeed: a run, one in two pieces, one in one piece; what other or damaged ones say."""
-    plain, pieces, whole = (replace(cfg, out=f"{cfg.out}/{name}") for name in ("zero", "a", "b"))
+    plain, pieces, whole = (changed(cfg, out=f"{cfg.out}/{name}") for name in ("zero", "a", "b"))
     constant = {"lr_scheduler_type": "constant"}
-    pieces, whole = replace(pieces, **constant, save_every=1), replace(whole, **constant)
-    found = {"zero": teach.worker(plain)["losses"], "words": teach.worker(replace(
-        plain, data=f"{cfg.out}/words.json", train_type="projector", max_steps=2, text_share=0.0, out=f"{cfg.out}/w"
+    pieces, whole = changed(pieces, **constant, save_steps=1), changed(whole, **constant)
+    found = {"zero": teach.worker(plain)["losses"], "words": teach.worker(changed(
+        plain, data_path=f"{cfg.out}/words.json", train_type="projector", steps=2, text_share=0.0, out=f"{cfg.out}/w"
     ))["losses"]}  # fmt: skip
-    teach.worker(replace(pieces, max_steps=2))
-    resumed = replace(pieces, resume=True)
+    teach.worker(changed(pieces, steps=2))
+    resumed = changed(pieces, resume=True)
     found["again"], found["whole"] = (teach.worker(run)["losses"] for run in (resumed, whole))
-    nothing = replace(resumed, out=f"{cfg.out}/nothing")
+    nothing = changed(resumed, out=f"{cfg.out}/nothing")
     for name, run in (
         ("none", nothing),
-        ("other", replace(resumed, learning_rate=0.5)),
+        ("other", changed(resumed, lr=0.5)),
         ("damaged", resumed),
     ):
         if name == "damaged":
@@ -695,13 +708,13 @@ def zero_runs(cfg):
 
 @pytest.mark.long
 def test_deepspeed_trains_the_same_and_goes_on_where_it_was(lesson, parity, tmp_path):
-    plain = replace(lesson, out=str(tmp_path / "plain"))
+    plain = changed(lesson, out=str(tmp_path / "plain"))
     words = [
         conversations.row(f"text-{i}", None, [("What is red and grows?", "an apple")])
         for i in range(8)
     ]
     (tmp_path / "words.json").write_text(json.dumps(words), "utf-8")
-    cfg = replace(lesson, zero_stage=2, out=str(tmp_path))
+    cfg = changed(lesson, deepspeed=DeepSpeedConfig(2), out=str(tmp_path))
     (found,) = ranks.launch(zero_runs, cfg, 1)
     parity(
         "LLaVA, training",
@@ -714,16 +727,16 @@ def test_deepspeed_trains_the_same_and_goes_on_where_it_was(lesson, parity, tmp_
     assert len(found["words"]) == 2  # no picture in a step, and nothing but the connector to learn
     assert found["again"] == found["whole"]
     mine, theirs = (
-        weights(replace(cfg, out=str(tmp_path / "a"))),
-        weights(replace(cfg, out=str(tmp_path / "b"))),
+        weights(changed(cfg, out=str(tmp_path / "a"))),
+        weights(changed(cfg, out=str(tmp_path / "b"))),
     )
     assert all(torch.equal(mine[k], x) for k, x in theirs.items())
-    assert "learning_rate" in found["other"] and "damaged" in found["damaged"]
+    assert "--lr" in found["other"] and "damaged" in found["damaged"]
     assert "no checkpoint" in found["none"] and not (tmp_path / "nothing").exists()
 
 
 def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
-    rows, pictures = json.loads(Path(lesson.data).read_text()), tmp_path / "pictures"
+    rows, pictures = json.loads(Path(lesson.data.data_path).read_text()), tmp_path / "pictures"
     pictures.mkdir()
     for one in rows[:12]:
         (pictures / one["image"]).write_bytes((data.photos() / one["image"]).read_bytes())
@@ -738,7 +751,7 @@ def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
         rows, pictures
     ) == (mended, broken)
     found = teach.main(
-        replace(
+        changed(
             lesson,
             image_folder=str(pictures),
             group_by_modality_length=True,
@@ -753,17 +766,17 @@ def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
 
 
 def test_emoji_are_learned_besides(lesson):
-    rows, folder, _ = train_data.read_rows(teach.Config(emoji=3))
+    rows, folder, _ = train_data.read_rows(run_flags(emoji=3))
     assert len(rows) == 735 and all((folder / one["image"]).is_file() for one in rows[-3:])
     assert {one["image"][:5] for one in rows[-3:]} == {"emoji"} and not list(folder.glob(".*"))
 
 
 def test_the_printed_next_command_runs_from_another_folder(lesson, tmp_path, monkeypatch, capsys):
     """The language model was named by a relative path; the file names it so that it loads from everywhere."""
-    monkeypatch.chdir(Path(lesson.language).parent)
-    cfg = replace(
+    monkeypatch.chdir(Path(lesson.model.text_name_or_path).parent)
+    cfg = changed(
         lesson,
-        language=Path(lesson.language).name,
+        text_name_or_path=Path(lesson.model.text_name_or_path).name,
         out=str(tmp_path / "out"),
         train_type="projector",
     )
@@ -787,17 +800,18 @@ def test_the_printed_next_command_runs_from_another_folder(lesson, tmp_path, mon
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ({"max_steps": 0}, "--max_steps"), ({"align_steps": 3}, "--align_steps"),
-        ({"learning_rate": 0.0}, "--learning_rate must"),
-        ({"learning_rate_pretraining_components": -1.0}, "0 or more"), ({"model_max_length": 129}, "128 positions"),
+        ({"steps": 0}, "--steps"), ({"align_steps": 3}, "--align_steps"),
+        ({"lr": 0.0}, "--lr must"),
+        ({"lr_pretrained": -1.0}, "0 or more"), ({"model_max_length": 129}, "128 positions"),
         ({"model_max_length": 5}, "no conversation fits into 5"),
-        ({"text_share": 1.0}, "--text_share"), ({"judged": -1}, "below 0"), ({"data": ""}, "--image_folder"),
-        ({"data": "none.json"}, "cannot read none.json"), ({"connector": "magic"}, "magic"),
-        ({"vision": "no/such"}, "no vision encoder"), ({"language": "no/such"}, "no language model"),
+        ({"text_share": 1.0}, "--text_share"), ({"judged": -1}, "below 0"), ({"data_path": ""}, "--image_folder"),
+        ({"data_path": "none.json"}, "cannot read none.json"), ({"connector": "magic"}, "magic"),
+        ({"vision_name_or_path": "no/such"}, "no vision encoder"),
+        ({"text_name_or_path": "no/such"}, "no language model"),
         ({"resume": True}, "no checkpoint"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_line_and_nothing_is_written(lesson, tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as found:
-        teach.main(replace(lesson, out=str(tmp_path / "new"), **flags))
+        teach.main(changed(lesson, out=str(tmp_path / "new"), **flags))
     assert "\n" not in str(found.value) and not (tmp_path / "new").exists()

@@ -1,0 +1,119 @@
+"""vlm/train.py --model: stage 2 from the connector of stage 1, and any LLaVA to go on with."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPImageProcessorPil
+
+from tests import eyes, llamas
+from utils import checkpoint
+from vlm import conversations, data, llava, llava_io
+from vlm import train as teach
+from vlm.train_config import Config, changed
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory):
+    """Four photos of fruit, a tiny CLIP and a tiny language model -> flags of a run."""
+    folder = tmp_path_factory.mktemp("from")
+    (folder / "chat.json").write_text(json.dumps(data.fruit("train")[:4]))
+    eyes.tower().save_pretrained(folder / "eye")
+    size = {"height": 28, "width": 28}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "eye")
+    return changed(
+        Config(),
+        vision_name_or_path=str(folder / "eye"),
+        text_name_or_path=llamas.folder(folder / "speaker"),
+        connector="mlp2x_gelu",
+        data_path=str(folder / "chat.json"),
+        image_folder=str(data.photos()),
+        precision="fp32",
+        text_share=0.0,
+        views=1,
+        batch_size=4,
+        steps=2,
+        warmup_steps=0,
+        out=str(folder / "out"),
+    )
+
+
+def connector_of(path):
+    """The connector's weights in a file of the trainer."""
+    tensors = checkpoint.read(path)[0]
+    return {k: x for k, x in tensors.items() if k.startswith("connector.")}
+
+
+def same(mine, theirs):
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+@pytest.fixture(scope="module")
+def first_stage(lesson):
+    """The connector alone, and the whole model as a folder of transformers' LLaVA."""
+    cfg = changed(lesson, train_type="projector", out=lesson.out + "/one", save_model=True)
+    teach.main(cfg)
+    return lesson.out + "/one"
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "model"])
+def test_the_second_stage_begins_with_the_connector_of_the_first(lesson, first_stage, what):
+    """A file of the trainer, or the folder that it wrote; nothing moves at a rate of next to nothing."""
+    out = f"{lesson.out}/two-{what}"
+    names = {"vision_name_or_path": "none", "text_name_or_path": "none", "connector": "linear"}
+    cfg = changed(lesson, ckpt_path=f"{first_stage}/{what}", out=out, lr=1e-30, lr_pretrained=1e-30)
+    teach.main(changed(cfg, **names))
+    learned = connector_of(f"{out}/model.safetensors")
+    before = connector_of(f"{first_stage}/model.safetensors")
+    if what == "model":  # a folder is in the precision of the language model
+        before = {k: x.bfloat16().float() for k, x in before.items()}
+    assert same(learned, before)
+
+
+def test_what_was_trained_from_a_model_loads_beside_it(lesson, first_stage):
+    """LoRA of the second run is merged into the model that it began with."""
+    out = f"{lesson.out}/three"
+    cfg = changed(lesson, ckpt_path=f"{first_stage}/model", out=out, lr=0.05, lr_pretrained=0.05)
+    teach.main(changed(cfg, save_model=True))
+    _, before = llava.load(f"{first_stage}/model")
+    _, after = llava.load(f"{out}/model.safetensors")
+    _, whole = llava.load(f"{out}/model")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    old, new = before.language.get_parameter(name), after.language.get_parameter(name)
+    assert not torch.equal(old, new)
+    assert torch.equal(new, whole.language.get_parameter(name))
+    assert same(after.connector.state_dict(), whole.connector.state_dict())
+
+
+def test_the_folder_is_one_of_transformers(lesson, first_stage):
+    config = json.loads((llava_io.Path(first_stage) / "model" / "config.json").read_text())
+    assert config["model_type"] == "llava"
+
+
+def test_a_folder_of_build_is_trained(lesson, tmp_path):
+    from vlm.build import Config as BuildConfig
+    from vlm.build import main as build_main
+    from vlm.config import model_flags
+
+    named = model_flags(
+        vision_name_or_path=lesson.model.vision_name_or_path,
+        text_name_or_path=lesson.model.text_name_or_path,
+        connector="pool2",
+    )
+    build_main(BuildConfig(named, out=str(tmp_path / "built")))
+    cfg = changed(lesson, ckpt_path=str(tmp_path / "built/model"), out=str(tmp_path / "out"))
+    found = teach.main(changed(cfg, train_type="projector", save_model=True))
+    assert len(found["losses"]) == 2
+    _, model = llava.load(tmp_path / "out/model.safetensors")
+    _, whole = llava.load(tmp_path / "out/model")
+    assert type(model.connector).__name__ == "Pool"
+    assert same(model.connector.state_dict(), whole.connector.state_dict())
+
+
+def test_rows_of_text_and_photos(lesson, tmp_path):
+    """A row without a picture beside those with one."""
+    rows = data.fruit("train")[:2]
+    rows.append(conversations.row("text", None, [("What is red?", "an apple")]))
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    cfg = changed(lesson, data_path=str(tmp_path / "chat.json"), out=str(tmp_path / "out"))
+    assert len(teach.main(cfg)["losses"]) == 2

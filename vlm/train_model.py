@@ -1,0 +1,38 @@
+"""The model that vlm/train.py trains: of parts by their names, or another LLaVA to go on with."""
+
+from utils import run
+from utils.run import check
+from vlm import llava, llava_parts, tower
+from vlm.config import PerceiverConfig
+from vlm.trainable import set_trainable
+
+
+def build_model(cfg, on):
+    """-> tokenizer, Llava with its trainable parameters: of parts by their names, or of another model."""
+    run.seed(cfg.train.seed)
+    if cfg.train.ckpt_path:
+        tokenizer, model = llava.load(cfg.train.ckpt_path, on)
+        check(model.newline is None, "LLaVA-1.6 is read and asked here, and not yet trained")
+    else:
+        tokenizer, language = llava_parts.language_model(cfg.model.text_name_or_path, on)
+        named = cfg.model
+        size = named.img_size or None
+        vision_tower = tower.load(
+            named.vision_name_or_path, named.vision_layer, named.select, size, on
+        )
+        options = PerceiverConfig(**named.perceiver).options() if named.perceiver else None
+        run.seed(cfg.train.seed)
+        about = (named.connector, language, tokenizer)
+        model = llava.build(vision_tower, *about, on=on, options=options)
+    if cfg.train.precision == "fp32":
+        model.language.float()
+    # on rows as short as these eager is faster than the fused kernel on a CPU
+    attention = cfg.model.attn_implementation or ("eager" if on.type == "cpu" else None)
+    if attention:
+        model.language.set_attn_implementation(attention)
+    set_trainable(model, cfg)
+    if cfg.train.gradient_checkpointing:
+        model.language.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    return tokenizer, model
