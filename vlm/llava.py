@@ -94,7 +94,7 @@ class Llava(nn.Module):
         Raises UserError for a connector whose tokens have no place, and so cannot be put together
         again.
         """
-        is_map = not isinstance(self.connector, connector.PerceiverResampler)
+        is_map = connector.has_places(self.connector)
         check(
             is_map,
             "tiles are put together by place, and a perceiver's latents have none: leave out --tiles",
