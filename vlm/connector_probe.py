@@ -8,6 +8,7 @@ Shapes: features (B,N,D) with N = 49, tokens (B,M,E).
 
     python vlm/connector_probe.py
     python vlm/connector_probe.py --names pool1 mlp2x_gelu --steps 600
+    python vlm/connector_probe.py --names linear --sparsity-plugins pool3
 """
 
 import time
@@ -32,6 +33,8 @@ class Config:
 
     # linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver
     names: tuple[str, ...] = NAMES
+    # token sparsification before each: poolS, bilinearS, topk_normK, randomK, in order
+    sparsity_plugins: tuple[str, ...] = ()
     width: int = 576  # E, of SmolLM2's words
     steps: int = 150  # of training, for each
     batch: int = 64  # photos a step
@@ -160,7 +163,7 @@ def main(cfg: Config) -> dict:
     joins = {}
     run.seed(cfg.seed)
     for name in cfg.names:
-        joins[name] = build(name, 1280, cfg.width)
+        joins[name] = build(name, 1280, cfg.width, cfg.sparsity_plugins)
     on = run.device(cfg.device)
     folder = run.output(cfg.out, cfg)
     # vision features of the photos to learn from and of the held-out ones

@@ -1,5 +1,7 @@
 """vlm/connector_probe.py: a marker at its place, what is learned of kind and place, held-out photos."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,6 +75,9 @@ def test_photos_that_train_and_photos_that_score_are_shown_apart(monkeypatch, tm
             if i % 2 == 0
             else min(numbers) >= 20 and len(numbers) == 15
         )
+    # token sparsification before the connector
+    sparse = replace(cfg, names=("linear",), sparsity_plugins=("pool3", "topk_norm4"))
+    assert connector_probe.main(sparse)["linear"]["tokens"] == 4
 
 
 def test_bad_flags_are_one_line():
