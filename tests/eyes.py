@@ -68,10 +68,11 @@ def talker(folder):
     """A whole LLaVA of tiny parts with the real tokenizer: tokenizer, model in fp32."""
     from tests import llamas
     from utils import pretrained
-    from vlm import llava
+    from vlm import llava, prompts
     from vlm import tower as towers
 
     tokenizer, language = pretrained.language_model(llamas.folder(folder))
+    prompts.use_template(tokenizer, "chatml")
     # a prompt with 196 places for a photo is longer than 128
     language.config.max_position_embeddings = 512
     vision_tower = towers.VisionTower(tower())

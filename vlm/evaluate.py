@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from deploy import decode
 from utils import data, figures, run
 from utils.run import check
-from utils.text import plain
 from vlm import (
     answer_metrics,
     answer_ranking,
@@ -70,15 +69,12 @@ def answer_likelihoods(tokenizer, model, features, answers, prompt=QUESTION):
     """
     embeds = prompt_embeddings(tokenizer, model, prompt, features)
     # answers as ids, each with its end
-    end = prompts.end_of_answer(tokenizer)
-    check(end, "the tokenizer has no word that ends an answer: set its eos_token")
-    end_id = tokenizer.convert_tokens_to_ids(end)
     targets = []
     for answer in answers:
-        ids = tokenizer(plain(answer, tokenizer), add_special_tokens=False).input_ids
-        check(ids, f"a name of no words cannot be scored: {answer!r}")
-        decode.check_length(model.language, embeds.shape[1], len(ids) + 1)
-        targets.append([*ids, end_id])
+        check(answer.strip(), f"a name of no words cannot be scored: {answer!r}")
+        ids = generation.answer_ids(tokenizer, prompt, answer)
+        decode.check_length(model.language, embeds.shape[1], len(ids))
+        targets.append(ids)
     # read the question once
     out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
     first_log_p = out.logits[:, -1].float().log_softmax(-1)

@@ -24,6 +24,15 @@ def prompt_ids(tokenizer, model, prompt, tokens):
     return torch.tensor([ids])
 
 
+def answer_ids(tokenizer, prompt, answer):
+    """An answer and the token that ends it -> ids (list), as they follow this prompt: its supervised tokens.
+
+    Raises UserError for a tokenizer without a word that ends an answer.
+    """
+    ids, supervised = prompts.chat(tokenizer, [(f"{IMAGE}\n{prompt}", answer)], 1)
+    return [i for i, is_target in zip(ids, supervised) if is_target]
+
+
 @torch.no_grad()
 def photo_embeddings(model, image, tiles=1):
     """A photo, uint8 (3,H,W) -> image tokens, as embeddings of the language model (1,N,E)."""

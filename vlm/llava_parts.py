@@ -11,7 +11,7 @@ from utils import pretrained
 from utils.run import UserError
 from utils.text import printable
 from vlm import connector, tower
-from vlm.prompts import IMAGE, add_words
+from vlm.prompts import IMAGE, add_words, use_template
 
 
 class Parts(NamedTuple):
@@ -55,7 +55,12 @@ def build(
 
 def language_model(name, on="cpu"):
     """-> tokenizer, language model: smollm2, or a folder or hub id."""
-    return pretrained.smollm2(on) if name == "smollm2" else pretrained.language_model(name, on)
+    if name != "smollm2":
+        return pretrained.language_model(name, on)
+    tokenizer, language = pretrained.smollm2(on)
+    # without the system message of its own template, as the weights of the book learned it
+    use_template(tokenizer, "chatml")
+    return tokenizer, language
 
 
 @torch.no_grad()

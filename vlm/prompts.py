@@ -1,22 +1,21 @@
-"""Chat templates with image tokens in them: special tokens, turns of a conversation, supervised tokens.
+"""Prompts with image tokens in them: special tokens, chat template, turns of a conversation, supervised tokens.
 
 Where the text says <image>, as many image tokens stand as the connector makes of a photo. Labels
 are those of the answers and of the token that ends each; questions and the template itself are
-masked. LLaVA, Liu et al. 2023, arXiv:2304.08485, Sec. 4.2; Vicuna's template is LLaVA's own.
+masked. LLaVA, Liu et al. 2023, arXiv:2304.08485, Sec. 4.2; the templates are in templates.py.
 """
 
 from deploy import decode
-from utils.run import check
-from utils.text import plain
+from utils.run import UserError, check
+from utils.text import plain, printable, read_text
+from vlm import templates
+from vlm.templates import IMAGE, TEMPLATES
 
 IGNORE = -100  # the label of a token that is not supervised
-IMAGE, START, END = "<image>", "<im_patch_start>", "<im_patch_end>"
-# What stands before a question and after it, and after an answer: supervised, and masked
-STYLES = {
-    "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
-    "llama2": ("[INST] ", " [/INST]", "</s>", ""),
-    "vicuna": ("USER: ", " ASSISTANT:", "</s>", ""),  # LLaVA's own
-}
+START, END = "<im_patch_start>", "<im_patch_end>"
+# A conversation that every template must take
+TRIAL = [(f"{IMAGE}\nWhat is it?", "a pear")]
+CONTEXT = 64  # characters before a text, with which it is tokenized
 
 
 def add_words(tokenizer, language, words=(IMAGE,)):
@@ -51,18 +50,56 @@ def has(tokenizer, word):
     return word == tokenizer.unk_token or tokenizer.convert_tokens_to_ids(word) not in unknown
 
 
-def style(tokenizer):
-    """How this model was taught to talk: chatml, llama2 or vicuna, by its words."""
-    if has(tokenizer, "<|im_start|>"):
-        return "chatml"
-    return "llama2" if "[INST]" in (tokenizer.chat_template or "") else "vicuna"
+def use_template(tokenizer, name_or_path=""):
+    """Set the tokenizer's chat template: one of TEMPLATES by name, or a Jinja file. It is saved with the tokenizer.
+
+    "" keeps the tokenizer's own; a tokenizer without one gets vicuna. Raises UserError, and changes
+    nothing: no such file, not UTF-8, no Jinja, or a template in which a question and its answer
+    cannot be told apart.
+    """
+    own = tokenizer.chat_template
+    name = name_or_path or "its own"
+    # a name, a file, or what is there
+    if name_or_path in TEMPLATES:
+        chosen = TEMPLATES[name_or_path]
+    elif name_or_path:
+        chosen = read_template(name_or_path)
+    else:
+        chosen = own or TEMPLATES["vicuna"]
+    # a conversation in it
+    tokenizer.chat_template = chosen
+    try:
+        messages = TRIAL if tokenizer.eos_token else [(TRIAL[0][0], None)]
+        templates.segments(tokenizer, messages)
+    except UserError as error:
+        tokenizer.chat_template = own
+        mend = f"take one of {', '.join(TEMPLATES)}"
+        raise UserError(f"chat template {printable(name)}: {error}; {mend}") from None
 
 
-def end_of_answer(tokenizer, talk=None):
-    """The token that ends an answer, which is supervised; None if the tokenizer has no such
-    word."""
-    word = STYLES[talk or style(tokenizer)][2]
-    return word if has(tokenizer, word) else tokenizer.eos_token
+def read_template(path):
+    """A Jinja file -> its text. Raises UserError: it cannot be read, is not UTF-8, or is
+    empty."""
+    try:
+        text = read_text(path, 1)
+        check(text.strip(), f"{printable(path)} is empty")
+    except UserError as error:
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"{error}; a chat template is a Jinja file or one of {known}") from None
+    return text
+
+
+def end_of_answer(tokenizer):
+    """The token that ends an answer in the tokenizer's chat template, which is supervised; eos if the template
+    writes none, None if there is no eos either."""
+    question, answer = TRIAL[0]
+    in_parts = templates.wants_parts(tokenizer)
+    messages = [templates.message("user", question, in_parts)]
+    prompt = templates.render(tokenizer, messages, ask=True)
+    messages.append(templates.message("assistant", answer, in_parts))
+    whole = templates.render(tokenizer, messages)
+    _, word = templates.split_answer(tokenizer, whole[len(prompt) :], answer)
+    return word or tokenizer.eos_token
 
 
 def ends(tokenizer, language=None):
@@ -73,41 +110,49 @@ def ends(tokenizer, language=None):
     return sorted({*ours, *decode.ends(tokenizer, language)})
 
 
-def chat(tokenizer, turns, count, talk=None):
-    """Turns [(question, answer or None), ...] -> ids, supervised (lists): only answers and their
-    end tokens are.
+def tokens_behind(tokenizer, before, text):
+    """ids of a text where it stands behind another one: SentencePiece puts a space before what begins a text.
 
-    Every <image> in a question becomes `count` of them, between START and END if the vocabulary has these. Pieces are
-    tokenized one by one, so that the border between prompt and target is a border of tokens, whatever the texts are.
-     Raises UserError for an answer, if the tokenizer has no word to end it.
+    They never share a token with the text before: if the tokenizer would join both, the text is
+    tokenized alone, as it is when an answer is generated.
     """
-    before, after, _, rest = STYLES[talk or style(tokenizer)]
-    ending = end_of_answer(tokenizer, talk)
-    place = f"{START}{IMAGE * count}{END}" if has(tokenizer, START) else IMAGE * count
-    ids = []
-    supervised = []
 
-    def say(text, is_target):
-        new = tokenizer(text, add_special_tokens=False).input_ids
-        ids.extend(new)
-        supervised.extend([is_target] * len(new))
+    def ids_of(part):
+        return tokenizer(part, add_special_tokens=False).input_ids
+
+    context = before[-CONTEXT:]
+    known = ids_of(context)
+    both = ids_of(context + text)
+    return both[len(known) :] if both[: len(known)] == known else ids_of(text)
+
+
+def chat(tokenizer, turns, count, system=""):
+    """Turns [(question, answer or None), ...] -> ids, supervised (lists): only answers and their
+    end tokens are. The text is that of the tokenizer's chat template (`use_template`).
+
+    Every <image> in a question becomes `count` of them, between START and END if the vocabulary has these.
+    Prompts and targets are tokenized one by one, so that the border between them is a border of tokens, and what is
+    asked in use is the beginning of what was learned. bos stands where the template writes it. What somebody typed is
+    text: the names of control tokens in it are letters. Raises UserError for a template that does
+    not fit, and for an answer, if there is no token to end it.
+    """
+    place = f"{START}{IMAGE * count}{END}" if has(tokenizer, START) else IMAGE * count
 
     def typed(text):
         """What somebody typed: the names of special words in it are plain text, all but <image>."""
-        return place.join(plain(part, tokenizer) for part in text.split(IMAGE))
+        return IMAGE.join(plain(part, tokenizer) for part in text.split(IMAGE))
 
-    if tokenizer.bos_token_id is not None and before == STYLES["vicuna"][0]:
-        ids = [tokenizer.bos_token_id]
-        supervised = [False]
+    written = []
     for question, answer in turns:
-        # question, masked
-        say(before, False)
-        say(typed(question), False)
-        say(after, False)
-        # answer and its end token, supervised
-        if answer is not None:
-            check(ending, "the tokenizer has no word that ends an answer: set its eos_token")
-            say(plain(answer, tokenizer), True)
-            say(ending, True)
-            say(rest, False)
+        written.append((typed(question), None if answer is None else plain(answer, tokenizer)))
+    ids = []
+    supervised = []
+    before = ""
+    for text, is_target in templates.segments(tokenizer, written, plain(system, tokenizer)):
+        if not is_target:
+            text = text.replace(IMAGE, place)
+        new = tokens_behind(tokenizer, before, text)
+        ids.extend(new)
+        supervised.extend([is_target] * len(new))
+        before += text
     return ids, supervised

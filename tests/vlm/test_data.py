@@ -10,10 +10,9 @@ from PIL import Image
 
 from tests import fuzz
 from tests.utils.test_images import exif_block
-from utils import pretrained
 from utils.data import groceries
 from utils.run import UserError
-from vlm import conversations, data, fruit_photos, prompts, views
+from vlm import conversations, data, fruit_photos, llava_parts, prompts, views
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,8 @@ def test_questions_of_every_sort_and_several_turns(rows):
 
 @pytest.fixture(scope="module")
 def words():
-    """SmolLM2's tokenizer with <image>, and the id of that."""
-    tokenizer, language = pretrained.smollm2()
+    """SmolLM2's tokenizer with <image> and chatml, and the id of that word."""
+    tokenizer, language = llava_parts.language_model("smollm2")
     return tokenizer, prompts.add_words(tokenizer, language)
 
 

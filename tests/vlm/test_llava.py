@@ -1,6 +1,5 @@
 """vlm/llava.py and vlm/train.py: the library's LLaVA, any vision tower and language model, masks, training."""
 
-import copy
 import json
 import shutil
 
@@ -209,95 +208,6 @@ def test_the_vocabulary_grows_and_no_row_is_lost():
     prompts.add_words(tokenizer, language, (prompts.IMAGE, prompts.START, prompts.END))
     after = language.get_input_embeddings().weight
     assert len(after) == len(tokenizer) == 12 and torch.equal(after[:10], before)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return pretrained.smollm2()
-
-
-def test_only_answers_and_their_ends_are_learned(smollm2):
-    tokenizer, _ = smollm2
-    prompts.add_words(tokenizer, smollm2[1])
-    turns = [(f"{prompts.IMAGE}\nWhat is it?", "an apple"), ("Which?", "Gala")]
-    ids, learned = prompts.chat(tokenizer, turns, 4)
-    assert (
-        tokenizer.decode([i for i, x in zip(ids, learned) if x])
-        == "an apple<|im_end|>Gala<|im_end|>"
-    )
-    assert tokenizer.decode(ids).count(prompts.IMAGE) == 4
-    asked, none = prompts.chat(tokenizer, [*turns[:1], ("Which?", None)], 4)
-    # What is asked in use is what was asked in training
-    assert not any(none[-10:]) and ids[: len(asked)] == asked
-
-
-def test_a_picture_may_stand_between_two_words(smollm2):
-    tokenizer = copy.deepcopy(smollm2[0])
-    language = eyes.speaker(words=len(tokenizer))
-    turns = [(f"{prompts.IMAGE}\nWhat is it?", "an apple")]
-    prompts.add_words(tokenizer, language)
-    plain, _ = prompts.chat(tokenizer, turns, 4)
-    prompts.add_words(tokenizer, language, (prompts.IMAGE, prompts.START, prompts.END))
-    ids, learned = prompts.chat(tokenizer, turns, 4)
-    inside = tokenizer.convert_tokens_to_ids([prompts.START, *[prompts.IMAGE] * 4, prompts.END])
-    first = ids.index(inside[0])
-    assert ids[first : first + 6] == inside and not any(learned[: first + 6])
-    assert ids[:first] + ids[first + 1 : first + 5] + ids[first + 6 :] == plain
-
-
-@pytest.mark.parametrize("talk", prompts.STYLES)
-def test_every_style_learns_the_end(smollm2, talk):
-    ids, learned = prompts.chat(smollm2[0], [("Q?", "yes"), ("R?", "no")], 1, talk)
-    assert sum(learned) == 4 and [i for i, x in zip(ids, learned) if x][1] in (
-        2,
-        smollm2[0].eos_token_id,
-    )
-
-
-@pytest.mark.parametrize(
-    "word", ["<|im_end|>", "<|im_start|>", "<file_sep>", "<|endoftext|>", "<repo_name>"]
-)
-def test_what_somebody_types_is_no_command(smollm2, word):
-    tokenizer, language = smollm2
-    prompts.add_words(tokenizer, language)
-    turns = [(f"{prompts.IMAGE}\nStop.{word}\nNo", f"Yes{word}{prompts.IMAGE}")]
-    ids, _ = prompts.chat(tokenizer, turns, 3)
-    plain, _ = prompts.chat(tokenizer, [(f"{prompts.IMAGE}\nStop.\nNo", "Yes")], 3)
-    for special in (
-        tokenizer.convert_tokens_to_ids(word),
-        tokenizer.convert_tokens_to_ids(prompts.IMAGE),
-    ):
-        assert ids.count(special) == plain.count(special)
-
-
-def test_a_question_is_asked_and_an_answer_refused_without_a_word_that_ends_it():
-    """Some tokenizers have neither an end nor padding: to ask works, to teach when to stop cannot."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    bare = Tokenizer(models.WordLevel({"[UNK]": 0, "what": 1, "apple": 2, "\n": 3}, "[UNK]"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer, language = (
-        PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="[UNK]"),
-        eyes.speaker(),
-    )
-    language.generation_config.eos_token_id = None
-    assert prompts.add_words(tokenizer, language) == 4 and prompts.ends(tokenizer, language) == []
-    ids, learned = prompts.chat(tokenizer, [(f"{prompts.IMAGE} what", None)], 2)
-    assert ids.count(4) == 2 and not any(learned)
-    with pytest.raises(UserError, match="no word that ends an answer"):
-        prompts.chat(tokenizer, [("what", "apple")], 2)
-
-
-def test_an_answer_stops_at_every_word_that_ends_one(smollm2):
-    tokenizer = smollm2[0]
-    language = eyes.speaker()
-    language.generation_config.eos_token_id = [7, 9]
-    assert prompts.end_of_answer(tokenizer) == "<|im_end|>"
-    assert prompts.end_of_answer(tokenizer, "vicuna") == "<|im_end|>"
-    assert prompts.ends(tokenizer, language) == sorted(
-        {7, 9, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    )
 
 
 def test_a_photo_is_squeezed_and_normalised_as_transformers_does_it(tiny, monkeypatch):
@@ -586,7 +496,11 @@ def test_a_saved_folder_is_that_of_transformers(tiny, whole, parity):
     theirs = AutoModelForImageTextToText.from_pretrained(whole)
     processor = AutoProcessor.from_pretrained(whole)
     image = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
-    text = f"<|im_start|>user\n{prompts.IMAGE}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    # the chat template is saved with the tokenizer
+    asked = [{"role": "user", "content": f"{prompts.IMAGE}\nWhat?"}]
+    text = processor.tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=False
+    )
     inputs = processor(images=image, text=text, return_tensors="pt")
     assert (
         inputs["input_ids"].tolist()
