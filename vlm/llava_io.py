@@ -28,6 +28,7 @@ from vlm.llava_transformers import (
     to_transformers,
     transformers_config,
 )
+from vlm.prompts import use_template
 
 # Keys of config.json of a folder of parts
 OURS = {"model_type", "vision", "connector", "layer", "select"}
@@ -151,6 +152,10 @@ def restore(path, on="cpu"):
     tensors, meta = checkpoint.read(path)
     try:
         tokenizer, model = start_of(meta, on)
+        # the chat template of training, a Jinja text; older files have none
+        if "chat_template" in meta:
+            tokenizer.chat_template = meta["chat_template"]
+            use_template(tokenizer)
 
         def part(name):
             return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import eyes, fuzz, llamas
+from utils import checkpoint
 from utils.run import UserError
 from vlm import conversations, data, generation, llava_parts, prompts
 from vlm.fruit_photos import QUESTION
@@ -184,7 +185,10 @@ def test_what_is_asked_in_use_begins_what_was_learned(talkers, name):
 def test_answers_that_look_like_the_template_end_where_they_end(talkers, name, answer):
     """Spaces at the border join no token, and an answer may say what the template says."""
     tokenizer = talkers[name]
-    ids, supervised = prompts.chat(tokenizer, [("What?", answer), ("And?", answer)], 1)
+    turns = [("What?", answer), ("And?", answer)]
+    ids, supervised = prompts.chat(tokenizer, turns, 1)
+    whole = tokenizer.apply_chat_template(as_messages(turns, 1), tokenize=False)
+    assert tokenizer.decode(ids) == whole
     asked, _ = prompts.chat(tokenizer, [("What?", None)], 1)
     assert ids[: len(asked)] == asked and supervised.index(True) == len(asked)
     end = tokenizer.convert_tokens_to_ids(prompts.end_of_answer(tokenizer))
@@ -468,6 +472,26 @@ def test_an_answer_stops_at_every_word_that_ends_one(talkers):
     assert prompts.end_of_answer(tokenizer) == "<|eot_id|>"
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert prompts.ends(tokenizer, language) == sorted({7, 9, end})
+
+
+def test_weights_are_asked_in_the_template_of_their_training(tmp_path, monkeypatch):
+    """The header of the file holds its text; one that does not fit is refused."""
+    language = eyes.speaker()
+    connector = torch.nn.Linear(1, 1)
+    made = llava_parts.Parts(torch.nn.Identity(), connector, language, 0)
+    monkeypatch.setattr(llava_parts, "language_model", lambda name, on: (smollm2(), language))
+    monkeypatch.setattr(llava_parts, "build", lambda *names, **more: made)
+    named = {"language": "x", "vision": "x", "connector": "x", "layer": -2, "select": "patch"}
+    weights = {f"connector.{name}": x for name, x in connector.state_dict().items()}
+    found = []
+    for template in ({}, {"chat_template": TEMPLATES["llava_llama_2"]}, {"chat_template": "{{ x"}):
+        path = tmp_path / f"{len(found)}.safetensors"
+        checkpoint.write(path, weights, named | {"scale": 2.0} | template)
+        if len(found) < 2:
+            found.append(llava_parts.restore(path)[0].chat_template)
+    assert found == [smollm2().chat_template, TEMPLATES["llava_llama_2"]]
+    with pytest.raises(UserError, match="the chat template fails"):
+        llava_parts.restore(path)
 
 
 def test_smollm2_speaks_chatml_without_its_own_system_message():
