@@ -36,7 +36,7 @@ PLAIN = r"""
 {%- endfor %}
 """
 
-# LLaVA-1.5; the space before an answer belongs to its first token
+# LLaVA-1.5, whose system message is not added here; the space before an answer belongs to its first token
 VICUNA = r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -214,7 +214,7 @@ def segments(tokenizer, turns, system=""):
         messages.append(message("user", question, in_parts))
         prompt = render(tokenizer, messages, ask=True)
         other = "the chat template writes an earlier turn in another way once a question follows it"
-        check(prompt.startswith(done), other)
+        check(prompt.startswith(done), f"{other}: take another template, or one turn a row")
         added = prompt[len(done) :]
         other = f"the chat template does not write each {IMAGE} of a question once"
         check(added.count(IMAGE) == question.count(IMAGE), other)
