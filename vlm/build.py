@@ -47,7 +47,7 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     """
     from vlm import connector, llava_parts, prompts, tower
     from vlm.llava_transformers import image_processor
-    from vlm.modeling import assemble, perceiver_options
+    from vlm.modeling import assemble
     from vlm.processor import VLMProcessor
 
     # 1. The parts with their weights; <image> becomes a token of the vocabulary
@@ -56,7 +56,7 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     tokenizer, language = llava_parts.language_model(config.text_name_or_path)
     image_token_id = prompts.add_words(tokenizer, language)
     width = language.config.get_text_config().hidden_size
-    new = connector.build(config.connector, vision.width, width, **perceiver_options(config))
+    new = connector.build(config.connector, vision.width, width, **config.connector_options())
     # 2. One precision, and one model
     if hasattr(vision.network, "config"):
         vision.to(language.dtype)  # not all of the model: rotary frequencies stay in fp32

@@ -50,13 +50,15 @@ def tensors(model):
         return {name: whole(x).detach().cpu().clone() for name, x in found.items()}
 
 
-def about(cfg):
+def about(cfg, tokenizer=None):
     """What stands beside the weights: enough to put the model together again, from whatever
-    folder."""
-    scale = cfg.lora.alpha / cfg.lora.r
+    folder; with a tokenizer also its chat template."""
+    common = {"scale": cfg.lora.alpha / cfg.lora.r}
+    if tokenizer is not None:
+        common["chat_template"] = tokenizer.chat_template
     # trained from another model: its parts are those of that one
     if cfg.train.ckpt_path:
-        return {"base": absolute(cfg.train.ckpt_path), "scale": scale}
+        return common | {"base": absolute(cfg.train.ckpt_path)}
     model = cfg.model
     named = {
         "vision": absolute(model.vision_name_or_path),
@@ -64,14 +66,15 @@ def about(cfg):
         "connector": model.connector,
         "layer": model.vision_layer,
         "select": model.select,
-        "scale": scale,
     }
     # only where they say something
     if model.perceiver:
         named["perceiver"] = model.perceiver
+    if model.sparsity_plugins:
+        named["sparsity_plugins"] = model.sparsity_plugins
     if model.img_size:
         named["img_size"] = model.img_size
-    return named
+    return common | named
 
 
 def absolute(name):

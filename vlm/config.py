@@ -24,6 +24,8 @@ RESAMPLER_NAMES = {
     "n_query_groups": "kv_heads",
     "head_dim": "head_dim",
     "concat_latents_kv": "concat_latents_kv",
+    "hidden_size": "hidden_size",
+    "attention_dropout": "attention_dropout",
 }
 
 
@@ -37,6 +39,8 @@ class PerceiverConfig:
     n_query_groups: int = 8  # heads of keys and values; fewer: grouped-query attention
     head_dim: int = 32  # of each head
     concat_latents_kv: bool = True  # the latents are among keys and values, too
+    hidden_size: int | None = None  # width inside; None: that of the language model
+    attention_dropout: float = 0.0  # dropout rate of attention weights
 
     def options(self) -> dict[str, Any]:
         """As `vlm.connector.PerceiverResampler` names them."""
@@ -68,6 +72,7 @@ class VLMConfig(PreTrainedConfig):
     text_name_or_path: str = "smollm2"
     connector: str = "pool3"
     perceiver: dict | None = None  # fields of PerceiverConfig
+    sparsity_plugins: list | None = None  # see vlm/token_sparsity.py
     vision_layer: int = -2
     select: Literal["patch", "all"] = "patch"
     img_size: int = 0
@@ -76,12 +81,20 @@ class VLMConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None  # none: EfficientNet-lite0
     text_config: dict | PreTrainedConfig | None = None
 
+    def connector_options(self) -> dict[str, Any]:
+        """What `vlm.connector.build` is given besides names and widths."""
+        options = PerceiverConfig(**self.perceiver).options() if self.perceiver else {}
+        if self.sparsity_plugins:
+            options["sparsity_plugins"] = tuple(self.sparsity_plugins)
+        return options
+
 
 def model_flags(
     vision_name_or_path: Annotated[str, arg(aliases=["--vision"])] = "efficientnet",
     text_name_or_path: Annotated[str, arg(aliases=["--language", "--text"])] = "smollm2",
     connector: str = "pool3",
     perceiver: PerceiverConfig = PerceiverConfig(),  # noqa: B008  (frozen)
+    sparsity_plugins: tuple[str, ...] = (),
     vision_layer: Annotated[int, arg(aliases=["--layer"])] = -2,
     select: Literal["patch", "all"] = "patch",
     img_size: int = 0,
@@ -94,6 +107,7 @@ def model_flags(
         text_name_or_path: language model: smollm2, or a folder or hub id
         connector: see vlm/connector.py
         perceiver: if the connector is "perceiver"
+        sparsity_plugins: fewer tokens before the connector: topk_norm16, random16, pool4, bilinear4
         vision_layer: of the encoder's hidden states
         select: patches only, or the class token and others, too
         img_size: side of the pictures; 0: that of the encoder
@@ -101,6 +115,7 @@ def model_flags(
     """
     given = dict(locals())
     given["perceiver"] = asdict(perceiver) if connector == "perceiver" else None
+    given["sparsity_plugins"] = list(sparsity_plugins) or None
     return VLMConfig(**given)
 
 
@@ -115,6 +130,9 @@ class DataConfig:
     views: int = 4  # of each picture: its middle, and random pieces
     # of samples: paragraphs of manuals, so that it does not forget how to read
     text_share: float = 0.05
+    # chat template: plain, vicuna, llava_llama_2, mistral_instruct, chatml, or a Jinja file; empty: the
+    # tokenizer's own, for smollm2 chatml
+    template: str = ""
     # tokens of the longest conversation; 0: as many as the language model has positions
     model_max_length: int = 0
     packing: bool = True  # several conversations in one row, none sees another

@@ -68,6 +68,7 @@ def save_vlm(model, tokenizer, folder):
     config = VLMConfig(
         connector=name,
         perceiver=PerceiverConfig.of(options) if name == "perceiver" else None,
+        sparsity_plugins=list(options.get("sparsity_plugins", ())) or None,
         vision_layer=vision_tower.layer,
         select=vision_tower.select,
     )
@@ -182,7 +183,7 @@ def start_of(meta, on):
         return load(meta["base"], on)
     tokenizer, language = language_model(meta["language"], on)
     run.seed(0)
-    perceiver = meta.get("perceiver")
+    named = {k: meta[k] for k in ("perceiver", "sparsity_plugins") if k in meta}
     model = build(
         meta["vision"],
         meta["connector"],
@@ -192,7 +193,7 @@ def start_of(meta, on):
         meta["select"],
         on=on,
         size=meta.get("img_size"),
-        options=PerceiverConfig(**perceiver).options() if perceiver else None,
+        options=VLMConfig(**named).connector_options(),
     )
     return tokenizer, model
 
@@ -212,8 +213,7 @@ def load_vlm(path, on="cpu"):
     if model.config.vision_config is not None:
         model.vision.mean = shown.image_processor.image_mean
         model.vision.std = shown.image_processor.image_std
-    options = PerceiverConfig(**model.config.perceiver).options() if model.config.perceiver else {}
-    model.connector.built_as = (model.config.connector, options)
+    model.connector.built_as = (model.config.connector, model.config.connector_options())
     parts = Parts(model.vision, model.connector, model.language, model.config.image_token_id)
     return shown.tokenizer, parts
 

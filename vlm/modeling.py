@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm import connector, tower
-from vlm.config import PerceiverConfig, VLMConfig
+from vlm.config import VLMConfig
 from vlm.image_tokens import merge
 from vlm.prompts import IGNORE
 
@@ -36,11 +36,6 @@ def vision_network(config):
     network = AutoModel.from_config(config.vision_config)
     # Of CLIP and its like the half that sees
     return getattr(network, "vision_model", network)
-
-
-def perceiver_options(config):
-    """What the resampler is made with; nothing for another connector."""
-    return PerceiverConfig(**config.perceiver).options() if config.perceiver else {}
 
 
 class VLM(PreTrainedModel, GenerationMixin):
@@ -62,7 +57,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         self.vision = tower.VisionTower(network, config.vision_layer, config.select, size)
         self.language: Any = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
-        options = perceiver_options(config)
+        options = config.connector_options()
         self.connector = connector.build(config.connector, self.vision.width, width, **options)
         if config.vision_config is None:
             # EfficientNet's batch statistics suffer in bf16, and it is small

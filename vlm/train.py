@@ -207,7 +207,7 @@ def worker(cfg):
     weights = checkpoints.tensors(model)  # of a sharded model all ranks gather them
     if first:
         path = folder / "model.safetensors"
-        checkpoint.write(path, weights, checkpoints.about(cfg))
+        checkpoint.write(path, weights, checkpoints.about(cfg, tokenizer))
         numbers["learned"] = sum(x.numel() for x in weights.values())
         numbers |= after_training(cfg, tokenizer, model.eval(), path)
     return numbers

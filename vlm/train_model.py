@@ -2,8 +2,7 @@
 
 from utils import run
 from utils.run import check
-from vlm import llava, llava_parts, tower
-from vlm.config import PerceiverConfig
+from vlm import llava, llava_parts, prompts, tower
 from vlm.trainable import set_trainable
 
 
@@ -20,10 +19,10 @@ def build_model(cfg, on):
         vision_tower = tower.load(
             named.vision_name_or_path, named.vision_layer, named.select, size, on
         )
-        options = PerceiverConfig(**named.perceiver).options() if named.perceiver else None
         run.seed(cfg.train.seed)
         about = (named.connector, language, tokenizer)
-        model = llava.build(vision_tower, *about, on=on, options=options)
+        model = llava.build(vision_tower, *about, on=on, options=named.connector_options())
+    prompts.use_template(tokenizer, cfg.data.template)
     if cfg.train.precision == "fp32":
         model.language.float()
     # on rows as short as these eager is faster than the fused kernel on a CPU

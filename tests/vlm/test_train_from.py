@@ -8,7 +8,8 @@ from transformers import CLIPImageProcessorPil
 
 from tests import eyes, llamas
 from utils import checkpoint
-from vlm import conversations, data, llava, llava_io
+from utils.run import UserError
+from vlm import conversations, data, llava, llava_io, prompts
 from vlm import train as teach
 from vlm.train_config import Config, changed
 
@@ -117,3 +118,36 @@ def test_rows_of_text_and_photos(lesson, tmp_path):
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     cfg = changed(lesson, data_path=str(tmp_path / "chat.json"), out=str(tmp_path / "out"))
     assert len(teach.main(cfg)["losses"]) == 2
+
+
+def test_the_chat_template_goes_with_the_weights(lesson, tmp_path):
+    cfg = changed(lesson, template="vicuna", out=str(tmp_path / "out"), train_type="projector")
+    teach.main(cfg)
+    tokenizer, _ = llava.load(tmp_path / "out/model.safetensors")
+    assert tokenizer.chat_template == prompts.TEMPLATES["vicuna"]
+    with pytest.raises(UserError, match="no/such"):
+        teach.main(changed(cfg, template="no/such", out=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_of_the_connector_go_with_the_weights(lesson, tmp_path):
+    """A resampler of its own sizes behind a token-sparsification plug-in: file and folder give the same tokens."""
+    options = {"depth": 1, "n_latents": 3, "n_heads": 2, "n_query_groups": 1, "head_dim": 4}
+    cfg = changed(
+        lesson,
+        connector="perceiver",
+        perceiver=options | {"hidden_size": 8},
+        sparsity_plugins=["topk_norm5"],
+        out=str(tmp_path),
+        train_type="projector",
+        save_model=True,
+    )
+    teach.main(cfg)
+    _, model = llava.load(tmp_path / "model.safetensors")
+    _, whole = llava.load(tmp_path / "model")
+    features = torch.randn(2, 16, 16)
+    found = model.connector(features)
+    assert found.shape == (2, 3, 32)
+    torch.testing.assert_close(
+        whole.connector(features.bfloat16()).float(), found, atol=0.05, rtol=0.05
+    )
