@@ -43,16 +43,25 @@ def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
     sizes differ by one on the ranks, and by little over the steps. Raises UserError where some rank
     would have nothing in some step.
     """
+    lengths = [len(s["ids"]) for s in samples]
+    pictures = [bool(s["images"]) for s in samples]
+    steps = modality_steps(lengths, pictures, batch, seed, epoch, ranks)
+    return [[step[rank] for step in steps] for rank in range(ranks)]
+
+
+def modality_steps(lengths, pictures, batch, seed=0, epoch=0, ranks=1):
+    """The same from lengths and whether there is a picture, each (samples,) -> steps[step][rank]."""
     check(
-        len(samples) > 0 and batch > 0 and ranks > 0,
+        len(lengths) > 0 and batch > 0 and ranks > 0,
         "there must be samples, and --batch and ranks at least 1",
     )
     random = np.random.default_rng([seed, epoch])
+    lengths = np.asarray(lengths)
+    pictures = np.asarray(pictures)
     steps = []
     for kind in (True, False):
         # samples of one modality, and steps for them, rounded up
-        chosen = [i for i, s in enumerate(samples) if bool(s["images"]) == kind]
-        chosen = np.array(chosen, dtype=int)
+        chosen = np.flatnonzero(pictures == kind)
         count = -(-len(chosen) // (batch * ranks))
         which = "with" if kind else "without"
         what = f"{len(chosen)} samples {which} pictures on {ranks} ranks, --batch {batch}"
@@ -64,13 +73,11 @@ def by_modality(samples, batch, seed=0, epoch=0, ranks=1):
         if not count:
             continue
         # neighbours in length share a step, dealt out to the ranks
-        lengths = [len(samples[i]["ids"]) for i in chosen]
-        order = chosen[shuffled(lengths, batch * ranks, random)]
+        order = chosen[shuffled(lengths[chosen], batch * ranks, random)]
         for part in np.array_split(order, count):
             steps.append([part[rank::ranks].tolist() for rank in range(ranks)])
     # steps of both modalities in a random order, the same on all ranks
-    order = random.permutation(len(steps))
-    return [[steps[i][rank] for i in order] for rank in range(ranks)]
+    return [steps[i] for i in random.permutation(len(steps))]
 
 
 class Mixture:
@@ -125,6 +132,16 @@ class Mixture:
         self.drawn[name] += 1
         order = self.orders[name][1]
         return items[order[place]]
+
+    def go_to(self, draws):
+        """Stand where so many numbers have been drawn, from any state: the sources of these draws are
+        counted."""
+        before = sum(self.drawn.values())
+        if draws < before:
+            self.drawn = dict.fromkeys(self.sources, 0)
+            before = 0
+        for draw in range(before, draws):
+            self.drawn[self.source(draw)] += 1
 
     def state_dict(self, ahead=0):
         """Plain numbers. ahead: draws that a DataLoader's workers hold ready and nobody has learned
