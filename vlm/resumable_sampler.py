@@ -69,6 +69,7 @@ class ByLength:
     """Batches of samples that are about equally long (samplers.by_length), dealt out to the ranks."""
 
     def __init__(self, lengths, batch, seed=0, rank=0, ranks=1):
+        check(len(lengths) > 0 and batch > 0, "there must be samples, and a batch of at least 1")
         self.lengths = lengths
         self.batch = batch
         self.seed = seed
@@ -104,9 +105,7 @@ class ByModality:
     def of_epoch(self, epoch):
         pictures = self.lengths > 0
         lengths = abs(self.lengths)
-        steps = samplers.modality_steps(
-            lengths, pictures, self.batch, self.seed, epoch, self.ranks
-        )
+        steps = samplers.modality_steps(lengths, pictures, self.batch, self.seed, epoch, self.ranks)
         return [step[self.rank] for step in steps]
 
     def __call__(self, k):
