@@ -173,11 +173,18 @@ def fingerprint(vision_tower):
 
 
 @torch.no_grad()
+def encode(vision_tower, batches):
+    """Batches of pictures, uint8 (b,3,S,S) each -> features of all of them, bf16 (n,N,D) on the CPU."""
+    on = device(vision_tower.network)
+    found = [vision_tower(vision_tower.pixels(batch.to(on))).bfloat16().cpu() for batch in batches]
+    return torch.cat(found)
+
+
 def vision_features(vision_tower, images, key=None, batch=4):
-    """Vision features of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D).
+    """Vision features of pictures, uint8 (n,3,S,S), kept for the next time -> bf16 (n,N,D), in memory.
 
     With a key, which says all that the pictures depend on, `images` is a function, and called the
-    first time only.
+    first time only. Of more pictures than fit into memory: views.features.
     """
     shape = b"" if key else repr(tuple(images.shape)).encode()
     content = repr(key).encode() if key else images.contiguous().numpy().tobytes()
@@ -187,14 +194,10 @@ def vision_features(vision_tower, images, key=None, batch=4):
     with suppress(UserError):
         return checkpoint.read(path)[0]["features"]
     # larger batches are slower on a CPU
-    on = device(vision_tower.network)
     parts = (images() if key else images).split(batch)
-    found = [
-        vision_tower(vision_tower.pixels(part.to(on))).bfloat16().cpu()
-        for part in run.bar(parts, len(parts), name="look")
-    ]
-    checkpoint.write(path, {"features": torch.cat(found)})
-    return torch.cat(found)
+    found = encode(vision_tower, run.bar(parts, len(parts), name="look"))
+    checkpoint.write(path, {"features": found})
+    return found
 
 
 def load(name, layer=-2, select="patch", size=None, on="cpu"):

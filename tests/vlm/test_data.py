@@ -2,17 +2,18 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests import fuzz
+from tests import eyes, fuzz
 from tests.utils.test_images import exif_block
 from utils.data import groceries
 from utils.run import UserError
-from vlm import conversations, data, fruit_photos, llava_parts, prompts, views
+from vlm import anyres, conversations, data, fruit_photos, llava_parts, prompts, tower, views
 
 
 @pytest.fixture(scope="module")
@@ -278,37 +279,111 @@ def test_long_conversations_lose_whole_turns_and_are_counted(words):
 
 
 class Eye:
+    """A tower whose only token is the mean colour."""
+
     size = 6
+    count = 1
+    width = 3
 
 
-def test_features_are_of_these_pictures_in_this_order_and_views_differ(tmp_path, monkeypatch):
-    """What the tower is shown: view 0 the middle square, others random pieces; and the key that it is kept by."""
-    keys = []
+@pytest.fixture
+def eye(tmp_path, monkeypatch):
+    """Three pictures in a cache of their own, and how many were looked at."""
+    monkeypatch.setenv("VLM_ACTION_CACHE", str(tmp_path / "cache"))
+    looked = []
 
-    def said(vision_tower, look, key):
-        keys.append(repr(key))
-        return look().float().mean((2, 3))[:, None]  # a token: the mean colour
+    def encode(vision_tower, batches):
+        batches = [batch.float() for batch in batches]
+        looked.extend(len(batch) for batch in batches)
+        return torch.cat(batches).mean((2, 3))[:, None].bfloat16()
 
-    monkeypatch.setattr(views.tower, "vision_features", said)
+    monkeypatch.setattr(views.tower, "encode", encode)
+    monkeypatch.setattr(views.tower, "fingerprint", lambda vision_tower: f"eye {vision_tower.size}")
     ramp = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (32, 1))
     Image.fromarray(np.stack([ramp, ramp * 0, ramp.T], 2)).save(tmp_path / "ramp.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((8, 8), 10, dtype=np.uint8)).save(tmp_path / "dark.png")
-    paths = [tmp_path / f"{name}.png" for name in ("ramp", "grey", "dark")]
+    return [tmp_path / f"{name}.png" for name in ("ramp", "grey", "dark")], looked
+
+
+def test_features_are_of_these_pictures_in_this_order_and_views_differ(eye):
+    """What the tower is shown: view 0 the middle square, others random pieces; and what they are kept by."""
+    paths, looked = eye
     found = views.features(Eye, paths, 3, seed=4)
-    assert found.shape == (3, 3, 1, 3)
+    assert found.shape == (3, 3, 1, 3) and looked == [3, 3, 3]
+    found = found.tensor().float()
     assert found[:, 1].eq(128).all() and found[:, 2].eq(10).all()
     assert found[0, 0, 0, 0] == pytest.approx(127.5, abs=1) and found[0, 0, 0, 2] == pytest.approx(
         127.5, abs=1
     )
     assert not torch.equal(found[1, 0], found[0, 0]) and not torch.equal(found[1, 0], found[2, 0])
-    again = views.features(Eye, paths, 2, seed=5)
-    assert torch.equal(again[0], found[0]) and not torch.equal(again[1], found[1])
-    views.features(Eye, paths[::-1], 1, seed=4)
-    (tmp_path / "dark.png").write_bytes((tmp_path / "grey.png").read_bytes())
-    views.features(Eye, paths, 1, seed=4)
-    first, second, third, middle, other_seed, turned_round, other_content = keys
-    assert (
-        middle == first
-        and len({first, second, third, other_seed, turned_round, other_content}) == 6
-    )
+    # kept; the middle square does not depend on the seed, pieces do
+    again = views.features(Eye, paths, 2, seed=4).tensor()
+    assert torch.equal(again.float(), found[:2]) and len(looked) == 3
+    other = views.features(Eye, paths, 2, seed=5).tensor().float()
+    assert torch.equal(other[0], found[0]) and not torch.equal(other[1], found[1])
+    assert len(looked) == 4
+    # another order, another content, another tower: computed anew
+    turned = views.features(Eye, paths[::-1], 1, seed=4).tensor().float()
+    assert torch.equal(turned[0], found[0].flip(0)) and len(looked) == 5
+    paths[2].write_bytes(paths[1].read_bytes())
+    assert views.features(Eye, paths, 1, seed=4).tensor()[0, 2].eq(128).all() and len(looked) == 6
+    retrained = type("Retrained", (Eye,), {"size": 8})
+    views.features(retrained, paths, 1, seed=4)
+    assert len(looked) == 7
+
+
+def test_pictures_are_hashed_once_until_they_change(eye, monkeypatch):
+    """665 000 pictures are 100 GB: at the next start their sizes and times say that they are the same."""
+    paths, _ = eye
+    store = views.Files()
+    read = []
+    monkeypatch.setattr(store, "read", lambda path: read.append(path) or path.read_bytes())
+    first = views.content_hash(store, paths)
+    assert views.content_hash(store, paths) == first and read == paths
+    os.utime(paths[0], ns=(1, 1))
+    assert views.content_hash(store, paths) == first and len(read) == 6
+
+
+def test_unreadable_pictures_are_refused_or_numbered(eye):
+    paths, looked = eye
+    paths[1].write_bytes(paths[1].read_bytes()[:40])
+    with pytest.raises(UserError, match="grey.png is not a readable image") as found:
+        views.features(Eye, paths, 2, seed=4)
+    assert "\n" not in str(found.value) and not looked
+    kept = views.features(Eye, paths, 2, seed=4, skip_unreadable=True)
+    assert kept.unreadable() == [1] and kept[1, 1].eq(0).all() and kept[0, 2].eq(10).all()
+    # computed by a run that skips: still refused by one that does not
+    with pytest.raises(UserError, match="grey.png is not a readable image"):
+        views.features(Eye, paths, 2, seed=4)
+    missing = [paths[0], paths[0].with_name("none.png")]
+    with pytest.raises(UserError, match="cannot read .*none.png: No such file"):
+        views.features(Eye, missing)
+    assert views.features(Eye, missing, skip_unreadable=True).unreadable() == [1]
+
+
+def test_features_on_disk_are_those_in_memory(tmp_path, monkeypatch):
+    """Bit for bit what the tower gives for all pictures at once, in every view: chunks are whole batches."""
+    monkeypatch.setenv("VLM_ACTION_CACHE", str(tmp_path / "cache"))
+    vision_tower = tower.VisionTower(eyes.tower())
+    monkeypatch.setattr(views.feature_cache, "CHUNK_BYTES", 4 * 2 * 16 * 16)
+    paths = []
+    for i in range(11):
+        noise = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(noise).save(paths[-1])
+    kept = views.features(vision_tower, paths, 2, seed=4)
+    assert kept.files[0].chunks == 3
+    # the middle squares, and crops drawn one after the other
+    middle = torch.stack([data.data.read_image(path, 28) for path in paths])
+    random = np.random.default_rng([4, 1])
+    crops = []
+    for path in paths:
+        crop = views.random_crop(data.data.read_image(path, 42), random)
+        crops.append(anyres.resize(crop, (28, 28)))
+    for view, images in enumerate((middle, torch.stack(crops))):
+        expected = tower.vision_features(vision_tower, images)
+        assert torch.equal(kept.tensor()[view], expected)
+    # a piece alone, as after a kill: the same crops
+    fresh = views.ViewOfPictures(vision_tower, views.Files(), paths, 1, 4, False)
+    assert torch.equal(fresh(8, 11)[0], expected[8:])
