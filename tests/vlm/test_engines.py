@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_fp16_scales_the_loss_and_the_step_is_that_of_fp32():
     for precision in ("fp32", "fp16"):
         torch.manual_seed(0)
         learner, cfg = small(grad_clip=0.01)
-        engine = engines.Plain(learner, changed(cfg, precision=precision), torch.device("cpu"))
+        engine: Any = engines.Plain(learner, changed(cfg, precision=precision), torch.device("cpu"))
         engine.optimizer = torch.optim.SGD(engine.learned(), 1.0)
         value = learner.model.project(torch.ones(1, 16, 16)).square().sum()
         engine.backward(value)
