@@ -133,23 +133,25 @@ def stand_in(image, there):
     return image
 
 
-def parse(text, at, there):
-    """Bytes of one row -> the row, checked and tidied. `at` names it in messages; `there` is any file
-    that exists: it stands for the pictures, which are not looked for here. Raises UserError."""
-    # JSON
+def parse(text, at):
+    """Bytes of a row -> the value of its JSON. `at` names it in messages. Raises UserError."""
     decoded = decode(text, at)
     try:
-        one = json.loads(decoded, object_pairs_hook=conversations.unique_keys)
+        return json.loads(decoded, object_pairs_hook=conversations.unique_keys)
     except RecursionError:
         raise UserError(f"{at} is no readable JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{at} is no readable JSON: {printable(error)}") from None
-    # the rules of the format
-    checked = one
+
+
+def checked(one, at, there):
+    """A row of LLaVA's format, tidied. `there` is any file that exists: it stands for the pictures,
+    which are not looked for here. Raises UserError for a row of another format."""
+    shown = one
     if isinstance(one, dict) and one.get("image") is not None:
-        checked = one | {"image": stand_in(one["image"], there)}
+        shown = one | {"image": stand_in(one["image"], there)}
     try:
-        conversations.validate([checked], there.parent)
+        conversations.validate([shown], there.parent)
     except UserError as error:
         raise UserError(f"{at}{str(error).removeprefix('row 0')}") from None
     return conversations.tidy(one)
@@ -198,7 +200,8 @@ class Rows(Sequence):
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         number %= len(self)
-        return parse(self.text(number), f"{self.name}: row {number}", self.path)
+        at = f"{self.name}: row {number}"
+        return checked(parse(self.text(number), at), at, self.path)
 
     def modality_lengths(self):
         """Words of each row, below zero where it has no picture: int64 (rows,), read once and kept.
