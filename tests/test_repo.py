@@ -27,6 +27,7 @@ MEASURE |= {
     "decode_study",
     "evaluate",
     "flamingo_lora",
+    "loader_study",
     "questions",
     "strategies",
 }
