@@ -174,6 +174,15 @@ def test_views_differ_between_places_and_not_between_runs(tmp_path):
     assert {float(first.sum()), float(second.sum())} == {float(v.sum()) for v in views[:2]}
 
 
+def test_one_stand_in_for_two_broken_pictures_has_a_view_for_each(tmp_path):
+    rows_and_pictures(tmp_path)
+    good = {"ids": [1], "labels": [1], "images": [tmp_path / "1.png"]}
+    bad = {"ids": [3], "labels": [3], "images": [tmp_path / "3.png"]}
+    collate = Collator(view, [good], 99, length=4, views=True)
+    batch = collate([bad | {"place": Place(3, 7, 0, 0, i)} for i in range(2)])
+    assert batch["ids"].tolist() == [[1, 1]] and not torch.equal(*batch["images"])
+
+
 def test_places_number_the_samples_of_a_step_and_rank():
     batches = list(BatchSampler(PLANS["shuffled"](1, 2), 7, 1, parts=2, start=3, stop=5))
     assert [len(batch) for batch in batches] == [3, 3, 3, 3]

@@ -44,7 +44,10 @@ def test_the_command_times_each_number_of_workers(tmp_path):
     torch.set_num_threads(threads)
     names = [f"{way}, workers {n}" for way in ("loading alone", "beside a step") for n in (0, 1)]
     assert list(found) == names and (tmp_path / "metrics.json").is_file()
-    assert found[names[0]]["times as fast"] == 1 and found[names[1]]["wall_seconds"] > 0
+    for way in (names[:2], names[2:]):
+        seconds = [found[name]["wall_seconds"] for name in way]
+        assert found[way[0]]["times as fast"] == 1
+        assert found[way[1]]["times as fast"] == pytest.approx(seconds[0] / seconds[1])
 
 
 @pytest.mark.parametrize("flags", [{"batch": 0}, {"workers": ()}, {"workers": (-1,)}, {"size": 8}])
