@@ -120,7 +120,7 @@ class Weighted:
     """Batches from several sources, each drawn as often as its weight says (samplers.Mixture).
 
     sources: {name: numbers of its samples}. How often each source was drawn before batch k is
-    counted anew when k is not the batch after the last one: some 10 s for a million draws.
+    counted anew when k is not the batch after the last one: some 30 s for a million draws.
     """
 
     def __init__(self, sources, weights, batch, seed=0, rank=0, ranks=1):

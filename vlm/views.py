@@ -6,10 +6,13 @@ that they depend on: the tower, the content of the pictures, the view, the seed.
 
 import hashlib
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from utils import assets, data, images
 from utils.run import UserError
@@ -18,6 +21,7 @@ from vlm import anyres, feature_cache, tower
 
 # Of how images become pixels here: raise it with any change, or features of the old ones are read
 VERSION = 1
+THREADS = min(8, os.cpu_count() or 1)  # that decode pictures
 BATCH = 4  # pictures that the tower sees at a time: larger batches are slower on a CPU
 
 
@@ -95,7 +99,15 @@ def content_hash(store, names, skip_unreadable=False):
 
     stamps = [store.stamp(name) for name in names]
     key = hashlib.sha256(repr((VERSION, stamps)).encode()).hexdigest()[:16]
-    return data.cached(assets.cache() / "features" / f"content-{key}.safetensors", read)[1]
+    path = assets.cache() / "features" / f"content-{key}.safetensors"
+    # one rank reads, the others wait for what it finds
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            return data.cached(path, read)[1]
+    except OSError as error:
+        moves = "VLM_ACTION_CACHE moves the cache"
+        raise UserError(f"cannot write {path}: {error.strerror}; {moves}") from None
 
 
 class ViewOfPictures:
@@ -109,7 +121,7 @@ class ViewOfPictures:
         self.view = view
         self.seed = seed
         self.skip_unreadable = skip_unreadable
-        self.crops = None
+        self.crops: list = []  # drawn when a chunk must be computed
 
     def picture(self, number):
         """A picture as the tower sees it: uint8 (3,S,S)."""
@@ -118,24 +130,30 @@ class ViewOfPictures:
             return open_picture(self.store, self.names[number], size)
         # from a larger square, so that a crop is not enlarged
         larger = 3 * size // 2
-        if self.crops is None:
-            self.crops = crops_of_view(len(self.names), larger, self.view, self.seed)
         square = open_picture(self.store, self.names[number], larger)
         return anyres.resize(cut(square, self.crops[number]), (size, size))
+
+    def picture_or_none(self, number):
+        """The same; None for a picture that cannot be read, if it may be skipped."""
+        try:
+            return self.picture(number)
+        except UserError:
+            if not self.skip_unreadable:
+                raise
+            return None
 
     def __call__(self, first, last):
         """-> features bf16 (last - first, N, D), zeros for a picture that cannot be read, and which
         could be."""
         size = self.vision_tower.size
-        readable = torch.ones(last - first, dtype=torch.bool)
-        shown = torch.zeros(last - first, 3, size, size, dtype=torch.uint8)
-        for i in range(last - first):
-            try:
-                shown[i] = self.picture(first + i)
-            except UserError:
-                if not self.skip_unreadable:
-                    raise
-                readable[i] = False
+        if self.view and not self.crops:
+            self.crops = crops_of_view(len(self.names), 3 * size // 2, self.view, self.seed)
+        # decoded by several threads: the decoders let others run
+        with ThreadPoolExecutor(THREADS) as pool:
+            pictures = list(pool.map(self.picture_or_none, range(first, last)))
+        readable = torch.tensor([picture is not None for picture in pictures])
+        black = torch.zeros(3, size, size, dtype=torch.uint8)
+        shown = torch.stack([black if picture is None else picture for picture in pictures])
         found = tower.encode(self.vision_tower, shown.split(BATCH))
         found[~readable] = 0
         return found, readable.tolist()

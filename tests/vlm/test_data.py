@@ -2,7 +2,9 @@
 
 import io
 import json
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -343,6 +345,27 @@ def test_pictures_are_hashed_once_until_they_change(eye, monkeypatch):
     assert views.content_hash(store, paths) == first and read == paths
     os.utime(paths[0], ns=(1, 1))
     assert views.content_hash(store, paths) == first and len(read) == 6
+
+
+def test_ranks_that_start_together_read_the_pictures_once(eye, tmp_path):
+    paths, _ = eye
+    store = views.Files()
+
+    def read(path):
+        with open(tmp_path / "log", "a") as file:
+            file.write(f"{path.name}\n")
+        time.sleep(0.05)
+        return path.read_bytes()
+
+    store.read = read
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=views.content_hash, args=(store, paths)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert (tmp_path / "log").read_text().split() == [path.name for path in paths]
 
 
 def test_unreadable_pictures_are_refused_or_numbered(eye):
