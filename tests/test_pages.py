@@ -23,6 +23,8 @@ PAGES = [
     ROOT / "README.md",
     *sorted(p for p in ROOT.glob("[a-z]*/*.md") if p.parent.name != "outputs"),
 ]
+# What a script starts by the name `python` is the Python of the tests
+PYTHON = {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"}
 OF_CHAPTERS = [p for p in PAGES if (p.parent / "__init__.py").is_file()]
 
 
@@ -54,7 +56,12 @@ def tiny(line):
     """The words of a command as the tests run it: with the tiny flags of its script, which win over its own."""
     words = shlex.split(line)
     script = next((w for w in words if w.endswith(".py")), None)
-    return words + tiny_flags().get(script, [])  # a script without them fails a test of its own
+    flags = tiny_flags().get(script, [])  # a script without them fails a test of its own
+    if "--" not in words:
+        return words + flags
+    # A wrapper, such as monitor.py: behind its -- stands a command with tiny flags of its own
+    at = words.index("--")
+    return [*words[:at], *flags, "--", *tiny(shlex.join(words[at + 1 :]))]
 
 
 def meaning(words):
@@ -110,10 +117,13 @@ def test_command(line, tmp_path, request):
     """
     words = tiny(line)
     script = next((w for w in words if w.endswith(".py")), None)
-    if script is not None:
+    if "--" in words:
+        at = words.index("--")
+        words = [*words[:at], "--out", str(tmp_path), *words[at:], "--out", str(tmp_path / "inner")]
+    elif script is not None:
         words += ["--out", str(tmp_path)]
     forked = plain_script(words) and (line not in firsts() or request.config.option.markexpr)
-    done = warm.run(words[1:]) if forked else fresh(words)
+    done = warm.run(words[1:], env=PYTHON) if forked else fresh(words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert script is None or (tmp_path / "metrics.json").is_file()
 
@@ -138,7 +148,7 @@ def fresh(words):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | port,
+        env=os.environ | port | PYTHON,
     )
 
 

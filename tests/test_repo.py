@@ -29,6 +29,7 @@ MEASURE |= {
     "flamingo_lora",
     "loader_study",
     "questions",
+    "roofline",
     "strategies",
 }
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]

@@ -2,7 +2,8 @@
 
 Kaplan et al. 2020, arXiv:2001.08361: forward and backward pass make 6 N FLOPs a token, N the
 weights of matrices; Chowdhery et al. 2022, arXiv:2204.02311, add attention, 12 L D T, and divide by
-the peak of the machine: model FLOPs utilisation.
+the peak of the machine: model FLOPs utilisation. The other limit is the memory's bandwidth: Williams,
+Waterman, Patterson 2009, "Roofline", doi:10.1145/1498765.1498785.
 """
 
 import time
@@ -10,6 +11,7 @@ import time
 import torch
 
 from training.pretrain_model import losses
+from utils.run import check
 
 
 def forward_flops(config, rows, length):
@@ -55,3 +57,23 @@ def peak_flops(on, dtype):
         (a @ a)[0, 0].item()  # a number that is read is there
         seconds.append(time.perf_counter() - then)
     return 2 * n**3 / min(seconds)
+
+
+def mfu(flops_per_step, seconds, peak):
+    """Model FLOPs utilisation: FLOPs that the model needs, by those that the machine could have made.
+
+    flops_per_step: of the model, without what checkpointing computes again (with it, the quotient is
+    hardware FLOPs utilisation, HFU); peak: FLOPs a second of all devices. Chowdhery et al., App. B.
+    Raises UserError for seconds or a peak that are not above 0.
+    """
+    check(seconds > 0 and peak > 0, "MFU needs seconds and a peak above 0")
+    return flops_per_step / (seconds * peak)
+
+
+def attainable(intensity, peak, bandwidth):
+    """Roofline: FLOPs a second at best of a kernel that makes `intensity` FLOPs per byte it moves.
+
+    peak: FLOPs a second; bandwidth: bytes a second. Below peak / bandwidth FLOPs per byte, the ridge,
+    a kernel is memory-bound. Williams et al., Sec. 3.
+    """
+    return min(peak, intensity * bandwidth)
