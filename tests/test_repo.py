@@ -30,6 +30,7 @@ MEASURE |= {
     "loader_study",
     "questions",
     "roofline",
+    "step_cost",
     "strategies",
 }
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
