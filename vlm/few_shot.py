@@ -94,7 +94,9 @@ def loss(model, ids, supervised, features):
 def train(model, features, kinds, start_id, chunks, cfg, on):
     """The loop; yields the loss of each step. features (photos,N,D), kinds (photos,)."""
     # two parameter groups: gates learn ten times as fast as the rest
-    gates = [alpha for layer in model.cross for alpha in (layer.gate_attention, layer.gate_mlp)]
+    gates = []
+    for layer in model.cross:
+        gates += [layer.gate_attention.alpha, layer.gate_mlp.alpha]
     gate_ids = {id(alpha) for alpha in gates}
     rest = [p for p in model.trainable_parameters().values() if id(p) not in gate_ids]
     groups = [{"params": rest, "top": cfg.lr}, {"params": gates, "top": 10 * cfg.lr}]

@@ -15,30 +15,21 @@ time that would need an embedding.
     python vlm/flamingo.py                     # 5 minutes on two cores
     python vlm/flamingo.py --pretrained        # weights of the book, no training
     python vlm/flamingo.py --every 10 --latents 4 --shots 0 1 8
+    python vlm/flamingo.py --vision openai/clip-vit-base-patch32 --language gpt2
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from einops import rearrange
-from torch import nn
 
 from deploy import decode
 from utils import checkpoint, data, figures, pretrained, run
 from utils.run import check
-from vlm import connector, few_shot, flamingo_figures, fruit_photos, probe, tower
-from vlm.gated_cross_attention import GatedCrossAttention, media_mask, visible
-from vlm.prompts import IMAGE
+from vlm import few_shot, flamingo_figures, fruit_photos, open_flamingo, probe, tower
+from vlm.flamingo_model import Flamingo, load
 
 WEIGHTS = Path(__file__).parent / "weights" / "flamingo.safetensors"
-# What parameters are called in files that were written before they had the names of today
-OLD_NAMES = {
-    "words": "new_embeddings",
-    "resampler.inlet.weight": "resampler.input_proj.weight",
-    "resampler.inlet.bias": "resampler.input_proj.bias",
-}
 
 
 @dataclass(frozen=True)
@@ -57,145 +48,22 @@ class Config:
     shots: tuple[int, ...] = (0, 2, 4)  # few-shot examples in the prompt
     judged: int = 300  # photos to be judged by; 0: all 1322
     language: str = "smollm2"  # the language model: smollm2, or a folder or hub id
+    vision: str = "efficientnet"  # the vision encoder: efficientnet, or a folder or hub id
+    layer: int = -2  # of its hidden states, the one that is read; -1 the last
     pretrained: bool = False  # start from the shipped weights and skip the training
+    weights: str = ""  # OpenFlamingo's weights, a file or its folder: loaded, no training
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/flamingo"
 
 
-class Flamingo(nn.Module):
-    """A frozen language model, a resampler, and gated layers before every `every`-th layer of it.
-    Fig. 3.
-
-    new_ids: of <image> and <|endofchunk|>. Their two embeddings, for reading and for writing, are
-    all of the vocabulary that is trained.
-    """
-
-    new_ids: torch.Tensor
-
-    def __init__(self, language, new_ids, dim_in=1280, every=6, latents=16, latent_width=192):
-        super().__init__()
-        # the language model stays frozen
-        self.language = language.requires_grad_(False)
-        layers = decoder_layers(language)
-        width = language.config.get_text_config().hidden_size
-        count = len(layers)
-        check(0 < every <= count, f"--every {every}: the language model has {count} layers")
-        # new: perceiver resampler, photos to latents
-        self.latents = latents
-        self.resampler = connector.PerceiverResampler(
-            dim_in, latent_width, 1, latents, heads=6, kv_heads=6, use_rmsnorm_swiglu=False
-        )
-        # new: a gated cross-attention layer before every `every`-th layer
-        self.cross_layer_ids = range(0, count, every)
-        self.cross = nn.ModuleList(
-            GatedCrossAttention(width, latent_width) for _ in self.cross_layer_ids
-        )
-        # new: two token embeddings, which begin as random words of the table
-        self.register_buffer("new_ids", torch.tensor(new_ids), persistent=False)
-        table = language.get_input_embeddings().weight.float()
-        drawn = torch.randn(len(new_ids), width)
-        self.new_embeddings = nn.Parameter(table.mean(0) + table.std() * drawn)
-        # latents and mask, while the language model reads; its layers call the new ones through hooks
-        self.visual_context = None
-        for i, cross in zip(self.cross_layer_ids, self.cross):
-            hook = partial(self.cross_attention_hook, cross)
-            layers[i].register_forward_pre_hook(hook, with_kwargs=True)
-
-    def cross_attention_hook(self, cross, layer, args, kwargs):
-        """Before a layer of the language model: what enters it goes through gated cross-attention
-        first."""
-        if self.visual_context is None:
-            return None
-        latents, mask = self.visual_context
-        states = args[0]
-        seen = cross(states.float(), latents, mask).to(states.dtype)
-        return (seen, *args[1:]), kwargs
-
-    def resample(self, features):
-        """Perceiver resampler: features (B,J,N,D) -> latents (B,J,M,V). Sec. 2.1, Fig. 5."""
-        latents = self.resampler(features.flatten(0, 1))  # (B*J,N,D) -> (B*J,M,V)
-        return rearrange(latents, "(b j) m v -> b j m v", b=len(features))
-
-    def embed(self, ids):
-        """(B,T) -> (B,T,E): the embeddings of the language model, but for those of the new
-        tokens."""
-        is_new = ids[..., None] == self.new_ids  # (B,T,2)
-        text = self.language.get_input_embeddings()(ids.where(~is_new.any(-1), 0))
-        new = (is_new.float() @ self.new_embeddings).to(text.dtype)
-        return torch.where(is_new.any(-1, keepdim=True), new, text)
-
-    def states(self, ids, latents=None, before=0, cache=None):
-        """Last hidden states of text with photos: (B,T), (B,J,M,V) -> (B,T,E).
-
-        before: photos that stand before this text, in what the cache remembers. Raises UserError for
-        more tokens <image> than photos: the last of them would see nothing, without a word.
-        """
-        if latents is not None:
-            # cross-attention mask: which latents each token sees
-            counts = media_mask(ids, self.new_ids[0], before)
-            photos, per_photo = latents.shape[1:3]
-            most = int(counts.max())
-            check(most <= photos, f"a text has {most} words {IMAGE}, but {photos} photos")
-            mask = visible(counts, photos, per_photo)
-            self.visual_context = (latents.flatten(1, 2), mask)
-        # the language model reads; its hooks find the visual context
-        try:
-            out = self.language.base_model(
-                inputs_embeds=self.embed(ids), cache=cache, use_cache=cache is not None
-            )
-        finally:
-            self.visual_context = None
-        return out.last_hidden_state
-
-    def head(self, states):
-        """(...,E) -> logits (...,words): those of the new tokens by their own embeddings."""
-        logits = self.language.get_output_embeddings()(states)
-        new = (states.float() @ self.new_embeddings.T).to(logits.dtype)
-        return logits.index_copy(-1, self.new_ids, new)
-
-    def forward(self, ids, latents=None, before=0, cache=None):
-        return self.head(self.states(ids, latents, before, cache))
-
-    def gates(self):
-        """tanh(alpha) of (attention, mlp) by layer: (2, layers)."""
-        alphas = [torch.cat([layer.gate_attention, layer.gate_mlp]) for layer in self.cross]
-        return torch.stack(alphas, 1).detach().tanh()
-
-    def trainable_parameters(self):
-        """All that is trained, by name."""
-        return {k: p for k, p in self.named_parameters() if p.requires_grad}
-
-
-def decoder_layers(language):
-    """The layers of any causal language model of transformers."""
-    count = language.config.get_text_config().num_hidden_layers
-    return next(m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-
-
-def load(path, language, new_ids, on="cpu"):
-    """Weights written by this script, in front of the same language model -> Flamingo, frozen."""
-    tensors, meta = checkpoint.read(path)
-    tensors = {OLD_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    try:
-        model = Flamingo(language, new_ids, **meta).to(on)
-        parts = model.trainable_parameters()
-        if {name: p.shape for name, p in parts.items()} != shapes:
-            raise KeyError(path)
-    except (TypeError, KeyError):
-        raise run.UserError(
-            f"{path} belongs to another language model or script: leave out --pretrained"
-        ) from None
-    with torch.no_grad():
-        for name, p in parts.items():
-            p.copy_(tensors[name])
-    return model.eval().requires_grad_(False)
-
-
-def build(shipped, language, new_ids, shape, on):
-    """The model with shipped weights, or with untrained new layers of this shape."""
-    if shipped:
+def build(cfg, vision_tower, language, tokenizer, shape, on):
+    """The model with OpenFlamingo's weights, with shipped ones, or with untrained new layers; the
+    tokenizer learns the new tokens."""
+    if cfg.weights:
+        return open_flamingo.load(cfg.weights, vision_tower, language, tokenizer, on=on)
+    new_ids = few_shot.add_words(tokenizer, language)
+    if cfg.pretrained:
         return load(WEIGHTS, language, new_ids, on)
     return Flamingo(language, new_ids, **shape).to(on)
 
@@ -208,6 +76,11 @@ def check_flags(cfg):
     check(1 <= cfg.shortest <= cfg.longest, "--shortest must be at least 1 and at most --longest")
     check(cfg.judged >= 0 and cfg.every > 0, "--judged must be 0 or more, --every at least 1")
     check(cfg.shots and min(cfg.shots) >= 0, "--shots takes one number or more, none below 0")
+    if cfg.weights:
+        check(not cfg.pretrained, "--weights and --pretrained: one of them at a time")
+        shape = (cfg.every, cfg.latents)
+        from_file = "--every and --latents are those of the file: leave them out beside --weights"
+        check(shape == (Config.every, Config.latents), from_file)
     if not cfg.pretrained:
         return
     check(WEIGHTS.is_file(), f"there are no weights at {WEIGHTS}: leave out --pretrained")
@@ -219,6 +92,10 @@ def check_flags(cfg):
         cfg.language == "smollm2",
         "the weights were learned in front of smollm2: leave out --language or --pretrained",
     )
+    check(
+        cfg.vision == "efficientnet",
+        "the weights were learned behind efficientnet: leave out --vision or --pretrained",
+    )
 
 
 def main(cfg: Config) -> dict:
@@ -228,30 +105,30 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     on = run.device(cfg.device)
     clock = run.Clock()
-    # frozen parts: language model with two new tokens, vision encoder
+    # frozen parts: language model, vision encoder
     if cfg.language == "smollm2":
         tokenizer, language = pretrained.smollm2(on)
     else:
         tokenizer, language = pretrained.language_model(cfg.language, on)
-    new_ids = few_shot.add_words(tokenizer, language)
-    start_id = few_shot.start_token(tokenizer)
     language.set_attn_implementation("eager")  # faster for short texts on a CPU
-    vision_tower = tower.load("efficientnet", on=on)
+    vision_tower = tower.load(cfg.vision, cfg.layer, on=on)
+    # model, with two new tokens
+    shape = {"dim_in": vision_tower.width, "every": cfg.every, "latents": cfg.latents}
+    model = build(cfg, vision_tower, language, tokenizer, shape, on)
+    start_id = few_shot.start_token(tokenizer)
     # photos, and their names as ids
-    fruit = data.groceries(224)
+    fruit = data.groceries(vision_tower.size)
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
     names = [fruit_photos.NAMES[kind] for kind in fruit.fine_names]
     chunks = [few_shot.chunk(tokenizer, name) for name in names]
     most_chunks = max(cfg.longest, 1 + max(cfg.shots))
     decode.check_length(language, 1 + max(map(len, chunks)) * most_chunks, 0)
-    # model
-    shape = {"dim_in": vision_tower.width, "every": cfg.every, "latents": cfg.latents}
-    model = build(cfg.pretrained, language, new_ids, shape, on)
     folder = run.output(cfg.out, cfg)
-    new = [*model.resampler.parameters(), *model.cross.parameters(), model.new_embeddings]
+    together = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in language.parameters())
     metrics = {
-        "parameters, frozen": sum(p.numel() for p in language.parameters()),
-        "parameters, new": sum(p.numel() for p in new),
+        "parameters, frozen": frozen,
+        "parameters, new": together - frozen,
         "new layers before layers": ", ".join(map(str, model.cross_layer_ids)),
     }
     # vision features, once
@@ -260,7 +137,7 @@ def main(cfg: Config) -> dict:
     heldout = tower.vision_features(vision_tower, fruit.images[chosen])
     # training
     gates = [model.gates().cpu()]
-    if not cfg.pretrained:
+    if not cfg.pretrained and not cfg.weights:
         losses = []
         steps = few_shot.train(model, features, kinds, start_id, chunks, cfg, on)
         for value in run.progress(steps, cfg.steps):

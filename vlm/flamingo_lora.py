@@ -60,7 +60,7 @@ def set_trainable(model, way, cfg):
         llama2_lora.inject(model.cross, cfg.targets, cfg.rank, 2 * cfg.rank)
     model.requires_grad_(False)
     for name, p in model.named_parameters():
-        part = name.startswith(("cross.", "resampler.")) or name == "new_embeddings"
+        part = name.startswith(("cross.", "resampler.", "new_embeddings."))
         by_way = {"gates": ".gate_" in name, "lora": ".lora_" in name}
         p.requires_grad_(by_way.get(way, part) and ".gate_proj" not in name)
     return model

@@ -14,6 +14,14 @@ from einops import rearrange, repeat
 from torch import nn
 
 
+def squared_relu(x):
+    """max(x, 0)^2, of any shape. So et al. 2021, arXiv:2109.08668."""
+    return x.relu().square()
+
+
+ACTIVATIONS = {"squared_relu": squared_relu, "gelu": F.gelu}
+
+
 def media_mask(ids, image_id, before=0):
     """Visual context of each token, the last photo before it: ids (B,T) -> counts (B,T), j for the
     j-th, 0 for none.
@@ -30,19 +38,41 @@ def visible(counts, photos, latents):
     return repeat(mask, "b t j -> b t (j m)", m=latents)
 
 
+class TanhGate(nn.Module):
+    """Zero-initialised tanh gate: tanh(alpha) x, of any shape. Fig. 4.
+
+    A module of its own, so that PEFT's modules_to_save can name it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.alpha.tanh() * x
+
+
 class GatedCrossAttention(nn.Module):
     """States (B,T,E), latents (B,J*M,V), mask (B,T,J*M) -> states (B,T,E): both gates at zero
     change nothing. Fig. 4.
 
-    use_rmsnorm_swiglu: RMSNorm and SwiGLU, as Idefics has it; else the paper's LayerNorm and
-    squared ReLU.
+    use_rmsnorm_swiglu: RMSNorm and SwiGLU, as Idefics has it; else LayerNorm and `activation`:
+    "squared_relu" is the paper's, "gelu" OpenFlamingo's.
     """
 
     def __init__(
-        self, width, latent_width, heads=4, head_dim=32, hidden=64, use_rmsnorm_swiglu=False
+        self,
+        width,
+        latent_width,
+        heads=4,
+        head_dim=32,
+        hidden=64,
+        use_rmsnorm_swiglu=False,
+        activation="squared_relu",
     ):
         super().__init__()
         self.heads = heads
+        self.activation = ACTIVATIONS[activation]
         norm = partial(nn.RMSNorm, eps=1e-6) if use_rmsnorm_swiglu else nn.LayerNorm
         self.norm_attention = norm(width)
         self.norm_mlp = norm(width)
@@ -58,8 +88,8 @@ class GatedCrossAttention(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
         # zero-initialised tanh gates: the paper's alpha
-        self.gate_attention = nn.Parameter(torch.zeros(1))
-        self.gate_mlp = nn.Parameter(torch.zeros(1))
+        self.gate_attention = TanhGate()
+        self.gate_mlp = TanhGate()
 
     def attention_weights(self, x, latents, mask):
         """Cross-attention weights (B,heads,T,J*M): rows add up to one, or to zero where nothing can
@@ -79,12 +109,15 @@ class GatedCrossAttention(nn.Module):
         return self.o_proj(rearrange(weights @ v, "b h t d -> b t (h d)"))
 
     def mlp(self, x):
-        """Feed-forward network: squared ReLU, or SwiGLU."""
+        """Feed-forward network: squared ReLU or GELU, or SwiGLU."""
         up = self.up_proj(x)
-        hidden = up.relu().square() if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
+        if self.gate_proj is None:
+            hidden = self.activation(up)
+        else:
+            hidden = F.silu(self.gate_proj(x)) * up
         return self.down_proj(hidden)
 
     def forward(self, x, latents, mask):
         # gated cross-attention, then a gated feed-forward network: Fig. 4
-        x = x + self.gate_attention.tanh() * self.attend(x, latents, mask)
-        return x + self.gate_mlp.tanh() * self.mlp(self.norm_mlp(x))
+        x = x + self.gate_attention(self.attend(x, latents, mask))
+        return x + self.gate_mlp(self.mlp(self.norm_mlp(x)))

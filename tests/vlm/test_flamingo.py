@@ -13,7 +13,7 @@ from tests import eyes, llamas
 from tests.conftest import gradients
 from utils import checkpoint, pretrained
 from utils.run import UserError
-from vlm import few_shot, flamingo, flamingo_figures, gated_cross_attention
+from vlm import few_shot, flamingo, flamingo_figures, flamingo_model, gated_cross_attention
 
 IMAGE, END, WORD = 98, 99, 5
 
@@ -48,7 +48,7 @@ def test_the_gated_layer_is_that_of_idefics(parity):
     )
     names = {
         "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm",
-        "gate_attention": "alpha_cross_attn", "gate_mlp": "alpha_dense",
+        "gate_attention.alpha": "alpha_cross_attn", "gate_mlp.alpha": "alpha_dense",
         **{f"{k}_proj": f"cross_attn.{k}_proj" for k in "qkvo"},
         **{f"{k}_proj": f"mlp.{k}_proj" for k in ("gate", "up", "down")},
     }  # fmt: skip
@@ -120,7 +120,8 @@ class Paper(torch.nn.Module):
 
 
 PAPER = {
-    "norm_attention": "norm", "norm_mlp": "norm_ffw", "gate_attention": "alpha_xattn", "gate_mlp": "alpha_dense",
+    "norm_attention": "norm", "norm_mlp": "norm_ffw", "gate_attention.alpha": "alpha_xattn",
+    "gate_mlp.alpha": "alpha_dense",
     "q_proj": "attention.q_proj", "k_proj": "attention.k_proj", "v_proj": "attention.v_proj",
     "o_proj": "attention.out_proj", "up_proj": "ffw.0", "down_proj": "ffw.2",
 }  # fmt: skip
@@ -133,7 +134,7 @@ def test_the_default_gated_layer_is_that_of_the_paper(parity):
     weights, names = theirs.state_dict(), {}
     for name in ours.state_dict():
         head, _, leaf = name.partition(".")
-        other = f"{PAPER[head]}.{leaf}" if leaf else PAPER[head]
+        other = PAPER.get(name) or f"{PAPER[head]}.{leaf}"
         names[name] = other if other in weights else other.replace("_proj.weight", "_proj_weight")
     ours.load_state_dict({name: weights[other] for name, other in names.items()})
     x, latents = torch.randn(2, 9, 24), torch.randn(2, 6, 12)
@@ -213,7 +214,7 @@ def reach(made):
 def test_a_word_sees_the_last_photo_before_it_and_no_other(monkeypatch):
     # One new layer, before the first: what is seen in it still wanders on by self-attention
     first = model(every=2)
-    blocks = flamingo.decoder_layers(first.language)
+    blocks = flamingo_model.decoder_layers(first.language)
     before = []
     blocks[0].register_forward_pre_hook(lambda m, a: before.append(a[0].clone()))
     ids, features = text()[:1], torch.randn(1, 2, 4, 16)
@@ -232,7 +233,7 @@ def test_a_word_sees_the_last_photo_before_it_and_no_other(monkeypatch):
     def all_photos(counts, photos, latents):
         return (counts > 0)[..., None].expand(-1, -1, photos * latents)
 
-    monkeypatch.setattr(flamingo, "visible", all_photos)
+    monkeypatch.setattr(flamingo_model, "visible", all_photos)
     assert reach(model())[1][2:5].all()  # it reads about photo 2 before it comes
 
 
@@ -364,7 +365,7 @@ def test_gates_that_begin_open_disturb_the_language_model():
     )
     latents, plain = made.resample(torch.randn(2, 2, 4, 16)), made(text())
     for block in made.cross:
-        torch.nn.init.ones_(block.gate_attention)
+        torch.nn.init.ones_(block.get_parameter("gate_attention.alpha"))
     assert (made(text(), latents) - plain).abs().max() > 1e-3
     assert made.gates()[0].tolist() == pytest.approx([0.7616] * 2, abs=1e-4) and made.gates()[
         1
@@ -383,9 +384,9 @@ def test_only_new_parts_learn():
         if p.grad is None or not p.grad.abs().max() > 0
     ]
     assert not missing and not any(k.startswith("language") for k in made.trainable_parameters())
-    before = made.new_embeddings.clone()
+    before = made.get_parameter("new_embeddings.weight").clone()
     optimizer.step()
-    assert (made.new_embeddings - before).abs().amax(-1).min() > 0
+    assert (made.get_parameter("new_embeddings.weight") - before).abs().amax(-1).min() > 0
     assert all(torch.equal(p, frozen[k]) for k, p in made.language.named_parameters())
 
 
@@ -393,10 +394,14 @@ def test_new_words_are_read_and_written_by_their_own_rows():
     made = model()
     table = made.language.get_input_embeddings().weight
     found = made.embed(torch.tensor([[7, IMAGE, END]]))[0]
-    assert torch.equal(found[0], table[7]) and torch.equal(found[1:], made.new_embeddings)
+    assert torch.equal(found[0], table[7]) and torch.equal(
+        found[1:], made.get_parameter("new_embeddings.weight")
+    )
     states = torch.randn(4, 24)
     logits = made.head(states)
-    torch.testing.assert_close(logits[:, [IMAGE, END]], states @ made.new_embeddings.T)
+    torch.testing.assert_close(
+        logits[:, [IMAGE, END]], states @ made.get_parameter("new_embeddings.weight").T
+    )
     assert torch.equal(logits[:, :IMAGE], made.language.lm_head(states)[:, :IMAGE])
 
 
@@ -412,7 +417,7 @@ def test_the_vocabulary_grows_by_two(smollm2):
     assert new == [len(before), len(before) + 1]
     assert torch.equal(language.get_input_embeddings().weight[: len(before)], before)
     assert not language.get_input_embeddings().weight.requires_grad
-    assert tokenizer.convert_ids_to_tokens(new) == [flamingo.IMAGE, few_shot.END]
+    assert tokenizer.convert_ids_to_tokens(new) == [flamingo_model.IMAGE, few_shot.END]
     ids = few_shot.chunk(tokenizer, "Royal Gala apple")
     assert (
         ids[0] == new[0]
@@ -529,14 +534,21 @@ def test_weights_come_back_and_those_of_another_model_are_refused(tmp_path):
         flamingo.load(tmp_path / "y.safetensors", eyes.speaker(), [IMAGE, END])
 
 
-def test_files_with_the_old_names_of_parameters_still_load(tmp_path):
+@pytest.mark.parametrize("embeddings", ["words", "new_embeddings"])
+def test_files_with_the_old_names_of_parameters_still_load(tmp_path, embeddings):
     """The shipped weights are one of them."""
     shipped = checkpoint.read(flamingo.WEIGHTS)[0]
-    assert flamingo.OLD_NAMES.keys() <= shipped.keys()
+    assert {"words", "resampler.inlet.weight", "cross.0.gate_attention"} <= shipped.keys()
     made, about = model(), {"dim_in": 16, "every": 1, "latents": 3, "latent_width": 12}
-    older = {today: old for old, today in flamingo.OLD_NAMES.items()}
-    tensors = {older.get(name, name): p for name, p in made.trainable_parameters().items()}
-    assert "words" in tensors and "new_embeddings" not in tensors
+    older = {
+        "new_embeddings.weight": embeddings,
+        "resampler.input_proj.weight": "resampler.inlet.weight",
+        "resampler.input_proj.bias": "resampler.inlet.bias",
+    }
+    tensors = {}
+    for name, p in made.trainable_parameters().items():
+        tensors[older.get(name, name.removesuffix(".alpha"))] = p
+    assert embeddings in tensors and "cross.1.gate_mlp" in tensors
     checkpoint.write(tmp_path / "old.safetensors", tensors, about)
     again = flamingo.load(tmp_path / "old.safetensors", eyes.speaker(), [IMAGE, END])
     features = torch.randn(2, 2, 4, 16)
@@ -555,6 +567,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         ({"pretrained": True, "every": 3}, "--every 3: the weights have 6"),
         ({"pretrained": True, "latents": 4}, "--latents 4: the weights have 16"),
         ({"pretrained": True, "language": language}, "in front of smollm2"),
+        ({"pretrained": True, "vision": language}, "behind efficientnet"),
+        ({"vision": "no/such", "language": language}, "no vision encoder"),
+        ({"layer": 3, "language": language}, "the last maps are read"),
+        ({"pretrained": True, "weights": "x"}, "one of them at a time"),
+        ({"weights": "x", "every": 3}, "those of the file"), ({"weights": "x", "latents": 3}, "those of the file"),
+        ({"weights": "no/such.pt", "language": language}, "there is no file no/such.pt"),
         ({"shots": (0, 200), "every": 1, "language": language}, "the model has 128 positions"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
@@ -566,6 +584,7 @@ class Eye:
     """In the place of a vision tower: `eyes.seen` looks for it."""
 
     width = 16
+    size = 8
 
 
 def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):

@@ -33,7 +33,9 @@ def test_what_learns_is_what_was_asked_for(way):
     names = set(made.trainable_parameters())
     assert names and not any(n.startswith("language") for n in names)
     if way == "gates":
-        assert names == {f"cross.{i}.gate_{k}" for i in range(2) for k in ("attention", "mlp")}
+        assert names == {
+            f"cross.{i}.gate_{k}.alpha" for i in range(2) for k in ("attention", "mlp")
+        }
     elif way == "lora":
         targets = flamingo_lora.Config().targets
         assert names == {f"cross.{i}.{t}.lora_{x}" for i in range(2) for t in targets for x in "AB"}
