@@ -115,7 +115,7 @@ def check_config(config, kinds, name):
     beyond = sorted(key for key, value in config.items() if value and key not in NOTES | USED[kind])
     # values that are not known
     values = {
-        "bias": ("none",),
+        "bias": ("none", "lora_only", "all"),
         "init_lora_weights": (True, False, "gaussian"),
         "num_transformer_submodules": (1,),
     }

@@ -79,8 +79,8 @@ def inject(model, targets, rank, alpha, dropout=0.0, variant="lora", within="", 
     return inject_at(model, names, rank, alpha, dropout, variant, also)
 
 
-def inject_at(model, names, rank, alpha, dropout=0.0, variant="lora", also=()):
-    """`inject` for layers that are named in full."""
+def inject_at(model, names, rank, alpha, dropout=0.0, variant="lora", also=(), bias="none"):
+    """`inject` for layers that are named in full. bias: which biases learn, too (`biases`)."""
     refuse_tied(model, [*names, *also])
     # All of the base model is frozen.
     model.requires_grad_(False)
@@ -95,7 +95,22 @@ def inject_at(model, names, rank, alpha, dropout=0.0, variant="lora", also=()):
     # PEFT's modules_to_save: trained whole, in fp32.
     for name in also:
         model.get_submodule(name).float().requires_grad_(True)
+    # PEFT's bias.
+    for name in biases(model, bias):
+        model.get_parameter(name).requires_grad_(True)
     return names
+
+
+def biases(model, bias):
+    """Names of the biases that are trained beside the adapters, as PEFT means its option `bias`.
+
+    "none"; "lora_only": those of the layers that carry an adapter; "all": every one of the model.
+    """
+    found = [n for n, _ in model.named_parameters() if n == "bias" or n.endswith(".bias")]
+    if bias == "lora_only":
+        adapted = {f"{name}.base.bias" for name in names(model)}
+        found = [name for name in found if name in adapted]
+    return [] if bias == "none" else found
 
 
 def replace_module(model, name, module):

@@ -9,7 +9,7 @@ import re
 import torch
 
 from finetune import adapters
-from finetune.lora_inject import inject_at, linear_layers, names
+from finetune.lora_inject import biases, inject_at, linear_layers, names
 from finetune.lora_layers import FEEDFORWARD, DoRALinear, IA3Linear
 from utils import run
 from utils.text import printable
@@ -28,11 +28,33 @@ def peft_tensors(name, adapter):
     return tensors
 
 
-def save(model, folder, cfg, base="", also=()):
+def bias_tensors(model, bias, also):
+    """The trained biases as PEFT's files name them: {name: tensor}; those of `also` are there
+    anyway."""
+    tensors = {}
+    for name in biases(model, bias):
+        if not name.startswith(tuple(f"{module}." for module in also)):
+            tensors[name.replace(".base.bias", ".base_layer.bias")] = model.get_parameter(name)
+    return tensors
+
+
+def without_copies(tensors, also):
+    """With bias = "all" PEFT writes the biases of its modules_to_save three times: as trained, once
+    more so, and as they were. The first is kept."""
+    copies = tuple(
+        f"{adapters.PREFIX}{name}.{kind}."
+        for name in also
+        for kind in ("modules_to_save.default", "original_module")
+    )
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(copies)}
+
+
+def save(model, folder, cfg, base="", also=(), bias="none", task_type="CAUSAL_LM"):
     """Write the adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors.
 
     base: what `from_pretrained` finds the model by that it belongs to, a folder or a hub id;
-    `also`: names of modules that were trained whole (PEFT's modules_to_save).
+    `also`: names of modules that were trained whole (PEFT's modules_to_save); bias: which biases
+    were; task_type: None for a model that is no model of transformers.
     """
     # what was trained, under PEFT's names
     tensors = {}
@@ -40,10 +62,11 @@ def save(model, folder, cfg, base="", also=()):
         tensors |= peft_tensors(name, model.get_submodule(name))
     for name in also:
         tensors |= {f"{name}.{k}": v for k, v in model.get_submodule(name).state_dict().items()}
+    tensors |= bias_tensors(model, bias, also)
     # what PEFT needs to inject the same adapters
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "target_modules": names(model),
@@ -57,7 +80,7 @@ def save(model, folder, cfg, base="", also=()):
             "r": cfg.rank,
             "lora_alpha": cfg.alpha,
             "lora_dropout": cfg.dropout,
-            "bias": "none",
+            "bias": bias,
             "use_rslora": cfg.variant == "rslora",
             "use_dora": cfg.variant == "dora",
         }
@@ -143,14 +166,17 @@ def load(model, folder):
         run.check(possible, f"{where}: rank {rank} is far above the width of {name}, {width}")
     # Fresh adapters in their places.
     also = config.get("modules_to_save") or ()
-    inject_at(model, found, rank, alpha, variant=variant, also=also)
+    bias = config.get("bias") or "none"
+    inject_at(model, found, rank, alpha, variant=variant, also=also, bias=bias)
     # Every parameter of theirs, under its name in the file.
     wanted = {}
     for name in found:
         wanted |= peft_tensors(name, model.get_submodule(name))
     for name in also:
         wanted |= {f"{name}.{k}": v for k, v in model.get_submodule(name).named_parameters()}
+    wanted |= bias_tensors(model, bias, also)
     wanted = {adapters.PREFIX + name: weight for name, weight in wanted.items()}
+    tensors = without_copies(tensors, also)
     # The file must hold all of them and nothing else; then its numbers take their places.
     check_tensors(wanted, tensors, where)
     with torch.no_grad():

@@ -93,13 +93,17 @@ def loss(model, ids, supervised, features):
 
 def train(model, features, kinds, start_id, chunks, cfg, on):
     """The loop; yields the loss of each step. features (photos,N,D), kinds (photos,)."""
-    # two parameter groups: gates learn ten times as fast as the rest
+    # parameter groups: gates learn ten times as fast as the rest, LoRA at a rate of its own
     gates = []
     for layer in model.cross:
         gates += [layer.gate_attention.alpha, layer.gate_mlp.alpha]
     gate_ids = {id(alpha) for alpha in gates}
-    rest = [p for p in model.trainable_parameters().values() if id(p) not in gate_ids]
+    learns = {k: p for k, p in model.trainable_parameters().items() if id(p) not in gate_ids}
+    lora = [p for name, p in learns.items() if ".lora_" in name]
+    rest = [p for name, p in learns.items() if ".lora_" not in name]
     groups = [{"params": rest, "top": cfg.lr}, {"params": gates, "top": 10 * cfg.lr}]
+    if lora:
+        groups.append({"params": lora, "top": cfg.lora_lr})
     optimizer = torch.optim.AdamW(groups, cfg.lr)
     random = np.random.default_rng([cfg.seed, 1])
     shortest = getattr(cfg, "shortest", 1)
@@ -120,7 +124,7 @@ def train(model, features, kinds, start_id, chunks, cfg, on):
         # backward pass, gradient clipping
         optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_([*rest, *gates], 1.0)
+        nn.utils.clip_grad_norm_([*rest, *gates, *lora], 1.0)
         optimizer.step()
         yield value.item()
 

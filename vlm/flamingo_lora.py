@@ -1,27 +1,29 @@
 """LoRA in a trained Flamingo: other names for the same photos, learned by all new layers, LoRA in them, or their gates.
 
-The Flamingo of vlm/flamingo.py names fruit in English; here it learns to do so in French. Whatever
-is trained sits between the layers of the language model, which stays as it is. LoRA (Hu et al.
+The Flamingo of vlm/flamingo.py names fruit in English; here it learns to do so in French. By default
+what is trained sits between the layers of the language model, which stays as it is. LoRA (Hu et al.
 2021, arXiv:2106.09685) in the gated cross-attention layers (Alayrac et al. 2022, arXiv:2204.14198,
-Sec. 2.2) can be taken out again, and the English that training overwrote comes back bit for bit.
+Sec. 2.2), or with --lora_in both in the language model, too, can be taken out again, and the English
+that training overwrote comes back bit for bit. The adapter is written in PEFT's files.
 
 Shapes: features (B,N,D), scores (photos, names).
 Difference from both papers: neither of them does it; adapters in vision-language models usually sit
 in self-attention.
 
     python vlm/flamingo_lora.py                   # four ways to learn: 14 CPU minutes
-    python vlm/flamingo_lora.py --ways lora --rank 32 --steps 100
+    python vlm/flamingo_lora.py --ways lora --rank 32 --lora_alpha 64 --steps 100
+    python vlm/flamingo_lora.py --ways lora --lora_in both --targets q_proj v_proj --modules_to_save resampler
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from finetune import llama2_lora
 from utils import data, figures, pretrained, run
 from utils.run import check
-from vlm import few_shot, flamingo, fruit_photos, probe, tower
-from vlm.gated_cross_attention import GatedCrossAttention
+from vlm import few_shot, flamingo, flamingo_adapters, fruit_photos, probe, tower
+from vlm.flamingo_adapters import Bias, LoraIn
 
 FRENCH = {
     "Anjou": "poire d'Anjou", "Cantaloupe": "melon cantaloup", "Conference": "poire Conférence", "Satsumas": "satsuma",
@@ -46,8 +48,14 @@ class Config:
     lr: float = 2e-3  # of new layers; the gates' is ten times that
     lora_lr: float = 1e-2  # of LoRA
     rank: int = 16  # of LoRA
-    # what LoRA corrects
+    lora_alpha: float = 32.0  # updates are multiplied by lora_alpha / rank
+    lora_dropout: float = 0.0  # dropout rate of an update's inputs in training
+    # linear layers that LoRA adapts: ends of names, or regular expressions
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    lora_in: LoraIn = "gated"  # where they are: the gated layers, the language model, or both
+    bias: Bias = "none"  # biases that learn beside LoRA: none, those of adapted layers, all
+    # modules trained whole beside LoRA: resampler, new_embeddings, gate_attention, gate_mlp ...
+    modules_to_save: tuple[str, ...] = ()
     judged: int = 200  # photos to be judged by; 0: all 1322
     seed: int = 0
     device: str = "auto"
@@ -57,20 +65,14 @@ class Config:
 def set_trainable(model, way, cfg):
     """Trainable parameters of a way to learn; the rest is frozen."""
     if way == "lora":
-        llama2_lora.inject(model.cross, cfg.targets, cfg.rank, 2 * cfg.rank)
+        flamingo_adapters.add_lora(model, cfg)
+        return model
     model.requires_grad_(False)
     for name, p in model.named_parameters():
-        part = name.startswith(("cross.", "resampler.", "new_embeddings."))
-        by_way = {"gates": ".gate_" in name, "lora": ".lora_" in name}
-        p.requires_grad_(by_way.get(way, part) and ".gate_proj" not in name)
-    return model
-
-
-def remove_lora(model):
-    """Take LoRA out, in place: the layers from before."""
-    for name in llama2_lora.names(model.cross):
-        parent, _, child = name.rpartition(".")
-        setattr(model.cross.get_submodule(parent), child, model.cross.get_submodule(name).base)
+        if way == "gates":
+            p.requires_grad_(".gate_attention." in name or ".gate_mlp." in name)
+        else:
+            p.requires_grad_(name.startswith(("cross.", "resampler.", "new_embeddings.")))
     return model
 
 
@@ -106,10 +108,9 @@ def draw(path, rows, losses):
 
 def main(cfg: Config) -> dict:
     """Learn in each way from the same start, with the same photos in the same order."""
-    positive = min(cfg.steps, cfg.batch, cfg.longest, cfg.rank) > 0
+    positive = min(cfg.steps, cfg.batch, cfg.longest) > 0
     check(positive and min(cfg.lr, cfg.lora_lr) > 0, "all numbers must be above 0")
     check(cfg.ways and cfg.judged >= 0, "--ways needs one at least, --judged must be 0 or more")
-    llama2_lora.find(GatedCrossAttention(4, 4), cfg.targets)  # a wrong target ends it here
     run.seed(cfg.seed)
     on = run.device(cfg.device)
     # frozen parts, photos, and their names in both languages as ids
@@ -117,6 +118,12 @@ def main(cfg: Config) -> dict:
     new_ids = few_shot.add_words(tokenizer, language)
     start_id = few_shot.start_token(tokenizer)
     language.set_attn_implementation("eager")
+
+    def shipped():
+        return flamingo.load(flamingo.WEIGHTS, language, new_ids, on)
+
+    # wrong flags of LoRA end it here
+    flamingo_adapters.check_lora(shipped(), cfg)
     vision_tower = tower.load("efficientnet", on=on)
     fruit = data.groceries(224)
     chunks = {}
@@ -139,9 +146,6 @@ def main(cfg: Config) -> dict:
             found[name] = probe.share(log_p.argmax(-1) == fruit.fine[chosen])
         return found
 
-    def shipped():
-        return flamingo.load(flamingo.WEIGHTS, language, new_ids, on)
-
     rows = {"before": accuracies(shipped())}
     losses = {}
     for way in cfg.ways:
@@ -149,19 +153,22 @@ def main(cfg: Config) -> dict:
         run.seed(cfg.seed)
         model = flamingo.Flamingo(language, new_ids).to(on) if way == "from nothing" else shipped()
         set_trainable(model, way, cfg)
+        before = flamingo_adapters.trained_whole(model)
         if way == "lora":
             print(llama2_lora.tree(model))
+            flamingo_adapters.dropout_on(model)
         # training on French names
         clock = time.process_time()
-        way_cfg = replace(cfg, lr=cfg.lora_lr) if way == "lora" else cfg
-        steps = few_shot.train(model, features, kinds, start_id, chunks["French"], way_cfg, on)
+        steps = few_shot.train(model, features, kinds, start_id, chunks["French"], cfg, on)
         losses[way] = list(run.progress(steps, cfg.steps))
         seconds = (time.process_time() - clock) / cfg.steps
         # accuracies, and those without LoRA
         learned = sum(p.numel() for p in model.trainable_parameters().values())
         rows[way] = accuracies(model) | {"learned": learned, "CPU s a step": seconds}
         if way == "lora":
-            rows["LoRA taken out"] = accuracies(remove_lora(model))
+            flamingo_adapters.save(model, folder / "adapter", cfg)
+            model = flamingo_adapters.remove_lora(model, before)
+            rows["LoRA taken out"] = accuracies(model)
     draw(folder / "flamingo_lora.png", rows, losses)
     return run.report(folder, rows, "python vlm/flamingo.py --pretrained")
 

@@ -271,7 +271,7 @@ def test_dropout_hides_inputs_of_the_low_rank_update_only():
 
 REFUSED = {
     "init_lora_weights": ("pissa", "olora", "pissa_niter_4", "loftq", "corda", 1),
-    "bias": ("all", "lora_only"),
+    "bias": ("some", "boft_only"),
     "rank_pattern": ({"q_proj": 4},),
     "alpha_pattern": ({"q_proj": 4},),
     "layers_to_transform": ([0],),
