@@ -28,13 +28,11 @@ def peft_tensors(name, adapter):
     return tensors
 
 
-def bias_tensors(model, bias, also):
-    """The trained biases as PEFT's files name them: {name: tensor}; those of `also` are there
-    anyway."""
+def bias_tensors(model, bias):
+    """The trained biases as PEFT's files name them: {name: tensor}."""
     tensors = {}
     for name in biases(model, bias):
-        if not name.startswith(tuple(f"{module}." for module in also)):
-            tensors[name.replace(".base.bias", ".base_layer.bias")] = model.get_parameter(name)
+        tensors[name.replace(".base.bias", ".base_layer.bias")] = model.get_parameter(name)
     return tensors
 
 
@@ -62,7 +60,7 @@ def save(model, folder, cfg, base="", also=(), bias="none", task_type="CAUSAL_LM
         tensors |= peft_tensors(name, model.get_submodule(name))
     for name in also:
         tensors |= {f"{name}.{k}": v for k, v in model.get_submodule(name).state_dict().items()}
-    tensors |= bias_tensors(model, bias, also)
+    tensors |= bias_tensors(model, bias)
     # what PEFT needs to inject the same adapters
     config = {
         "peft_type": "LORA",
@@ -174,7 +172,7 @@ def load(model, folder):
         wanted |= peft_tensors(name, model.get_submodule(name))
     for name in also:
         wanted |= {f"{name}.{k}": v for k, v in model.get_submodule(name).named_parameters()}
-    wanted |= bias_tensors(model, bias, also)
+    wanted |= bias_tensors(model, bias)
     wanted = {adapters.PREFIX + name: weight for name, weight in wanted.items()}
     tensors = without_copies(tensors, also)
     # The file must hold all of them and nothing else; then its numbers take their places.

@@ -216,7 +216,7 @@ def test_flags_that_do_not_fit_are_refused_and_nothing_is_changed(more, says):
 
 def test_a_tied_embedding_is_refused():
     with pytest.raises(UserError, match="one and the same weight"):
-        flamingo_adapters.add_lora(
+        flamingo_adapters.check_lora(
             model("opt"), options(modules_to_save=("embed_tokens",), lora_in="gated")
         )
 

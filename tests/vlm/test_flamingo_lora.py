@@ -74,6 +74,7 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path, monkeypatch)
         pretrained, "smollm2", lambda on: (tokenizer, llamas.tiny(6, len(tokenizer)))
     )
     monkeypatch.setattr(flamingo, "load", lambda path, *about: flamingo.Flamingo(*about[:2]))
+    monkeypatch.setattr(tower, "load", None)  # flags are looked at before the tower is
     for flags, says in (
         ({"steps": 0}, "above 0"), ({"lora_lr": 0.0}, "above 0"), ({"ways": ()}, "--ways"),
         ({"judged": -1}, "--judged"),
