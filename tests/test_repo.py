@@ -25,6 +25,8 @@ MEASURE |= {
     "connector_probe",
     "data",
     "decode_study",
+    "easy_vqa_data",
+    "easy_vqa_score",
     "evaluate",
     "flamingo_lora",
     "loader_study",
