@@ -30,6 +30,7 @@ MEASURE |= {
     "evaluate",
     "flamingo_lora",
     "loader_study",
+    "near_duplicates",
     "questions",
     "roofline",
     "step_cost",

@@ -40,6 +40,7 @@ class Config:
     turns_per_row: int = 1  # questions in one conversation; 0: all of a picture
     images: int = 0  # the first so many pictures; 0: all 4000
     per_image: int = 0  # questions of a picture, drawn at random; 0: all, some ten
+    balanced: bool = False  # of every wording as many questions of each answer
     seed: int = 0  # of the order of questions
     out: str = "outputs/easy_vqa_data"
 
@@ -137,19 +138,41 @@ def leakage(turns):
     return settled
 
 
-def rows(split, seed=0, turns_per_row=1, images=0, per_image=0):
+def balance(listed, seed=0):
+    """Balanced answers: of every wording as many questions of each answer, the others left out.
+
+    Seven of eight colours that are asked about are not there, so "no" is a good guess without the
+    picture; balanced, no guess is (Goyal et al. 2017, arXiv:1612.00837, Sec. 3).
+    """
+    groups = {}
+    for i, question in enumerate(listed):
+        groups.setdefault(question.text, {}).setdefault(question.answer, []).append(i)
+    random = np.random.default_rng([seed, 9])
+    kept = []
+    for by_answer in groups.values():
+        # a wording that has one answer only could be answered blindly: none of it is kept
+        fewest = min(map(len, by_answer.values())) if len(by_answer) > 1 else 0
+        for numbers in by_answer.values():
+            kept += random.permutation(numbers)[:fewest].tolist()
+    return [listed[i] for i in sorted(kept)]
+
+
+def rows(split, seed=0, turns_per_row=1, images=0, per_image=0, balanced=False):
     """Rows in LLaVA's chat format: questions of a picture in random order, cut into conversations.
 
     turns_per_row: questions in a row, 0: all of a picture; images: the first so many pictures, 0:
-    all; per_image: at most so many of its questions, 0: all. Raises UserError for a number below 0.
+    all; per_image: at most so many of its questions, 0: all; balanced: see `balance`. Raises
+    UserError for a number below 0.
     """
     numbers = min(turns_per_row, images, per_image)
     check(numbers >= 0, "--turns_per_row, --images and --per_image must be 0 or more")
+    listed = [q for q in questions(split) if not images or q.image < images]
+    if balanced:
+        listed = balance(listed, seed)
     # the questions of each picture
     by_image = {}
-    for question in questions(split):
-        if not images or question.image < images:
-            by_image.setdefault(question.image, []).append((question.text, question.answer))
+    for question in listed:
+        by_image.setdefault(question.image, []).append((question.text, question.answer))
     found = []
     for image, turns in by_image.items():
         # random order: with few turns of a picture these are a random sample of its questions
@@ -199,7 +222,7 @@ def write(folder, split, made):
 
 def main(cfg: Config) -> dict:
     """Write the training questions, count them by kind, count the answers that leak."""
-    made = rows("train", cfg.seed, cfg.turns_per_row, cfg.images, cfg.per_image)
+    made = rows("train", cfg.seed, cfg.turns_per_row, cfg.images, cfg.per_image, cfg.balanced)
     folder = run.output(cfg.out, cfg)
     path = write(folder, "train", made)
     for row in made[:3]:

@@ -109,6 +109,30 @@ def test_rows_by_turns_images_and_questions_of_a_picture():
     assert sum(easy.leakage(easy.plain_turns(row)) for row in pairs) > 0
 
 
+def test_balanced_answers_are_equally_frequent_for_every_wording(train):
+    kept = easy.balance(train)
+    counts = {}
+    for question in kept:
+        counts.setdefault(question.text, Counter())[question.answer] += 1
+    before = {}
+    for question in train:
+        before.setdefault(question.text, Counter())[question.answer] += 1
+    for text, found in counts.items():
+        assert set(found.values()) == {min(before[text].values())}
+        assert found.keys() == before[text].keys()
+    assert len(counts) == 107 and set(kept) <= set(train)
+    assert kept == easy.balance(train) != easy.balance(train, 1)
+    # through the rows, of the pictures that were chosen
+    rows = easy.rows("train", images=400, balanced=True)
+    answers = [turn for row in rows for turn in easy.plain_turns(row)]
+    kinds = Counter(easy.kind_of(*turn) for turn in answers)
+    assert Counter(a for _, a in answers)["yes"] == Counter(a for _, a in answers)["no"]
+    assert len(answers) < sum(question.image < 400 for question in train)
+    assert kinds["colour"] > 0 and {row["image"] for row in rows} <= {
+        f"{i:04}.png" for i in range(400)
+    }
+
+
 def test_a_negative_number_is_refused():
     for flags in ((0, -1), (0, 1, -1), (0, 1, 0, -2)):
         with pytest.raises(UserError, match="0 or more"):
