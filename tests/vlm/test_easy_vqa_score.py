@@ -194,10 +194,15 @@ def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small,
     assert metrics["LLaVA, ranked"]["accuracy"] > 0.93 > metrics["question only"]["accuracy"]
     assert metrics["LLaVA, generated"]["accuracy"] == metrics["LLaVA, ranked"]["accuracy"]
     assert len(prompts_seen) == 120
+    # what the words give away was counted in the training split
+    chosen = score.stratified(easy.questions("test"), 120)
+    blind = score.question_only(easy.questions("train"), chosen)
+    written = json.loads((out / "answers.json").read_text())
+    assert [one["question only"] for one in written] == blind
     for text in prompts_seen:
         assert text.count("<|im_start|>user") == 1 and text.endswith("assistant\n")
         assert text.count("<image>") == model.count
-    assert len(json.loads((out / "answers.json").read_text())) == 120
+    assert [one["text"] for one in written] == [question.text for question in chosen]
 
 
 def test_bad_flags_are_one_line(tmp_path):
