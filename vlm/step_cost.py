@@ -17,7 +17,8 @@ import tyro
 from training.flops import mfu
 from utils import run
 from utils.run import check
-from vlm.config import VLMConfig, model_flags, with_file
+from vlm.config import VLMConfig, model_flags
+from vlm.config_file import with_file
 
 WAYS = {  # name: --train_type, and whether the language model is in 4 bits
     "projector": ("projector", False),
