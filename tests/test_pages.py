@@ -186,7 +186,8 @@ def test_flags_of_the_line_itself_fit_together(line):
     words = shlex.split(line)
     script = next(w for w in words if w.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    cfg = tyro.cli(module.Config, args=words[words.index(script) + 1 :])
+    expand = getattr(module, "with_file", list)  # --config FILE
+    cfg = tyro.cli(module.Config, args=expand(words[words.index(script) + 1 :]))
     draws = hasattr(cfg, "batch") and not hasattr(cfg, "judged")  # images, and not words about them
     if script.startswith("models/") and hasattr(module, "build") and draws:
         with torch.device("meta"):
