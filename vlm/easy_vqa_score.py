@@ -107,7 +107,7 @@ def known_scenes(listed):
     return {image: found[0] for image, found in scenes.items() if len(found) == 1}
 
 
-def pooled_features(vision_tower, split, numbers):
+def picture_features(vision_tower, split, numbers):
     """Vision features of pictures of a split -> bf16 (len(numbers),N,D), kept for the next time."""
     paths = [easy_vqa_data.picture(split, i) for i in numbers]
     return views.features(vision_tower, paths)[0]
@@ -128,11 +128,11 @@ def probe_answers(vision_tower, train, listed, images):
     # training pictures of known scenes, among the first so many
     numbers = range(min(images, 1 + max(question.image for question in train)))
     known = known_scenes(train)
-    x = pooled_features(vision_tower, "train", numbers).float().mean(1)
+    x = picture_features(vision_tower, "train", numbers).float().mean(1)
     kept = [i for i in numbers if i in known]
     # pictures that are asked about
     asked = sorted({question.image for question in listed})
-    heldout = pooled_features(vision_tower, "test", asked).float().mean(1)
+    heldout = picture_features(vision_tower, "test", asked).float().mean(1)
     scenes = linear_probe(x[kept], [known[i] for i in kept], heldout)
     scene = dict(zip(asked, scenes))
     return [easy_vqa_data.answer_for(q.text, scene[q.image]) for q in listed]
@@ -231,7 +231,7 @@ def main(cfg: Config) -> dict:
     if loaded:
         asked = sorted({question.image for question in listed})
         place = {image: i for i, image in enumerate(asked)}
-        features = pooled_features(vision_tower, "test", asked)
+        features = picture_features(vision_tower, "test", asked)
         features = features[[place[question.image] for question in listed]]
         log_p, said = ask_all(*loaded, listed, features, cfg.batch)
         predicted["LLaVA, ranked"] = [ANSWERS[i] for i in log_p.argmax(-1).tolist()]
@@ -243,8 +243,7 @@ def main(cfg: Config) -> dict:
     for i, question in enumerate(listed):
         answers.append(question._asdict() | {name: found[i] for name, found in predicted.items()})
     run.write_json(folder / "answers.json", answers)
-    then = "python vlm/easy_vqa_data.py --images 2000 --per_image 5" if not loaded else ""
-    return run.report(folder, metrics, then)
+    return run.report(folder, metrics, "" if loaded else "python vlm/easy_vqa_data.py --balanced")
 
 
 if __name__ == "__main__":

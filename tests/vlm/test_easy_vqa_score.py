@@ -149,7 +149,7 @@ def test_the_probe_tells_planted_scenes_and_never_sees_test_answers(monkeypatch)
             x[row, 0, 8 + easy.SHAPES.index(shape)] = 1
         return x
 
-    monkeypatch.setattr(score, "pooled_features", pooled)
+    monkeypatch.setattr(score, "picture_features", pooled)
     known = [q for q in splits["test"] if q.image in scenes["test"] and q.image < 200]
     found = score.probe_answers(None, splits["train"], known, 300)
     assert score.accuracies(found, known)["accuracy"] == 1
@@ -184,7 +184,7 @@ def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small,
             said.append(f"The {answer}." if row == 0 else answer)
         return log_p, said
 
-    monkeypatch.setattr(score, "pooled_features", pooled)
+    monkeypatch.setattr(score, "picture_features", pooled)
     monkeypatch.setattr(score, "ask", ask)
     monkeypatch.setattr(score.llava, "load", lambda name, on: (tokenizer, model))
     out = tmp_path / "out"
