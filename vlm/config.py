@@ -123,9 +123,18 @@ def model_flags(
 class DataConfig:
     """Conversations to learn from, and how they become batches."""
 
-    # a chat.json; empty: photos of fruit
-    data_path: Annotated[str, arg(aliases=["--data"])] = ""
-    image_folder: str = ""  # where its pictures are; empty: beside it
+    # chat.json, JSON lines, or tar shards, one or several; none: photos of fruit
+    data_path: Annotated[tuple[str, ...], arg(aliases=["--data"])] = ()
+    weights: tuple[float, ...] = ()  # of several files: how often each is drawn
+    # where the pictures are: a folder, or tar shards; empty: beside the first file
+    image_folder: str = ""
+    download: bool = False  # pictures may be addresses of the web
+    # read rows and pictures when a batch needs them; so do workers, weights, shards, several files
+    lazy: bool = False
+    dataloader_num_workers: int = 0  # processes that read ahead
+    dataloader_prefetch_factor: int = 2  # batches that each of them reads ahead
+    dataloader_pin_memory: bool = False  # page-locked, for copies to a GPU
+    dataloader_persistent_workers: bool = False  # they stay for the next iteration
     emoji: int = 0  # pictures of emoji besides the photos of fruit
     views: int = 4  # of each picture: its middle, and random pieces
     # of samples: paragraphs of manuals, so that it does not forget how to read
@@ -138,6 +147,19 @@ class DataConfig:
     packing: bool = True  # several conversations in one row, none sees another
     # all of a step with pictures or all without, about equally long
     group_by_modality_length: bool = False
+
+    @property
+    def paths(self) -> list[str]:
+        """Files of rows."""
+        named = [self.data_path] if isinstance(self.data_path, str) else self.data_path
+        return [path for path in named if path]
+
+    @property
+    def is_lazy(self) -> bool:
+        """Does anything ask for data that is read while training?"""
+        asked = (self.lazy, self.dataloader_num_workers, self.weights, self.download)
+        rows = all(path.endswith(".json") for path in self.paths)
+        return any(asked) or len(self.paths) > 1 or not rows
 
 
 @dataclass(frozen=True)

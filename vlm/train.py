@@ -40,15 +40,10 @@ from utils import checkpoint, figures, run
 from utils.run import check
 from vlm import checkpoints, engines, llava, llava_io, metric_loggers, packing, train_evaluation
 from vlm.config_file import with_file
+from vlm.lazy_data import Lazy
 from vlm.prompts import IGNORE
 from vlm.train_config import Config, changed, check_flags, engine_name, with_steps
-from vlm.train_data import (
-    collate,
-    count_supervised,
-    read_samples,
-    report_lengths,
-    step_batches,
-)
+from vlm.train_data import InMemory, count_supervised, report_lengths
 from vlm.train_model import build_model
 from vlm.trainable import lr_multipliers
 
@@ -121,24 +116,24 @@ def total(*values):
     return x.tolist()
 
 
-def train(engine, samples, photos, pad, cfg, on, start=0):
+def train(engine, batches, cfg, on, start=0):
     """Steps `start` to cfg.train.steps; yields the loss of each: the mean over the supervised tokens
-    of all ranks."""
-    rank, n = ranks.rank_and_world_size()
-    for step in range(start, cfg.train.steps):
+    of all ranks.
+
+    batches: for each step the parts of this rank, A pairs of a batch and its features or pixels.
+    """
+    rank, _ = ranks.rank_and_world_size()
+    for step, parts in enumerate(batches, start):
         # learning rate of each parameter group
         factors = lr_multipliers(cfg.train, step)
         for group in engine.optimizer.param_groups:
             group["lr"] = group["top"] * factors[group["old"]]
-        # batches of this step and rank, and the supervised tokens of all ranks
-        parts = step_batches(samples, cfg, step, rank, n)
-        # random numbers of this step: views of photos, and dropout, which a resumed run draws alike
-        random = np.random.default_rng([cfg.train.seed, 4, step, rank])
+        # dropout: what a resumed run draws, too
         torch.manual_seed(cfg.train.seed + 1000003 * step + rank)
-        (tokens,) = total(sum(count_supervised(part) for part in parts))
+        # supervised tokens of all parts on all ranks
+        (tokens,) = total(sum(count_supervised(batch) for batch, _ in parts))
         summed = 0.0
-        for number, part in enumerate(parts, 1):
-            batch, features = collate(part, cfg, engine.learner.model, pad, photos, random)
+        for number, (batch, features) in enumerate(parts, 1):
             batch = {k: v.to(on) for k, v in batch.items()}
             features = None if features is None else features.to(on)
             with engine.part(last=number == len(parts)):
@@ -153,8 +148,7 @@ def train(engine, samples, photos, pad, cfg, on, start=0):
 
 
 def prepare(cfg, on):
-    """-> tokenizer, model with its trainable parameters, samples, their photos, counts of rows that
-    were changed."""
+    """-> tokenizer, model with its trainable parameters, its data: in memory, or lazy."""
     tokenizer, model = build_model(cfg, on)
     room = packing.positions_of(model.language)
     longest = cfg.data.model_max_length or room
@@ -162,8 +156,8 @@ def prepare(cfg, on):
     check(
         fits, f"--model_max_length {longest}: the language model has {room} positions, take no more"
     )
-    samples, photos, counts = read_samples(cfg, tokenizer, model, longest)
-    return tokenizer, model, samples, photos, counts
+    read = Lazy if cfg.data.is_lazy else InMemory
+    return tokenizer, model, read(cfg, tokenizer, model, longest, *ranks.rank_and_world_size())
 
 
 def worker(cfg):
@@ -173,8 +167,8 @@ def worker(cfg):
     folder = Path(cfg.out)
     first = rank == 0
     # model, data, engine, and the state of an earlier run
-    tokenizer, model, samples, photos, counts = prepare(cfg, on)
-    cfg = with_steps(cfg, len(samples), n)
+    tokenizer, model, source = prepare(cfg, on)
+    cfg = with_steps(cfg, len(source), n)
     adapters = llama2_lora.tree(model)
     learner = Learner(model).train()
     model.vision.train(cfg.train.train_type == "none")
@@ -183,7 +177,7 @@ def worker(cfg):
     if first and not cfg.resume:
         run.output(folder, cfg)
     if first:
-        report_lengths(counts, cfg)
+        report_lengths(source.counts(), cfg)
         print(adapters or f"no adapters; what learns: {cfg.train.train_type}", flush=True)
     # training, with checkpoints and metric loggers
     save = partial(checkpoints.save, cfg, engine, losses)
@@ -191,7 +185,7 @@ def worker(cfg):
     clock = time.perf_counter()
     cpu_clock = time.process_time()
     loggers = metric_loggers.metric_loggers(cfg, folder) if first else []
-    steps = train(engine, samples, photos, tokenizer.pad_token_id, cfg, on, start)
+    steps = train(engine, source.batches(cfg, start), cfg, on, start)
     for value in run.progress(steps, cfg.train.steps, start, cfg.train.save_steps, save):
         losses.append(value)
         if len(losses) % cfg.train.log_steps == 0:
@@ -203,7 +197,8 @@ def worker(cfg):
         save()
     # numbers; weights and evaluation on the first rank
     numbers = {"losses": losses, "train_seconds": seconds, "train_cpu_seconds": cpu_seconds}
-    numbers |= {"process_MiB": llama2_full.process_peak() / 2**20} | counts
+    numbers |= {"process_MiB": llama2_full.process_peak() / 2**20}
+    numbers |= source.counts()
     weights = checkpoints.tensors(model)  # of a sharded model all ranks gather them
     if first:
         path = folder / "model.safetensors"
@@ -218,13 +213,13 @@ def after_training(cfg, tokenizer, model, path):
 
     A sharded model, or one with matrices of few bits, is read from the file that was written.
     """
-    if cfg.data.data_path and not cfg.save_model:
+    if cfg.data.paths and not cfg.save_model:
         return {}
     if cfg.save_model or checkpoints.sharded(cfg):
         tokenizer, model = llava.load(path)
     if cfg.save_model:
         llava_io.save(model, tokenizer, path.with_name("model"))
-    if cfg.data.data_path:
+    if cfg.data.paths:
         return {}
     return train_evaluation.evaluate_run(cfg, tokenizer, model, path.parent)
 

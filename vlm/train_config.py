@@ -124,7 +124,12 @@ def check_flags(cfg: Config) -> None:
     check(data.model_max_length >= 0, "--model_max_length must be 0 or more")
     # data
     check(0 <= data.text_share < 1, "--text_share must be at least 0 and below 1")
-    check(not data.image_folder or data.data_path, "--image_folder goes with --data")
+    check(not data.image_folder or data.paths, "--image_folder goes with --data")
+    check(
+        data.paths or not data.is_lazy, "--lazy, --weights, --download and workers go with --data"
+    )
+    check(data.dataloader_num_workers >= 0, "--dataloader_num_workers must be 0 or more")
+    check(data.dataloader_prefetch_factor > 0, "--dataloader_prefetch_factor must be above 0")
     # engines
     name = engine_name(cfg)
     half = train.precision == "fp16"

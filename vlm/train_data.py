@@ -15,6 +15,8 @@ from utils.text import plain
 from vlm import conversations, data, evaluate, packing, samplers, views
 from vlm.prompts import IGNORE
 
+# Tokens of a packed row, at least
+MIN_ROW = 256
 # Pages of manuals that the text loss is measured on, before and after: none of them is learned
 TEXT_LOSS_PAGES = 40
 
@@ -41,8 +43,8 @@ class Photos:
 def read_rows(cfg):
     """-> rows to learn from, the folder of their photos, how many rows had a photo that cannot be
     decoded."""
-    path = cfg.data.data_path
-    if path:
+    if cfg.data.paths:
+        path = cfg.data.paths[0]
         folder = Path(cfg.data.image_folder or Path(path).parent)
         rows, broken = conversations.replace_undecodable(conversations.read(path, folder), folder)
         return rows, folder, broken
@@ -87,6 +89,39 @@ def text_sample(tokenizer, text, longest=None):
     return {"ids": ids, "labels": list(ids), "images": []}
 
 
+class InMemory:
+    """Samples and the features of their photos, all read at once: batches(cfg, start), counts()."""
+
+    def __init__(self, cfg, tokenizer, model, longest, rank=0, ranks=1):
+        self.samples, self.photos, self.changed = read_samples(cfg, tokenizer, model, longest)
+        self.model = model
+        self.pad = tokenizer.pad_token_id
+        self.rank = rank
+        self.ranks = ranks
+
+    def __len__(self):
+        return len(self.samples)
+
+    def counts(self):
+        """How many rows were changed."""
+        return self.changed
+
+    def batches(self, cfg, start):
+        """Steps from `start` on: lists of A (batch, features or pixels, or None)."""
+        return read_batches(self, cfg, start)
+
+
+def read_batches(source, cfg, start):
+    """Batches of the steps of a rank, one after the other."""
+    for step in range(start, cfg.train.steps):
+        random = np.random.default_rng([cfg.train.seed, 4, step, source.rank])
+        parts = step_batches(source.samples, cfg, step, source.rank, source.ranks)
+        made = []
+        for part in parts:
+            made.append(collate(part, cfg, source.model, source.pad, source.photos, random))
+        yield made
+
+
 def step_batches(samples, cfg, step, rank, n):
     """Batches of a step on this rank: A parts of B samples. Every epoch has its own order, the same
     on all ranks."""
@@ -120,7 +155,7 @@ def collate(part, cfg, model, pad, photos, random):
     """Samples -> a batch as `Learner` takes it, and the features of their photos, in order."""
     if cfg.data.packing:
         # several samples a row, under a block-diagonal mask
-        rows = packing.pack(part, max(256, max(len(s["ids"]) for s in part)))
+        rows = packing.pack(part, max(MIN_ROW, max(len(s["ids"]) for s in part)))
         batch = packing.packed(rows, pad)
         batch["mask"] = packing.attention_mask(model.language, batch)
         part = [sample for row in rows for sample in row]
@@ -131,9 +166,9 @@ def collate(part, cfg, model, pad, photos, random):
     return batch, photos(numbers, random) if numbers else None
 
 
-def count_supervised(samples):
-    """Supervised tokens: a first token has nothing before it and is none."""
-    return sum(label != IGNORE for s in samples for label in s["labels"][1:])
+def count_supervised(batch):
+    """Supervised tokens of a batch: a first token has nothing before it and is none."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def report_lengths(counts, cfg):

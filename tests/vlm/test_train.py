@@ -286,8 +286,10 @@ def steps(cfg, kind=engines.Plain, start=0, views=1, samples=None):
     on = torch.device("cpu")
     engine = kind(teach.Learner(model), cfg, on)
     engine.optimizer = Recorder(trainable.param_groups(model, cfg))
-    values = teach.train(engine, samples or talks(), photos, 0, cfg, on, start)
-    return list(values), engine.optimizer, model
+    source = SimpleNamespace(samples=samples or talks(), photos=photos, model=model, pad=0)
+    source.rank, source.ranks = ranks.rank_and_world_size()
+    batches = train_data.read_batches(source, cfg, start)
+    return list(teach.train(engine, batches, cfg, on, start)), engine.optimizer, model
 
 
 def still(**flags):
@@ -307,14 +309,17 @@ def unclipped(monkeypatch):
     return asked
 
 
+def tokens_of(samples):
+    """Supervised tokens, a first token is none."""
+    return sum(label != prompts.IGNORE for s in samples for label in s["labels"][1:])
+
+
 def expected(cfg):
     """The gradient of the mean over all tokens of all samples, without the loop."""
     model = small()
     trainable.set_trainable(model, cfg)
     samples, groups = talks(), trainable.param_groups(model, cfg)
-    value = one_by_one(
-        model, samples, train_data.Photos([], pictures())
-    ) / train_data.count_supervised(samples)
+    value = one_by_one(model, samples, train_data.Photos([], pictures())) / tokens_of(samples)
     value.backward()
     parameters = [p for group in groups for p in group["params"]]
     return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -349,7 +354,7 @@ def test_gradients_of_ranks_are_summed_once(unclipped, monkeypatch):
     monkeypatch.setattr(teach.ranks, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
     monkeypatch.setattr(engines.dist, "all_reduce", lambda x: x.mul_(2))
-    monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [samples])
+    monkeypatch.setattr(train_data, "step_batches", lambda samples, *rest: [samples])
     losses, recorder, _ = steps(cfg)
     assert losses[0] == pytest.approx(value, rel=1e-4)
     close(recorder.gradients[0], gradients)
@@ -382,7 +387,7 @@ def test_deepspeed_is_given_what_it_divides_by(monkeypatch):
     _, gradients = expected(cfg)
     monkeypatch.setattr(teach.ranks, "rank_and_world_size", lambda: (0, 2))
     monkeypatch.setattr(teach, "total", lambda *values: [2 * v for v in values])
-    monkeypatch.setattr(teach, "step_batches", lambda samples, *rest: [[s] for s in samples])
+    monkeypatch.setattr(train_data, "step_batches", lambda samples, *rest: [[s] for s in samples])
     losses, recorder, _ = steps(cfg, around)
     assert len(found) == 5 and not recorder.rates  # the engine steps
     close(found[-1], [g / 2 for g in gradients])  # the other rank brings the other half
@@ -519,8 +524,9 @@ def test_deepspeed_leaves_a_frozen_tower_as_it_is(monkeypatch):
 
 def test_what_is_prepared_is_what_the_flags_say(lesson):
     cfg = changed(lesson, text_share=0.5, gradient_checkpointing=True, views=2, connector="pool1")
-    tokenizer, model, samples, photos, counts = teach.prepare(cfg, torch.device("cpu"))
-    rows = conversations.read(cfg.data.data_path, cfg.data.image_folder)
+    tokenizer, model, source = teach.prepare(cfg, torch.device("cpu"))
+    samples, photos, counts = source.samples, source.photos, source.counts()
+    rows = conversations.read(cfg.data.paths[0], cfg.data.image_folder)
     assert (
         model.language.is_gradient_checkpointing
         and model.count == 1
@@ -626,7 +632,7 @@ def test_a_rate_of_zero_freezes_what_was_trained_before(lesson, tmp_path):
 def test_conversations_longer_than_the_model_reads_are_counted_in_one_line(
     lesson, tmp_path, capsys
 ):
-    rows = conversations.read(lesson.data.data_path, lesson.data.image_folder)
+    rows = conversations.read(lesson.data.paths[0], lesson.data.image_folder)
     talk = [("What?", "a pear"), ("Tell more", "very " * 200)]
     long = conversations.row("long", rows[0]["image"], talk)
     endless = conversations.row("endless", None, talk[1:])
@@ -736,7 +742,7 @@ def test_deepspeed_trains_the_same_and_goes_on_where_it_was(lesson, parity, tmp_
 
 
 def test_a_broken_picture_is_replaced_and_counted(lesson, tmp_path):
-    rows, pictures = json.loads(Path(lesson.data.data_path).read_text()), tmp_path / "pictures"
+    rows, pictures = json.loads(Path(lesson.data.paths[0]).read_text()), tmp_path / "pictures"
     pictures.mkdir()
     for one in rows[:12]:
         (pictures / one["image"]).write_bytes((data.photos() / one["image"]).read_bytes())
