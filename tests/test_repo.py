@@ -35,6 +35,7 @@ MEASURE |= {
     "roofline",
     "step_cost",
     "strategies",
+    "train_trainer",
 }
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
