@@ -101,26 +101,29 @@ def pooling_head(vision: Any, tokens: int) -> int:
 def perceiver(options: dict, tokens: int, dim_in: int, width: int) -> Products:
     """Perceiver resampler of vlm/connector.py with SwiGLU, mlp_ratio 2; latents (M,E) over tokens (N,E)."""
     M = options["latents"]
+    inside = options["hidden_size"] or width
     keys = tokens + M if options["concat_latents_kv"] else tokens
     inner = options["heads"] * options["head_dim"]
     kv = options["kv_heads"] * options["head_dim"]
     # Queries and output of latents, keys and values of all, gate, up and down
-    weights = 2 * product(M, width, inner) + 2 * product(keys, width, kv)
-    weights += 3 * product(M, width, 2 * width)
+    weights = 2 * product(M, inside, inner) + 2 * product(keys, inside, kv)
+    weights += 3 * product(M, inside, 2 * inside)
     layer = Products(weights, 2 * product(M, inner, keys))
-    entry = product(tokens, dim_in, width) if dim_in != width else 0
-    return Products(entry, 0, entry) + layer * options["depth"]
+    entry = product(tokens, dim_in, inside) if dim_in != inside else 0
+    leave = product(M, inside, width) if inside != width else 0
+    return Products(entry, 0, entry) + layer * options["depth"] + Products(leave)
 
 
 def connector(config: VLMConfig, tokens: int, dim_in: int, width: int) -> Products:
     """Of one picture with `tokens` tokens (N,dim_in) -> (M,width). Raises UserError for an unknown name."""
-    from vlm.modeling import perceiver_options
+    from vlm.token_sparsity import TokenSparsity
 
     name = config.connector
+    tokens = TokenSparsity(config.sparsity_plugins or ()).count(tokens)
     if name == "identity":
         return Products(0)
     if name == "perceiver":
-        return perceiver(perceiver_options(config), tokens, dim_in, width)
+        return perceiver(config.connector_options(), tokens, dim_in, width)
     if name == "linear":
         entry = product(tokens, dim_in, width)
         return Products(entry, 0, entry)
@@ -137,11 +140,12 @@ def connector(config: VLMConfig, tokens: int, dim_in: int, width: int) -> Produc
 
 def image_tokens(config: VLMConfig, tokens: int) -> int:
     """M, what a picture of N tokens becomes."""
-    name = config.connector
-    if name == "perceiver":
-        from vlm.modeling import perceiver_options
+    from vlm.token_sparsity import TokenSparsity
 
-        return perceiver_options(config)["latents"]
+    name = config.connector
+    tokens = TokenSparsity(config.sparsity_plugins or ()).count(tokens)
+    if name == "perceiver":
+        return config.connector_options()["latents"]
     if name.startswith(("pool", "bilinear")):
         return int(name.removeprefix("pool").removeprefix("bilinear")) ** 2
     if name.startswith("concat"):

@@ -62,7 +62,7 @@ def check_step(step: Step) -> None:
 class StepVLM(VLM):
     """The same model; its texts are known to fit, so that no number needs to be looked at."""
 
-    def merge(self, input_ids, image_features=None):
+    def embed(self, input_ids, image_features=None):
         places = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if image_features is None:

@@ -119,15 +119,16 @@ def main(cfg: Config) -> dict:
     check(one_part, "--gradient_accumulation_steps: one part a step here; train.py takes more")
     check(not cfg.resume and not cfg.train.save_steps, "no checkpoints here; train.py writes them")
     alone = cfg.train.ranks == 1 and "RANK" not in os.environ
-    found = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.train.ranks)
+    found: Any = [worker(cfg)] if alone else ranks.launch(worker, cfg, cfg.train.ranks)
     if found is None:
         return {}
-    losses = found[0].pop("losses")
+    losses: list[float] = found[0].pop("losses")
     folder = Path(cfg.out)
     run.write_json(folder / "losses.json", losses)
     label = "-log p(token of an answer)"
     figures.curves(folder / "loss.png", {"loss": losses}, "step", label, smooth=5)
-    metrics = {"final_loss": sum(losses[-10:]) / len(losses[-10:])} | found[0]
+    last = losses[-10:]
+    metrics = {"final_loss": sum(last) / len(last)} | found[0]
     then = f"python vlm/llava.py --model {folder / 'model.safetensors'} --image PHOTO"
     return run.report(folder, metrics, then) | {"losses": losses}
 

@@ -31,7 +31,7 @@ ENGINES = {
 }
 # What learns, and by which engines
 CASES = [("use_lora", name) for name in ENGINES]
-CASES += [("projector", name) for name in ("DDP", "FSDP2", "ZeRO-3")]
+CASES += [("projector", name) for name in ("DDP", "accelerate", "FSDP2", "ZeRO-3")]
 CASES += [("lora_frozen_projector", name) for name in ("FSDP2", "ZeRO-3")]
 CASES += [("none", name) for name in ("DDP", "accelerate", "FSDP2", "ZeRO-3")]
 
@@ -204,11 +204,13 @@ def test_fp16_scales_the_loss_and_the_step_is_that_of_fp32():
         learner, cfg = small(grad_clip=0.01)
         engine: Any = engines.Plain(learner, changed(cfg, precision=precision), torch.device("cpu"))
         engine.optimizer = torch.optim.SGD(engine.learned(), 1.0)
-        value = learner.model.project(torch.ones(1, 16, 16)).square().sum()
+        seen = learner.model.project(torch.ones(1, 16, 16))
+        value = (seen * torch.arange(24.0)).sum()
         engine.backward(value)
         found[precision] = engine.learned()[0].grad.clone()
         engine.step()
         found[f"{precision} after"] = engine.learned()[0].detach().clone()
+    assert found["fp32"].abs().max() > 0.01
     torch.testing.assert_close(found["fp16"], found["fp32"] * 65536.0)
     torch.testing.assert_close(found["fp16 after"], found["fp32 after"])
 

@@ -31,6 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "CLIP, concat4": {"connector": "concat4"},
     "CLIP, concat9, grid of 4 filled up": {"connector": "concat9"},
     "CLIP, perceiver": {"connector": "perceiver", "perceiver": PERCEIVER},
+    "CLIP, perceiver of its own width": {
+        "connector": "perceiver", "perceiver": PERCEIVER | {"hidden_size": 20},
+    },
+    "CLIP, four tokens of largest norm": {
+        "connector": "linear", "sparsity_plugins": ["topk_norm4"],
+    },
     "CLIP, perceiver, keys of the image alone": {
         "connector": "perceiver", "perceiver": PERCEIVER | {"concat_latents_kv": False},
     },
