@@ -182,15 +182,16 @@ def progress(
 
     Raises UserError at the first loss that is not finite, before anything is saved over the last good checkpoint.
     """
-    smooth = None
+    smooth = 0.0
     shown = bar(losses, total, start)
     for step, loss in enumerate(shown, start + 1):
         # Stop before a broken model is saved
         advice = "the last checkpoint is kept. Try a lower --lr"
         check(math.isfinite(loss), f"the loss is {loss} at step {step}; {advice}")
-        # The bar shows an exponential moving average
-        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-        shown.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
+        # The bar shows an exponential moving average, of those that were seen
+        smooth = 0.98 * smooth + 0.02 * loss
+        seen = 1 - 0.98 ** (step - start)
+        shown.set_postfix_str(f"loss {smooth / seen:.4f}", refresh=False)
         yield loss
         # The caller has taken the step: now it can be saved
         if save and every and step % every == 0 and step < total:

@@ -58,7 +58,7 @@ def about(cfg, tokenizer=None):
         common["chat_template"] = tokenizer.chat_template
     # trained from another model: its parts are those of that one
     if cfg.train.ckpt_path:
-        return common | {"base": absolute(cfg.train.ckpt_path)}
+        return common | base_of(cfg.train.ckpt_path)
     model = cfg.model
     named = {
         "vision": absolute(model.vision_name_or_path),
@@ -75,6 +75,17 @@ def about(cfg, tokenizer=None):
     if model.img_size:
         named["img_size"] = model.img_size
     return common | named
+
+
+def base_of(path):
+    """The model that was gone on with: the names of its parts, if only its connector had learned;
+    else its path, and of a file its hash, too."""
+    if not str(path).endswith(".safetensors"):
+        return {"base": absolute(path)}
+    weights, meta = checkpoint.read(path)
+    if "base" not in meta and all(name.startswith("connector.") for name in weights):
+        return {k: v for k, v in meta.items() if k not in ("scale", "chat_template")}
+    return {"base": absolute(path), "base_sha256": checkpoint.digest(weights, "")}
 
 
 def absolute(name):
@@ -127,6 +138,9 @@ def load(cfg, engine):
     # one process, or ranks that all hold the same
     if not sharded(cfg):
         found = Path(cfg.out) / "state.safetensors"
+        other = Path(cfg.out) / "checkpoints"
+        hint = f"{other} was written under --fsdp or --zero_stage: resume with the same"
+        check(found.exists() or not other.exists(), hint)
         return checkpoint.load_state(found, cfg, **parts_of(engine))["losses"]
     folder = manifest.load(Path(cfg.out) / "checkpoints")
     state = checkpoint.load_state(folder / "run.safetensors")

@@ -178,7 +178,7 @@ class TrainConfig:
     epochs: Annotated[float, arg(aliases=["--num-train-epochs"])] = 0
     align_steps: int = 0  # steps of the first stage, in which the connector learns alone
     lr: Annotated[float, arg(aliases=["--learning-rate"])] = 1e-3  # of new parts: the connector
-    # of what was trained before, or is added to it by LoRA
+    # of what was trained before, or is added to it by LoRA; whole models (freeze_vision, none): 5e-5
     lr_pretrained: Annotated[float, arg(aliases=["--learning-rate-pretraining-components"])] = 1e-3
     min_lr: float = 0.0  # where the schedule ends
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"

@@ -97,6 +97,10 @@ def load(name, on="cpu"):
         not path.is_file(),
         f"{path} holds no weights: name a .safetensors file, a folder or a hub id",
     )
+    check(
+        path.exists() or not path.is_absolute(),
+        f"no LLaVA at '{printable(path)}': there is no such file or folder",
+    )
     # a folder of ours
     about = read_config(path) if path.is_dir() else {}
     if about.get("model_type") == "llava-of-parts":
@@ -134,6 +138,12 @@ def read_config(path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no folder of a model: {first_line(error)}") from None
     check(isinstance(about, dict), f"{path} is no folder of a model: its config.json is no object")
+    # the folder of a training run, which holds a file of weights
+    weights = path / "model.safetensors"
+    check(
+        "model_type" in about or "train" not in about or not weights.is_file(),
+        f"{path} is the folder of a training run: name {weights}",
+    )
     # one of ours: its keys, and the kinds of their values
     if about.get("model_type") == "llava-of-parts":
         odd = sorted(about.keys() ^ OURS)
@@ -180,6 +190,12 @@ def restore(path, on="cpu"):
 def start_of(meta, on):
     """What a training run began with -> tokenizer, Parts: another model, or parts by their names."""
     if "base" in meta:
+        base = Path(meta["base"])
+        there = not base.is_absolute() or base.exists()
+        check(there, f"the model that it was trained from is gone: {printable(base)}")
+        if "base_sha256" in meta:
+            same = checkpoint.digest(checkpoint.read(base)[0], "") == meta["base_sha256"]
+            check(same, f"the model that it was trained from has changed since: {printable(base)}")
         return load(meta["base"], on)
     tokenizer, language = language_model(meta["language"], on)
     run.seed(0)

@@ -170,6 +170,7 @@ def worker(cfg):
     tokenizer, model, source = prepare(cfg, on)
     cfg = with_steps(cfg, len(source), n)
     adapters = llama2_lora.tree(model)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learner = Learner(model).train()
     model.vision.train(cfg.train.train_type == "none")
     engine = engines.build(learner, cfg, on)
@@ -203,7 +204,7 @@ def worker(cfg):
     if first:
         path = folder / "model.safetensors"
         checkpoint.write(path, weights, checkpoints.about(cfg, tokenizer))
-        numbers["learned"] = sum(x.numel() for x in weights.values())
+        numbers["learned"] = learned
         numbers |= after_training(cfg, tokenizer, model.eval(), path)
     return numbers
 
@@ -250,7 +251,8 @@ def main(cfg: Config) -> dict:
     )
     metrics: dict[str, Any] = {"final_loss": float(np.mean(losses[-10:]))} | numbers
     weights = folder / "model.safetensors"
-    then = f'python vlm/llava.py --model {weights} --image PHOTO --prompt "What fruit is this?"'
+    question = "QUESTION" if cfg.data.paths else "What fruit is this?"
+    then = f'python vlm/llava.py --model {weights} --image PHOTO --prompt "{question}"'
     return run.report(folder, metrics, then) | {"losses": losses}
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -41,8 +42,9 @@ class Config:
     # who adds up the gradients of several ranks, if neither --fsdp nor --zero_stage: one all-reduce
     # behind the backward pass, PyTorch's DDP, or accelerate
     engine: Literal["plain", "ddp", "accelerate"] = "plain"
-    enable_tensorboard: bool = False
+    enable_tensorboard: bool = False  # write the losses for TensorBoard
     save_model: bool = False  # also write the whole model, as a folder: OUT/model
+    # where the results go
     out: Annotated[str, arg(aliases=OUT_NAMES)] = "outputs/vlm_train"
 
     @property
@@ -130,6 +132,9 @@ def check_flags(cfg: Config) -> None:
     )
     check(data.dataloader_num_workers >= 0, "--dataloader_num_workers must be 0 or more")
     check(data.dataloader_prefetch_factor > 0, "--dataloader_prefetch_factor must be above 0")
+    # another model to go on with
+    if train.ckpt_path:
+        check_going_on(cfg)
     # engines
     name = engine_name(cfg)
     half = train.precision == "fp16"
@@ -141,3 +146,18 @@ def check_flags(cfg: Config) -> None:
     asked = (("tensorboard", cfg.enable_tensorboard), ("wandb", cfg.wandb.enable))
     for package, wanted in asked:
         check(not wanted or find_spec(package), f"--enable_{package}: pip install {package}")
+
+
+def check_going_on(cfg: Config) -> None:
+    """Raises UserError if --model goes with flags of its parts, or would be overwritten."""
+    named = cfg.model
+    usual = model_flags()
+    parts = ("vision_name_or_path", "text_name_or_path", "connector", "perceiver", "select")
+    parts += ("vision_layer", "img_size", "sparsity_plugins")
+    other = [name for name in parts if getattr(named, name) != getattr(usual, name)]
+    flags = ", ".join(f"--{name}" for name in other)
+    check(not other, f"{flags}: the parts are those of --model; leave out one or the other")
+    target = Path(cfg.out)
+    source = Path(cfg.train.ckpt_path).resolve()
+    written = {(target / "model.safetensors").resolve(), (target / "model").resolve()}
+    check(source not in written, f"--out {target} holds --model: choose another place with --out")

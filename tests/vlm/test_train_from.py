@@ -39,6 +39,13 @@ def lesson(tmp_path_factory):
     )
 
 
+def going_on(cfg, path, **flags):
+    """A run that begins with another model: its parts are not named again."""
+    usual = Config().model
+    names = ("vision_name_or_path", "text_name_or_path", "connector")
+    return changed(cfg, ckpt_path=str(path), **{n: getattr(usual, n) for n in names}, **flags)
+
+
 def connector_of(path):
     """The connector's weights in a file of the trainer."""
     tensors = checkpoint.read(path)[0]
@@ -61,9 +68,8 @@ def first_stage(lesson):
 def test_the_second_stage_begins_with_the_connector_of_the_first(lesson, first_stage, what):
     """A file of the trainer, or the folder that it wrote; nothing moves at a rate of next to nothing."""
     out = f"{lesson.out}/two-{what}"
-    names = {"vision_name_or_path": "none", "text_name_or_path": "none", "connector": "linear"}
-    cfg = changed(lesson, ckpt_path=f"{first_stage}/{what}", out=out, lr=1e-30, lr_pretrained=1e-30)
-    teach.main(changed(cfg, **names))
+    rates = {"lr": 1e-30, "lr_pretrained": 1e-30}
+    teach.main(going_on(lesson, f"{first_stage}/{what}", out=out, **rates))
     learned = connector_of(f"{out}/model.safetensors")
     before = connector_of(f"{first_stage}/model.safetensors")
     if what == "model":  # a folder is in the precision of the language model
@@ -74,7 +80,7 @@ def test_the_second_stage_begins_with_the_connector_of_the_first(lesson, first_s
 def test_what_was_trained_from_a_model_loads_beside_it(lesson, first_stage):
     """LoRA of the second run is merged into the model that it began with."""
     out = f"{lesson.out}/three"
-    cfg = changed(lesson, ckpt_path=f"{first_stage}/model", out=out, lr=0.05, lr_pretrained=0.05)
+    cfg = going_on(lesson, f"{first_stage}/model", out=out, lr=0.05, lr_pretrained=0.05)
     teach.main(changed(cfg, save_model=True))
     _, before = llava.load(f"{first_stage}/model")
     _, after = llava.load(f"{out}/model.safetensors")
@@ -102,7 +108,7 @@ def test_a_folder_of_build_is_trained(lesson, tmp_path):
         connector="pool2",
     )
     build_main(BuildConfig(named, out=str(tmp_path / "built")))
-    cfg = changed(lesson, ckpt_path=str(tmp_path / "built/model"), out=str(tmp_path / "out"))
+    cfg = going_on(lesson, tmp_path / "built/model", out=str(tmp_path / "out"))
     found = teach.main(changed(cfg, train_type="projector", save_model=True))
     assert len(found["losses"]) == 2
     _, model = llava.load(tmp_path / "out/model.safetensors")
@@ -151,3 +157,49 @@ def test_options_of_the_connector_go_with_the_weights(lesson, tmp_path):
     torch.testing.assert_close(
         whole.connector(features.bfloat16()).float(), found, atol=0.05, rtol=0.05
     )
+
+
+def test_a_file_whose_connector_alone_learned_is_not_needed_again(lesson, first_stage, tmp_path):
+    """The file of the second stage names the parts; a third one, beside LoRA, names the second, by its hash."""
+    second = going_on(lesson, f"{first_stage}/model.safetensors", out=str(tmp_path / "two"))
+    teach.main(second)
+    meta = checkpoint.read(tmp_path / "two/model.safetensors")[1]
+    assert "base" not in meta and meta["connector"] == "mlp2x_gelu"
+    third = going_on(lesson, tmp_path / "two/model.safetensors", out=str(tmp_path / "three"))
+    teach.main(third)
+    llava.load(tmp_path / "three/model.safetensors")
+    # the second is trained anew, and is another model
+    teach.main(changed(second, lr=0.01))
+    with pytest.raises(UserError, match="has changed since"):
+        llava.load(tmp_path / "three/model.safetensors")
+    (tmp_path / "two/model.safetensors").unlink()
+    with pytest.raises(UserError, match="it was trained from is gone"):
+        llava.load(tmp_path / "three/model.safetensors")
+
+
+def test_the_model_to_go_on_with_is_not_overwritten(lesson, first_stage):
+    before = checkpoint.read(f"{first_stage}/model.safetensors")[0]
+    with pytest.raises(UserError, match="holds --model"):
+        teach.main(going_on(lesson, f"{first_stage}/model.safetensors", out=first_stage))
+    assert same(before, checkpoint.read(f"{first_stage}/model.safetensors")[0])
+
+
+def test_parts_are_not_named_beside_a_model(lesson, first_stage, tmp_path):
+    cfg = changed(lesson, ckpt_path=f"{first_stage}/model.safetensors", out=str(tmp_path / "new"))
+    with pytest.raises(UserError, match="--vision_name_or_path, --text_name_or_path, --connector"):
+        teach.main(cfg)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_folder_of_a_run_is_no_model_and_the_line_says_which_file_is(first_stage):
+    with pytest.raises(UserError, match="folder of a training run: name .*model.safetensors"):
+        llava.load(first_stage)
+    with pytest.raises(UserError, match="no such file or folder"):
+        llava.load(first_stage + "/nothing")
+
+
+def test_what_learns_is_counted_and_not_what_is_written(lesson, tmp_path):
+    cfg = changed(lesson, train_type="lora_frozen_projector", out=str(tmp_path / "out"), steps=1)
+    found = teach.main(cfg)
+    tensors = checkpoint.read(tmp_path / "out/model.safetensors")[0]
+    assert found["learned"] == sum(x.numel() for k, x in tensors.items() if "lora" in k)
