@@ -104,6 +104,15 @@ def pass_on_signals(process, started):
             signal.signal(number, handler)
 
 
+def is_zombie(process):
+    """Has it ended, and nobody has read its exit code?"""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return False
+
+
 def follow(process, probe, interval, write):
     """Sample until the process ends -> (its exit code, CPU seconds of the sampling).
 
@@ -118,7 +127,9 @@ def follow(process, probe, interval, write):
         try:
             return process.wait(pause), spent
         except psutil.TimeoutExpired:
-            pass
+            # of a process that was followed only: its parent has not asked for its end yet
+            if is_zombie(process):
+                return None, spent
         # 2. Read the counters, say what they mean, write it down
         then = time.process_time()
         sample = probe.sample()

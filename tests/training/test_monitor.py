@@ -61,6 +61,14 @@ print("signals", *seen, flush=True)
 """
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A runner in the background ignores Ctrl-C, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def command(folder, *words, interval="0.05"):
     flags = ["--interval", interval, "--out", str(folder)]
     return [sys.executable, "training/monitor.py", *flags, "--", *words]
@@ -149,7 +157,7 @@ def test_killed_monitor_leaves_its_series(tmp_path):
     time.sleep(1.5)
     child = psutil.Process(process.pid).children()[0]
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     samples = series(tmp_path)
     child.kill()
     assert len(samples) >= 3 and samples[-1]["bound"] == "idle"
@@ -161,7 +169,7 @@ def test_signals_go_to_the_command_once(tmp_path, number):
                                stdin=subprocess.DEVNULL, text=True)  # fmt: skip
     ready(process)
     process.send_signal(number)
-    rest, _ = process.communicate()
+    rest, _ = process.communicate(timeout=60)
     assert rest == f"signals {int(number)}\n"
     # the command has dealt with it, and ended well: so does the monitor, with its report
     assert process.returncode == 0
@@ -196,13 +204,22 @@ def test_process_by_its_number(tmp_path):
     while not path.exists() or len(path.read_text().splitlines()) < 3:
         time.sleep(0.05)
     # a signal ends the monitor, and not the process that it did not start
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
     assert process.returncode == 0 and sleeper.poll() is None
     sleeper.kill()
     sleeper.wait()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["exit_code"] == 0 and share(metrics, "idle") == 1
+
+
+def test_the_end_of_a_followed_process_is_noticed_before_its_parent_asks(tmp_path):
+    """A zombie has ended, though its number is still taken."""
+    sleeper = subprocess.Popen(["sleep", "0.5"])
+    words = [sys.executable, "training/monitor.py", "--pid", str(sleeper.pid), "--interval", "0.05"]
+    subprocess.run([*words, "--out", str(tmp_path)], cwd=ROOT, timeout=60, check=True)
+    assert json.loads((tmp_path / "metrics.json").read_text())["exit_code"] == 0
+    sleeper.wait()
 
 
 @pytest.mark.parametrize(
@@ -443,6 +460,7 @@ def test_costly_samples_become_rare():
             raise psutil.TimeoutExpired(pause)
         return -15
 
-    code, spent = monitor.follow(SimpleNamespace(wait=wait), Costly(), 0.01, None)
+    followed = SimpleNamespace(wait=wait, status=lambda: psutil.STATUS_RUNNING)
+    code, spent = monitor.follow(followed, Costly(), 0.01, None)
     assert pauses[0] == 0.01 and min(pauses[1:]) > 100 * 0.029
     assert monitor.exit_code(code) == 143 and spent == pytest.approx(0.06, abs=0.03)
