@@ -110,7 +110,7 @@ def known_scenes(listed):
 def picture_features(vision_tower, split, numbers):
     """Vision features of pictures of a split -> bf16 (len(numbers),N,D), kept for the next time."""
     paths = [easy_vqa_data.picture(split, i) for i in numbers]
-    return views.features(vision_tower, paths)[0]
+    return views.features(vision_tower, paths).tensor()[0]
 
 
 def linear_probe(x, scenes, heldout):
