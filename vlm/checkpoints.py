@@ -68,10 +68,10 @@ def about(cfg, tokenizer=None):
         "select": model.select,
     }
     # only where they say something
-    if model.perceiver:
-        named["perceiver"] = model.perceiver
+    if model.connector == "perceiver":
+        named["perceiver"] = asdict(model.perceiver)
     if model.sparsity_plugins:
-        named["sparsity_plugins"] = model.sparsity_plugins
+        named["sparsity_plugins"] = list(model.sparsity_plugins)
     if model.img_size:
         named["img_size"] = model.img_size
     return common | named

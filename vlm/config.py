@@ -1,17 +1,19 @@
 """Configuration of a vision-language model, its training and its engines: nested dataclasses.
 
 tyro makes flags of them (`--connector mlp2x_gelu --lora.r 16`), a file fills them (config_file.py). Flags of the common
-trainers (transformers, LLaVA, DeepSpeed examples) are aliases: `--learning_rate` is `--lr`. `VLMConfig` is also the
-configuration of a model of transformers (modeling.py).
+trainers (transformers, LLaVA, DeepSpeed examples) are aliases: `--learning_rate` is `--lr`. `VLMConfig`, the
+configuration of a model of transformers, is in model_config.py.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from vlm.model_config import VLMConfig, model_flags
+
+__all__ = ["VLMConfig", "model_flags"]  # and what stands below
 
 TrainType = Literal["use_lora", "projector", "freeze_vision", "none", "lora_frozen_projector"]
 
@@ -54,69 +56,31 @@ class PerceiverConfig:
         }
 
 
-@strict
-class VLMConfig(PreTrainedConfig):
-    """Vision encoder, connector, language model: what a vision-language model is put together from.
+@dataclass(frozen=True)
+class ModelFlags:
+    """Parts of a model by their names: the flags of a `VLMConfig`, without the import of transformers."""
 
-    Where the names lead to is read once, by `vlm.build.build`; then `vision_config` and `text_config` say what the
-    parts are, and a folder that was saved needs no other. Raises an error of transformers for a value of a wrong type.
-    """
-
-    model_type = "vlm_action"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", optional=True),
-        "text_config": SubConfigSpec(AutoConfig, "llama", optional=True),
-    }
-
-    vision_name_or_path: str = "efficientnet"
-    text_name_or_path: str = "smollm2"
-    connector: str = "pool3"
-    perceiver: dict | None = None  # fields of PerceiverConfig
-    sparsity_plugins: list | None = None  # see vlm/token_sparsity.py
-    vision_layer: int = -2
-    select: Literal["patch", "all"] = "patch"
-    img_size: int = 0
+    # vision encoder: efficientnet, or a folder or hub id
+    vision_name_or_path: Annotated[str, arg(aliases=["--vision"])] = "efficientnet"
+    # language model: smollm2, or a folder or hub id
+    text_name_or_path: Annotated[str, arg(aliases=["--language", "--text"])] = "smollm2"
+    connector: str = "pool3"  # see vlm/connector.py
+    perceiver: PerceiverConfig = PerceiverConfig()  # if the connector is "perceiver"
+    # fewer tokens before the connector: topk_norm16, random16, pool4, bilinear4
+    sparsity_plugins: tuple[str, ...] = ()
+    # of the encoder's hidden states
+    vision_layer: Annotated[int, arg(aliases=["--layer"])] = -2
+    select: Literal["patch", "all"] = "patch"  # patches only, or the class token and others, too
+    img_size: int = 0  # side of the pictures; 0: that of the encoder
+    # eager, sdpa, flash_attention_2; None: eager on a CPU, else what transformers chooses
     attn_implementation: str | None = None
-    image_token_id: int = -1  # of <image>, once the vocabulary has it
-    vision_config: dict | PreTrainedConfig | None = None  # none: EfficientNet-lite0
-    text_config: dict | PreTrainedConfig | None = None
 
     def connector_options(self) -> dict[str, Any]:
         """What `vlm.connector.build` is given besides names and widths."""
-        options = PerceiverConfig(**self.perceiver).options() if self.perceiver else {}
+        options = self.perceiver.options() if self.connector == "perceiver" else {}
         if self.sparsity_plugins:
             options["sparsity_plugins"] = tuple(self.sparsity_plugins)
         return options
-
-
-def model_flags(
-    vision_name_or_path: Annotated[str, arg(aliases=["--vision"])] = "efficientnet",
-    text_name_or_path: Annotated[str, arg(aliases=["--language", "--text"])] = "smollm2",
-    connector: str = "pool3",
-    perceiver: PerceiverConfig = PerceiverConfig(),  # noqa: B008  (frozen)
-    sparsity_plugins: tuple[str, ...] = (),
-    vision_layer: Annotated[int, arg(aliases=["--layer"])] = -2,
-    select: Literal["patch", "all"] = "patch",
-    img_size: int = 0,
-    attn_implementation: str | None = None,
-) -> VLMConfig:
-    """The flags of a model -> its configuration.
-
-    Args:
-        vision_name_or_path: vision encoder: efficientnet, or a folder or hub id
-        text_name_or_path: language model: smollm2, or a folder or hub id
-        connector: see vlm/connector.py
-        perceiver: if the connector is "perceiver"
-        sparsity_plugins: fewer tokens before the connector: topk_norm16, random16, pool4, bilinear4
-        vision_layer: of the encoder's hidden states
-        select: patches only, or the class token and others, too
-        img_size: side of the pictures; 0: that of the encoder
-        attn_implementation: eager, sdpa, flash_attention_2; None: eager on a CPU, else what transformers chooses
-    """
-    given = dict(locals())
-    given["perceiver"] = asdict(perceiver) if connector == "perceiver" else None
-    given["sparsity_plugins"] = list(sparsity_plugins) or None
-    return VLMConfig(**given)
 
 
 @dataclass(frozen=True)
@@ -268,3 +232,12 @@ class WandbConfig:
     enable: Annotated[bool, arg(aliases=["--enable-wandb"])] = False
     project: str = "llava"
     entity: str = ""
+
+
+def __getattr__(name: str) -> Any:
+    """VLMConfig and its flags come from model_config.py when they are asked for: it imports transformers."""
+    if name in __all__:
+        from vlm import model_config
+
+        return getattr(model_config, name)
+    raise AttributeError(name)

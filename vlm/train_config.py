@@ -1,8 +1,7 @@
 """Flags of vlm/train.py: the sections of config.py side by side, and the checks that need more than one of them."""
 
-import copy
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +14,10 @@ from vlm.config import (
     DeepSpeedConfig,
     FSDPConfig,
     LoraConfig,
+    ModelFlags,
     QuantConfig,
     TrainConfig,
-    VLMConfig,
     WandbConfig,
-    model_flags,
 )
 
 OUT_NAMES = ["--save-path", "--work-dir", "--output-dir"]
@@ -29,9 +27,7 @@ OUT_NAMES = ["--save-path", "--work-dir", "--output-dir"]
 class Config:
     """Train a LLaVA on conversations about photos."""
 
-    model: Annotated[VLMConfig, arg(constructor=model_flags, name="")] = field(
-        default_factory=model_flags
-    )
+    model: Annotated[ModelFlags, arg(name="")] = ModelFlags()
     train: Annotated[TrainConfig, arg(name="")] = TrainConfig()
     data: Annotated[DataConfig, arg(name="")] = DataConfig()
     lora: LoraConfig = LoraConfig()
@@ -64,12 +60,7 @@ def changed(cfg: Config, **values: Any) -> Config:
         old = getattr(cfg, section)
         names = [f.name for f in fields(old)]
         mine = {name: values.pop(name) for name in names if name in values}
-        if section == "model" and mine:
-            new = copy.deepcopy(old)
-            for name, value in mine.items():
-                setattr(new, name, value)
-            cfg = replace(cfg, model=new)
-        elif mine:
+        if mine:
             cfg = replace(cfg, **{section: replace(old, **mine)})
     if values:
         raise TypeError(f"no section has {', '.join(values)}")
@@ -151,7 +142,7 @@ def check_flags(cfg: Config) -> None:
 def check_going_on(cfg: Config) -> None:
     """Raises UserError if --model goes with flags of its parts, or would be overwritten."""
     named = cfg.model
-    usual = model_flags()
+    usual = ModelFlags()
     parts = ("vision_name_or_path", "text_name_or_path", "connector", "perceiver", "select")
     parts += ("vision_layer", "img_size", "sparsity_plugins")
     other = [name for name in parts if getattr(named, name) != getattr(usual, name)]

@@ -53,7 +53,7 @@ def test_every_section_is_filled_by_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(YAML)
     found = parse("--config", str(path), "--lora_rank", "4", "--views", "3")
-    assert found.model.connector == "perceiver" and found.model.perceiver["n_latents"] == 5
+    assert found.model.connector == "perceiver" and found.model.perceiver.n_latents == 5
     assert (found.train.lr, found.train.betas) == (0.002, (0.8, 0.95))
     assert found.train.train_type == "freeze_vision"
     # flags win, by whatever name

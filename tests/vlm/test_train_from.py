@@ -11,6 +11,7 @@ from utils import checkpoint
 from utils.run import UserError
 from vlm import conversations, data, llava, llava_io, prompts
 from vlm import train as teach
+from vlm.config import PerceiverConfig
 from vlm.train_config import Config, changed
 
 
@@ -142,8 +143,8 @@ def test_options_of_the_connector_go_with_the_weights(lesson, tmp_path):
     cfg = changed(
         lesson,
         connector="perceiver",
-        perceiver=options | {"hidden_size": 8},
-        sparsity_plugins=["topk_norm5"],
+        perceiver=PerceiverConfig(**options, hidden_size=8),
+        sparsity_plugins=("topk_norm5",),
         out=str(tmp_path),
         train_type="projector",
         save_model=True,
