@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests import eyes, fuzz, llamas
 from utils import checkpoint
 from utils.run import UserError
-from vlm import conversations, data, generation, llava_parts, prompts
+from vlm import conversations, data, generation, llava_io, llava_parts, prompts
 from vlm.fruit_photos import QUESTION
 from vlm.prompts import IMAGE, TEMPLATES
 
@@ -479,8 +479,8 @@ def test_weights_are_asked_in_the_template_of_their_training(tmp_path, monkeypat
     language = eyes.speaker()
     connector = torch.nn.Linear(1, 1)
     made = llava_parts.Parts(torch.nn.Identity(), connector, language, 0)
-    monkeypatch.setattr(llava_parts, "language_model", lambda name, on: (smollm2(), language))
-    monkeypatch.setattr(llava_parts, "build", lambda *names, **more: made)
+    monkeypatch.setattr(llava_io, "language_model", lambda name, on: (smollm2(), language))
+    monkeypatch.setattr(llava_io, "build", lambda *names, **more: made)
     named = {"language": "x", "vision": "x", "connector": "x", "layer": -2, "select": "patch"}
     weights = {f"connector.{name}": x for name, x in connector.state_dict().items()}
     found = []
@@ -488,10 +488,10 @@ def test_weights_are_asked_in_the_template_of_their_training(tmp_path, monkeypat
         path = tmp_path / f"{len(found)}.safetensors"
         checkpoint.write(path, weights, named | {"scale": 2.0} | template)
         if len(found) < 2:
-            found.append(llava_parts.restore(path)[0].chat_template)
+            found.append(llava_io.restore(path)[0].chat_template)
     assert found == [smollm2().chat_template, TEMPLATES["llava_llama_2"]]
     with pytest.raises(UserError, match="the chat template fails"):
-        llava_parts.restore(path)
+        llava_io.restore(path)
 
 
 def test_smollm2_speaks_chatml_without_its_own_system_message():
