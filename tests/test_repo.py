@@ -110,7 +110,7 @@ def test_a_notebook_was_run_and_its_figures_are_small(path):
 def test_nothing_unsafe_or_unwanted():
     unsafe = ("weights_only=False", "import pickle", "trust_remote_code", "allow_dangerous")
     # Weights & Biases: offline, and only if it is asked for
-    loggers = {"vlm/config.py", "vlm/train_config.py", "vlm/metric_loggers.py"}
+    loggers = {"vlm/flags.py", "vlm/train_config.py", "vlm/metric_loggers.py"}
     loggers |= {"vlm/test_train.py", "vlm/test_train_config.py"}
     for path in SOURCES:
         chosen = () if "/".join(path.parts[-2:]) in loggers else ("wandb",)

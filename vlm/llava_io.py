@@ -18,7 +18,7 @@ import torch
 from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
 from utils.text import printable, read_text
-from vlm.config import PerceiverConfig
+from vlm.flags import PerceiverConfig
 from vlm.llava_parts import Parts, build, first_line, language_model, merge_lora
 from vlm.llava_transformers import (
     from_pretrained,
@@ -60,7 +60,7 @@ def save(model, tokenizer, folder):
 
 def save_vlm(model, tokenizer, folder):
     """Any other pair of encoder and language model: a folder of vlm/modeling.py, which build.py writes, too."""
-    from vlm.model_config import VLMConfig
+    from vlm.config import VLMConfig
     from vlm.modeling import assemble
     from vlm.processor import VLMProcessor
 
@@ -200,7 +200,7 @@ def start_of(meta, on):
         return load(meta["base"], on)
     tokenizer, language = language_model(meta["language"], on)
     run.seed(0)
-    from vlm.model_config import VLMConfig
+    from vlm.config import VLMConfig
 
     named = {k: meta[k] for k in ("perceiver", "sparsity_plugins") if k in meta}
     model = build(

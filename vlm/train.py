@@ -10,7 +10,7 @@ Shapes: B conversations that a rank reads at a time, T tokens; A such parts make
 Differences from the paper: 732 photos instead of 595 000 pictures and 158 000 conversations; by
 default LoRA instead of all weights, and both stages on the same photos.
 
-Flags: config.py; the model: train_model.py; trainable parameters and their rates: trainable.py;
+Flags: flags.py; the model: train_model.py; trainable parameters and their rates: trainable.py;
 batches: train_data.py; one process, DDP, FSDP, DeepSpeed, accelerate: engines.py.
 
     python vlm/train.py                                                     # two cores: 5.4 minutes, 3 of evaluation

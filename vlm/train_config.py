@@ -1,4 +1,4 @@
-"""Flags of vlm/train.py: the sections of config.py side by side, and the checks that need more than one of them."""
+"""Flags of vlm/train.py: the sections of flags.py side by side, and the checks that need more than one of them."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from utils.run import check
-from vlm.config import (
+from vlm.flags import (
     DataConfig,
     DeepSpeedConfig,
     FSDPConfig,
