@@ -24,7 +24,7 @@ from training import presets
 from utils import pretrained, run
 from utils.run import UserError, check
 from utils.text import printable
-from vlm.config import VLMConfig, model_flags
+from vlm.config import ModelFlags, VLMConfig, configuration
 from vlm.config_file import with_file
 
 LORA_RANK = 8  # of the row "LoRA" of a dry run
@@ -34,7 +34,7 @@ LORA_RANK = 8  # of the row "LoRA" of a dry run
 class Config:
     """Put an untrained vision-language model together and save it."""
 
-    model: Annotated[VLMConfig, tyro.conf.arg(constructor=model_flags, name="")]
+    model: Annotated[ModelFlags, tyro.conf.arg(name="")] = ModelFlags()
     dry_run: bool = False  # no weights: print sizes, and the memory of training
     seed: int = 0  # of the connector's weights
     out: str = "outputs/build"  # the model's folder is OUT/model
@@ -138,7 +138,7 @@ def main(cfg: Config) -> dict:
     run.seed(cfg.seed)
     folder = run.output(cfg.out, cfg)
     if cfg.dry_run:
-        found = sizes(cfg.model)
+        found = sizes(configuration(cfg.model))
         print(table(found))
         flat = {f"{name} parameters": n for name, n in found["parameters"].items()}
         flat |= {f"{name}, GB": n / 1e9 for name, n in found["GB"].items()}
@@ -146,7 +146,7 @@ def main(cfg: Config) -> dict:
     # Whole or not at all: a folder that is there already is not overwritten
     target = folder / "model"
     check(not target.exists(), f"{target} is there already: choose another place with --out")
-    model, processor = build(cfg.model)
+    model, processor = build(configuration(cfg.model))
     pretrained.save(model, processor, target)
     parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
     counted = {f"{name} parameters": parameters(part) for name, part in parts.items()}

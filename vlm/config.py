@@ -3,13 +3,12 @@
 The sections of flags.py can be had from here, too; alone they need no transformers.
 """
 
-from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, fields
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from tyro.conf import arg
 
 from vlm.flags import (
     DataConfig,
@@ -21,6 +20,7 @@ from vlm.flags import (
     QuantConfig,
     TrainConfig,
     WandbConfig,
+    connector_options,
 )
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "VLMConfig",
     "WandbConfig",
+    "configuration",
     "model_flags",
 ]
 
@@ -67,37 +68,18 @@ class VLMConfig(PreTrainedConfig):
 
     def connector_options(self) -> dict[str, Any]:
         """What `vlm.connector.build` is given besides names and widths."""
-        options = PerceiverConfig(**self.perceiver).options() if self.perceiver else {}
-        if self.sparsity_plugins:
-            options["sparsity_plugins"] = tuple(self.sparsity_plugins)
-        return options
+        perceiver = PerceiverConfig(**self.perceiver) if self.perceiver else None
+        return connector_options(perceiver, self.sparsity_plugins or ())
 
 
-def model_flags(
-    vision_name_or_path: Annotated[str, arg(aliases=["--vision"])] = "efficientnet",
-    text_name_or_path: Annotated[str, arg(aliases=["--language", "--text"])] = "smollm2",
-    connector: str = "pool3",
-    perceiver: PerceiverConfig = PerceiverConfig(),  # noqa: B008  (frozen)
-    sparsity_plugins: tuple[str, ...] = (),
-    vision_layer: Annotated[int, arg(aliases=["--layer"])] = -2,
-    select: Literal["patch", "all"] = "patch",
-    img_size: int = 0,
-    attn_implementation: str | None = None,
-) -> VLMConfig:
-    """The flags of a model -> its configuration.
+def model_flags(*names: Any, **more: Any) -> VLMConfig:
+    """Flags of a model, fields of ModelFlags -> its configuration."""
+    return configuration(ModelFlags(*names, **more))
 
-    Args:
-        vision_name_or_path: vision encoder: efficientnet, or a folder or hub id
-        text_name_or_path: language model: smollm2, or a folder or hub id
-        connector: see vlm/connector.py
-        perceiver: if the connector is "perceiver"
-        sparsity_plugins: fewer tokens before the connector: topk_norm16, random16, pool4, bilinear4
-        vision_layer: of the encoder's hidden states
-        select: patches only, or the class token and others, too
-        img_size: side of the pictures; 0: that of the encoder
-        attn_implementation: eager, sdpa, flash_attention_2; None: eager on a CPU, else what transformers chooses
-    """
-    given = dict(locals())
-    given["perceiver"] = asdict(perceiver) if connector == "perceiver" else None
-    given["sparsity_plugins"] = list(sparsity_plugins) or None
+
+def configuration(flags: ModelFlags) -> VLMConfig:
+    """Flags of a model -> its configuration."""
+    given = {field.name: getattr(flags, field.name) for field in fields(flags)}
+    given["perceiver"] = asdict(flags.perceiver) if flags.connector == "perceiver" else None
+    given["sparsity_plugins"] = list(flags.sparsity_plugins) or None
     return VLMConfig(**given)

@@ -5,6 +5,7 @@ trainers (transformers, LLaVA, DeepSpeed examples) are aliases: `--learning_rate
 configuration of a model of transformers, is in config.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,14 @@ class PerceiverConfig:
         }
 
 
+def connector_options(perceiver: PerceiverConfig | None, plugins: Sequence[str]) -> dict[str, Any]:
+    """Options of a connector: those of the resampler, if it is one, and token sparsification before it."""
+    options = perceiver.options() if perceiver else {}
+    if plugins:
+        options["sparsity_plugins"] = tuple(plugins)
+    return options
+
+
 @dataclass(frozen=True)
 class ModelFlags:
     """Parts of a model by their names: the flags of a `VLMConfig`, without the import of transformers."""
@@ -72,10 +81,8 @@ class ModelFlags:
 
     def connector_options(self) -> dict[str, Any]:
         """What `vlm.connector.build` is given besides names and widths."""
-        options = self.perceiver.options() if self.connector == "perceiver" else {}
-        if self.sparsity_plugins:
-            options["sparsity_plugins"] = tuple(self.sparsity_plugins)
-        return options
+        perceiver = self.perceiver if self.connector == "perceiver" else None
+        return connector_options(perceiver, self.sparsity_plugins)
 
 
 @dataclass(frozen=True)

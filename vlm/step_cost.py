@@ -17,7 +17,7 @@ import tyro
 from training.flops import mfu
 from utils import run
 from utils.run import check
-from vlm.config import VLMConfig, model_flags
+from vlm.config import ModelFlags, VLMConfig, configuration
 from vlm.config_file import with_file
 
 WAYS = {  # name: --train_type, and whether the language model is in 4 bits
@@ -33,7 +33,7 @@ WAYS = {  # name: --train_type, and whether the language model is in 4 bits
 class Config:
     """Predict FLOPs and memory of one training step."""
 
-    model: Annotated[VLMConfig, tyro.conf.arg(constructor=model_flags, name="")]
+    model: Annotated[ModelFlags, tyro.conf.arg(name="")] = ModelFlags()
     only: tuple[str, ...] = ()  # of projector, use_lora, qlora, freeze_vision, none; empty: all
     batch: int = 1  # conversations a device and step
     images: int = 1  # pictures, or tiles of one, of a conversation
@@ -48,8 +48,8 @@ class Config:
     out: str = "outputs/step_cost"
 
 
-def row(cfg: Config, name: str) -> dict[str, Any]:
-    """FLOPs and bytes of one way to train. cfg.model: with its configurations filled in."""
+def row(cfg: Config, model: VLMConfig, name: str) -> dict[str, Any]:
+    """FLOPs and bytes of one way to train. model: with the configurations of its parts."""
     from vlm import flops, step_memory
     from vlm.step_model import Step
 
@@ -57,7 +57,7 @@ def row(cfg: Config, name: str) -> dict[str, Any]:
     shape = {"batch": cfg.batch, "text_tokens": cfg.text_tokens, "images": cfg.images}
     shape |= {"checkpointing": cfg.checkpointing, "cached": cfg.cached, "lora_rank": cfg.lora_rank}
     # FLOPs, by part
-    parts = flops.step(cfg.model, train_type, **shape)
+    parts = flops.step(model, train_type, **shape)
     found: dict[str, Any] = {}
     for part, counted in parts.items():
         found[f"{part}, forward"] = counted.forward
@@ -66,7 +66,7 @@ def row(cfg: Config, name: str) -> dict[str, Any]:
     found["model_flops"] = sum(part.forward + part.backward for part in parts.values())
     # Bytes
     step = Step(train_type, quantize, zero=cfg.zero, world_size=cfg.world_size, **shape)
-    return found | step_memory.predict(cfg.model, step)
+    return found | step_memory.predict(model, step)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -92,8 +92,8 @@ def main(cfg: Config) -> dict:
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(WAYS)}")
     check(min(cfg.tflops, cfg.seconds) >= 0, "--tflops and --seconds must be 0 or more")
     check(not cfg.seconds or cfg.tflops, "MFU needs the peak of the device: --tflops")
-    configurations(cfg.model)
-    rows = {name: row(cfg, name) for name in cfg.only or WAYS}
+    model = configurations(configuration(cfg.model))
+    rows = {name: row(cfg, model, name) for name in cfg.only or WAYS}
     folder = run.output(cfg.out, cfg)
     print(f"{table(rows)}\n")
     found = {}

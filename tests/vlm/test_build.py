@@ -161,7 +161,7 @@ def test_sizes_are_those_of_the_model_that_is_built(built, folders):
 
 
 def test_main_writes_a_model_and_overwrites_none(folders, tmp_path):
-    flags = config.model_flags(*folders, connector="linear")
+    flags = config.ModelFlags(*folders, connector="linear")
     cfg = build.Config(model=flags, out=str(tmp_path))
     assert build.main(cfg)["image tokens"] == 16
     assert (tmp_path / "model/model.safetensors").is_file()

@@ -25,7 +25,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Config:
-    model: Annotated[config.VLMConfig, tyro.conf.arg(constructor=config.model_flags, name="")]
+    model: Annotated[config.ModelFlags, tyro.conf.arg(name="")] = config.ModelFlags()
     optimizer: Optimizer = Optimizer()
     name: str = ""
 
@@ -60,9 +60,9 @@ def test_a_file_fills_nested_flags(run_yaml, tmp_path):
     found = parse("--config", run_yaml)
     assert found.optimizer == Optimizer(0.002, (0.8, 0.95), fused=True, amsgrad=False)
     assert found.name == "a b" and found.model.connector == "perceiver"
-    assert found.model.perceiver["n_latents"] == 5
-    assert found.model.perceiver["concat_latents_kv"] is False
-    assert found.model.perceiver["depth"] == config.PerceiverConfig().depth
+    assert found.model.perceiver.n_latents == 5
+    assert found.model.perceiver.concat_latents_kv is False
+    assert found.model.perceiver.depth == config.PerceiverConfig().depth
     # the same as JSON
     values = {"optimizer": {"lr": 0.002, "fused": True}, "name": "a b"}
     (tmp_path / "run.json").write_text(json.dumps(values))

@@ -101,9 +101,9 @@ def test_the_folder_is_one_of_transformers(lesson, first_stage):
 def test_a_folder_of_build_is_trained(lesson, tmp_path):
     from vlm.build import Config as BuildConfig
     from vlm.build import main as build_main
-    from vlm.config import model_flags
+    from vlm.config import ModelFlags
 
-    named = model_flags(
+    named = ModelFlags(
         vision_name_or_path=lesson.model.vision_name_or_path,
         text_name_or_path=lesson.model.text_name_or_path,
         connector="pool2",
