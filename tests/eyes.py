@@ -48,6 +48,16 @@ def tower(kind="clip_vision_model", **more):
     return AutoModel.from_config(config).eval()
 
 
+def folder(path):
+    """A tiny CLIP with its image processor, as a folder -> its name."""
+    from transformers import CLIPImageProcessorPil
+
+    tower().save_pretrained(path)
+    size = {"height": 28, "width": 28}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(path)
+    return str(path)
+
+
 def speaker(kind="llama", words=100):
     torch.manual_seed(1)
     config = CONFIG_MAPPING[kind](

@@ -12,7 +12,7 @@ import torch
 
 from utils.data import read_image
 from utils.text import plain
-from vlm import conversations, data, evaluate, packing, samplers, views
+from vlm import conversations, data, evaluate, packing, resumable_sampler, views
 from vlm.prompts import IGNORE
 
 # Tokens of a packed row, at least
@@ -125,30 +125,17 @@ def read_batches(source, cfg, start):
 def step_batches(samples, cfg, step, rank, n):
     """Batches of a step on this rank: A parts of B samples. Every epoch has its own order, the same
     on all ranks."""
-    if cfg.data.group_by_modality_length:
-        return modality_batches(samples, cfg, step, rank, n)
-    size = cfg.train.batch_size
-    a_step = size * cfg.train.gradient_accumulation_steps
-    first = (step * n + rank) * a_step
-    chosen = []
-    for k in range(first, first + a_step):
-        epoch, place = divmod(k, len(samples))
-        order = np.random.default_rng([cfg.train.seed, 3, epoch]).permutation(len(samples))
-        chosen.append(samples[order[place]])
-    return [chosen[i : i + size] for i in range(0, a_step, size)]
-
-
-def modality_batches(samples, cfg, step, rank, n):
-    """The same, but no batch mixes photos with text alone, on no rank of a step."""
     size = cfg.train.batch_size
     parts = cfg.train.gradient_accumulation_steps
-    batches = []
-    for k in range(step * parts, (step + 1) * parts):
-        count = len(samplers.by_modality(samples, size, cfg.train.seed, 0, n)[rank])
-        epoch, place = divmod(k, count)
-        numbers = samplers.by_modality(samples, size, cfg.train.seed, epoch, n)[rank][place]
-        batches.append([samples[i] for i in numbers])
-    return batches
+    about = (size, cfg.train.seed, rank, n)
+    if cfg.data.group_by_modality_length:
+        # below zero: without a picture
+        lengths = [len(s["ids"]) if s["images"] else -len(s["ids"]) for s in samples]
+        numbers = resumable_sampler.ByModality(lengths, *about)
+    else:
+        numbers = resumable_sampler.Shuffled(len(samples), *about, parts)
+    batches = range(step * parts, (step + 1) * parts)
+    return [[samples[i] for i in numbers(k)] for k in batches]
 
 
 def collate(part, cfg, model, pad, photos, random):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil
 
 from tests import eyes, llamas
 from training import ranks
@@ -45,9 +44,7 @@ def lesson(tmp_path_factory):
         turn = ("What is red and grows?", "an apple")
         rows.append(conversations.row(f"text-{i}", None, [turn]))
     (folder / "chat.json").write_text(json.dumps(rows))
-    eyes.tower().save_pretrained(folder / "eye")
-    size = {"height": 28, "width": 28}
-    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "eye")
+    eyes.folder(folder / "eye")
     return changed(
         Config(),
         text_name_or_path=llamas.folder(folder / "speaker"),

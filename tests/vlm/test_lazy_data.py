@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil
 
 from tests import eyes, llamas
 from utils.run import UserError
@@ -30,9 +29,7 @@ def lesson(tmp_path_factory):
         rows.append(conversations.row(f"text-{i}", None, [turn]))
     (folder / "chat.json").write_text(json.dumps(rows))
     (folder / "chat.jsonl").write_text("\n".join(json.dumps(one) for one in rows))
-    eyes.tower().save_pretrained(folder / "eye")
-    size = {"height": 28, "width": 28}
-    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "eye")
+    eyes.folder(folder / "eye")
     return changed(
         Config(),
         vision_name_or_path=str(folder / "eye"),

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil
 
 from tests import eyes, llamas
 from utils import checkpoint
@@ -20,9 +19,7 @@ def lesson(tmp_path_factory):
     """Four photos of fruit, a tiny CLIP and a tiny language model -> flags of a run."""
     folder = tmp_path_factory.mktemp("from")
     (folder / "chat.json").write_text(json.dumps(data.fruit("train")[:4]))
-    eyes.tower().save_pretrained(folder / "eye")
-    size = {"height": 28, "width": 28}
-    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(folder / "eye")
+    eyes.folder(folder / "eye")
     return changed(
         Config(),
         vision_name_or_path=str(folder / "eye"),
