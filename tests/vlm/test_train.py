@@ -167,6 +167,15 @@ def test_every_conversation_is_drawn_once_an_epoch_whatever_the_number_of_ranks(
             for x in part
         ]
         assert sorted(seen) == samples and seen != samples
+        # the next epoch has another order
+        later = [
+            x
+            for s in range(steps, 2 * steps)
+            for r in range(n)
+            for part in train_data.step_batches(samples, cfg, s, r, n)
+            for x in part
+        ]
+        assert sorted(later) == samples and later != seen
 
 
 def test_no_part_mixes_pictures_with_words_and_all_ranks_see_the_same_kind():
