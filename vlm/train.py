@@ -212,7 +212,7 @@ def worker(cfg):
 def after_training(cfg, tokenizer, model, path):
     """The whole model as a folder, if it is wanted, and scores on held-out photos -> metrics.
 
-    A sharded model, or one with matrices of few bits, is read from the file that was written.
+    A sharded model is read from the file that was written, and so is what becomes a folder.
     """
     if cfg.data.paths and not cfg.save_model:
         return {}
