@@ -25,6 +25,7 @@ from typing import Annotated
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group: its defaults would keep the group for ever
 import tyro
 from torch.nn.parallel import DistributedDataParallel
 

@@ -10,6 +10,7 @@ import multiprocessing.forkserver
 import os
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before a group: its defaults would keep the group for ever
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +41,11 @@ def launch(worker, cfg, ranks, timeout=TIMEOUT) -> Any:
     if "RANK" in os.environ:
         begin(timeout=timeout)
         found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, worker(cfg))
+        try:
+            dist.all_gather_object(found, worker(cfg))
+        except UserError:
+            dist.destroy_process_group()  # without the others, which wait in vain: torchrun ends them
+            raise
         finish()
         return found if os.environ["RANK"] == "0" else None
     # Nobody has: start them here, a GPU each if there are GPUs
@@ -127,9 +133,15 @@ def begin(meet="env://", timeout=TIMEOUT):
 
 
 def finish():
-    """Leave together: a rank that ends early would take the meeting point from under the others."""
+    """Leave together: a rank that ends early would take the meeting point from under the others.
+
+    Threads of gloo drop the tensors of their last work, for which they need the interpreter: if it
+    has ended by then, the process aborts. They end with the last reference to the group.
+    """
     dist.barrier()
     dist.destroy_process_group()
+    # Caches of DTensor hold the group for ever: give its threads the time to drop what they have
+    time.sleep(0.1)
 
 
 def rank_and_world_size():

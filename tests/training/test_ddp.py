@@ -292,3 +292,26 @@ def test_bad_input(flags, said, tmp_path):
     with pytest.raises(UserError, match=said):
         ddp.main(ddp.Config(**flags, out=str(tmp_path / "x")))
     assert not (tmp_path / "x").exists()
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+from training import ddp, ranks
+
+cfg = ddp.Config(width=16, layers=1, steps=2, batch=4, length=16, out=sys.argv[1])
+assert ranks.launch(ddp.worker, cfg, 1)[0]["losses"]
+print(*(name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads in /proc")
+def test_a_rank_leaves_no_thread_of_gloo_behind(tmp_path):
+    """One that outlives the interpreter aborts the process, about one of ten times under torchrun."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29800 + os.getpid() % 90)}
+    command = [sys.executable, "-c", LEAVES, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert "python" in names[0] and not [name for name in names if "gloo" in name]
