@@ -1,9 +1,12 @@
-"""Training strategies of LLaVA compared: frozen, trained or LoRA parts; same photos, same seed, same steps.
+"""Training strategies of LLaVA compared: frozen, trained or LoRA parts, at equal compute, each at its best rate.
 
-Each strategy is one run of vlm/train.py in a process of its own, so that its memory is its own.
+Every strategy learns for as many CPU seconds, so that a cheap one takes more steps. Its learning rate is
+searched first: three rates, half the time, and the lowest training loss is taken, so that no held-out photo
+decides. Then several seeds; the interval of their mean is Student's (1908). Each run is one of
+vlm/train.py in a process of its own, so that its memory is its own.
 
-    python vlm/strategies.py                     # the table of vlm/train.md: 53 CPU minutes
-    python vlm/strategies.py --only lora
+    python vlm/strategies.py                                   # at equal compute, rates searched: hours
+    python vlm/strategies.py --steps 60 --rates 1 --seeds 1    # the table of vlm/train.md: 53 CPU minutes
 """
 
 import json
@@ -11,56 +14,63 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+
+import numpy as np
 
 from utils import figures, run
 from utils.run import check
 
-STRATEGIES = {  # name: what vision, connector and language model do, flags
-    "projector": ("frozen, trained, frozen", ["--train_type", "projector"]),
-    "lora": ("frozen, trained, LoRA on q v", ["--lora_targets", "q_proj", "v_proj"]),
-    "lora-all": ("frozen, trained, LoRA on all matrices", ["--train_type", "use_lora"]),
+STRATEGIES = {  # name: what vision, connector and language model do; rate of what is pretrained, flags
+    "projector": ("frozen, trained, frozen", 1e-3, ["--train_type", "projector"]),
+    "lora": ("frozen, trained, LoRA on q v", 1e-3, ["--lora_targets", "q_proj", "v_proj"]),
+    "lora-all": ("frozen, trained, LoRA on all matrices", 1e-3, ["--train_type", "use_lora"]),
     # a third of the steps
-    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", ["--align_steps"]),
-    "language": (
-        "frozen, trained, trained",
-        ["--train_type", "freeze_vision", "--learning_rate_pretraining_components", "5e-5"],
-    ),
-    "everything": (
-        "trained, trained, trained",
-        ["--train_type", "none", "--learning_rate_pretraining_components", "5e-5"],
-    ),
+    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", 1e-3, ["--align_steps"]),
+    "language": ("frozen, trained, trained", 5e-5, ["--train_type", "freeze_vision"]),
+    "everything": ("trained, trained, trained", 5e-5, ["--train_type", "none"]),
 }
+# Rate of new parts, the connector
+LR = 1e-3
+# Steps of the run that tells what a step costs
+TRIAL = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train with each strategy, for as many steps, and put the results side by side."""
+    """Train with each strategy at equal compute, at its best rate, and put the results side by side."""
 
     only: tuple[str, ...] = ()  # names of strategies; none: all of them
-    steps: int = 60  # of each
+    seconds: float = 160  # CPU seconds of training of each run
+    steps: int = 0  # instead of seconds: as many steps for all
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors of both learning rates that are searched
+    seeds: int = 3  # runs of each strategy at its best rate
     batch: int = 16  # conversations a step
     views: int = 4  # of each photo
     judged: int = 300  # photos to be judged by
-    seed: int = 0
+    seed: int = 0  # the first one
     out: str = "outputs/strategies"
 
 
-def command(name, cfg, folder):
-    """The run of one strategy."""
+def command(name, cfg, folder, steps, factor, seed, judged):
+    """A run of a strategy: so many steps, both learning rates times a factor, a seed."""
+    _, lr_pretrained, flags = STRATEGIES[name]
     # flags of the strategy
-    flags = list(STRATEGIES[name][1])
+    flags = list(flags)
     if flags[-1] == "--align_steps":
-        flags.append(str(cfg.steps // 3))
+        flags.append(str(steps // 3))
     # the same for all strategies
     every = {
-        "max_steps": cfg.steps,
+        "max_steps": steps,
+        "learning_rate": LR * factor,
+        "learning_rate_pretraining_components": lr_pretrained * factor,
         "per_device_train_batch_size": cfg.batch,
         "views": cfg.views,
-        "judged": cfg.judged,
+        "judged": judged,
         "text_share": 0.1,
-        "num_warmup_steps": max(1, cfg.steps // 10),
-        "seed": cfg.seed,
-        "out": folder / name,
+        "num_warmup_steps": max(1, steps // 10),
+        "seed": seed,
+        "out": folder,
     }
     more = []
     for flag, value in every.items():
@@ -68,23 +78,75 @@ def command(name, cfg, folder):
     return [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *more]
 
 
-def row(metrics, steps):
-    """Row of the table: the metrics of a run."""
+def measure(name, cfg, folder, steps, factor=1.0, seed=None, judged=14):
+    """Metrics of a run in a process of its own. Raises UserError if it fails."""
+    seed = cfg.seed if seed is None else seed
+    words = command(name, cfg, folder, steps, factor, seed, judged)
+    done = subprocess.run(words, stdout=subprocess.DEVNULL)
+    check(done.returncode == 0, f"the run of {name} failed")
+    return json.loads((folder / "metrics.json").read_text("utf-8"))
+
+
+def seconds_a_step(metrics, steps):
+    """CPU seconds of training, by steps."""
+    return metrics["train_cpu_seconds"] / steps
+
+
+def steps_for(name, cfg, folder):
+    """Steps that fit into the time, at the price of a step in a short run."""
+    trial = measure(name, cfg, folder, TRIAL)
+    return max(3, round(cfg.seconds / seconds_a_step(trial, TRIAL)))
+
+
+def best_rate(name, cfg, folder, steps):
+    """The factor of the learning rates after which the training loss is lowest -> (it, losses)."""
+    if len(cfg.rates) == 1:
+        return cfg.rates[0], {}
+    losses = {}
+    for factor in cfg.rates:
+        found = measure(name, cfg, folder / f"rate-{factor:g}", max(3, steps // 2), factor)
+        losses[factor] = found["final_loss"]
+        print(f"    learning rates x {factor:g}: loss {losses[factor]:.3f}", flush=True)
+    return min(losses, key=losses.__getitem__), losses
+
+
+def mean_and_half(values, level=0.95):
+    """Mean of independent runs, and half of its confidence interval; one run has none. Student 1908."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return fmean(values), float("nan")
+    half = t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / n**0.5
+    return fmean(values), float(half)
+
+
+def row(runs, steps, factor):
+    """Row of the table: the metrics of runs that differ in their seed."""
+    kinds, half = mean_and_half([metrics["LLaVA"]["14 kinds"] for metrics in runs])
     return {
-        "14 kinds": metrics["LLaVA"]["14 kinds"], "5 groups": metrics["LLaVA"]["5 groups"],
-        "loss": metrics["final_loss"], "text loss": metrics["text loss"]["after"], "learned": metrics["learned"],
-        "MiB": metrics["process_MiB"], "CPU s a step": metrics["train_cpu_seconds"] / steps,
-    }  # fmt: skip
+        "14 kinds": kinds,
+        "+-": half,
+        "5 groups": fmean(metrics["LLaVA"]["5 groups"] for metrics in runs),
+        "loss": fmean(metrics["final_loss"] for metrics in runs),
+        "text loss": fmean(metrics["text loss"]["after"] for metrics in runs),
+        "learned": runs[0]["learned"],
+        "rate": factor,
+        "steps": steps,
+        "MiB": max(metrics["process_MiB"] for metrics in runs),
+        "CPU s a step": fmean(seconds_a_step(metrics, steps) for metrics in runs),
+    }
 
 
 def draw(path, rows):
-    """Accuracy against the time of a step; the area of a point is the memory of its process."""
+    """Accuracy with its interval against the time of a step; the area is the memory of a process."""
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     for name, r in rows.items():
-        ax.scatter(r["CPU s a step"], r["14 kinds"], s=r["MiB"] / 15, alpha=0.6)
         point = (r["CPU s a step"], r["14 kinds"])
+        drawn = ax.errorbar(*point, yerr=np.nan_to_num(r["+-"]), capsize=3)
+        ax.scatter(*point, s=r["MiB"] / 15, alpha=0.6, color=drawn[0].get_color())
         ax.annotate(name, point, (0, 12), textcoords="offset points", ha="center", fontsize=8)
     ax.set(xlabel="CPU seconds a step", ylabel="right of 14 kinds, held-out photos")
     ax.set_xlim(0, 1.15 * max(r["CPU s a step"] for r in rows.values()))
@@ -96,19 +158,24 @@ def main(cfg: Config) -> dict:
     """Run what was asked for, one after the other."""
     unknown = set(cfg.only) - STRATEGIES.keys()
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}")
-    check(
-        cfg.steps >= 3 and min(cfg.batch, cfg.views, cfg.judged) > 0,
-        "--steps must be 3 or more, the rest above 0",
-    )
+    check(cfg.steps == 0 or cfg.steps > 2, "--steps must be 3 or more")
+    least = min(cfg.batch, cfg.views, cfg.judged, cfg.seeds, cfg.seconds, *cfg.rates, 1)
+    check(len(cfg.rates) > 0 and least > 0, "all numbers must be above 0")
     folder = run.output(cfg.out, cfg)
     rows = {}
     for name in cfg.only or STRATEGIES:
-        # a run in a process of its own
+        own = folder / name
+        own.mkdir(exist_ok=True)
         print(f"{name}: {STRATEGIES[name][0]}", flush=True)
-        done = subprocess.run(command(name, cfg, folder), stdout=subprocess.DEVNULL)
-        check(done.returncode == 0, f"the run of {name} failed")
-        metrics = json.loads((folder / name / "metrics.json").read_text("utf-8"))
-        rows[name] = row(metrics, cfg.steps)
+        steps = cfg.steps or steps_for(name, cfg, own / "trial")
+        factor, _ = best_rate(name, cfg, own, steps)
+        # the runs that count
+        runs = []
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            place = own / f"seed-{seed}"
+            runs.append(measure(name, cfg, place, steps, factor, seed, cfg.judged))
+        rows[name] = row(runs, steps, factor)
+        run.write_json(folder / "rows.json", rows)
     draw(folder / "compare.png", rows)
     return run.report(folder, rows)
 
