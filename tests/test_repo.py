@@ -36,6 +36,7 @@ MEASURE |= {
     "step_cost",
     "strategies",
     "train_trainer",
+    "trainer_speed",
 }
 TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))

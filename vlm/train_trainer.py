@@ -28,17 +28,18 @@ from vlm.trainable import lr_multipliers, param_groups
 
 
 class Steps(torch.utils.data.IterableDataset):
-    """Batches of every step of this rank, as train.py reads them."""
+    """Batches of the steps from `start` on of this rank, as train.py reads them."""
 
-    def __init__(self, source, cfg):
+    def __init__(self, source, cfg, start=0):
         self.source = source
         self.cfg = cfg
+        self.start = start
 
     def __len__(self):
-        return self.cfg.train.steps
+        return self.cfg.train.steps - self.start
 
     def __iter__(self):
-        for ((batch, features),) in self.source.batches(self.cfg, 0):
+        for ((batch, features),) in self.source.batches(self.cfg, self.start):
             yield {"batch": batch, "features": features}
 
 
@@ -51,8 +52,9 @@ def schedule(optimizer, cfg):
     return LambdaLR(optimizer, [multiplier(group["old"]) for group in optimizer.param_groups])
 
 
-def build_trainer(learner, source, cfg):
-    """transformers' Trainer around the learner; `losses` are those of the steps, over all ranks."""
+def build_trainer(learner, source, cfg, start=0):
+    """transformers' Trainer around the learner, for the steps from `start` on; `losses` are those of
+    the steps, over all ranks."""
     from transformers import Trainer, TrainingArguments
 
     class LossTrainer(Trainer):
@@ -61,7 +63,7 @@ def build_trainer(learner, source, cfg):
         losses: list[float] = []  # noqa: RUF012  (of this run: the class is made anew for each)
 
         def get_train_dataloader(self):
-            return torch.utils.data.DataLoader(Steps(source, cfg), batch_size=None)
+            return torch.utils.data.DataLoader(Steps(source, cfg, start), batch_size=None)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             batch = inputs["batch"]
@@ -75,7 +77,7 @@ def build_trainer(learner, source, cfg):
     steps = cfg.train
     arguments = TrainingArguments(
         output_dir=cfg.out,
-        max_steps=steps.steps,
+        max_steps=steps.steps - start,
         per_device_train_batch_size=steps.batch_size,
         max_grad_norm=steps.grad_clip,
         bf16=steps.precision == "bf16",
