@@ -56,12 +56,12 @@ def verify(folder):
         check(same, f"{folder}/{name} {said}")
 
 
-def save(root, step, put):
+def save(root, step, put, keep=1):
     """Make the checkpoint of a step: put(folder) writes this rank's files. Call it on every rank.
 
-    A kill at any moment leaves the checkpoint before or this one; those before go when this one is
-    whole. Every rank must see the same folder: with more than one machine, a shared disk. Raises
-    UserError if the disk is full.
+    A kill at any moment leaves the checkpoint before or this one; when this one is whole, those
+    before go, all but the last of `keep` together. Every rank must see the same folder: with more
+    than one machine, a shared disk. Raises UserError if the disk is full.
     """
     root = Path(root)
     rank, _ = ranks.rank_and_world_size()
@@ -82,8 +82,9 @@ def save(root, step, put):
         if rank == 0:
             write(folder)
             replace(root / "latest", folder.name)
+            kept = [old for old in newest_first(root) if old != folder and step_of(old) < step]
             for old in root.glob("step*"):
-                if old != folder:
+                if old != folder and old not in kept[: keep - 1]:
                     shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -101,13 +102,47 @@ def newest(root):
         return None
 
 
+def step_of(folder):
+    """Step of a folder "step12" or "step12-again"; -1 for another one."""
+    number = folder.name.removeprefix("step").removesuffix("-again")
+    return int(number) if number.isdecimal() else -1
+
+
+def newest_first(root):
+    """Folders of checkpoints, whole or not, those of late steps first."""
+    folders = [path for path in Path(root).glob("step*") if step_of(path) >= 0]
+    return sorted(folders, key=step_of, reverse=True)
+
+
 def load(root) -> Path:
-    """-> the folder of the last whole checkpoint, every byte verified. Raises UserError."""
+    """-> the folder of the last whole checkpoint, every byte verified: the one that `latest` names,
+    or, if that is damaged, one before it that was kept. Raises UserError."""
     folder: Any = newest(root)
     inside = folder and folder.parent == Path(root)
     check(inside, f"no checkpoint in {root} to go on from; leave out --resume")
-    verify(folder)
-    return folder
+    try:
+        verify(folder)
+        return folder
+    except UserError as error:
+        before = whole_before(folder) if folder.exists() else None
+        if before is None:
+            raise
+        if ranks.rank_and_world_size()[0] == 0:
+            print(f"{error}; going on from {before}", flush=True)
+        return before
+
+
+def whole_before(folder):
+    """The newest whole checkpoint of a step before that of the folder, or None."""
+    for old in newest_first(folder.parent):
+        if step_of(old) >= step_of(folder):
+            continue
+        try:
+            verify(old)
+            return old
+        except UserError:
+            pass
+    return None
 
 
 def replace(path, text):

@@ -121,7 +121,8 @@ def output(folder: str | Path, cfg: Any) -> Path:
 # What a resumed run may change: what it writes and draws. A new --steps sets another pace for what is left.
 FREE = {"resume", "out", "device", "save_every", "steps", "max_steps"}
 FREE |= {"samples", "guidance_scale", "sampling_steps", "prompt", "negative"}
-FREE |= {"split", "texts", "merge", "judged", "save_steps", "log_steps", "local_rank"}
+FREE |= {"split", "texts", "merge", "judged", "save_steps", "save_total_limit"}
+FREE |= {"log_steps", "local_rank"}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

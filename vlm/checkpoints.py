@@ -1,10 +1,12 @@
 """Checkpoints of vlm/train.py: trained weights, and states to go on from, of one process or of sharded ranks.
 
-Sharded states (FSDP, DeepSpeed) are a folder of the library's own files, with our numbers and a list of hashes
-beside them; files that are not on the list are not read.
+A state of one process is a file, state.safetensors; with --save_total_limit N the last N are kept, as
+state-STEP.safetensors. Sharded states (FSDP, DeepSpeed) are a folder of the library's own files, with our numbers
+and a list of hashes beside them; files that are not on the list are not read.
 """
 
-from contextlib import nullcontext
+import os
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from finetune import llama2_full, llama2_lora
 from training import manifest
 from utils import checkpoint
-from utils.run import check, same_flags
+from utils.run import UserError, check, same_flags
 from vlm.train_config import changed, engine_name
 
 
@@ -109,13 +111,70 @@ def parts_of(engine):
     return parts
 
 
+def is_first():
+    """Is this the first rank, or the only one?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def numbered(folder):
+    """{step: its file state-STEP.safetensors}, the newest first."""
+    found = {}
+    for path in Path(folder).glob("state-*.safetensors"):
+        step = path.stem.removeprefix("state-")
+        if step.isdecimal():
+            found[int(step)] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def save_file(cfg, engine, losses):
+    """Write the state of one process; then drop older ones, all but the last --save_total_limit."""
+    folder = Path(cfg.out)
+    step = len(losses)
+    limit = cfg.train.save_total_limit
+    path = folder / (f"state-{step}.safetensors" if limit else "state.safetensors")
+    # halves of files, of a run that was killed while it wrote them
+    for half in folder.glob(".*.safetensors.*"):
+        half.unlink(missing_ok=True)
+    checkpoint.save_state(path, **parts_of(engine), config=asdict(cfg), losses=losses)
+    # its name is on the disk, too: only then others may go
+    there = os.open(folder, os.O_RDONLY)
+    os.fsync(there)
+    os.close(there)
+    # those of later steps are of an earlier run in this folder
+    kept = [old for number, old in numbered(folder).items() if number <= step][:limit]
+    for old in [folder / "state.safetensors", *numbered(folder).values()]:
+        if old != path and old not in kept:
+            with suppress(OSError):
+                old.unlink()
+
+
+def load_file(cfg, engine):
+    """Put the newest whole state of one process back -> the losses so far. Raises UserError."""
+    folder = Path(cfg.out)
+    found = [*numbered(folder).values(), folder / "state.safetensors"]
+    found = [path for path in found if path.exists()]
+    other = folder / "checkpoints"
+    hint = f"{other} was written under --fsdp or --zero_stage: resume with the same"
+    check(found or not other.exists(), hint)
+    check(found, f"no checkpoint in {folder} to go on from; leave out --resume")
+    # of several the newest whole one; the last one says itself what is wrong with it
+    while len(found) > 1:
+        try:
+            checkpoint.read(found[0])
+            break
+        except UserError as error:
+            if is_first():
+                print(f"{error}; going on from {found[1]}", flush=True)
+            del found[0]
+    return checkpoint.load_state(found[0], cfg, **parts_of(engine))["losses"]
+
+
 def save(cfg, engine, losses):
     """Write a checkpoint of this step, whole or not at all. Sharded, every rank calls it and
     writes its part."""
     if not sharded(cfg):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            path = Path(cfg.out) / "state.safetensors"
-            checkpoint.save_state(path, **parts_of(engine), config=asdict(cfg), losses=losses)
+        if is_first():
+            save_file(cfg, engine, losses)
         return
 
     def put(folder):
@@ -129,7 +188,8 @@ def save(cfg, engine, losses):
             flags = asdict(changed(cfg, ranks=dist.get_world_size()))
             checkpoint.save_state(folder / "run.safetensors", config=flags, losses=losses)
 
-    manifest.save(Path(cfg.out) / "checkpoints", len(losses), put)
+    keep = max(1, cfg.train.save_total_limit)
+    manifest.save(Path(cfg.out) / "checkpoints", len(losses), put, keep)
 
 
 def load(cfg, engine):
@@ -137,11 +197,7 @@ def load(cfg, engine):
     of another run."""
     # one process, or ranks that all hold the same
     if not sharded(cfg):
-        found = Path(cfg.out) / "state.safetensors"
-        other = Path(cfg.out) / "checkpoints"
-        hint = f"{other} was written under --fsdp or --zero_stage: resume with the same"
-        check(found.exists() or not other.exists(), hint)
-        return checkpoint.load_state(found, cfg, **parts_of(engine))["losses"]
+        return load_file(cfg, engine)
     folder = manifest.load(Path(cfg.out) / "checkpoints")
     state = checkpoint.load_state(folder / "run.safetensors")
     ranks = dist.get_world_size()

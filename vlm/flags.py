@@ -159,6 +159,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # keep no activations, compute them again
     # steps between checkpoints; 0: none
     save_steps: Annotated[int, arg(aliases=["--save-every"])] = 0
+    # checkpoints that are kept, the last ones, each under the number of its step; 0: one, and no number
+    save_total_limit: int = 0
     log_steps: Annotated[int, arg(aliases=["--logging-steps"])] = 1  # steps between logged losses
     resume: bool = False  # go on from the last checkpoint in --out
     judged: int = 300  # photos to be judged by; 0: all 1322

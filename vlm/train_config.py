@@ -113,6 +113,10 @@ def check_flags(cfg: Config) -> None:
     low = min(train.judged, train.save_steps, train.warmup_steps, data.emoji, train.weight_decay)
     check(min(low, train.grad_clip, train.epochs) >= 0, "a flag is below 0")
     check(train.log_steps > 0, "--log_steps must be above 0")
+    check(train.save_total_limit >= 0, "--save_total_limit must be 0 or more; 0: one checkpoint")
+    check(
+        train.save_steps or not train.save_total_limit, "--save_total_limit goes with --save_steps"
+    )
     check(0 <= train.warmup_ratio < 1, "--warmup_ratio must be at least 0 and below 1")
     check(data.model_max_length >= 0, "--model_max_length must be 0 or more")
     # data

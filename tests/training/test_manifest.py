@@ -80,6 +80,39 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", f"step{step + 1}"]
 
 
+def test_the_last_checkpoints_are_kept(tmp_path, capsys):
+    for step in (2, 9, 10, 11):
+        manifest.save(tmp_path, step, put(step), keep=3)
+    names = ["latest", "step10", "step11", "step9"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert whole(tmp_path) == 11 and not capsys.readouterr().out
+    # damaged: the newest whole one before it
+    (tmp_path / "step11" / "rank0.bin").write_bytes(b"short")
+    assert whole(tmp_path) == 10
+    said = capsys.readouterr().out
+    assert "step11/rank0.bin is damaged" in said and "going on from" in said and "step10" in said
+    (tmp_path / "step10" / "manifest.json").unlink()
+    assert whole(tmp_path) == 9
+    # the steps are made again, and no damaged one is kept
+    manifest.save(tmp_path, 10, put(10), keep=3)
+    manifest.save(tmp_path, 11, put(11), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step10", "step11"]
+    for step in (10, 11):
+        manifest.verify(tmp_path / f"step{step}")
+    # none is whole: what is said is of the newest
+    for step in (10, 11):
+        (tmp_path / f"step{step}" / "rank0.bin").unlink()
+    with pytest.raises(UserError, match="step11/rank0.bin"):
+        manifest.load(tmp_path)
+
+
+def test_later_steps_of_an_earlier_run_go(tmp_path):
+    for step in (4, 5):
+        manifest.save(tmp_path, step, put(step), keep=3)
+    manifest.save(tmp_path, 3, put(3), keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step3"]
+
+
 def test_no_litter_after_a_restart(tmp_path):
     # Of a process that was killed between two system calls
     (tmp_path / ".latest").write_text("step")
