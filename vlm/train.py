@@ -44,6 +44,7 @@ from vlm.lazy_data import Lazy
 from vlm.prompts import IGNORE
 from vlm.train_config import Config, changed, check_flags, engine_name, with_steps
 from vlm.train_data import InMemory, count_supervised, report_lengths
+from vlm.train_flops import Throughput, throughput_metrics
 from vlm.train_model import build_model
 from vlm.trainable import lr_multipliers
 
@@ -186,7 +187,9 @@ def worker(cfg):
     clock = time.perf_counter()
     cpu_clock = time.process_time()
     loggers = metric_loggers.metric_loggers(cfg, folder) if first else []
-    steps = train(engine, source.batches(cfg, start), cfg, on, start)
+    counter = Throughput(model, cfg)
+    batches = counter.watch(source.batches(cfg, start))
+    steps = train(engine, batches, cfg, on, start)
     for value in run.progress(steps, cfg.train.steps, start, cfg.train.save_steps, save):
         losses.append(value)
         if len(losses) % cfg.train.log_steps == 0:
@@ -200,6 +203,9 @@ def worker(cfg):
     numbers = {"losses": losses, "train_seconds": seconds, "train_cpu_seconds": cpu_seconds}
     numbers |= {"process_MiB": llama2_full.process_peak() / 2**20}
     numbers |= source.counts()
+    tokens, flops = total(counter.tokens, counter.flops or 0)
+    if first and tokens:
+        numbers |= throughput_metrics(tokens, flops, seconds, on, cfg.train.precision)
     weights = checkpoints.tensors(model)  # of a sharded model all ranks gather them
     if first:
         path = folder / "model.safetensors"
