@@ -72,6 +72,17 @@ def tiles(image, side, candidates):
     return torch.cat([resize(image, (side, side))[None], parts])
 
 
+def padding(size, shape):
+    """Rows and columns of features that are padding, on either side, of a picture of `size` (H,W)
+    in a map of `shape` (h,w): (above, beside), one of them 0."""
+    high, wide = shape
+    h, w = size
+    if w / h > wide / high:  # as wide as it gets: bars above and below
+        return (high - int(round(h * (wide / w), 7))) // 2, 0
+    # as high as it gets: bars at the sides
+    return 0, (wide - int(round(w * (high / h), 7))) // 2
+
+
 def unpad(features, size):
     """Cut off what was padding: features (D,h,w) of a padded picture -> (D,h',w') in the shape of
     `size` (H,W).
@@ -80,13 +91,30 @@ def unpad(features, size):
     stay.
     """
     high, wide = features.shape[1:]
-    h, w = size
-    if w / h > wide / high:  # as wide as it gets: bars above and below
-        bar = (high - int(round(h * (wide / w), 7))) // 2
-        return features[:, bar : high - bar]
-    # as high as it gets: bars at the sides
-    bar = (wide - int(round(w * (high / h), 7))) // 2
-    return features[:, :, bar : wide - bar]
+    above, beside = padding(size, (high, wide))
+    return features[:, above : high - above, beside : wide - beside]
+
+
+def grid_shape(size, side, candidates):
+    """Rows and columns of tiles that a picture of `size` (H,W) is cut into."""
+    high, wide = select_best_resolution(size, candidates)
+    return high // side, wide // side
+
+
+def count_tiles(size, side, candidates):
+    """Pictures that the encoder sees of one: the whole and its tiles, 1 + T."""
+    rows, columns = grid_shape(size, side, candidates)
+    return 1 + rows * columns
+
+
+def count_tokens(size, side, g, candidates):
+    """Image tokens of a picture of `size` (H,W), as many as `pack` gives with a newline: g x g of
+    the whole, and what `unpad` leaves of all tiles, a newline behind each row."""
+    rows, columns = grid_shape(size, side, candidates)
+    above, beside = padding(size, (rows * g, columns * g))
+    high = rows * g - 2 * above
+    wide = columns * g - 2 * beside
+    return g * g + high * (wide + 1)
 
 
 def pack(features, size, side, candidates, newline=None):
@@ -99,7 +127,7 @@ def pack(features, size, side, candidates, newline=None):
     parts = features[1:]
     if not len(parts):
         return whole if newline is None else torch.cat([whole, newline[None].to(whole)])
-    rows, columns = (x // side for x in select_best_resolution(size, candidates))
+    rows, columns = grid_shape(size, side, candidates)
     g = round(whole.shape[0] ** 0.5)
     check(
         rows * columns == len(parts) and g * g == whole.shape[0],
@@ -113,3 +141,17 @@ def pack(features, size, side, candidates, newline=None):
         end = newline.to(large)[:, None, None].expand(-1, large.shape[1], 1)
         large = torch.cat([large, end], dim=2)
     return torch.cat([whole, rearrange(large, "d h w -> (h w) d")])
+
+
+def pack_all(features, sizes, side, candidates, newline=None):
+    """Features (P,g*g,D) of several pictures of `sizes`, of each the whole and its tiles, one
+    picture after the other -> their sequences (N,D), joined.
+
+    Raises UserError if these are not the features of so many tiles.
+    """
+    counts = [count_tiles(size, side, candidates) for size in sizes]
+    check(sum(counts) == len(features), f"{len(features)} tiles for pictures that have {counts}")
+    packed = []
+    for part, size in zip(features.split(counts), sizes):
+        packed.append(pack(part, size, side, candidates, newline))
+    return torch.cat(packed)

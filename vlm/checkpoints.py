@@ -22,6 +22,7 @@ from vlm.train_config import changed, engine_name
 def gathered(model):
     """Around reading weights: with ZeRO-3 all ranks gather what is written; else nothing is to be done."""
     wanted = [p for p in model.parameters() if p.requires_grad] + [*model.connector.parameters()]
+    wanted += [] if model.newline is None else [model.newline]
     if not any(hasattr(p, "ds_id") for p in wanted):
         return nullcontext()
     import deepspeed
@@ -38,6 +39,9 @@ def tensors(model):
     """Trained weights, by the names that vlm/llava_io.py reads. With a sharded model every rank must ask."""
     with gathered(model):
         found = {f"connector.{k}": v for k, v in model.connector.state_dict().items()}
+        # LLaVA-1.6: the token that ends a row of tiles
+        if model.newline is not None:
+            found["newline"] = model.newline
         # LoRA in the language model
         for name in llama2_lora.names(model.language):
             adapter = model.language.get_submodule(name)
@@ -85,7 +89,8 @@ def base_of(path):
     if not str(path).endswith(".safetensors"):
         return {"base": absolute(path)}
     weights, meta = checkpoint.read(path)
-    if "base" not in meta and all(name.startswith("connector.") for name in weights):
+    new = ("connector.", "newline")
+    if "base" not in meta and all(name.startswith(new) for name in weights):
         return {k: v for k, v in meta.items() if k not in ("scale", "chat_template")}
     return {"base": absolute(path), "base_sha256": checkpoint.digest(weights, "")}
 

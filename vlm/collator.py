@@ -45,6 +45,17 @@ class Counter:
         return int(self.counts.sum())
 
 
+def stacked(images):
+    """Images of a batch -> {"images": (P,...)}, None if there are none. Of tiled ones, pairs of tiles
+    (1+T,...) and size: all tiles one after the other, and "sizes" (P,2)."""
+    if not images:
+        return {"images": None}
+    if not isinstance(images[0], tuple):
+        return {"images": torch.stack(images)}
+    tiles = torch.cat([part for part, _ in images])
+    return {"images": tiles, "sizes": torch.tensor([size for _, size in images])}
+
+
 class Collator:
     """Samples -> a batch; images are read here, so that workers of a DataLoader do it and none
     waits in memory.
@@ -115,8 +126,8 @@ class Collator:
         )
 
     def __call__(self, samples):
-        """-> what `pad` or `packed` give, and "images" (N,...) in the order of the rows, or
-        None."""
+        """-> what `pad` or `packed` give, and what `stacked` makes of the images, in the order of the
+        rows."""
         # samples with their images; an undecodable one is replaced
         found = [self.read(s) for s in samples]
         # a rectangle, padded or packed; the images follow its rows
@@ -129,5 +140,4 @@ class Collator:
             found = [(s, pictures[id(s)]) for row in rows for s in row]
         else:
             batch = pad([s for s, _ in found], self.pad_id)
-        images = [image for _, several in found for image in several]
-        return batch | {"images": torch.stack(images) if images else None}
+        return batch | stacked([image for _, several in found for image in several])

@@ -182,26 +182,35 @@ def shorten(tokenizer, one, count, longest):
     return one | {"conversations": one["conversations"][: 2 * fitting]}
 
 
+def tokens_of(count, image):
+    """Image tokens of a picture by its number: the same for all, or with tiles an entry of a list."""
+    if isinstance(count, int):
+        return count
+    return 0 if image is None else count[image]
+
+
 def samples(tokenizer, rows, count, numbers, longest=None):
     """Rows -> samples of at most `longest` tokens, how many of them lost turns at their end, and
     rows left out.
 
-    count: tokens of a picture; numbers: {name of a picture: its number}. Raises UserError if no row
-    is left.
+    count: tokens of a picture, or of each by its number; numbers: {name of a picture: its number}.
+    Raises UserError if no row is left.
     """
     found = []
     shortened = 0
     left_out = 0
     for one in rows:
-        made = sample(tokenizer, one, count, numbers.get(one.get("image")))
+        image = numbers.get(one.get("image"))
+        tokens = tokens_of(count, image)
+        made = sample(tokenizer, one, tokens, image)
         # too long: whole turns at the end go
         if longest is not None and len(made["ids"]) > longest:
-            one = shorten(tokenizer, one, count, longest)
+            one = shorten(tokenizer, one, tokens, longest)
             if one is None:
                 left_out += 1
                 continue
             shortened += 1
-            made = sample(tokenizer, one, count, numbers.get(one.get("image")))
+            made = sample(tokenizer, one, tokens, image)
         found.append(made)
     check(
         found,

@@ -34,15 +34,19 @@ def answer_ids(tokenizer, prompt, answer):
 
 
 @torch.no_grad()
-def photo_embeddings(model, image, tiles=1):
-    """A photo, uint8 (3,H,W) -> image tokens, as embeddings of the language model (1,N,E)."""
+def photo_embeddings(model, image, tiles=0):
+    """A photo, uint8 (3,H,W) -> image tokens, as embeddings of the language model (1,N,E).
+
+    tiles: at most so many; 1: none; 0: as the model was trained, those of its grids or none.
+    """
     vision_tower = model.vision
     size = vision_tower.size
     on = next(model.language.parameters()).device
-    if tiles > 1:
+    if tiles > 1 or (tiles == 0 and model.grids):
         # any-resolution tiles: grids of at most so many of the encoder's squares
         grids = model.grids or anyres.candidates(size, tiles)
-        grids = [grid for grid in grids if grid[0] * grid[1] <= tiles * size**2]
+        if tiles:
+            grids = [grid for grid in grids if grid[0] * grid[1] <= tiles * size**2]
         pixels = vision_tower.pixels(anyres.tiles(image, size, grids).to(on))
         return model.tile_features(pixels, image.shape[1:], grids)
     square = anyres.resize(image, (size, size))[None]
@@ -51,7 +55,7 @@ def photo_embeddings(model, image, tiles=1):
 
 @torch.no_grad()
 def answer(
-    tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
+    tokenizer, model, image, prompt, max_new_tokens=30, tiles=0, streamer=None, max_prompt=512
 ):
     """Generated answer about a photo, uint8 (3,H,W)."""
     return answer_and_probability(
@@ -61,7 +65,7 @@ def answer(
 
 @torch.no_grad()
 def answer_and_probability(
-    tokenizer, model, image, prompt, max_new_tokens=30, tiles=1, streamer=None, max_prompt=512
+    tokenizer, model, image, prompt, max_new_tokens=30, tiles=0, streamer=None, max_prompt=512
 ):
     """Generated answer about a photo, uint8 (3,H,W), and p(answer | photo, prompt), its end
     included."""

@@ -17,7 +17,16 @@ import torch
 
 from utils.run import UserError, check
 from utils.text import printable
-from vlm import conversations, evaluate, lazy_rows, packing, resumable_sampler, tar_shards, views
+from vlm import (
+    conversations,
+    evaluate,
+    lazy_rows,
+    packing,
+    resumable_sampler,
+    tar_shards,
+    tile_data,
+    views,
+)
 from vlm.collator import Collator
 from vlm.image_download import is_address
 from vlm.image_store import ImageStore
@@ -42,17 +51,22 @@ class WithText(Sequence):
 
 
 def tokenise(tokenizer, image_tokens, longest, row):
-    """A row -> its sample, whose images are names; None if not even its first turn fits."""
+    """A row -> its sample, whose images are names; None if not even its first turn fits.
+
+    image_tokens: of every picture, or with tiles a function of its name.
+    """
     if "text" in row:
         return text_sample(tokenizer, row["text"], longest)
-    made = conversations.sample(tokenizer, row, image_tokens, row.get("image"))
+    image = row.get("image")
+    count = image_tokens if isinstance(image_tokens, int) else image_tokens(image)
+    made = conversations.sample(tokenizer, row, count, image)
     if longest is None or len(made["ids"]) <= longest:
         return made
     # too long: whole turns at the end go
-    shorter = conversations.shorten(tokenizer, row, image_tokens, longest)
+    shorter = conversations.shorten(tokenizer, row, count, longest)
     if shorter is None:
         return None
-    made = conversations.sample(tokenizer, shorter, image_tokens, row.get("image"))
+    made = conversations.sample(tokenizer, shorter, count, image)
     return made | {"shortened": True}
 
 
@@ -98,10 +112,14 @@ class Lazy:
         # pictures, as features that a frozen tower has computed once, or as pixels
         folder = flags.image_folder or (paths[0] if in_shards else Path(paths[0]).parent)
         store = ImageStore(folder, flags.download)
-        make = partial(tokenise, tokenizer, model.count, longest)
-        self.samples = LazySamples(self.rows, make)
+        frozen = cfg.train.train_type != "none"
+        image_tokens: Any = model.count
         self.load: Any = partial(pixels, store, model.vision.size)
-        if cfg.train.train_type != "none":
+        if model.grids:
+            # LLaVA-1.6: the number of image tokens follows from the size of a picture
+            self.load = tile_data.TiledPictures(store, model)
+            image_tokens = self.load.image_tokens
+        if frozen:
             named = (row.get("image") for row in rows)
             names = sorted({name for name in named if name})
             addresses = [name for name in names if is_address(name)][:1]
@@ -110,9 +128,13 @@ class Lazy:
                 f"{printable(addresses)}: an address of the web; --download fetches its picture",
             )
             about = (flags.views, cfg.train.seed, store)
-            if names:
+            if names and model.grids:
+                self.load.compute_features(names)
+            elif names:
                 found = views.features(model.vision, names, *about, skip_unreadable=True)
                 self.load = FeaturesByName(found, names)
+        make = partial(tokenise, tokenizer, image_tokens, longest)
+        self.samples = LazySamples(self.rows, make)
         self.collate: Any = None
 
     def add_text(self, rows, share):

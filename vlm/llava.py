@@ -19,6 +19,7 @@ blue car a fruit, too. Beside each answer stands how likely the model itself fin
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Config:
     prompt: str = "What fruit is this?"
     # weights of vlm/train.py, a folder of --save, or LLaVA's own: folder or hub id
     model: str = str(WEIGHTS)
-    tiles: int = 1  # cut the photo into so many tiles at most, as LLaVA-1.6 does; 1: none
+    tiles: int = 0  # of LLaVA-1.6, at most; 1: none; 0: as the model was trained
     samples: int = 8  # photos, if none is named
     max_new_tokens: int = 30  # longest answer
     # tokens of the longest prompt that is read, photo and all; two cores read 300 a second
@@ -68,7 +69,7 @@ class Llava(nn.Module):
         self.image_id = image_id
         # 1.6: a token that ends a row of tiles
         width = language.config.get_text_config().hidden_size
-        self.newline = nn.Parameter(torch.randn(width) / width**0.5) if newline else None
+        self.newline: Any = nn.Parameter(torch.randn(width) / width**0.5) if newline else None
         # 1.6: the sizes that a photo is tiled to; none: every grid
         self.grids: list[tuple] = []
 
@@ -87,6 +88,13 @@ class Llava(nn.Module):
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
 
+    def count_of(self, size):
+        """The same for a photo of `size` (H,W), with tiles, if the model has grids for them."""
+        if not self.grids:
+            return self.count
+        g = round(self.count**0.5)
+        return anyres.count_tokens(size, self.vision.size, g, self.grids)
+
     def tile_features(self, pixels, size, candidates):
         """1.6: the whole photo and its tiles (1+T,3,S,S), of a photo of `size` (H,W) -> one
         sequence (1,N',E).
@@ -101,6 +109,12 @@ class Llava(nn.Module):
         )
         features = self.image_features(pixels)
         return anyres.pack(features, size, self.vision.size, candidates, self.newline)[None]
+
+    def pack_tiles(self, tokens, sizes):
+        """1.6: tokens (P,M,E) of photos of `sizes` (H,W), of each the whole and its tiles, one photo
+        after the other -> one sequence (1,N',E) of all photos."""
+        side = self.vision.size
+        return anyres.pack_all(tokens, sizes, side, self.grids, self.newline)[None]
 
     def embed(self, input_ids, features=None):
         """Token embeddings of text and photos as one sequence: (B,T,E)."""
@@ -119,8 +133,7 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, features=None, **more):
-        """Answers (B, new tokens): greedy and without a penalty, whatever the model's own habits,
-        if not asked for."""
+        """Answers (B, new tokens): greedy and without a penalty, if not asked for."""
         embeds = self.embed(input_ids, features)
         return self.language.generate(inputs_embeds=embeds, **GREEDY | more)
 
@@ -171,8 +184,8 @@ def sizes(model):
 def check_flags(cfg):
     """Raises UserError for flags out of range."""
     check(
-        cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles > 0,
-        "--samples, --tiles and the like: at least 1",
+        cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles >= 0,
+        "--samples and the like: at least 1; --tiles: at least 0",
     )
     check(
         cfg.prompt.strip() and IMAGE not in cfg.prompt,
@@ -184,11 +197,12 @@ def check_flags(cfg):
     )
 
 
-def read_photos(cfg):
+def read_photos(cfg, model):
     """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones of
     fruit."""
     if cfg.image:  # as it is if it is cut into tiles; else its middle, as in training
-        return [data.read_image(Path(cfg.image), 0 if cfg.tiles > 1 else 448)], [""]
+        tiled = cfg.tiles > 1 or (cfg.tiles == 0 and model.grids)
+        return [data.read_image(Path(cfg.image), 0 if tiled else 448)], [""]
     fruit = data.groceries(348)
     heldout = [i for i, part in enumerate(fruit.split) if part == "test"]
     order = np.random.default_rng(cfg.seed).permutation(heldout)
@@ -199,8 +213,8 @@ def read_photos(cfg):
 def main(cfg: Config) -> dict:
     """Answer about a photo, or about held-out ones; write the model, if asked to."""
     check_flags(cfg)
-    photos, truths = read_photos(cfg)
     tokenizer, model = load(cfg.model, run.device(cfg.device))
+    photos, truths = read_photos(cfg, model)
     # is the prompt short enough?
     tokens = generation.photo_embeddings(model, photos[0], cfg.tiles).shape[1]
     length = generation.prompt_ids(tokenizer, model, cfg.prompt, tokens).shape[1]

@@ -174,6 +174,8 @@ def restore(path, on="cpu"):
 
         # trained weights: the connector, LoRA
         model.connector.load_state_dict({k: v.float() for k, v in part("connector.").items()})
+        if "newline" in tensors:
+            model.newline.data = tensors["newline"].float().to(on)
         merge_lora(model.language, {k: v.to(on) for k, v in part("lora.").items()}, meta["scale"])
         # parts that were trained whole; a frozen one is not in the file
         for name, parts in (("vision.", model.vision), ("language.", model.language)):

@@ -153,14 +153,35 @@ def image_processor(vision_tower):
     )
 
 
+def tile_processor(vision_tower, grids):
+    """transformers' image processor of LLaVA-1.6: the whole and the tiles, as anyres.py cuts them."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    side = vision_tower.size
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(vision_tower.mean),
+        image_std=list(vision_tower.std),
+        image_grid_pinpoints=[list(size) for size in grids],
+    )
+
+
 def processor(model, tokenizer):
-    """transformers' LlavaProcessor of this model: it puts N words <image> for one, and makes
-    pixels."""
-    from transformers import LlavaProcessor
+    """transformers' LlavaProcessor, or LlavaNextProcessor, of this model: it puts N words <image>
+    for one, and makes pixels."""
+    from transformers import LlavaNextProcessor, LlavaProcessor
 
     vision_tower = model.vision
-    return LlavaProcessor(
-        image_processor(vision_tower),
+    kind: Any = LlavaProcessor
+    shown = image_processor(vision_tower)
+    if model.newline is not None:
+        kind = LlavaNextProcessor
+        shown = tile_processor(vision_tower, model.grids)
+    return kind(
+        shown,
         tokenizer,
         patch_size=vision_tower.network.config.patch_size,
         num_additional_image_tokens=vision_tower.lead,

@@ -69,16 +69,20 @@ class Learner(nn.Module):
         Sec. 4.2.
 
         features: vision features (photos,N,D), or pixels (photos,3,S,S) if the tower learns; None:
-        text alone.
+        text alone. With tiles of each photo the whole and its tiles, and batch["sizes"] (photos,2).
         """
         model = self.model
         # image tokens: through the connector, and through the tower, if it learns
         image_tokens = self.image_tokens(self.stand_in(batch) if features is None else features)
+        if "sizes" in batch:
+            image_tokens = model.pack_tiles(image_tokens, batch["sizes"].tolist())
         # among the words; without a picture nothing is added to them but a zero, so that on every rank
         # the backward pass goes through the same layers, and what sees has gradients of zero
         if features is None:
             embeds = model.embed(batch["ids"])
             embeds = embeds + 0 * image_tokens.sum().to(embeds.dtype)
+            if model.newline is not None:
+                embeds = embeds + 0 * model.newline.sum().to(embeds.dtype)
         else:
             embeds = model.embed(batch["ids"], image_tokens)
         # the language model reads on

@@ -12,7 +12,7 @@ import torch
 
 from utils.data import read_image
 from utils.text import plain
-from vlm import conversations, data, evaluate, packing, resumable_sampler, views
+from vlm import conversations, data, evaluate, packing, resumable_sampler, tile_data, views
 from vlm.prompts import IGNORE
 
 # Tokens of a packed row, at least
@@ -29,6 +29,7 @@ class Photos:
     paths: list
     features: Any = None
     vision_tower: Any = None
+    sizes: Any = None  # of photos that are tiled: TiledPhotos of tile_data.py
 
     def __call__(self, numbers, random):
         """-> features (len,N,D) or pixels (len,3,S,S) of these photos, a view of each drawn by
@@ -61,12 +62,18 @@ def read_samples(cfg, tokenizer, model, longest):
     # photos, each once: their vision features, unless the tower learns
     names = sorted({row["image"] for row in rows if row.get("image")})
     paths = [folder / name for name in names]
-    photos = Photos(paths, vision_tower=model.vision)
-    if cfg.train.train_type != "none" and paths:
+    photos: Any = Photos(paths, vision_tower=model.vision)
+    image_tokens: Any = model.count
+    frozen = cfg.train.train_type != "none"
+    if model.grids:
+        # LLaVA-1.6: the number of image tokens follows from the size of a photo
+        photos = tile_data.TiledPhotos(paths, model, frozen)
+        image_tokens = [model.count_of(size) for size in photos.sizes]
+    elif frozen and paths:
         photos.features = views.features(model.vision, paths, cfg.data.views, cfg.train.seed)
     # conversations as token ids and labels
     number = {name: i for i, name in enumerate(names)}
-    made = conversations.samples(tokenizer, rows, model.count, number, longest)
+    made = conversations.samples(tokenizer, rows, image_tokens, number, longest)
     samples, shortened, left_out = made
     # text alone: other pages than those of the text loss
     if cfg.data.text_share:
@@ -150,6 +157,8 @@ def collate(part, cfg, model, pad, photos, random):
         batch = packing.pad(part, pad)
         packing.check_positions(model.language, batch)
     numbers = [i for sample in part for i in sample["images"]]
+    if photos.sizes is not None and numbers:
+        batch["sizes"] = torch.tensor([photos.sizes[i] for i in numbers])
     return batch, photos(numbers, random) if numbers else None
 
 

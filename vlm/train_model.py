@@ -11,7 +11,7 @@ def build_model(cfg, on):
     run.seed(cfg.train.seed)
     if cfg.train.ckpt_path:
         tokenizer, model = llava.load(cfg.train.ckpt_path, on)
-        check(model.newline is None, "LLaVA-1.6 is read and asked here, and not yet trained")
+        check(cfg.data.paths or not model.grids, "LLaVA-1.6 learns from conversations: name --data")
     else:
         tokenizer, language = llava_parts.language_model(cfg.model.text_name_or_path, on)
         named = cfg.model

@@ -34,6 +34,7 @@ def set_trainable(model, cfg):
     # the connector, but for the experiment that leaves it random
     model.connector.float().requires_grad_(kind != "lora_frozen_projector")
     if model.newline is not None:
+        model.newline.data = model.newline.data.float()
         model.newline.requires_grad_(kind != "lora_frozen_projector")
     # the language model: by LoRA, or whole
     if kind in LORA_TYPES:

@@ -1,6 +1,8 @@
 """vlm/anyres.py: resolutions, tiles and features put together again, as transformers' LlavaNext has them."""
 
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 from transformers.models.llava_next.modeling_llava_next import unpad_image
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from utils.run import UserError
 from vlm import anyres
@@ -96,6 +99,40 @@ def test_a_row_of_the_large_picture_is_a_row_of_tokens():
     assert table[:, 4].eq(99).all() and torch.equal(
         table[:, :4], 10 * torch.arange(8.0)[:, None] + torch.arange(4.0)
     )
+
+
+def test_image_tokens_are_counted_as_transformers_counts_them(parity):
+    """Before anything is decoded, from the size alone; and as many as `pack` gives."""
+    mine, theirs, packed = [], [], []
+    for size, candidates in sizes(100):
+        side = min(min(c) for c in candidates)
+        g = 4
+        shown = SimpleNamespace(image_grid_pinpoints=candidates)
+        processor = SimpleNamespace(image_processor=shown, patch_size=side / g)
+        processor.num_additional_image_tokens = 0
+        processor._get_unpadded_features = partial(LlavaNextProcessor._get_unpadded_features, None)
+        count = LlavaNextProcessor._get_number_of_features(processor, *size, side, side)
+        theirs.append(int(count))
+        mine.append(anyres.count_tokens(size, side, g, candidates))
+        tiles = anyres.count_tiles(size, side, candidates)
+        features = torch.zeros(tiles, g * g, 2)
+        packed.append(len(anyres.pack(features, size, side, candidates, torch.zeros(2))))
+    name = "transformers.LlavaNextProcessor, places of <image>"
+    parity("LLaVA-1.6", "anyres.count_tokens", name, mine, theirs, 0)
+    assert packed == mine
+
+
+def test_pictures_are_packed_one_after_the_other():
+    grids = anyres.candidates(28)
+    shapes = [(50, 37), (30, 90), (20, 22)]
+    counts = [anyres.count_tiles(size, 28, grids) for size in shapes]
+    features = torch.randn(sum(counts), 16, 3)
+    newline = torch.randn(3)
+    parts = features.split(counts)
+    alone = [anyres.pack(part, size, 28, grids, newline) for part, size in zip(parts, shapes)]
+    assert torch.equal(anyres.pack_all(features, shapes, 28, grids, newline), torch.cat(alone))
+    with pytest.raises(UserError, match="tiles for pictures"):
+        anyres.pack_all(features[:-1], shapes, 28, grids, newline)
 
 
 def test_bad_input_is_one_line():

@@ -313,7 +313,7 @@ def test_features_that_are_asked_for_by_name_are_those_of_the_right_photos(
     ((_, photos, answers, truths, asked),) = shown
     numbers = [int(photo[0, 0, 0]) for photo in photos]
     assert len(set(numbers)) == 5 and min(numbers) >= 20 and asked == "Which?"
-    assert answers == [f"photo {i} ('Which?', 9, 1, None, 77)" for i in numbers]
+    assert answers == [f"photo {i} ('Which?', 9, 0, None, 77)" for i in numbers]
     assert truths == [["Pink Lady apple", "Royal Gala apple", "Anjou pear"][i % 3] for i in numbers]
     assert {i % 3 for i in numbers[:3]} == {0, 1, 2}  # one of each kind first
     assert found == {"prompt": "Which?", "tokens_of_a_photo": 16, "p of the answer": 0.25}
