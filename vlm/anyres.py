@@ -23,6 +23,23 @@ def candidates(side, most=4):
     return [(r * side, c * side) for r, c in grids]
 
 
+def grids(side, tiles=0, pinpoints=()):
+    """Sizes that pictures are tiled to, by flags: every grid of at most `tiles` tiles of `side`
+    pixels, or `pinpoints` [(height, width), ...], LLaVA's image_grid_pinpoints; none of both: [].
+
+    Raises UserError for both at once, one tile, or a size that is not a multiple of `side`.
+    """
+    check(not (tiles and pinpoints), "--tiles or --image_grid_pinpoints: one of them")
+    check(tiles == 0 or tiles > 1, f"--tiles {tiles}: 0 is none; a picture is cut into 2 or more")
+    for height, width in pinpoints or ():
+        fits = min(height, width) > 0 and height % side == 0 and width % side == 0
+        multiple = f"multiples of the encoder's {side} are needed"
+        check(fits, f"--image_grid_pinpoints {height} {width}: {multiple}")
+    if tiles:
+        return candidates(side, tiles)
+    return [(height, width) for height, width in pinpoints or ()]
+
+
 def fitted(size, into):
     """The size of a picture when it is scaled, shape kept, until it touches a side of `into`:
     (height, width)."""

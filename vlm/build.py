@@ -61,7 +61,8 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     if hasattr(vision.network, "config"):
         vision.to(language.dtype)  # not all of the model: rotary frequencies stay in fp32
     model = assemble(config, vision, new.to(language.dtype), language, image_token_id)
-    processor = VLMProcessor(image_processor(vision), tokenizer, image_tokens=model.image_tokens)
+    shown = image_processor(vision, model.grids)
+    processor = VLMProcessor(shown, tokenizer, image_tokens=model.image_tokens)
     return model, processor
 
 

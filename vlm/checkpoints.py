@@ -80,6 +80,8 @@ def about(cfg, tokenizer=None):
         named["sparsity_plugins"] = list(model.sparsity_plugins)
     if model.img_size:
         named["img_size"] = model.img_size
+    if model.tiles or model.image_grid_pinpoints:
+        named["tiles"] = [model.tiles, [list(size) for size in model.image_grid_pinpoints]]
     return common | named
 
 

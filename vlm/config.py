@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from vlm import anyres
 from vlm.flags import (
     DataConfig,
     DeepSpeedConfig,
@@ -61,6 +62,8 @@ class VLMConfig(PreTrainedConfig):
     vision_layer: int = -2
     select: Literal["patch", "all"] = "patch"
     img_size: int = 0
+    tiles: int = 0  # any-resolution tiles: at most so many of a picture
+    image_grid_pinpoints: list | None = None  # instead: sizes to choose from, [height, width]
     attn_implementation: str | None = None
     image_token_id: int = -1  # of <image>, once the vocabulary has it
     vision_config: dict | PreTrainedConfig | None = None  # none: EfficientNet-lite0
@@ -70,6 +73,10 @@ class VLMConfig(PreTrainedConfig):
         """What `vlm.connector.build` is given besides names and widths."""
         perceiver = PerceiverConfig(**self.perceiver) if self.perceiver else None
         return connector_options(perceiver, self.sparsity_plugins or ())
+
+    def grids(self, side: int) -> list:
+        """Sizes that pictures are tiled to, for an encoder of pictures of side x side; none: []."""
+        return anyres.grids(side, self.tiles, self.image_grid_pinpoints)
 
 
 def model_flags(*names: Any, **more: Any) -> VLMConfig:
@@ -82,4 +89,5 @@ def configuration(flags: ModelFlags) -> VLMConfig:
     given = {field.name: getattr(flags, field.name) for field in fields(flags)}
     given["perceiver"] = asdict(flags.perceiver) if flags.connector == "perceiver" else None
     given["sparsity_plugins"] = list(flags.sparsity_plugins) or None
+    given["image_grid_pinpoints"] = [list(size) for size in flags.image_grid_pinpoints] or None
     return VLMConfig(**given)

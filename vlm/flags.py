@@ -76,6 +76,10 @@ class ModelFlags:
     vision_layer: Annotated[int, arg(aliases=["--layer"])] = -2
     select: Literal["patch", "all"] = "patch"  # patches only, or the class token and others, too
     img_size: int = 0  # side of the pictures; 0: that of the encoder
+    # any-resolution tiles of LLaVA-1.6: a photo is seen whole and in at most so many; 0: whole only
+    tiles: int = 0
+    # instead of tiles: sizes to choose from, height and width of each, such as 336 672 672 336
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
     # eager, sdpa, flash_attention_2; None: eager on a CPU, else what transformers chooses
     attn_implementation: str | None = None
 

@@ -61,17 +61,14 @@ GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_rep
 class Llava(nn.Module):
     """A vision tower, a connector, a language model. Sec. 4.1."""
 
-    def __init__(self, vision, join, language, image_id, newline=False):
+    def __init__(self, vision, join, language, image_id):
         super().__init__()
         self.vision = vision
         self.connector = join
         self.language = language
         self.image_id = image_id
-        # 1.6: a token that ends a row of tiles
-        width = language.config.get_text_config().hidden_size
-        self.newline: Any = nn.Parameter(torch.randn(width) / width**0.5) if newline else None
-        # 1.6: the sizes that a photo is tiled to; none: every grid
-        self.grids: list[tuple] = []
+        self.newline: Any = None  # 1.6: a token that ends a row of tiles
+        self.grids: list[tuple] = []  # 1.6: the sizes that a photo is tiled to
 
     @property
     def count(self):
@@ -102,11 +99,7 @@ class Llava(nn.Module):
         Raises UserError for a connector whose tokens have no place, and so cannot be put together
         again.
         """
-        is_map = connector.has_places(self.connector)
-        check(
-            is_map,
-            "tiles are put together by place, and a perceiver's latents have none: leave out --tiles",
-        )
+        llava_parts.check_map(self.vision, self.connector)
         features = self.image_features(pixels)
         return anyres.pack(features, size, self.vision.size, candidates, self.newline)[None]
 
@@ -146,16 +139,15 @@ def build(
     layer=-2,
     select="patch",
     words=(IMAGE,),
-    newline=False,
     on="cpu",
     size=None,
     options=None,
+    tiles=(),
 ):
     """Names of a tower and a connector, and a language model -> Llava; the words are added to its
-    vocabulary."""
-    about = (layer, select, words, on, size, options)
-    parts = llava_parts.build(vision, join, language, tokenizer, *about)
-    return Llava(parts.vision, parts.connector, parts.language, parts.image_id, newline)
+    vocabulary. tiles: the flags `tiles` and `image_grid_pinpoints`."""
+    about = (layer, select, words, on, size, options, tiles)
+    return assemble(llava_parts.build(vision, join, language, tokenizer, *about))
 
 
 def assemble(parts):

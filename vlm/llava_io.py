@@ -70,6 +70,7 @@ def save_vlm(model, tokenizer, folder):
         connector=name,
         perceiver=PerceiverConfig.of(options) if name == "perceiver" else None,
         sparsity_plugins=list(options.get("sparsity_plugins", ())) or None,
+        image_grid_pinpoints=[list(size) for size in model.grids] or None,
         vision_layer=vision_tower.layer,
         select=vision_tower.select,
     )
@@ -78,9 +79,9 @@ def save_vlm(model, tokenizer, folder):
     join = copy.deepcopy(model.connector).to(dtype)
     if hasattr(vision_tower.network, "config"):
         vision_tower = copy.deepcopy(vision_tower).to(dtype)
-    whole = assemble(config, vision_tower, join, model.language, model.image_id)
+    whole = assemble(config, vision_tower, join, model.language, model.image_id, model.newline)
     whole.save_pretrained(folder)
-    shown = image_processor(vision_tower)
+    shown = image_processor(vision_tower, model.grids)
     VLMProcessor(shown, tokenizer, image_tokens=model.count).save_pretrained(folder)
 
 
@@ -215,6 +216,7 @@ def start_of(meta, on):
         on=on,
         size=meta.get("img_size"),
         options=VLMConfig(**named).connector_options(),
+        tiles=meta.get("tiles", ()),
     )
     return tokenizer, model
 
@@ -236,7 +238,8 @@ def load_vlm(path, on="cpu"):
         model.vision.std = shown.image_processor.image_std
     model.connector.built_as = (model.config.connector, model.config.connector_options())
     parts = Parts(model.vision, model.connector, model.language, model.config.image_token_id)
-    return shown.tokenizer, parts
+    grids = tuple(model.config.grids(model.vision.size))
+    return shown.tokenizer, parts._replace(newline=model.newline, grids=grids)
 
 
 def load_parts(path, about, on="cpu"):

@@ -6,11 +6,12 @@ Hu et al. 2021, arXiv:2106.09685.
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from utils import pretrained
-from utils.run import UserError
+from utils.run import UserError, check
 from utils.text import printable
-from vlm import connector, tower
+from vlm import anyres, connector, tower
 from vlm.prompts import IMAGE, add_words, use_template
 
 
@@ -36,11 +37,13 @@ def build(
     on="cpu",
     size=None,
     options=None,
+    tiles=(),
 ):
     """Names of a tower and a connector, and a language model -> Parts; the words are added to its
     vocabulary.
 
-    size: side of the pictures, if not that of the tower; options: of the perceiver resampler.
+    size: side of the pictures, if not that of the tower; options: of the perceiver resampler;
+    tiles: at most so many, and sizes to choose from (anyres.grids).
     """
     vision_tower = vision
     if isinstance(vision, str):
@@ -50,7 +53,28 @@ def build(
     image_id = add_words(tokenizer, language, words)
     made = connector.build(join, vision_tower.width, width, **options or {}).to(on)
     made.built_as = (join, options or {})  # for the configuration of a saved model
-    return Parts(vision_tower, made, language, image_id)
+    parts = Parts(vision_tower, made, language, image_id)
+    # tiles, and a new vector that ends a row of them
+    grids = anyres.grids(vision_tower.size, *tiles)
+    if grids:
+        check_map(vision_tower, made)
+        newline = nn.Parameter((torch.randn(width) / width**0.5).to(on))
+        parts = parts._replace(newline=newline, grids=tuple(grids))
+    return parts
+
+
+def check_map(vision_tower, join):
+    """Raises UserError for a connector whose tokens have no place, or a tower that keeps others than
+    patches: tiles of such tokens cannot be put together again."""
+    check(
+        connector.has_places(join),
+        "tiles are put together by place, and a perceiver's latents have none: leave out --tiles",
+    )
+    count = connector.tokens(join, vision_tower.count)
+    square = round(count**0.5) ** 2 == count
+    check(
+        square, f"tiles are put together by place, and {count} tokens are no square: --select patch"
+    )
 
 
 def language_model(name, on="cpu"):

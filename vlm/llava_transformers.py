@@ -135,8 +135,9 @@ def to_transformers(model):
     return theirs
 
 
-def image_processor(vision_tower):
-    """transformers' image processor that prepares pictures as ours are: resize, crop, normalise."""
+def image_processor(vision_tower, grids=()):
+    """transformers' image processor that prepares pictures as ours are: resize, crop, normalise; with
+    grids the whole and its tiles."""
     from PIL.Image import Resampling
     from transformers import CLIPImageProcessorPil
 
@@ -144,6 +145,8 @@ def image_processor(vision_tower):
     if isinstance(vision_tower.network, tower.EfficientNetMaps):
         # (x - 127) / 128 of x from 0 to 255
         mean, std = [127 / 255] * 3, [128 / 255] * 3
+    if grids:
+        return tile_processor(vision_tower.size, grids, mean, std)
     return CLIPImageProcessorPil(
         size={"shortest_edge": vision_tower.size},
         crop_size={"height": vision_tower.size, "width": vision_tower.size},
@@ -153,18 +156,17 @@ def image_processor(vision_tower):
     )
 
 
-def tile_processor(vision_tower, grids):
+def tile_processor(side, grids, mean, std):
     """transformers' image processor of LLaVA-1.6: the whole and the tiles, as anyres.py cuts them."""
     from transformers.models.llava_next.image_processing_pil_llava_next import (
         LlavaNextImageProcessorPil,
     )
 
-    side = vision_tower.size
     return LlavaNextImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        image_mean=list(vision_tower.mean),
-        image_std=list(vision_tower.std),
+        image_mean=list(mean),
+        image_std=list(std),
         image_grid_pinpoints=[list(size) for size in grids],
     )
 
@@ -175,13 +177,9 @@ def processor(model, tokenizer):
     from transformers import LlavaNextProcessor, LlavaProcessor
 
     vision_tower = model.vision
-    kind: Any = LlavaProcessor
-    shown = image_processor(vision_tower)
-    if model.newline is not None:
-        kind = LlavaNextProcessor
-        shown = tile_processor(vision_tower, model.grids)
+    kind: Any = LlavaProcessor if model.newline is None else LlavaNextProcessor
     return kind(
-        shown,
+        image_processor(vision_tower, model.grids),
         tokenizer,
         patch_size=vision_tower.network.config.patch_size,
         num_additional_image_tokens=vision_tower.lead,

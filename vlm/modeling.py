@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlm import connector, tower
+from vlm import anyres, connector, llava_parts, tower
 from vlm.config import VLMConfig
 from vlm.image_tokens import merge
 from vlm.prompts import IGNORE
@@ -59,6 +59,12 @@ class VLM(PreTrainedModel, GenerationMixin):
         width = config.text_config.hidden_size
         options = config.connector_options()
         self.connector = connector.build(config.connector, self.vision.width, width, **options)
+        # LLaVA-1.6: sizes that a picture is tiled to, and a vector that ends a row of tiles
+        self.grids = config.grids(self.vision.size)
+        self.newline: Any = None
+        if self.grids:
+            llava_parts.check_map(self.vision, self.connector)
+            self.newline = nn.Parameter(torch.randn(width) / width**0.5)
         if config.vision_config is None:
             # EfficientNet's batch statistics suffer in bf16, and it is small
             self._keep_in_fp32_modules_strict = ["vision"]
@@ -89,8 +95,24 @@ class VLM(PreTrainedModel, GenerationMixin):
         """M, tokens <image> for a picture."""
         return connector.tokens(self.connector, self.vision.count)
 
-    def get_image_features(self, pixel_values):
-        """(P,3,S,S), normalised -> (P,M,E): H_v = W g(X_v). Eq. 1."""
+    def get_image_features(self, pixel_values, image_sizes=None):
+        """(P,3,S,S), normalised -> (P,M,E): H_v = W g(X_v). Eq. 1.
+
+        With tiles (P,K,3,S,S), of each picture the whole, its tiles and what is filled up, and its
+        size (P,2) -> one sequence (1,N,E).
+        """
+        if not self.grids:
+            return self.project(pixel_values)
+        sizes = torch.as_tensor(image_sizes).tolist()
+        side = self.vision.size
+        shown = []
+        for picture, size in zip(pixel_values, sizes):
+            shown.append(picture[: anyres.count_tiles(size, side, self.grids)])
+        tokens = self.project(torch.cat(shown))
+        return anyres.pack_all(tokens, sizes, side, self.grids, self.newline)[None]
+
+    def project(self, pixel_values):
+        """Pictures or tiles (P,3,S,S) -> their tokens (P,M,E)."""
         features = self.vision(pixel_values)  # (P,N,D)
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
@@ -114,6 +136,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         labels=None,
         image_features=None,
         logits_to_keep=0,
+        image_sizes=None,
         **more,
     ):
         """-> CausalLMOutputWithPast; with labels (B,T) the loss is the mean of -log p over those that are learned.
@@ -122,7 +145,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         """
         # 1. Pictures to features
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values)
+            image_features = self.get_image_features(pixel_values, image_sizes)
         # 2. Features among the embeddings of the text
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_features)
@@ -148,20 +171,24 @@ class VLM(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, pixel_values=None, image_sizes=None, **kwargs
+    ):
         """Pictures are read with the prompt; afterwards they are in the cache."""
         mixin: Any = super()
         found = mixin.prepare_inputs_for_generation(input_ids, **kwargs)
         first = kwargs.get("is_first_iteration", False)
         if first or not kwargs.get("use_cache", True):
             found["pixel_values"] = pixel_values
+            found["image_sizes"] = image_sizes
         return found
 
 
-def assemble(config, vision, join, language, image_token_id):
+def assemble(config, vision, join, language, image_token_id, newline=None):
     """Parts with their weights -> VLM, whose configuration says what they are: a saved folder needs no names.
 
-    config: names, connector, layer; the parts are taken as they are, and not copied.
+    config: names, connector, layer; the parts are taken as they are, and not copied; newline: with
+    tiles, the vector that ends a row of them, if there is one already.
     """
     config.vision_config = getattr(vision.network, "config", None)
     config.text_config = language.config
@@ -172,6 +199,10 @@ def assemble(config, vision, join, language, image_token_id):
     model.vision = vision
     model.language = language
     model.connector = join
+    if model.grids:
+        width = language.config.hidden_size
+        new = torch.randn(width) / width**0.5 if newline is None else newline.detach()
+        model.newline = nn.Parameter(new.to(language.dtype))
     model.generation_config = language.generation_config
     return model.eval()
 

@@ -12,12 +12,14 @@ from transformers import AutoProcessor, ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 
 from utils.run import check
+from vlm import anyres
 from vlm.config import VLMConfig
 from vlm.prompts import IMAGE
 
 
 class VLMProcessor(ProcessorMixin):
-    """Image processor and tokenizer of one model; `image_tokens` is M, the tokens <image> of a picture."""
+    """Image processor and tokenizer of one model; `image_tokens` is M, the tokens <image> of a picture,
+    or of one of its tiles."""
 
     def __init__(
         self, image_processor=None, tokenizer: Any = None, chat_template=None, image_tokens=1
@@ -37,14 +39,27 @@ class VLMProcessor(ProcessorMixin):
         pictures = list(images) if several else [] if images is None else [images]
         asked = sum(prompt.count(IMAGE) for prompt in prompts)
         check(asked == len(pictures), f"{asked} {IMAGE} in the text, but {len(pictures)} pictures")
-        # One place becomes M
-        prompts = [prompt.replace(IMAGE, IMAGE * self.image_tokens) for prompt in prompts]
-        found = dict(self.tokenizer(prompts, **more))
+        # One place becomes M, or as many as a picture of this size has with tiles
+        counts = iter([self.count_of((p.height, p.width)) for p in pictures])
+        written = []
+        for prompt in prompts:
+            first, *rest = prompt.split(IMAGE)
+            written.append(first + "".join(IMAGE * next(counts) + part for part in rest))
+        found = dict(self.tokenizer(written, **more))
         if pictures:
             rgb = [picture.convert("RGB") for picture in pictures]
-            pixels = self.image_processor(rgb, return_tensors=more.get("return_tensors"))
-            found["pixel_values"] = pixels["pixel_values"]
+            # pixel_values, and with tiles image_sizes
+            found |= self.image_processor(rgb, return_tensors=more.get("return_tensors"))
         return BatchFeature(found)
+
+    def count_of(self, size):
+        """Tokens <image> of a picture of `size` (H,W)."""
+        grids = getattr(self.image_processor, "image_grid_pinpoints", None)
+        if not grids:
+            return self.image_tokens
+        side = self.image_processor.crop_size["height"]
+        g = round(self.image_tokens**0.5)
+        return anyres.count_tokens(size, side, g, grids)
 
 
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)

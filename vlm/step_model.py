@@ -69,10 +69,10 @@ class StepVLM(VLM):
             return embeds
         return embeds.masked_scatter(places[..., None], image_features.to(embeds.dtype))
 
-    def get_image_features(self, pixel_values):
+    def project(self, pixel_values):
         """Pictures (P,3,S,S), or cached features of the encoder (P,N,D), through the connector."""
         if pixel_values.dim() == 4:
-            return super().get_image_features(pixel_values)
+            return super().project(pixel_values)
         weight = next(self.connector.parameters(), pixel_values)
         return self.connector(pixel_values.to(weight.dtype))
 

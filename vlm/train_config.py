@@ -148,7 +148,7 @@ def check_going_on(cfg: Config) -> None:
     named = cfg.model
     usual = ModelFlags()
     parts = ("vision_name_or_path", "text_name_or_path", "connector", "perceiver", "select")
-    parts += ("vision_layer", "img_size", "sparsity_plugins")
+    parts += ("vision_layer", "img_size", "sparsity_plugins", "tiles", "image_grid_pinpoints")
     other = [name for name in parts if getattr(named, name) != getattr(usual, name)]
     flags = ", ".join(f"--{name}" for name in other)
     check(not other, f"{flags}: the parts are those of --model; leave out one or the other")

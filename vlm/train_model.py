@@ -11,7 +11,6 @@ def build_model(cfg, on):
     run.seed(cfg.train.seed)
     if cfg.train.ckpt_path:
         tokenizer, model = llava.load(cfg.train.ckpt_path, on)
-        check(cfg.data.paths or not model.grids, "LLaVA-1.6 learns from conversations: name --data")
     else:
         tokenizer, language = llava_parts.language_model(cfg.model.text_name_or_path, on)
         named = cfg.model
@@ -21,7 +20,13 @@ def build_model(cfg, on):
         )
         run.seed(cfg.train.seed)
         about = (named.connector, language, tokenizer)
-        model = llava.build(vision_tower, *about, on=on, options=named.connector_options())
+        more = {"options": named.connector_options()}
+        more["tiles"] = (named.tiles, named.image_grid_pinpoints)
+        model = llava.build(vision_tower, *about, on=on, **more)
+    # photos of fruit are judged without tiles (train_evaluation.py)
+    if model.grids:
+        check(cfg.data.paths, "a model with tiles learns from conversations of yours: name --data")
+        llava_parts.check_map(model.vision, model.connector)
     prompts.use_template(tokenizer, cfg.data.template)
     if cfg.train.precision == "fp32":
         model.language.float()

@@ -1,16 +1,24 @@
 """vlm/train.py with tiles: LLaVA-1.6 is trained as transformers trains it, in memory and lazy, packed and padded."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextForConditionalGeneration,
+)
 
 from tests import eyes
 from utils import checkpoint
+from utils.run import UserError
 from vlm import anyres, conversations, generation, llava, llava_io, prompts
 from vlm import train as teach
 from vlm.train_config import Config, changed
@@ -180,3 +188,120 @@ def test_the_written_folder_is_one_of_transformers(trained, parity):
     parity(
         "LLaVA-1.6, training", "a saved folder, logits", NAME, mine, theirs(**found).logits, 1e-4
     )
+
+
+# models of our own, with the flag --tiles
+
+
+@pytest.fixture(scope="module")
+def own(lesson, tmp_path_factory):
+    """A tiny CLIP and a tiny language model of 512 positions, joined anew -> flags of a run with tiles."""
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer, model = eyes.talker(folder / "first")
+    model.language.save_pretrained(folder / "speaker")
+    tokenizer.save_pretrained(folder / "speaker")
+    return changed(
+        lesson,
+        ckpt_path="",
+        vision_name_or_path=eyes.folder(folder / "eye"),
+        text_name_or_path=str(folder / "speaker"),
+        connector="pool2",
+        tiles=4,
+        lr=0.05,
+        out=str(folder / "out"),
+    )
+
+
+def test_a_model_of_our_own_learns_with_tiles_and_is_read_back(own):
+    """A connector that transformers' LLaVA has not: file and folder give equal image tokens."""
+    cfg = changed(own, out=f"{own.out}/pool", save_model=True)
+    assert len(teach.main(cfg)["losses"]) == 2
+    _, model = llava.load(f"{cfg.out}/model.safetensors")
+    assert model.grids == anyres.candidates(28, 4)
+    _, whole = llava.load(f"{cfg.out}/model")
+    assert whole.grids == model.grids
+    photo = torch.randint(0, 256, (3, 30, 90), dtype=torch.uint8)
+    mine = generation.photo_embeddings(model, photo)
+    g = 2
+    assert (
+        mine.shape[1]
+        == anyres.count_tokens((30, 90), 28, g, model.grids)
+        == model.count_of((30, 90))
+    )
+    other = generation.photo_embeddings(whole, photo)
+    torch.testing.assert_close(other.float(), mine, atol=0.05, rtol=0.05)
+    # as a model of transformers, two pictures of different sizes
+    theirs: Any = AutoModelForImageTextToText.from_pretrained(f"{cfg.out}/model")
+    processor = AutoProcessor.from_pretrained(f"{cfg.out}/model")
+    random = np.random.default_rng(1)
+    pixels = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((30, 90), (50, 37))]
+    images = [Image.fromarray(x) for x in pixels]
+    found = processor(images=images, text="<image> and <image>: what?", return_tensors="pt")
+    photos = [torch.from_numpy(x).permute(2, 0, 1) for x in pixels]
+    seen = torch.cat([generation.photo_embeddings(whole, photo) for photo in photos], 1)
+    ids = found["input_ids"]
+    assert int((ids == whole.image_id).sum()) == seen.shape[1]
+    ours = whole(ids, features=seen).logits.float()
+    logits = theirs(**found).logits.float()
+    # the pictures are resized by PIL there
+    assert torch.corrcoef(torch.stack([ours.flatten(), logits.flatten()]))[0, 1] > 0.999
+    made = theirs.generate(**found, max_new_tokens=3)
+    assert made.shape == (1, ids.shape[1] + 3)
+
+
+def test_a_model_of_our_own_that_llava_next_can_hold_becomes_one(own):
+    """CLIP, mlp2x_gelu and chosen grids; saved after building, before any training, too."""
+    more = {"tiles": 0, "image_grid_pinpoints": tuple(GRIDS), "connector": "mlp2x_gelu"}
+    cfg = changed(own, out=f"{own.out}/mlp", save_model=True, **more)
+    teach.main(cfg)
+    config = json.loads((Path(cfg.out) / "model/config.json").read_text())
+    assert config["model_type"] == "llava_next"
+    assert config["image_grid_pinpoints"] == [list(size) for size in GRIDS]
+    _, model = llava.load(f"{cfg.out}/model.safetensors")
+    assert model.grids == GRIDS
+
+
+def test_a_second_stage_goes_on_with_the_newline_of_the_first(own):
+    first = changed(own, out=f"{own.out}/first", train_type="projector")
+    teach.main(first)
+    usual = Config().model
+    second = changed(
+        replace(first, model=usual), ckpt_path=f"{first.out}/model.safetensors",
+        out=f"{own.out}/second", lr=1e-30, lr_pretrained=1e-30,
+    )  # fmt: skip
+    teach.main(second)
+    written, meta = checkpoint.read(f"{second.out}/model.safetensors")
+    assert torch.equal(
+        written["newline"], checkpoint.read(f"{first.out}/model.safetensors")[0]["newline"]
+    )
+    assert "base" not in meta and meta["tiles"] == [4, []]
+
+
+def test_a_built_folder_has_tiles(own, tmp_path):
+    from vlm.build import Config as BuildConfig
+    from vlm.build import main as build_main
+
+    build_main(BuildConfig(own.model, out=str(tmp_path)))
+    _, model = llava.load(tmp_path / "model")
+    assert model.grids == anyres.candidates(28, 4) and model.newline.abs().max() > 0
+    assert AutoProcessor.from_pretrained(tmp_path / "model").count_of((30, 90)) == model.count_of(
+        (30, 90)
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"tiles": 1}, "--tiles 1"),
+        ({"image_grid_pinpoints": ((28, 56),)}, "one of them"),
+        ({"tiles": 0, "image_grid_pinpoints": ((28, 50),)}, "multiples of the encoder's 28"),
+        ({"connector": "perceiver"}, "perceiver's latents have none"),
+        ({"connector": "mlp2x_gelu", "select": "all"}, "17 tokens are no square"),
+        ({"data_path": ()}, "name --data"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_one_line(own, flags, says):
+    cfg = changed(own, out=f"{own.out}/bad", **flags)
+    with pytest.raises(UserError, match=says):
+        teach.main(cfg)
+    assert not Path(cfg.out).exists()
