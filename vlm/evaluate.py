@@ -68,6 +68,12 @@ def answer_likelihoods(tokenizer, model, features, answers, prompt=QUESTION):
     answer.
     """
     embeds = prompt_embeddings(tokenizer, model, prompt, features)
+    return rank_answers(tokenizer, model, embeds, answers, prompt)
+
+
+@torch.no_grad()
+def rank_answers(tokenizer, model, embeds, answers, prompt=QUESTION):
+    """The same, of the prompt's embeddings (B,T,E)."""
     # answers as ids, each with its end
     targets = []
     for answer in answers:

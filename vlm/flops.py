@@ -60,11 +60,13 @@ def step(
     cached: bool = False,
     lora_rank: int = 8,
     lora_targets: tuple = TARGETS,
+    picture: tuple[int, int] = (672, 672),
 ) -> dict[str, Part]:
     """FLOPs of forward and backward pass -> {"vision", "connector", "language"}.
 
-    config: with vision_config and text_config filled in, as by vlm.build.configurations; images: pictures or tiles of
-    a conversation, whose tokens stand beside `text_tokens` others; cached: features come from a file.
+    config: with vision_config and text_config filled in, as by vlm.build.configurations; images: pictures of a
+    conversation, whose tokens stand beside `text_tokens` others; cached: features come from a file; picture: (height,
+    width), if the configuration has tiles: then every picture is seen whole and in those.
     """
     check(train_type in TRAIN_TYPES, f"there is no --train_type {train_type}")
     check(min(batch, text_tokens) > 0 <= images, "batch, text tokens: above 0; images: 0 or more")
@@ -74,7 +76,9 @@ def step(
     text: Any = config.text_config
     count, tokens = flops_parts.patches(vision)
     seen = count if config.select == "patch" else tokens
-    pictures = batch * images
+    # With tiles a picture is several for the encoder and the connector
+    tiles, picture_tokens = flops_parts.tiles_and_tokens(config, seen, picture)
+    pictures = batch * images * tiles
     everything = train_type == "none"
     # 1. The encoder: forward all of it, backward what is read, if it learns
     encoder, unused = flops_parts.vision_encoder(vision, config.vision_layer)
@@ -94,7 +98,7 @@ def step(
     forward = pictures * joined.forward
     connector_part = Part(forward, pictures * joined.backward(True, everything))
     # 3. The language model: what comes in has a gradient, that of the connector
-    length = images * flops_parts.image_tokens(config, seen) + text_tokens
+    length = images * picture_tokens + text_tokens
     language_part = language(
         text, train_type, batch, length, checkpointing, lora_rank, lora_targets
     )

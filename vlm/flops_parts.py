@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.run import UserError, check
+from vlm import anyres
 from vlm.config import VLMConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of LoRA
@@ -154,6 +155,21 @@ def image_tokens(config: VLMConfig, tokens: int) -> int:
     if name in ("linear", "identity") or (name.startswith("mlp") and name.endswith("x_gelu")):
         return tokens
     raise UserError(f"there is no formula for the connector '{name}'")
+
+
+def tiles_and_tokens(config: VLMConfig, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+    """-> (pictures that the encoder sees of one of `size` (H,W), 1 + T with tiles, and its image tokens).
+
+    tokens: N, of the encoder. What puts tiles together has no products.
+    """
+    count = image_tokens(config, tokens)
+    vision: Any = config.vision_config
+    grids = config.grids(vision.image_size)
+    if not grids:
+        return 1, count
+    g = round(count**0.5)
+    tiles = anyres.count_tiles(size, vision.image_size, grids)
+    return tiles, anyres.count_tokens(size, vision.image_size, g, grids)
 
 
 # Language model

@@ -6,7 +6,7 @@ device, also the seconds that a step takes at least; with `--seconds` of a measu
 
     python vlm/step_cost.py --vision clip-vit-large-patch14-336 --language llama2-7b --connector mlp2x_gelu
     python vlm/step_cost.py --vision clip-vit-large-patch14-336 --language llama2-7b --connector mlp2x_gelu \\
-        --images 5 --only use_lora --checkpointing
+        --tiles 4 --picture 672 672 --only use_lora --checkpointing
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,8 @@ class Config:
     model: Annotated[ModelFlags, tyro.conf.arg(name="")] = ModelFlags()
     only: tuple[str, ...] = ()  # of projector, use_lora, qlora, freeze_vision, none; empty: all
     batch: int = 1  # conversations a device and step
-    images: int = 1  # pictures, or tiles of one, of a conversation
+    images: int = 1  # pictures of a conversation
+    picture: tuple[int, int] = (672, 672)  # height and width of each, with --tiles
     text_tokens: int = 128  # of a conversation, beside its image tokens
     checkpointing: bool = False  # keep the inputs of layers only
     cached: bool = False  # features of the encoder come from a file
@@ -56,6 +57,7 @@ def row(cfg: Config, model: VLMConfig, name: str) -> dict[str, Any]:
     train_type, quantize = WAYS[name]
     shape = {"batch": cfg.batch, "text_tokens": cfg.text_tokens, "images": cfg.images}
     shape |= {"checkpointing": cfg.checkpointing, "cached": cfg.cached, "lora_rank": cfg.lora_rank}
+    shape["picture"] = cfg.picture
     # FLOPs, by part
     parts = flops.step(model, train_type, **shape)
     found: dict[str, Any] = {}
@@ -92,6 +94,7 @@ def main(cfg: Config) -> dict:
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(WAYS)}")
     check(min(cfg.tflops, cfg.seconds) >= 0, "--tflops and --seconds must be 0 or more")
     check(not cfg.seconds or cfg.tflops, "MFU needs the peak of the device: --tflops")
+    check(min(cfg.picture) > 0, "--picture: height and width, above 0")
     model = configurations(configuration(cfg.model))
     rows = {name: row(cfg, model, name) for name in cfg.only or WAYS}
     folder = run.output(cfg.out, cfg)

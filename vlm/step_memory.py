@@ -43,6 +43,8 @@ def predict(config: VLMConfig, step: Step) -> dict[str, Any]:
         counted = {
             name: numbers(getattr(model, name)) for name in ("vision", "connector", "language")
         }
+        if model.newline is not None:  # learns with the connector
+            counted["connector"]["trained"] += model.newline.numel()
         tracker = Tracker(*memory_trace.initial_tensors(model, batch, engine))
         tracker.mark(batch.values(), "inputs")
         with tracker:

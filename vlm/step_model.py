@@ -13,6 +13,7 @@ from torch import nn
 
 from training.memory_model import Linear4bit, LoRALinear
 from utils.run import check
+from vlm import anyres
 from vlm.config import VLMConfig
 from vlm.flops import TRAIN_TYPES
 from vlm.flops_parts import TARGETS
@@ -28,11 +29,12 @@ class Step:
     )
     quantize: bool = False  # the frozen language model in 4 bits: QLoRA
     batch: int = 1  # conversations
-    images: int = 1  # pictures, or tiles of one, of a conversation
+    images: int = 1  # pictures of a conversation
     text_tokens: int = 128  # of a conversation, beside its image tokens
     checkpointing: bool = False  # of the layers of what has a backward pass
     cached: bool = False  # features come from a file: no encoder
     lora_rank: int = 8
+    picture: tuple[int, int] = (672, 672)  # height and width, if the configuration has tiles
     zero: int = 0  # stage of ZeRO; 3 is what FSDP does, too
     world_size: int = 1
     # what the trace of training/memory_trace.py asks for, too
@@ -61,6 +63,16 @@ def check_step(step: Step) -> None:
 
 class StepVLM(VLM):
     """The same model; its texts are known to fit, so that no number needs to be looked at."""
+
+    sizes: tuple = ()  # with tiles, of all pictures
+
+    def get_image_features(self, pixel_values, image_sizes=None):
+        """Tiles of all pictures one after the other, whose sizes are known -> one sequence (1,N,E)."""
+        tokens = self.project(pixel_values)
+        if not self.grids:
+            return tokens
+        side = self.vision.size
+        return anyres.pack_all(tokens, self.sizes, side, self.grids, self.newline)[None]
 
     def embed(self, input_ids, image_features=None):
         places = input_ids == self.config.image_token_id
@@ -94,6 +106,7 @@ def build(config: VLMConfig, step: Step, attention: str = "fused") -> Any:
         model.vision.network.config._attn_implementation = attention
     if step.cached:
         model.vision.network = nn.Identity()  # weighs nothing, and is not called
+    model.sizes = (step.picture,) * (step.batch * step.images)
     # ZeRO's units are the first list of layers that it meets: let it be that of the language model
     model._modules["vision"] = model._modules.pop("vision")
     set_types(model, step)
@@ -124,6 +137,9 @@ def set_types(model: Any, step: Step) -> None:
         for p in part.parameters():
             p.data = p.data.to(learned)
             p.requires_grad_(True)
+    if model.newline is not None:
+        model.newline.data = model.newline.data.to(learned)
+        model.newline.requires_grad_(True)
 
 
 def add_adapters(language: Any, step: Step, learned: torch.dtype) -> None:
@@ -143,11 +159,18 @@ def add_adapters(language: Any, step: Step, learned: torch.dtype) -> None:
 
 def inputs(model: Any, step: Step) -> dict[str, torch.Tensor]:
     """One batch: pictures, or features of them, and texts with places for their tokens; learned are all of them."""
-    seen = step.images * model.image_tokens
+    tiles = 1
+    picture_tokens = model.image_tokens
+    if model.grids:
+        side = model.vision.size
+        g = round(picture_tokens**0.5)
+        tiles = anyres.count_tiles(step.picture, side, model.grids)
+        picture_tokens = anyres.count_tokens(step.picture, side, g, model.grids)
+    seen = step.images * picture_tokens
     ids = torch.ones(step.batch, seen + step.text_tokens, dtype=torch.long)
     ids[:, 1 : 1 + seen] = model.config.image_token_id
     batch = {"input_ids": ids, "labels": torch.ones_like(ids)}
-    pictures = step.batch * step.images
+    pictures = step.batch * step.images * tiles
     if not pictures:
         return batch
     size = model.vision.size

@@ -41,6 +41,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "connector": "perceiver", "perceiver": PERCEIVER | {"concat_latents_kv": False},
     },
     "CLIP of equal width, identity": {"connector": "identity", "wide": True},
+    "CLIP, tiles of LLaVA-1.6": {"tiles": 4},
+    "CLIP, pool2, tiles of chosen sizes": {
+        "connector": "pool2", "image_grid_pinpoints": [[28, 56], [84, 28]],
+    },
 }  # fmt: skip
 
 
@@ -51,6 +55,9 @@ def made(vision="clip_vision_model", language="llama", connector="mlp2x_gelu", w
     return VLMConfig(
         connector=connector, vision_config=seen, text_config=text, image_token_id=99, **more
     )
+
+
+PICTURE = (90, 40)  # of those that are tiled
 
 
 def counted(config, step):
@@ -79,7 +86,7 @@ def test_flops_are_those_that_torch_counts(parity, name, train_type):
             flops.step(made(**MODELS[name]), train_type)
         return
     config = made(**MODELS[name])
-    shape = {"batch": 2, "images": 2, "text_tokens": 8}
+    shape = {"batch": 2, "images": 2, "text_tokens": 8, "picture": PICTURE}
     for checkpointing in (False, True):
         parts = flops.step(config, train_type, checkpointing=checkpointing, **shape)
         step = Step(train_type, checkpointing=checkpointing, **shape)
@@ -99,6 +106,17 @@ def test_cached_features_leave_out_the_encoder(parity, train_type):
     theirs = sum(forward.values()) + backward
     ours = flops.total(parts)
     parity("FLOPs", "flops.step, cached features", "FlopCounterMode", ours, theirs, atol=0)
+
+
+def test_tiles_multiply_what_the_encoder_sees():
+    """3 x 1 tiles of 28 pixels beside the whole; 12 rows of 4 cells, each with a newline, behind 16 of the whole."""
+    config = made(tiles=4)
+    assert flops_parts.tiles_and_tokens(config, 16, (84, 28)) == (4, 16 + 12 * 5)
+    assert flops_parts.tiles_and_tokens(made(), 16, (84, 28)) == (1, 16)
+    plain = flops.step(made(), "projector", text_tokens=8)
+    tiled = flops.step(config, "projector", text_tokens=8, picture=(84, 28))
+    for part in ("vision", "connector"):
+        assert tiled[part].total == 4 * plain[part].total
 
 
 def test_texts_alone_and_ranks_of_lora():

@@ -19,6 +19,8 @@ STEPS = {
     "language model": Step("freeze_vision"),
     "everything": Step("none"),
     "5 tiles, connector only": Step("projector", images=5, batch=2),
+    "tiles of LLaVA-1.6, LoRA": Step("use_lora", picture=(90, 40)),
+    "tiles of LLaVA-1.6, cached": Step("projector", picture=(90, 40), cached=True),
     "cached features": Step("use_lora", cached=True),
     "ZeRO-1 of 4": Step("none", zero=1, world_size=4),
     "ZeRO-2 of 4": Step("freeze_vision", zero=2, world_size=4),
@@ -30,14 +32,18 @@ STEPS = {
 @pytest.fixture(scope="module")
 def predicted():
     """{name: what the trace says}."""
-    return {name: step_memory.predict(made(), step) for name, step in STEPS.items()}
+    return {name: step_memory.predict(configuration(name), step) for name, step in STEPS.items()}
+
+
+def configuration(name):
+    return made(tiles=4) if name.startswith("tiles") else made()
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_peak_is_that_of_the_profiler(parity, predicted, name):
     """The same step with numbers: what is missing are Python numbers that an operator makes tensors of."""
     peak = predicted[name]["peak"]
-    real = step_memory.measured(made(), STEPS[name])
+    real = step_memory.measured(configuration(name), STEPS[name])
     parity("Memory", f"step_memory.predict, {name}", "profiler", peak, real, atol=100)
 
 
@@ -164,6 +170,7 @@ def test_mfu_leaves_out_what_is_computed_again(cfg):
         (("--seconds", "1"), "needs the peak"),
         (("--tflops", "-1"), "0 or more"),
         (("--only", "projector", "--batch", "0"), "above 0"),
+        (("--picture", "0", "5"), "--picture"),
     ],
 )
 def test_bad_flags_are_one_line(cfg, flags, line, tmp_path):
