@@ -138,6 +138,9 @@ class TrainConfig:
 
     # none: nothing is frozen
     train_type: TrainType = "use_lora"
+    # what does not learn besides: parts (vision, connector, newline, language), or regular expressions
+    # that names of parameters begin with, such as language.model.layers.[0-9][.]
+    freeze: tuple[str, ...] = ()
     # weights to go on from: a folder or hub id of a LLaVA, or a model.safetensors of this script
     ckpt_path: Annotated[str, arg(aliases=["--model"])] = ""
     # B

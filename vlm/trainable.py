@@ -6,9 +6,12 @@ of 4 or 8 bits: QLoRA, Dettmers et al. 2023, arXiv:2305.14314.
 """
 
 import math
+import re
 
 from finetune import llama2_lora, llama2_qlora
 from finetune.quantization import QuantLinear
+from utils.run import UserError, check
+from utils.text import printable
 
 LORA_TYPES = ("use_lora", "lora_frozen_projector")
 
@@ -20,6 +23,25 @@ def quantize(language, cfg):
         return
     make = llama2_qlora.by_bitsandbytes if quant.backend == "bitsandbytes" else QuantLinear
     llama2_qlora.store(language, quant.bits, quant.codebook, double=quant.double_quant, make=make)
+
+
+def freeze(model, patterns):
+    """--freeze: parameters whose names begin with a part or match a regular expression do not learn.
+
+    Raises UserError for what is no regular expression, fits nothing that learns, or leaves nothing.
+    """
+    for pattern in patterns:
+        try:
+            fits = re.compile(pattern).match
+        except re.error as error:
+            wrong = f"--freeze {printable(pattern)}: no regular expression: {error}"
+            raise UserError(wrong) from None
+        found = [p for name, p in model.named_parameters() if p.requires_grad and fits(name)]
+        check(found, f"--freeze {printable(pattern)}: nothing that learns has such a name")
+        for p in found:
+            p.requires_grad_(False)
+    left = any(p.requires_grad for p in model.parameters())
+    check(left, "--freeze leaves nothing to learn")
 
 
 def set_trainable(model, cfg):
@@ -47,6 +69,13 @@ def set_trainable(model, cfg):
     # the vision tower
     if kind == "none":
         model.vision.float().requires_grad_(True)
+    # and of all that what is to stay
+    freeze(model, cfg.train.freeze)
+    sees = any(p.requires_grad for p in model.vision.parameters())
+    check(
+        sees or kind != "none",
+        "--freeze leaves nothing of the vision tower to learn: take --train_type freeze_vision",
+    )
 
 
 def lr_multipliers(train, step):

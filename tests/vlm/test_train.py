@@ -126,6 +126,49 @@ def test_what_moves_is_what_was_asked_for(kind, parts):
         assert not [n for n in llama2_lora.names(model) if "vision" in n]
 
 
+@pytest.mark.parametrize(
+    "kind, freeze, parts",
+    [
+        ("none", ("language",), {"connector", "vision"}),
+        ("none", ("language", "connector"), {"vision"}),
+        ("use_lora", ("connector",), {"language"}),
+        ("none", ("language[.]", "vision.*layers.0[.]"), {"connector", "vision"}),
+    ],
+)
+def test_frozen_parts_do_not_move(kind, freeze, parts):
+    """By name, or by a regular expression that begins with a part."""
+    model = llava.assemble(llava_transformers.from_transformers(library()))
+    cfg = run_flags(train_type=kind, freeze=freeze, r=2)
+    trainable.set_trainable(model, cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(trainable.param_groups(model, cfg), 1e-2)
+    for _ in range(2):
+        teach.Learner(model)(batch(), torch.randn(2, 3, 28, 28)).backward()
+        optimizer.step()
+    after = model.state_dict()
+    assert moved(before, after) == parts
+    if "vision.*layers.0[.]" in freeze:
+        changed_layers = {k for k in after if not torch.equal(before[k], after[k])}
+        assert not [k for k in changed_layers if "layers.0." in k]
+        assert [k for k in changed_layers if "layers.1." in k]
+
+
+@pytest.mark.parametrize(
+    "kind, freeze, says",
+    [
+        ("use_lora", ("audio",), "audio: nothing that learns"),
+        ("use_lora", ("vision",), "vision: nothing that learns"),
+        ("use_lora", ("(",), "no regular expression"),
+        ("projector", ("connector",), "nothing to learn"),
+        ("none", ("vision",), "freeze_vision"),
+    ],
+)
+def test_what_cannot_be_frozen_is_one_line(kind, freeze, says):
+    model = llava.assemble(llava_transformers.from_transformers(library()))
+    with pytest.raises(UserError, match=says):
+        trainable.set_trainable(model, run_flags(train_type=kind, freeze=freeze))
+
+
 def test_new_and_old_parts_have_their_own_rates():
     model = llava.assemble(llava_transformers.from_transformers(library()))
     cfg = run_flags(r=2, lr=0.1, lr_pretrained=0.01)
