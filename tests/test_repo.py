@@ -35,6 +35,7 @@ MEASURE |= {
     "roofline",
     "step_cost",
     "strategies",
+    "tiles_study",
     "train_trainer",
     "trainer_speed",
 }

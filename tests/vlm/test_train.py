@@ -158,6 +158,7 @@ def test_frozen_parts_do_not_move(kind, freeze, parts):
     [
         ("use_lora", ("audio",), "audio: nothing that learns"),
         ("use_lora", ("vision",), "vision: nothing that learns"),
+        ("use_lora", ("layers",), "layers: nothing that learns"),
         ("use_lora", ("(",), "no regular expression"),
         ("projector", ("connector",), "nothing to learn"),
         ("none", ("vision",), "freeze_vision"),
