@@ -92,16 +92,23 @@ def test_a_run_reports_tokens_a_second_and_mfu(lesson, monkeypatch, capsys):  # 
     cfg = changed(lesson, out=lesson.out + "/mfu", save_steps=2, packing=False)
     seen = []
     add = train_flops.Throughput.add
-    monkeypatch.setattr(
-        train_flops.Throughput, "add", lambda self, *part: (add(self, *part), seen.append(self))
-    )
+
+    def record(self, *part):
+        add(self, *part)
+        # this part by itself
+        one = train_flops.Throughput(self.model, self.cfg)
+        add(one, *part)
+        seen.append((one.tokens, one.flops))
+
+    monkeypatch.setattr(train_flops.Throughput, "add", record)
     for flags in ({"steps": 2}, {"steps": 5, "resume": True}):
         seen.clear()
         found = train.main(changed(cfg, lr_scheduler_type="constant", **flags))
         assert len(seen) == (3 if "resume" in flags else 2)
         seconds = found["train_seconds"]
-        assert found["tokens_a_second"] == pytest.approx(seen[-1].tokens / seconds)
-        assert found["mfu"] == pytest.approx(seen[-1].flops / (seconds * 1e9))
+        tokens, flops = map(sum, zip(*seen, strict=True))
+        assert found["tokens_a_second"] == pytest.approx(tokens / seconds)
+        assert found["mfu"] == pytest.approx(flops / (seconds * 1e9))
     printed = capsys.readouterr().out
     assert "tokens_a_second" in printed and "mfu" in printed
     metrics = json.loads((Path(cfg.out) / "metrics.json").read_text())
