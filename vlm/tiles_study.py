@@ -2,11 +2,11 @@
 
 A picture of 448 x 448 pixels holds one of eight emoji somewhere, 48 pixels wide. An encoder of 224 pixels
 sees it in 24; in one of four tiles in all 48. Both runs are vlm/train.py on the same rows, pictures, seed
-and number of steps, and are judged by answer likelihood on other pictures. The first figure cuts a photo
-into its tiles and counts their tokens.
+and number of steps, and are judged by answer likelihood on other pictures. Before them a linear probe says
+what the vision features hold. The figure cuts a photo into its tiles and counts their tokens.
 
-    python vlm/tiles_study.py                   # the table of vlm/tiles.md
-    python vlm/tiles_study.py --pictures 64 --judged 16 --steps 4
+    python vlm/tiles_study.py --no-train        # the table of vlm/tiles.md: the probe alone
+    python vlm/tiles_study.py                   # both runs, too
 """
 
 import time
@@ -15,11 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from utils import data, figures, run
 from utils.run import check
-from vlm import anyres, conversations, evaluate, generation, llava, train
+from vlm import (
+    anyres,
+    conversations,
+    evaluate,
+    generation,
+    llava,
+    tile_data,
+    tower,
+    train,
+    views,
+)
 from vlm.train_config import Config as TrainConfig
 from vlm.train_config import changed
 
@@ -37,6 +48,8 @@ class Config:
     judged: int = 96  # other pictures
     steps: int = 100  # of each run
     batch: int = 8  # conversations a step
+    train: bool = True  # both runs; else the linear probe alone
+    probe_steps: int = 300  # of 32 pictures
     tiles: int = 4  # at most so many of a picture, in the second run
     emoji: int = 48  # width of an emoji in the picture, pixels
     photo: str = str(PHOTO)  # that is drawn in tiles
@@ -71,6 +84,40 @@ def write_scenes(folder, count, cfg, part):
         shown.append(name)
     run.write_json(folder / "chat.json", rows)
     return shown
+
+
+def place_features(vision_tower, folder, count, tiles):
+    """Vision features of all places of pictures, of the whole, and with tiles of those, too: bf16
+    (count, K, D)."""
+    paths = [folder / f"{number:04}.png" for number in range(count)]
+    if not tiles:
+        return views.features(vision_tower, paths).tensor()[0]
+    grids = anyres.candidates(vision_tower.size, tiles)
+    sizes = [(SIDE, SIDE)] * count
+    found = tile_data.tile_features(vision_tower, paths, sizes, grids, views.Files())
+    return torch.stack([found(number).flatten(0, 1) for number in range(count)])
+
+
+def probe(learn, names, judged, truths, cfg):
+    """Multiple-instance probe: a matrix scores every place, the largest decides -> fraction of right
+    answers on other pictures.
+
+    Features (P,K,D); log sum exp over the places takes the place of the largest while it learns.
+    """
+    run.seed(cfg.seed)
+    labels = torch.tensor([NAMES.index(name) for name in names])
+    weight = torch.zeros(learn.shape[-1], len(NAMES), requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], 1e-3)
+    for _ in range(cfg.probe_steps):
+        chosen = torch.randint(len(learn), (32,))
+        scores = (learn[chosen].float() @ weight).logsumexp(1)
+        loss = F.cross_entropy(scores, labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = (judged.float() @ weight.detach()).logsumexp(1).argmax(1)
+    right = found == torch.tensor([NAMES.index(name) for name in truths])
+    return float(right.float().mean())
 
 
 def train_run(cfg, folder, tiles):
@@ -138,14 +185,24 @@ def main(cfg: Config) -> dict:
     """Draw a photo in tiles, then both runs."""
     least = min(cfg.pictures, cfg.judged, cfg.steps, cfg.batch)
     check(least > 0, "--pictures, --judged, --steps, --batch: above 0")
+    check(cfg.probe_steps > 0, "--probe_steps must be above 0")
     check(cfg.tiles > 1, "--tiles: 2 or more; the other run has none")
     check(8 <= cfg.emoji <= SIDE, f"--emoji: 8 to {SIDE} pixels")
     folder = run.output(cfg.out, cfg)
     draw_tiles(folder / "tiles.png", cfg.photo, 224, cfg.tiles, 3)
     write_scenes(folder / "learn", cfg.pictures, cfg, 0)
     shown = write_scenes(folder / "judged", cfg.judged, cfg, 1)
+    # linear probe on the features alone
     rows = {}
+    vision_tower = tower.load("efficientnet")
+    names = [NAMES[number % len(NAMES)] for number in range(cfg.pictures)]
     for tiles in (0, cfg.tiles):
+        learn = place_features(vision_tower, folder / "learn", cfg.pictures, tiles)
+        judged = place_features(vision_tower, folder / "judged", cfg.judged, tiles)
+        share = probe(learn, names, judged, shown, cfg)
+        rows[f"probe, --tiles {tiles}"] = {"right of 8": share, "places": learn.shape[1]}
+    # both runs of training
+    for tiles in (0, cfg.tiles) if cfg.train else ():
         clock = time.process_time()
         found = train_run(cfg, folder, tiles)
         seconds = time.process_time() - clock

@@ -53,6 +53,9 @@ def test_both_runs_have_the_same_flags_but_tiles(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr(tiles_study.train, "main", lambda cfg: runs.append(cfg) or FOUND)
     monkeypatch.setattr(tiles_study, "accuracy", lambda path, folder, shown: (len(str(path)), 9))
+    monkeypatch.setattr(tiles_study.tower, "load", lambda name: None)
+    monkeypatch.setattr(tiles_study, "place_features", lambda *about: torch.zeros(8, 4, 2))
+    monkeypatch.setattr(tiles_study, "probe", lambda *about: 0.5)
     found = tiles_study.main(cfg(tmp_path))
     assert [one.model.tiles for one in runs] == [0, 4]
     first, second = (one.data for one in runs)
