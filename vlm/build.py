@@ -40,8 +40,10 @@ class Config:
     out: str = "outputs/build"  # the model's folder is OUT/model
 
 
-def build(config: VLMConfig) -> tuple[Any, Any]:
+def build(config: VLMConfig, seed: int = 0) -> tuple[Any, Any]:
     """-> (model, processor): encoder and language model with their weights, a connector that knows nothing.
+
+    seed: of the connector's weights, and of the row of <image>: as vlm/train.py --seed draws them.
 
     Raises UserError for a name that leads nowhere, and for parts that do not fit together.
     """
@@ -50,14 +52,16 @@ def build(config: VLMConfig) -> tuple[Any, Any]:
     from vlm.modeling import assemble
     from vlm.processor import VLMProcessor
 
-    # 1. The parts with their weights; <image> becomes a token of the vocabulary
+    # 1. The parts with their weights
     size = config.img_size or None
     vision = tower.load(config.vision_name_or_path, config.vision_layer, config.select, size)
     tokenizer, language = llava_parts.language_model(config.text_name_or_path)
+    # 2. <image> becomes a token of the vocabulary; a new connector
+    run.seed(seed)
     image_token_id = prompts.add_words(tokenizer, language)
     width = language.config.get_text_config().hidden_size
     new = connector.build(config.connector, vision.width, width, **config.connector_options())
-    # 2. One precision, and one model
+    # 3. One precision, and one model
     if hasattr(vision.network, "config"):
         vision.to(language.dtype)  # not all of the model: rotary frequencies stay in fp32
     model = assemble(config, vision, new.to(language.dtype), language, image_token_id)
@@ -135,7 +139,6 @@ def table(found: dict[str, Any]) -> str:
 
 def main(cfg: Config) -> dict:
     """Build and save, or count."""
-    run.seed(cfg.seed)
     folder = run.output(cfg.out, cfg)
     if cfg.dry_run:
         found = sizes(configuration(cfg.model))
@@ -146,7 +149,7 @@ def main(cfg: Config) -> dict:
     # Whole or not at all: a folder that is there already is not overwritten
     target = folder / "model"
     check(not target.exists(), f"{target} is there already: choose another place with --out")
-    model, processor = build(configuration(cfg.model))
+    model, processor = build(configuration(cfg.model), cfg.seed)
     pretrained.save(model, processor, target)
     parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
     counted = {f"{name} parameters": parameters(part) for name, part in parts.items()}

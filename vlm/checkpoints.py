@@ -74,6 +74,8 @@ def about(cfg, tokenizer=None):
         named["sparsity_plugins"] = list(model.sparsity_plugins)
     if model.img_size:
         named["img_size"] = model.img_size
+    if cfg.train.seed:
+        named["seed"] = cfg.train.seed
     return common | named
 
 

@@ -77,6 +77,18 @@ def use_template(tokenizer, name_or_path=""):
         raise UserError(f"chat template {printable(name)}: {error}; {mend}") from None
 
 
+def template_change(learned, tokenizer, name_or_path):
+    """A line that warns if a model goes on in another chat template than the one that it brings; "" if it does not."""
+    if not learned or learned == tokenizer.chat_template:
+        return ""
+    names = {text: name for name, text in TEMPLATES.items()}
+    before = names.get(learned, "of its own")
+    return (
+        f"warning: --template {printable(name_or_path)}: the model brings the chat template "
+        f"{before} and may have learned it; from now on it learns the other, and forgets it"
+    )
+
+
 def read_template(path):
     """A Jinja file -> its text. Raises UserError: it cannot be read, is not UTF-8, or is
     empty."""
