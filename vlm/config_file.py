@@ -53,11 +53,13 @@ def by_key(values: dict, prefix: str = "--") -> Iterator[tuple[str, list[str]]]:
         check(plain, f"a key of the file is no name of a flag: {printable(key)}")
         flag = f"{prefix}{key}"
         if isinstance(value, dict):
+            # a section: its keys, with its name before them unless its flags have no prefix
             plain_section = prefix == "--" and key in PLAIN
             yield from by_key(value, prefix if plain_section else f"{flag}.")
             continue
         if value is None:
             continue
+        # a flag and its words
         words = [flag, str(value)]
         if isinstance(value, bool):
             words = [flag if value else f"{prefix}no-{key}"]
@@ -115,6 +117,7 @@ def with_file(args: list[str], config: type | None = None) -> list[str]:
     if not equals:
         check(place < len(args) - 1, "--config: name a YAML or JSON file")
         path = rest.pop(place)
+    # values are checked before any flag hides them
     values = read_file(path)
     if config is not None:
         check_values(config, values, path)

@@ -142,6 +142,7 @@ def read(folder) -> Adapter:
     merge = "merge it with PEFT (merge_and_unload, save_pretrained), and name that folder"
     plain = not config.get("use_dora") and not config.get("use_rslora")
     check(plain and config.get("bias") in (None, "none"), f"{where} is no plain LoRA: {merge}")
+    # loRA by layer and matrix, and what was trained whole, under our names
     lora = {}
     connector = {}
     for key, x in tensors.items():
@@ -153,6 +154,7 @@ def read(folder) -> Adapter:
             ours = name.startswith("connector.") and ".lora_" not in name
             check(ours, f"{where} adapts {printable(name)}, not the language model alone: {merge}")
             connector[name.removeprefix("connector.")] = x
+    # A (r,in) and B (out,r) of the rank that the configuration says
     ranks = {x.shape[0] if name.endswith(".A") else x.shape[-1] for name, x in lora.items()}
     fits = ranks == {config["r"]}
     check(fits, f"{where}: its matrices are not of the rank {config['r']} that it says")
@@ -175,10 +177,12 @@ def with_adapter(cfg):
     check(lora, f"{flag}: goes with --train_type use_lora")
     overwritten = Path(source).resolve() == (Path(cfg.out) / "adapter").resolve()
     check(not overwritten, f"--out {cfg.out} holds --adapter: choose another place with --out")
+    # ends of the names of its layers, as --lora.target_modules takes them
     found = read(source)
     layers = {name.rpartition(".")[0] for name in found.lora}
     ends = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
     theirs = {"r": found.rank, "lora_alpha": float(found.alpha), "target_modules": ends}
+    # a flag may repeat what the adapter says, and nothing else
     usual = LoraConfig()
     for name, value in theirs.items():
         given = getattr(cfg.lora, name)
@@ -196,6 +200,7 @@ def fill(model, folder):
     Raises UserError if it is for other layers, or for other shapes.
     """
     found = read(folder)
+    # every matrix of the model has its place in the file, and the other way round
     wanted = {}
     for name in llama2_lora.names(model.language):
         layer = model.language.get_submodule(name)
