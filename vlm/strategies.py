@@ -82,6 +82,7 @@ def draw(path, rows):
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
+    # a point for each strategy; its area says how much memory
     for name, r in rows.items():
         ax.scatter(r["CPU s a step"], r["14 kinds"], s=r["MiB"] / 15, alpha=0.6)
         point = (r["CPU s a step"], r["14 kinds"])
@@ -94,6 +95,7 @@ def draw(path, rows):
 
 def main(cfg: Config) -> dict:
     """Run what was asked for, one after the other."""
+    # flags, before hours of training
     unknown = set(cfg.only) - STRATEGIES.keys()
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}")
     check(
@@ -109,6 +111,7 @@ def main(cfg: Config) -> dict:
         check(done.returncode == 0, f"the run of {name} failed")
         metrics = json.loads((folder / name / "metrics.json").read_text("utf-8"))
         rows[name] = row(metrics, cfg.steps)
+    # side by side
     draw(folder / "compare.png", rows)
     return run.report(folder, rows)
 
