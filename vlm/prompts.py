@@ -132,6 +132,7 @@ def tokens_behind(tokenizer, before, text):
     def ids_of(part):
         return tokenizer(part, add_special_tokens=False).input_ids
 
+    # the end of what stands before, alone and with the text: what is new are its tokens
     context = before[-CONTEXT:]
     known = ids_of(context)
     both = ids_of(context + text)
@@ -154,9 +155,11 @@ def chat(tokenizer, turns, count, system=""):
         """What somebody typed: the names of special words in it are plain text, all but <image>."""
         return IMAGE.join(plain(part, tokenizer) for part in text.split(IMAGE))
 
+    # control tokens in what somebody typed become letters
     written = []
     for question, answer in turns:
         written.append((typed(question), None if answer is None else plain(answer, tokenizer)))
+    # prompt, target, prompt, target, ...: each tokenized by itself, behind what came before
     ids = []
     supervised = []
     before = ""

@@ -64,6 +64,7 @@ def row(cfg: Config, model: VLMConfig, name: str) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """TFLOPs by part, then GB by kind, a line for each way."""
+    # FLOPs of each part, forward and backward
     parts = ("vision", "connector", "language")
     names = [f"{part}, {way}" for part in parts for way in ("forward", "backward")]
     lines = [f"{'TFLOPs':>14}" + "".join(f"{name:>21}" for name in names) + f"{'step':>10}"]
@@ -80,6 +81,7 @@ def main(cfg: Config) -> dict:
     check_ways(cfg.only)
     check(min(cfg.tflops, cfg.seconds) >= 0, "--tflops and --seconds must be 0 or more")
     check(not cfg.seconds or cfg.tflops, "MFU needs the peak of the device: --tflops")
+    # Configurations only, then each way to train
     model = configurations(configuration(cfg.model))
     rows = {name: row(cfg, model, name) for name in cfg.only or WAYS}
     folder = run.output(cfg.out, cfg)
@@ -88,6 +90,7 @@ def main(cfg: Config) -> dict:
     for name, one in rows.items():
         found[f"{name}, TFLOPs"] = one["flops"] / 1e12
         found[f"{name}, peak GB"] = one["peak"] / 1e9
+        # Against a device: the time that its peak would need, and what a measured step reached
         if cfg.tflops:
             found[f"{name}, seconds at least"] = one["flops"] / (1e12 * cfg.tflops)
         if cfg.seconds:
