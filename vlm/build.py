@@ -85,6 +85,7 @@ def configurations(config: VLMConfig) -> VLMConfig:
     """Fill in what the parts are, without their weights. Raises UserError for a name that leads nowhere."""
     from transformers import AutoConfig, CLIPVisionConfig
 
+    # Encoder: a name that needs no network, none for EfficientNet, or what the folder or hub says
     name = config.vision_name_or_path
     if name == "clip-vit-large-patch14-336":
         config.vision_config = CLIPVisionConfig(**presets.CLIP)
@@ -95,6 +96,7 @@ def configurations(config: VLMConfig) -> VLMConfig:
             reason = printable(str(error).partition("\n")[0])
             raise UserError(f"no vision encoder at '{printable(name)}': {reason}") from None
         config.vision_config = getattr(vision, "vision_config", vision)
+    # Language model: a name of training/presets.py, or what the folder or hub says
     name = config.text_name_or_path
     config.text_config = presets.configuration("smollm2-135m" if name == "smollm2" else name)
     return config
@@ -107,6 +109,7 @@ def parameters(part: nn.Module) -> int:
 
 def lora_parameters(language: Any, rank: int = LORA_RANK) -> int:
     """Numbers of LoRA beside every matrix but the embeddings: rank x (inputs + outputs). Hu et al. 2021, Sec. 4.1."""
+    # Embeddings are no linear layer, and the head is tied to them in many models
     head = language.get_output_embeddings()
     linears = [m for m in language.modules() if isinstance(m, nn.Linear) and m is not head]
     return sum(rank * (m.in_features + m.out_features) for m in linears)
@@ -126,11 +129,13 @@ def sizes(config: VLMConfig) -> dict[str, Any]:
 
     with torch.device("meta"):
         model = VLM(configurations(config))
+    # Numbers of each part, and of LoRA beside the language model's matrices
     vision = parameters(model.vision)
     connector = parameters(model.connector)
     language = parameters(model.language)
     lora = lora_parameters(model.language)
     every = {"vision": vision, "connector": connector, "language": language}
+    # Each way to train: what is frozen, what learns
     bytes_of = {
         "answer (bf16)": 2 * (vision + connector + language),
         "train the connector": training_memory(vision + language, connector),

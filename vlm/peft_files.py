@@ -84,6 +84,7 @@ def write(cfg, weights, model, tokenizer):
     """
     if not any(key.startswith("lora.") for key in weights):
         return
+    # the base model, and what its class calls its parts
     base, kind, command = base_of(cfg, model)
     beginnings = TO_LLAVA if kind == "llava" else {}
     # every weight under PEFT's name in the base model
@@ -142,7 +143,7 @@ def read(folder) -> Adapter:
     merge = "merge it with PEFT (merge_and_unload, save_pretrained), and name that folder"
     plain = not config.get("use_dora") and not config.get("use_rslora")
     check(plain and config.get("bias") in (None, "none"), f"{where} is no plain LoRA: {merge}")
-    # loRA by layer and matrix, and what was trained whole, under our names
+    # LoRA by layer and matrix, and what was trained whole, under our names
     lora = {}
     connector = {}
     for key, x in tensors.items():
@@ -172,6 +173,7 @@ def with_adapter(cfg):
     source = cfg.train.adapter
     if not source:
         return cfg
+    # LoRA in training, and results in another place
     flag = f"--adapter {printable(source)}"
     lora = cfg.train.train_type in ("use_lora", "lora_frozen_projector")
     check(lora, f"{flag}: goes with --train_type use_lora")
