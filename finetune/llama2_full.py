@@ -216,6 +216,7 @@ def by_peft(cfg, bench, model, network):
     model.peft_config["default"].base_model_name_or_path = base
     metrics = experiment(cfg, bench, network, model)
     model.save_pretrained(bench.folder / "adapter")
+    checkpoint.shared_mode(bench.folder / "adapter")
     print(adapters.usage(bench.folder / "adapter", base))
     return metrics | {"checkpoint_MiB": size(bench.folder / "adapter")}
 

@@ -28,7 +28,7 @@ import torch
 from finetune import adapters, llama2_full, peft_io, sentiment, task_setup
 from finetune.lora_inject import check_rank, find, inject, merge, names, refuse_tied
 from finetune.lora_layers import ADAPTERS, FEEDFORWARD, Variant
-from utils import figures, pretrained, run
+from utils import checkpoint, figures, pretrained, run
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def main(cfg: Config) -> dict:
     # the adapter alone, in PEFT's files
     if cfg.backend == "peft":
         model.save_pretrained(folder / "adapter")
+        checkpoint.shared_mode(folder / "adapter")
     else:
         peft_io.save(model, folder / "adapter", cfg, base, cfg.also)
         how_far = "relative change of the weight"

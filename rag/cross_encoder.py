@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from rag import chunking, corpus, faiss_store, raw_rag
-from utils import assets, run
+from utils import assets, checkpoint, run
 from utils.run import UserError
 
 WEIGHTS = Path(__file__).parent / "weights" / "cross_encoder"
@@ -153,4 +153,5 @@ def fit(cfg, folder):
     examples = training_examples(cfg, raw_rag.embedder(cfg.embedder))
     losses = list(run.progress(train(model, tokenizer, examples, cfg), cfg.train))
     model.to(torch.bfloat16).save_pretrained(folder)
+    checkpoint.shared_mode(folder)
     return losses

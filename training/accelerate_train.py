@@ -144,6 +144,7 @@ def worker(cfg):
         whole: Any = accelerator.unwrap_model(model)
         target = folder / ("adapter" if cfg.method == "lora" else "model")
         whole.save_pretrained(target)
+        checkpoint.shared_mode(target)
         tokenizer.save_pretrained(target)
     # What this rank holds
     states = ranks.states(model, optimizer)

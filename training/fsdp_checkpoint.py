@@ -66,6 +66,7 @@ def save_full(model, cfg, folder):
             run.seed(cfg.seed)
             base = (folder / "base").resolve()
             tiny.llama(cfg.width, cfg.layers).save_pretrained(base)
+            checkpoint.shared_mode(base)
             model.peft_config["default"].base_model_name_or_path = str(base)
             model.peft_config["default"].save_pretrained(folder)
         else:

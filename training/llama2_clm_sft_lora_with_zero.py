@@ -179,6 +179,7 @@ def worker(cfg):
         target = folder / ("adapter" if cfg.method == "lora" else "model")
         network: Any = engine.module
         network.save_pretrained(target, state_dict=trained)
+        checkpoint.shared_mode(target)
         tokenizer.save_pretrained(target)
         run.write_json(folder / "config.json", asdict(cfg))
     # What this rank holds

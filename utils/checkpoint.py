@@ -58,6 +58,17 @@ def write(path: str | Path, tensors: dict[str, torch.Tensor], meta: Any = None) 
     return path
 
 
+def shared_mode(folder: str | Path) -> None:
+    """Give the weights in a folder the mode that the umask asks for; the safetensors library writes them as 0600."""
+    # What a plain new file gets here (the umask itself cannot be read without changing it)
+    probe = Path(folder) / f".mode.{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], Any]:
     """-> (tensors, meta). Raises UserError if the file is missing, cut short, not ours, or not what its hash says."""
     path = Path(path)

@@ -19,6 +19,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from utils.assets import fetch
+from utils.checkpoint import shared_mode
 from utils.run import UserError, check
 from utils.text import printable, read_text
 
@@ -125,12 +126,17 @@ def convert(folder: Path, asset: Path | None = None) -> None:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer as an ordinary folder, whole or not at all; what was there before is replaced."""
+    """Write model and tokenizer (or processor) as an ordinary folder, whole or not at all; what was there is replaced.
+
+    Raises UserError if it cannot be written.
+    """
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             ready = Path(temporary) / "ready"
             model.save_pretrained(ready)
             tokenizer.save_pretrained(ready)
+            shared_mode(ready)
             shutil.rmtree(folder, ignore_errors=True)
             ready.rename(folder)
     except OSError as error:

@@ -38,11 +38,11 @@ def clean(text: str) -> str:
 def cli(
     main: Callable[[Any], Any],
     config: type,
-    expand: Callable[[list[str]], list[str]] = lambda args: args,
+    expand: Callable[[list[str], type], list[str]] = lambda args, config: args,
 ) -> Any:
     """Parse the command line into the dataclass `config`, run main; a UserError becomes one line and exit code 2.
 
-    expand: what is done with the arguments first, such as reading those of a file.
+    expand: what is done with the arguments first, such as reading those of a file; it is given them and `config`.
     """
     # Launchers add --local-rank=0 or --local_rank=0; LOCAL_RANK in the environment says the same
     args = [a for a in sys.argv[1:] if not a.startswith(("--local-rank=", "--local_rank="))]
@@ -50,7 +50,7 @@ def cli(
         for argument in args:
             whole = argument == clean(argument)
             check(whole, f"'{clean(argument)}' is not UTF-8; write it in UTF-8, or rename the file")
-        return main(tyro.cli(config, args=expand(args)))
+        return main(tyro.cli(config, args=expand(args, config)))
     except UserError as error:
         line = f"error: {clean(str(error))}"
         print(line, file=sys.stderr)

@@ -82,6 +82,8 @@ def about(cfg, tokenizer=None):
         named["img_size"] = model.img_size
     if model.tiles or model.image_grid_pinpoints:
         named["tiles"] = [model.tiles, [list(size) for size in model.image_grid_pinpoints]]
+    if cfg.train.seed:
+        named["seed"] = cfg.train.seed
     return common | named
 
 

@@ -39,6 +39,7 @@ class Counter:
 
     def add(self):
         worker = torch.utils.data.get_worker_info()
+        # place 0 is the main process; no two workers write to one place
         self.counts[worker.id % 255 + 1 if worker else 0] += 1
 
     def total(self):
@@ -90,6 +91,7 @@ class Collator:
     def candidates(self, sample):
         """The sample itself, then others with images, in an order that depends on nothing else."""
         yield sample
+        # drawn by the broken sample alone: a repeated run finds the same stand-in
         random = np.random.default_rng(zlib.crc32(repr(sample["images"]).encode()))
         for i in random.permutation(len(self.samples))[:LOOK_AT]:
             one = self.samples[i]
@@ -116,6 +118,7 @@ class Collator:
             try:
                 # a copy: a sample that is there twice has its own images each time
                 return dict(one), self.images(one, sample.get("place"))
+            # no picture is broken where a flag is missing
             except DownloadsOff:
                 raise
             except BROKEN as error:
@@ -140,4 +143,5 @@ class Collator:
             found = [(s, pictures[id(s)]) for row in rows for s in row]
         else:
             batch = pad([s for s, _ in found], self.pad_id)
+        # images in the order of the rows, one behind the other
         return batch | stacked([image for _, several in found for image in several])

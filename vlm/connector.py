@@ -27,6 +27,7 @@ from vlm.token_sparsity import PLUGINS, TokenSparsity, grid
 
 def mlp(depth, dim_in, dim_out):
     """mlp2x_gelu and the like: `depth` matrices, GELU between them. LLaVA-1.5, Sec. 3.3."""
+    # from the width of the vision encoder to that of the language model; all further matrices are square
     layers = [nn.Linear(dim_in, dim_out)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(dim_out, dim_out)]
@@ -46,9 +47,11 @@ class Concat(nn.Module):
         return (-(-round(n**0.5) // self.side)) ** 2
 
     def join(self, x):
+        # tokens back on their grid
         x = grid(x)
         rest = -x.shape[1] % self.side  # a grid of 7 is filled up to 8
         x = F.pad(x, (0, 0, 0, rest, 0, rest))
+        # features of a square side by side: R times as wide, R times fewer tokens
         return rearrange(x, "b (h p) (w q) d -> b (h w) (p q d)", p=self.side, q=self.side)
 
     def forward(self, x):
@@ -95,9 +98,11 @@ def build(name, dim_in, dim_out, sparsity_plugins=(), **options):
     Raises UserError for a name that there is not, and for a connector that needs a grid of tokens
     behind a plug-in that leaves none.
     """
+    # the connector behind the plug-ins
     connector = by_name(name, dim_in, dim_out, **options)
     if not sparsity_plugins:
         return connector
+    # neighbours need places: a plug-in that keeps a subset has none left
     sparsity = TokenSparsity(sparsity_plugins)
     needs_grid = isinstance(connector, (Concat, Pool))
     last = sparsity_plugins[-1]
@@ -110,6 +115,7 @@ def build(name, dim_in, dim_out, sparsity_plugins=(), **options):
 
 def by_name(name, dim_in, dim_out, **options):
     """A connector by its name, without plug-ins."""
+    # a word, or a word with its number
     known = r"(linear|identity|perceiver)|(mlp)([1-9]\d*)x_gelu|(concat|pool|bilinear)([1-9]\d*)"
     found = re.fullmatch(known, name)
     # its kind and its number: pool3 -> pool, 3
@@ -125,14 +131,17 @@ def by_name(name, dim_in, dim_out, **options):
         )
         return nn.Identity()
     if kind == "concat":
+        # MiniGPT-v2: R neighbours are a square of side R^0.5
         side = round(int(number) ** 0.5)
         check(
             side * side == int(number),
             f"{name}: neighbours are joined in squares: concat4, concat9 ...",
         )
         return Concat(side, dim_in, dim_out)
+    # S x S tokens, whatever the grid was
     if kind in ("pool", "bilinear"):
         return Pool(int(number), dim_in, dim_out, kind)
+    # Flamingo: as many tokens as there are latents
     if kind == "perceiver":
         return PerceiverResampler(dim_in, dim_out, **options)
     names = "linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver"

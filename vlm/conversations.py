@@ -35,6 +35,7 @@ def row(name, image, turns):
 
 def turns_of(one):
     """[(question, answer), ...] of a row."""
+    # questions are at even places, answers at odd ones
     values = [turn["value"] for turn in one["conversations"]]
     return list(zip(values[::2], values[1::2]))
 
@@ -75,6 +76,7 @@ def validate(rows, folder):
 def is_inside(folder, name):
     """Is there a file of this name in the folder, or below it?"""
     try:
+        # a link, or a name with .., may lead out of the folder
         path = folder / name
         return path.resolve().is_relative_to(folder.resolve()) and path.is_file()
     # a name that no file can have: too long, with a NUL or half a character in it
@@ -176,6 +178,7 @@ def shorten(tokenizer, one, count, longest):
         """Tokens of the first n turns."""
         return len(prompts.chat(tokenizer, turns[:n], count)[0])
 
+    # the length grows with every turn: bisection for the last that fits
     fitting = bisect(range(1, len(turns) + 1), longest, key=tokens)
     if not fitting:
         return None

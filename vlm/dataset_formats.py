@@ -40,6 +40,7 @@ def parquet(paths: Iterable[str | Path], rows: int = 64) -> Iterator[dict[str, A
 
     for path in paths:
         try:
+            # some rows at a time: a file of pictures may be larger than the memory
             for batch in ParquetFile(path).iter_batches(rows):
                 yield from batch.to_pylist()
         except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -101,6 +102,7 @@ def content(image: Any) -> Any:
 def cauldron(record):
     """{"images": [{"bytes"}, ...], "texts": [{"user", "assistant"}, ...]} of The Cauldron.
     Laurencon et al. 2024, arXiv:2405.02246, Sec. 4.1."""
+    # a turn is a question and its answer
     turns = [(turn["user"], turn["assistant"]) for turn in record["texts"]]
     images = [content(image) for image in record["images"]]
     # several pictures: the trainer has one a conversation
@@ -114,6 +116,7 @@ def llava(record):
     Turns before the first question are left out: some texts of ShareGPT begin with an answer. None
     if questions and answers do not alternate.
     """
+    # speakers in order; from the first question on they must alternate
     said = record["conversations"]
     who = [turn["from"] for turn in said]
     first = who.index("human") if "human" in who else len(who)
@@ -138,6 +141,7 @@ def vqa(question="question", answer="answer", image="image"):
     which the most frequent counts: their keys."""
 
     def convert(record):
+        # ten people answered VQAv2's questions: the most frequent answer counts
         answers = record[answer]
         if isinstance(answers, list):
             answers = max(answers, key=answers.count) if answers else ""
@@ -149,6 +153,7 @@ def vqa(question="question", answer="answer", image="image"):
 
 def picture_name(data):
     """By what is in it and its kind, so that a picture of many questions is one file: 9f86d0818.jpg."""
+    # its kind by its first bytes, whatever the record says
     kinds = [ending for start, ending in KINDS.items() if data.startswith(start)]
     return hashlib.sha256(data).hexdigest()[:24] + (kinds[0] if kinds else ".bin")
 
@@ -162,6 +167,7 @@ def write(folder: str | Path, found: Iterable[Any]) -> dict[str, int]:
     """
     folder = Path(folder)
     check(not folder.exists(), f"{folder} is there already: choose another place")
+    # written under another name: a folder is whole or not there
     ready = folder.with_name(f".{folder.name}-{run.os.getpid()}")
     try:
         counts = write_into(ready, found)
@@ -191,6 +197,7 @@ def write_into(folder, found):
         if not turns:
             counts["left out"] += 1
             continue
+        # a picture of many questions is one file, named by its content
         if isinstance(picture, bytes):
             path = pictures / picture_name(picture)
             if not path.exists():

@@ -85,10 +85,12 @@ class FeatureFile:
         """The file in its final size, without any chunk, unless it is there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.create"):
+            # the same shape and version: whatever chunks it has are kept
             if self.path.is_file() and self.path.stat().st_size == self.size:
                 with open(self.path, "rb") as file:
                     if file.read(PAGE) == self.header():
                         return
+            # a sparse file: only what is written takes space
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
             with open(temporary, "wb") as file:
                 file.write(self.header())
@@ -104,6 +106,7 @@ class FeatureFile:
 
     def parts(self, number):
         """(offset, length) of the flags of a chunk, and of its features."""
+        # flags of all pictures stand before the features of all
         first, last = self.bounds(number)
         start = self.data_at + first * self.bytes_a_picture
         return (self.flags_at + first, last - first), (start, (last - first) * self.bytes_a_picture)
@@ -124,13 +127,16 @@ class FeatureFile:
 
     def write(self, file, number):
         """Compute a chunk; its bytes go to the disk first, its checksum after them."""
+        # 1. features, and which pictures could be read
         first, last = self.bounds(number)
         features, readable = self.compute(first, last)
         check(features.shape == (last - first, *self.shape[1:]), "features of another shape")
+        # 2. both as bytes, bf16 as its bits
         flags = bytes(0 if fine else UNREADABLE for fine in readable)
         data = features.contiguous().view(torch.int16).numpy().tobytes()
         for (start, _), part in zip(self.parts(number), (flags, data)):
             write_at(file, part, start)
+        # 3. the checksum last: a chunk with one is whole
         os.fsync(file.fileno())
         digest = hashlib.sha256(flags + data).digest()
         write_at(file, digest, PAGE + CHECKSUM * number)
@@ -139,6 +145,7 @@ class FeatureFile:
         """Compute all chunks that are not finished; several processes share the work."""
         try:
             with open(self.path, "r+b") as file, open(f"{self.path}.lock", "a+b") as locks:
+                # 1. chunks without a checksum, by whoever takes their lock first
                 undone = [c for c in range(self.chunks) if not self.is_done(file, c)]
                 self.check_space(len(undone))
                 shown = run.bar(undone, len(undone), name="look", delay=1)
@@ -158,6 +165,7 @@ class FeatureFile:
         if not take(locks, number):
             return
         try:
+            # it may have been finished while we waited for the lock
             if not self.is_done(file, number):
                 self.write(file, number)
         finally:
@@ -165,6 +173,7 @@ class FeatureFile:
 
     def check_space(self, chunks):
         """Raises UserError if so many chunks do not fit on the disk."""
+        # before the work, not after hours of it
         needed = chunks * self.chunk * self.bytes_a_picture
         free = shutil.disk_usage(self.path.parent).free
         check(
@@ -196,6 +205,7 @@ class FeatureFile:
                 write_at(file, bytes(CHECKSUM), PAGE + CHECKSUM * number)
         except OSError as error:
             raise self.failure(error) from None
+        # a worker has no tower: it can only say so
         here = self.compute is not None and torch.utils.data.get_worker_info() is None
         what = f"{self.path} is damaged at pictures {first} to {last - 1}"
         check(here, f"{what}: start again, they are computed anew")
@@ -217,8 +227,10 @@ class FeatureFile:
         inside = ((numbers >= 0) & (numbers < self.shape[0])).all()
         if not inside:
             raise IndexError(f"there are {self.shape[0]} pictures")
+        # each chunk that is touched is checked once
         for number in np.unique(numbers // self.chunk):
             self.ensure(int(number))
+        # a fancy index copies: the map itself is read-only
         rows = torch.from_numpy(self.mapped()[numbers])
         return rows.view(torch.bfloat16).view(len(numbers), *self.shape[1:])
 

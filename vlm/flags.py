@@ -143,6 +143,8 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     # weights to go on from: a folder or hub id of a LLaVA, or a model.safetensors of this script
     ckpt_path: Annotated[str, arg(aliases=["--model"])] = ""
+    # LoRA to go on with: a folder of PEFT's, such as OUT/adapter; its rank, alpha and targets are taken
+    adapter: str = ""
     # B
     batch_size: Annotated[int, arg(aliases=["--per-device-train-batch-size"])] = 16
     gradient_accumulation_steps: int = 1  # A

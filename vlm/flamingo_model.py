@@ -110,6 +110,7 @@ class Flamingo(nn.Module):
         cross-attention layer first, whatever module stands there by then."""
         if self.visual_context is None:
             return None
+        # gated cross-attention in fp32, beside a language model in bf16
         latents, mask = self.visual_context
         states = args[0]
         seen = self.cross[i](states.float(), latents, mask).to(states.dtype)
@@ -123,9 +124,11 @@ class Flamingo(nn.Module):
     def embed(self, ids):
         """(B,T) -> (B,T,E): the embeddings of the language model, but for those of the new
         tokens."""
+        # new tokens as rows of the table: nothing to be replaced
         table = self.language.get_input_embeddings()
         if self.new_embeddings is None:
             return table(ids)
+        # else word 0 is looked up in their places, and overwritten by their own embedding
         is_new = ids[..., None] == self.new_ids  # (B,T,2)
         text = table(ids.where(~is_new.any(-1), 0))
         new = (is_new.float() @ self.new_embeddings.weight).to(text.dtype)
@@ -156,6 +159,7 @@ class Flamingo(nn.Module):
 
     def head(self, states):
         """(...,E) -> logits (...,words): those of the new tokens by their own embeddings."""
+        # all words by the frozen head, the two new ones by their own embeddings
         logits = self.language.get_output_embeddings()(states)
         if self.new_embeddings is None:
             return logits
@@ -169,6 +173,7 @@ class Flamingo(nn.Module):
         """tanh(alpha) of (attention, mlp) by layer: (2, layers)."""
         alphas = []
         layer: Any
+        # both gates of each layer: zero at the beginning, where the layer adds nothing
         for layer in self.cross:
             alphas.append(torch.cat([layer.gate_attention.alpha, layer.gate_mlp.alpha]))
         return torch.stack(alphas, 1).detach().tanh()
@@ -199,10 +204,12 @@ def name_of_today(name):
 
 def load(path, language, new_ids, on="cpu"):
     """Weights written by this script, in front of the same language model -> Flamingo, frozen."""
+    # weights under their names of today
     tensors, meta = checkpoint.read(path)
     tensors = {name_of_today(name): tensor for name, tensor in tensors.items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
+        # the network that the file describes; its trained parts must be those of the file
         model = Flamingo(language, new_ids, **meta).to(on)
         parts = model.trainable_parameters()
         if {name: p.shape for name, p in parts.items()} != shapes:

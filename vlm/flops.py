@@ -74,6 +74,7 @@ def step(
     check(learns, "the connector `identity` has no weights: train the language model whole")
     vision: Any = config.vision_config
     text: Any = config.text_config
+    # Tokens of a picture: patches, or with the class token
     count, tokens = flops_parts.patches(vision)
     seen = count if config.select == "patch" else tokens
     # With tiles a picture is several for the encoder and the connector
@@ -83,6 +84,7 @@ def step(
     # 1. The encoder: forward all of it, backward what is read, if it learns
     encoder, unused = flops_parts.vision_encoder(vision, config.vision_layer)
     one = flops_parts.vit_layer(vision, tokens)
+    # Layers that are read, for what checkpointing computes again
     layers = (encoder.forward - encoder.first) // one.forward
     last = product(tokens, vision.hidden_size, vision.intermediate_size)
     vision_part = Part(
@@ -107,6 +109,7 @@ def step(
 
 def language(text, train_type, batch, length, checkpointing, lora_rank, lora_targets) -> Part:
     """Of the language model: layers, adapters if there are any, logits."""
+    # Layers and head; its input always has a gradient, for the connector
     trained = train_type in ("freeze_vision", "none")
     layer, logits = flops_parts.decoder_layer(text, length), flops_parts.head(text, length)
     L = text.num_hidden_layers
@@ -115,6 +118,7 @@ def language(text, train_type, batch, length, checkpointing, lora_rank, lora_tar
     # The last product of a layer: down, or what its adapter makes of it
     k, m = flops_parts.linears(text)["down_proj"]
     last = product(length, k, m)
+    # Adapters: A x and B A x beside each matrix, both trained
     if train_type == "use_lora":
         extra = flops_parts.adapters(text, length, lora_rank, lora_targets)
         forward += L * extra.forward
@@ -122,6 +126,7 @@ def language(text, train_type, batch, length, checkpointing, lora_rank, lora_tar
         layer += extra
         if "down_proj" in lora_targets:
             last = product(length, lora_rank, m)
+    # With checkpointing each layer runs forward once more
     recomputed = L * again(layer, last, checkpointing)
     return Part(batch * forward, batch * backward, batch * recomputed)
 

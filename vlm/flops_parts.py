@@ -33,6 +33,7 @@ class Products:
         """trained: the weights of this part get gradients; before: something before it does, too."""
         if not trained and not before:
             return 0
+        # Gradients of weights if they learn, of inputs if something before needs them
         of_weights = self.weights if trained else 0
         of_inputs = self.weights if before else self.weights - self.first
         # both factors of an attention product are activations
@@ -66,6 +67,7 @@ def patches(vision: Any) -> tuple[int, int]:
 
 def vit_layer(vision: Any, tokens: int) -> Products:
     """Four projections and two matrices of the MLP; scores and weighted values."""
+    # Queries, keys, values, output; up and down of the MLP; then Q K^T and its product with V
     d = vision.hidden_size
     weights = 4 * product(tokens, d, d) + 2 * product(tokens, d, vision.intermediate_size)
     return Products(weights, 2 * product(tokens, d, tokens))
@@ -80,9 +82,11 @@ def vision_encoder(vision: Any, layer: int) -> tuple[Products, int]:
     d = vision.hidden_size
     # The patches: a convolution with a stride of its width is one product; pixels need no gradient
     embedding = product(count, 3 * vision.patch_size**2, d)
+    # Hidden state 0 is the embedding: of `total` layers there are `total` + 1 states
     total = vision.num_hidden_layers
     read = layer if layer >= 0 else total + 1 + layer
     one = vit_layer(vision, tokens)
+    # Computed all the same, and read by nobody
     unused = (total - read) * one.forward
     if vision.model_type == "siglip_vision_model" and getattr(vision, "vision_use_head", True):
         unused += pooling_head(vision, tokens)
@@ -101,6 +105,7 @@ def pooling_head(vision: Any, tokens: int) -> int:
 
 def perceiver(options: dict, tokens: int, dim_in: int, width: int) -> Products:
     """Perceiver resampler of vlm/connector.py with SwiGLU, mlp_ratio 2; latents (M,E) over tokens (N,E)."""
+    # Sizes of the resampler
     M = options["latents"]
     inside = options["hidden_size"] or width
     keys = tokens + M if options["concat_latents_kv"] else tokens
@@ -110,6 +115,7 @@ def perceiver(options: dict, tokens: int, dim_in: int, width: int) -> Products:
     weights = 2 * product(M, inside, inner) + 2 * product(keys, inside, kv)
     weights += 3 * product(M, inside, 2 * inside)
     layer = Products(weights, 2 * product(M, inner, keys))
+    # Into its width and out of it, where they differ
     entry = product(tokens, dim_in, inside) if dim_in != inside else 0
     leave = product(M, inside, width) if inside != width else 0
     return Products(entry, 0, entry) + layer * options["depth"] + Products(leave)
@@ -133,6 +139,7 @@ def connector(config: VLMConfig, tokens: int, dim_in: int, width: int) -> Produc
     if name.startswith("mlp"):
         depth = int(name.removeprefix("mlp").removesuffix("x_gelu"))
     out = image_tokens(config, tokens)
+    # Joined neighbours: fewer tokens, as many times wider
     if name.startswith("concat"):
         dim_in *= int(name.removeprefix("concat"))
     entry = product(out, dim_in, width)
@@ -183,6 +190,7 @@ def linears(text: Any) -> dict[str, tuple[int, int]]:
     kind = text.model_type
     check(kind in known, f"there is no formula for {kind}; there is one for {', '.join(known)}")
     d, f = text.hidden_size, text.intermediate_size
+    # Grouped-query attention: fewer heads of keys and values than of queries
     head_dim = getattr(text, "head_dim", None) or d // text.num_attention_heads
     q = text.num_attention_heads * head_dim
     kv = text.num_key_value_heads * head_dim
@@ -194,6 +202,7 @@ def decoder_layer(text: Any, length: int) -> Products:
     """Seven matrices; scores and weighted values of all queries with all keys."""
     shapes = linears(text)
     weights = sum(product(length, k, m) for k, m in shapes.values())
+    # All pairs are counted, those that the causal mask hides, too
     inner = shapes["q_proj"][1]
     return Products(weights, 2 * product(length, inner, length))
 

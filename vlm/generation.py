@@ -29,6 +29,7 @@ def answer_ids(tokenizer, prompt, answer):
 
     Raises UserError for a tokenizer without a word that ends an answer.
     """
+    # the whole conversation, and of it what would be learned
     ids, supervised = prompts.chat(tokenizer, [(f"{IMAGE}\n{prompt}", answer)], 1)
     return [i for i, is_target in zip(ids, supervised) if is_target]
 
@@ -49,6 +50,7 @@ def photo_embeddings(model, image, tiles=0):
             grids = [grid for grid in grids if grid[0] * grid[1] <= tiles * size**2]
         pixels = vision_tower.pixels(anyres.tiles(image, size, grids).to(on))
         return model.tile_features(pixels, image.shape[1:], grids)
+    # one picture, without tiles
     square = anyres.resize(image, (size, size))[None]
     return model.image_features(vision_tower.pixels(square.to(on)))
 

@@ -53,6 +53,7 @@ def is_address(name):
 
 def opener():
     """What speaks http and https, and nothing else: no file, no ftp."""
+    # without the handlers for files and ftp that urllib adds by itself
     found = urllib.request.OpenerDirector()
     handlers = [
         urllib.request.ProxyHandler(),
@@ -100,6 +101,7 @@ def receive_in_time(address, limits):
         except Exception as error:
             result.append((None, printable(error) or type(error).__name__))
 
+    # a thread that is not waited for: a socket's own limit starts anew with every byte
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(limits.seconds)
@@ -142,15 +144,19 @@ def download(address, asked, limits=Limits()):  # noqa: B008  (it is frozen)
     asked: whether the user asked for downloads. Raises DownloadsOff if not, UserError if it failed,
     now or less than a day ago.
     """
+    # 1. in the cache, whether downloads are on or not
     path = place(address)
     if path.is_file():
         return Path(path).read_bytes()
     off = f"{printable(address)} is not on this machine: --download fetches such pictures"
+    # 2. not there, and not asked for
     if not asked:
         raise DownloadsOff(off)
+    # 3. failed not long ago: a dead server is not asked in every epoch
     why = failure(path, limits)
     check(why is None, f"{why} (it is asked again after a day)")
     try:
+        # 4. now, and kept; a failure is kept, too
         data = receive_in_time(address, limits)
     except UserError as error:
         keep(path.with_suffix(".failed"), str(error).encode("utf-8", "replace"))

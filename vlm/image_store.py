@@ -26,6 +26,7 @@ class ImageStore:
         self.download = download
         self.limits = limits or image_download.Limits()
         check(self.where.exists(), f"--image_folder: there is no {printable(where)}")
+        # A folder with shards may hold plain files beside them
         has_tars = self.where.is_file() or any(self.where.glob("*.tar"))
         self.shards = tar_shards.find_shards(where) if has_tars else []
 
@@ -36,6 +37,7 @@ class ImageStore:
         for shard in self.shards:
             if tar and shard.path.name == f"{first}.tar" and (span := shard.find(rest)):
                 return shard, *span
+        # A bare key: the first shard that has it
         for shard in self.shards:
             if span := shard.find(name):
                 return shard, *span
@@ -47,11 +49,14 @@ class ImageStore:
 
     def read(self, name):
         """Bytes of a picture."""
+        # 1. An address of the web
         if image_download.is_address(name):
             return image_download.download(name, self.download, self.limits)
+        # 2. A member of a shard, read in place by its offset
         if self.shards and not self.is_file(name):
             shard, offset, size = self.find(name)
             return shard.read(offset, size)
+        # 3. A file of the folder, which no name leads out of
         nowhere = f"there is no {printable(name)} in {printable(self.where)}"
         check(self.is_file(name), nowhere)
         try:
@@ -64,12 +69,14 @@ class ImageStore:
         file that it is in; None for these where there is no file."""
         path = self.where / name
         if image_download.is_address(name):
+            # Of a download: its copy in the cache
             path = image_download.place(name)
         elif self.shards and not self.is_file(name):
             try:
                 shard, offset, size = self.find(name)
             except UserError:
                 return name, None, None
+            # Of a member: its place, and the shard's own stamp
             return name, offset, size, *shard.stamp
         try:
             found = path.stat()

@@ -56,6 +56,7 @@ def cache_file(kind, stamped):
 def array_offsets(text, begin, name):
     """Byte offsets of the elements of a JSON array in `text`, any buffer -> [start, end, start, end,
     ...]. Raises UserError if it is cut short or holds something between its objects."""
+    # one pass over brackets and strings; objects are not parsed, only their ends are found
     found = array("q")
     depth = 0
     last = begin + 1
@@ -94,6 +95,7 @@ def array_offsets(text, begin, name):
 def line_offsets(text, begin):
     """Byte offsets of the lines of `text` that are not blank -> [start, end, start, end, ...]."""
     found = array("q")
+    # JSON lines: a row is what stands between two ends of lines
     start = begin
     while start < len(text):
         end = text.find(b"\n", start)
@@ -109,8 +111,10 @@ def offsets(path, name):
     rows."""
     with open(path, "rb") as file:
         empty = os.fstat(file.fileno()).st_size == 0
+        # an empty file cannot be mapped
         check(not empty, f"{name} is empty: it holds no list of conversations")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            # past a byte-order mark and blanks, the first byte tells an array from lines
             marked = text[:3] == BYTE_ORDER_MARK
             blank = BLANK.match(text, 3 if marked else 0)
             begin = blank.end() if blank else 0
@@ -147,6 +151,7 @@ def parse(text, at):
 def checked(one, at, there):
     """A row of LLaVA's format, tidied. `there` is any file that exists: it stands for the pictures,
     which are not looked for here. Raises UserError for a row of another format."""
+    # the names of pictures are not looked up: a million of them would take minutes
     shown = one
     if isinstance(one, dict) and one.get("image") is not None:
         shown = one | {"image": stand_in(one["image"], there)}
@@ -181,6 +186,7 @@ class Rows(Sequence):
 
     def text(self, number):
         """Bytes of a row. Raises UserError if the file is no longer the one that was scanned."""
+        # opened anew for every row: workers share no file position
         start, end = self.offsets[number].tolist()
         try:
             with open(self.path, "rb") as file:
@@ -189,6 +195,7 @@ class Rows(Sequence):
                 text = file.read(end - start)
         except OSError as error:
             raise UserError(f"cannot read {self.name}: {error.strerror}") from None
+        # offsets are those of the file that was scanned
         same = (found.st_size, found.st_mtime_ns) == self.stamp[1:]
         check(same, f"{self.name} has changed while it was being read: start again")
         return text
@@ -235,6 +242,7 @@ def open_rows(paths, weights=()):
     """Files of `--data` and numbers of `--weights` -> rows of all of them, {file: numbers},
     {file: weight}; without weights every row counts the same. Raises UserError for flags that do not
     fit."""
+    # one weight a file; without weights a file weighs as much as it has rows
     fit = not weights or len(weights) == len(paths)
     check(fit, f"--weights: {len(weights)} numbers for {len(paths)} files of --data")
     names = [str(path) for path in paths]

@@ -8,8 +8,6 @@ parts, an older format of ours, are still read.
 
 import copy
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,13 @@ import torch
 from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
 from utils.text import printable, read_text
+from vlm import peft_files, tower
 from vlm.flags import PerceiverConfig
 from vlm.llava_parts import Parts, build, first_line, language_model, merge_lora
 from vlm.llava_transformers import (
     from_pretrained,
     from_transformers,
+    has_llava_parts,
     image_processor,
     processor,
     to_transformers,
@@ -39,27 +39,14 @@ def save(model, tokenizer, folder):
     else a model of vlm/modeling.py."""
     folder = Path(folder)
     check(not folder.exists(), f"{folder} is there already: name another")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            ready = Path(temporary) / "ready"
-            # transformers' format, if it has these parts
-            try:
-                theirs = to_transformers(model)
-            except UserError:
-                theirs = None
-            if theirs is not None:
-                theirs.save_pretrained(ready)
-                processor(model, tokenizer).save_pretrained(ready)
-            else:
-                save_vlm(model, tokenizer, ready)
-            shutil.move(ready, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+    if has_llava_parts(model):
+        pretrained.save(to_transformers(model), processor(model, tokenizer), folder)
+    else:
+        pretrained.save(*as_vlm(model, tokenizer), folder)
 
 
-def save_vlm(model, tokenizer, folder):
-    """Any other pair of encoder and language model: a folder of vlm/modeling.py, which build.py writes, too."""
+def as_vlm(model, tokenizer):
+    """Any other pair of encoder and language model -> VLM of modeling.py, as build.py writes it, processor."""
     from vlm.config import VLMConfig
     from vlm.modeling import assemble
     from vlm.processor import VLMProcessor
@@ -80,9 +67,8 @@ def save_vlm(model, tokenizer, folder):
     if hasattr(vision_tower.network, "config"):
         vision_tower = copy.deepcopy(vision_tower).to(dtype)
     whole = assemble(config, vision_tower, join, model.language, model.image_id, model.newline)
-    whole.save_pretrained(folder)
     shown = image_processor(vision_tower, model.grids)
-    VLMProcessor(shown, tokenizer, image_tokens=model.count).save_pretrained(folder)
+    return whole, VLMProcessor(shown, tokenizer, image_tokens=model.count)
 
 
 def load(name, on="cpu"):
@@ -103,6 +89,9 @@ def load(name, on="cpu"):
         path.exists() or not path.is_absolute(),
         f"no LLaVA at '{printable(path)}': there is no such file or folder",
     )
+    # an adapter of PEFT, merged into the model that it names
+    if peft_files.is_adapter(path):
+        return load_adapter(path, on)
     # a folder of ours
     about = read_config(path) if path.is_dir() else {}
     if about.get("model_type") == "llava-of-parts":
@@ -202,22 +191,36 @@ def start_of(meta, on):
             check(same, f"the model that it was trained from has changed since: {printable(base)}")
         return load(meta["base"], on)
     tokenizer, language = language_model(meta["language"], on)
-    run.seed(0)
+    vision_tower = tower.load(
+        meta["vision"], meta["layer"], meta["select"], meta.get("img_size"), on
+    )
     from vlm.config import VLMConfig
 
     named = {k: meta[k] for k in ("perceiver", "sparsity_plugins") if k in meta}
-    model = build(
-        meta["vision"],
-        meta["connector"],
-        language,
-        tokenizer,
-        meta["layer"],
-        meta["select"],
-        on=on,
-        size=meta.get("img_size"),
-        options=VLMConfig(**named).connector_options(),
-        tiles=meta.get("tiles", ()),
-    )
+    options = VLMConfig(**named).connector_options()
+    # the row of <image> in the vocabulary is drawn as training drew it
+    run.seed(meta.get("seed", 0))
+    about = (meta["connector"], language, tokenizer)
+    tiles = meta.get("tiles", ())
+    return tokenizer, build(vision_tower, *about, on=on, options=options, tiles=tiles)
+
+
+def load_adapter(path, on="cpu"):
+    """A folder with LoRA in PEFT's files -> tokenizer, Parts: the model that it names, LoRA merged into it."""
+    found = peft_files.read(path)
+    base = printable(found.base)
+    lost = Path(found.base).is_absolute() and not Path(found.base).exists()
+    check(found.base and not lost, f"{path} is for a model that is not there: {base or 'unnamed'}")
+    chained = peft_files.is_adapter(found.base)
+    check(not chained, f"{path} is for another adapter, {base}: merge that one first")
+    tokenizer, model = load(found.base, on)
+    # its chat template, if it has one
+    if found.chat_template:
+        tokenizer.chat_template = found.chat_template
+        use_template(tokenizer)
+    # W + s B A, and the connector that was trained beside
+    merge_lora(model.language, {k: x.to(on) for k, x in found.lora.items()}, found.scale)
+    peft_files.fill_connector(model.connector, found)
     return tokenizer, model
 
 

@@ -86,6 +86,14 @@ def from_transformers(theirs, name="the model"):
     return Parts(vision_tower, join, language, config.image_token_id, newline, grids)
 
 
+def has_llava_parts(model):
+    """Does transformers' LLaVA know these parts: a transformer as vision encoder, a connector mlp2x_gelu?"""
+    vision_tower = model.vision
+    patches = hasattr(getattr(vision_tower.network, "config", None), "patch_size")
+    mlp = [type(m) for m in model.connector.children()] == [nn.Linear, nn.GELU, nn.Linear]
+    return patches and mlp and vision_tower.lead < 2
+
+
 def to_transformers(model):
     """Ours -> transformers' LlavaForConditionalGeneration or LlavaNext... Raises UserError if it
     has no such parts."""
@@ -98,10 +106,8 @@ def to_transformers(model):
 
     vision_tower = model.vision
     join = model.connector
-    patches = hasattr(getattr(vision_tower.network, "config", None), "patch_size")
-    mlp = [type(m) for m in join.children()] == [nn.Linear, nn.GELU, nn.Linear]
     check(
-        patches and mlp and vision_tower.lead < 2,
+        has_llava_parts(model),
         "transformers' LLaVA has an encoder of its own kind and a connector mlp2x_gelu",
     )
     # configuration

@@ -46,9 +46,11 @@ class LazySamples:
         return len(self.rows)
 
     def __getitem__(self, key):
+        # A Place from the sampler, or a plain number
         place = key if isinstance(key, Place) else None
         number = int(key.number if isinstance(key, Place) else key)
         one = self.rows[number]
+        # the sample, or another one in the place of a row that is too long
         made = self.tokenise(one)
         if made is None:
             self.left_out_counter.add()
@@ -61,6 +63,7 @@ class LazySamples:
     def stand_in(self, number, has_picture):
         """Another sample that fits, of the same modality, so that ranks stay in step. Raises UserError
         if none is found."""
+        # drawn by the row's own number: every epoch and every worker finds the same one
         random = np.random.default_rng([number])
         for i in random.integers(len(self.rows), size=LOOK_AT).tolist():
             one = self.rows[i]

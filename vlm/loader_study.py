@@ -72,12 +72,14 @@ def loader_of(tokenizer, rows, cfg, workers):
 def timed(loader, step):
     """One pass over the batches, `step` after each -> wall seconds after the first batch, those that
     the step waited for data, CPU seconds of all processes."""
+    # the first batch is not timed: workers start, caches are cold
     before = cpu_seconds()
     batches = iter(loader)
     step(next(batches))
     start = time.perf_counter()
     waited = 0.0
     while True:
+        # waiting for data is what the step cannot hide
         asked = time.perf_counter()
         batch = next(batches, None)
         waited += time.perf_counter() - asked
@@ -93,7 +95,9 @@ def timed(loader, step):
 def summary(rounds, first):
     """Medians over the rounds of one number of workers, and of the ratios to the first number in the
     same round."""
+    # medians: other work on the machine comes in bursts
     found = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    # ratios within a round, where both met the same load
     ratios = [theirs["wall_seconds"] / ours["wall_seconds"] for ours, theirs in zip(rounds, first)]
     found["times as fast"] = statistics.median(ratios)
     ratios = [ours["cpu_seconds"] / theirs["cpu_seconds"] for ours, theirs in zip(rounds, first)]

@@ -52,10 +52,13 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        # Vision encoder
         network = vision_network(config)
         size = config.img_size or None
         self.vision = tower.VisionTower(network, config.vision_layer, config.select, size)
+        # Language model
         self.language: Any = AutoModelForCausalLM.from_config(config.text_config)
+        # Connector, from the width of one to that of the other
         width = config.text_config.hidden_size
         options = config.connector_options()
         self.connector = connector.build(config.connector, self.vision.width, width, **options)
@@ -114,11 +117,13 @@ class VLM(PreTrainedModel, GenerationMixin):
     def project(self, pixel_values):
         """Pictures or tiles (P,3,S,S) -> their tokens (P,M,E)."""
         features = self.vision(pixel_values)  # (P,N,D)
+        # The encoder may be in fp32 where the connector is in bf16
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
 
     def embed(self, input_ids, image_features=None):
         """Text (B,T) and features (P,M,E) -> embeddings (B,T,E): features in the places of <image>, in order."""
+        # <image> may have no row in the table: word 0 is looked up, and overwritten
         places = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if image_features is None:
@@ -177,6 +182,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         """Pictures are read with the prompt; afterwards they are in the cache."""
         mixin: Any = super()
         found = mixin.prepare_inputs_for_generation(input_ids, **kwargs)
+        # The first pass reads the prompt; without a cache every pass does
         first = kwargs.get("is_first_iteration", False)
         if first or not kwargs.get("use_cache", True):
             found["pixel_values"] = pixel_values
@@ -196,6 +202,7 @@ def assemble(config, vision, join, language, image_token_id, newline=None):
     # An empty model, which costs no memory, takes the parts
     with torch.device("meta"):
         model: Any = VLM(config)
+    # Parts with their weights in the places of empty ones
     model.vision = vision
     model.language = language
     model.connector = join

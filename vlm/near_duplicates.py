@@ -55,6 +55,7 @@ def shingles(text, n=3):
 
     Case and punctuation do not count; a text of fewer words is one run.
     """
+    # words, then every run of n of them; a set, so that repetition does not count
     words = re.findall(r"\w+", text.lower())
     runs = {" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
     return np.array(sorted({digest(one) for one in runs}), np.uint32)
@@ -62,6 +63,7 @@ def shingles(text, n=3):
 
 def jaccard(a, b):
     """J = |A and B| / |A or B| of two sets of shingles."""
+    # |A or B| = |A| + |B| - |A and B|
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
@@ -78,6 +80,7 @@ def signature(found, functions):
     P(two sets have the same k-th value) = J. Broder 1997, Theorem 1.
     """
     a, b = functions
+    # each hash function over all shingles, and its minimum over the set
     values = a * found.astype(np.uint64)[:, None] + b  # (S,K), modulo 2^64
     return (values >> np.uint64(32)).min(0).astype(np.uint32)
 
@@ -96,6 +99,7 @@ def candidate_probability(s, bands, rows):
 def band_shape(threshold, count=HASHES):
     """-> bands b, rows r with b r = K: the longest bands that still find a pair at the threshold
     with probability RECALL. Long bands let few others through."""
+    # longer bands let fewer pairs through: the longest that still finds a pair at the threshold
     fitting = 1
     for rows in range(1, count + 1):
         whole = count % rows == 0
@@ -128,6 +132,7 @@ class UnionFind:
         return i
 
     def join(self, i, j):
+        # two roots: the smaller one stays root, which is the row that is kept
         i, j = self.find(i), self.find(j)
         self.parent[max(i, j)] = min(i, j)
 
@@ -161,6 +166,7 @@ def groups(keyed, threshold=0.8, words=3, seed=0):
     Only texts of the same key are compared. Two are joined if their J is the threshold or more, and
     a group is whatever hangs together.
     """
+    # one set of hash functions for all texts, else signatures could not be compared
     functions = hash_functions(seed=seed)
     shape = band_shape(threshold)
     joined = UnionFind()
@@ -197,9 +203,11 @@ def remove(rows, threshold=0.8, folder=None, words=3, perceptual=False, seed=0):
     """
     check(0 < threshold <= 1, f"--threshold {threshold}: above 0, and at most 1")
     check(words > 0, "--words must be at least 1")
+    # groups by picture and text; of each the first row is kept
     rows = list(rows)
     keyed = zip(image_keys(rows, folder, perceptual), map(text_of, rows))
     roots = groups(keyed, threshold, words, seed)
+    # a row that is its own root is the first of its group
     kept = [one for i, one in enumerate(rows) if roots[i] == i]
     return kept, len(rows) - len(kept)
 
@@ -220,6 +228,7 @@ def main(cfg: Config) -> dict:
     pictures = cfg.image_folder or (str(Path(cfg.data).parent) if cfg.data else None)
     rows = conversations.read(cfg.data, pictures) if cfg.data else manuals()
     more = {"folder": pictures, "words": cfg.words, "perceptual": cfg.perceptual, "seed": cfg.seed}
+    # removed in memory; nothing is written before all rows were read
     kept, removed = remove(rows, cfg.threshold, **more)
     folder = run.output(cfg.out, cfg)
     run.write_json(folder / "chat.json", kept)

@@ -39,6 +39,7 @@ def read(path):
     """
     from safetensors.torch import load_file
 
+    # the one file of weights in a folder
     path = Path(path)
     if path.is_dir():
         found = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")])
@@ -48,6 +49,7 @@ def read(path):
     name = printable(path)
     check(path.is_file(), f"there is no file {name}")
     try:
+        # its tensors: no pickle but torch's own restricted one
         if path.suffix == ".safetensors":
             tensors: Any = load_file(path)
         else:
@@ -56,6 +58,7 @@ def read(path):
     except Exception as error:
         reason = printable(error)[:80] or type(error).__name__
         raise UserError(f"{name} is no whole file of weights alone: {reason}") from None
+    # a training checkpoint holds them one level deeper
     if isinstance(tensors, dict):
         tensors = tensors.get("model_state_dict", tensors)
     good = isinstance(tensors, dict) and all(
@@ -77,6 +80,7 @@ def by_part(tensors, layers, where):
     parts = {"perceiver": {}, "gated": {}, "language": {}}
     strange = []
     for key, tensor in tensors.items():
+        # openFlamingo lists gated layers and decoder layers twice: both must be the same
         found = layout.part_of(key, layers)
         if found is None:
             strange.append(key)
@@ -96,6 +100,7 @@ def unexpected(keys):
 
 def check_names(perceiver, gated, language, model, where):
     """Raises UserError, one line, for weights that are missing or that have no place."""
+    # what must be there: resampler, and every gated layer that any weight names
     depth = 1 + max((int(n) for n in layout.layer_numbers(perceiver)), default=0)
     wanted = {"perceiver.latents", "perceiver.norm.weight", "perceiver.norm.bias"}
     for n in range(depth):
@@ -110,7 +115,9 @@ def check_names(perceiver, gated, language, model, where):
     if not tied(model):
         tables.add(table_name(model, model.get_output_embeddings()))
     wanted |= {f"lang_encoder.{name}" for name in tables}
+    # what may be there: the rest of the language model, too
     allowed = wanted | {f"lang_encoder.{name}" for name in model.state_dict()}
+    # what is there, under OpenFlamingo's names
     found = {f"perceiver.{name}" for name in perceiver}
     found |= {f"lang_encoder.gated_cross_attn_layers.{n}.{name}" for n, name in gated}
     found |= {f"lang_encoder.{name}" for name in language}
@@ -134,6 +141,7 @@ def tied(language):
 def shape_of(perceiver, gated, layers, head_dim, where):
     """Arguments of `Flamingo` that the shapes of the weights tell. Raises UserError for layers that
     are not every n-th one."""
+    # rows and columns are read below: they must be matrices
     matrices = {name: x for name, x in perceiver.items() if name.endswith(layout.MATRICES)}
     matrices |= {name: x for (_, name), x in gated.items() if name.endswith(layout.MATRICES)}
     for name, tensor in matrices.items():
@@ -168,6 +176,7 @@ def shape_of(perceiver, gated, layers, head_dim, where):
 @torch.no_grad()
 def copy(weights, parameters, where):
     """Fill parameters, by name. Raises UserError for another shape, before any is filled."""
+    # all shapes first, so that a model is never half filled
     for name, tensor in weights.items():
         shape, place = tuple(tensor.shape), tuple(parameters[name].shape)
         check(shape == place, f"{where}: {name} has the shape {shape}, this model needs {place}")
@@ -183,9 +192,11 @@ def load(path, vision, language, tokenizer, head_dim=HEAD_DIM, on="cpu"):
     Raises UserError, one line, for another layout (what is missing, what has no place), and for
     another vision encoder or language model.
     """
+    # 1. weights by part, under their names
     where = printable(path)
     perceiver, gated, words = by_part(read(path), layers_name(language), where)
     check_names(perceiver, gated, words, language, where)
+    # 2. the sizes of the network, by their shapes
     count = len(decoder_layers(language))
     shape = shape_of(perceiver, gated, count, head_dim, where)
     width = shape["dim_in"]

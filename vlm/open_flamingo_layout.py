@@ -43,14 +43,17 @@ def part_of(key, layers):
         return "perceiver", name
     if part != "lang_encoder":
         return None
+    # a gated layer, by either of its two names
     number = r"(\d{1,4})"
     wrapped = rf"{re.escape(layers)}\.{number}"
     gated = rf"(?:gated_cross_attn_layers\.{number}|{wrapped}\.gated_cross_attn_layer)\.(.+)"
     if found := re.fullmatch(gated, name):
         return "gated", int(found[1] or found[2]), found[3]
+    # a decoder layer, by either of its two names
     decoder = rf"(?:old_decoder_blocks\.{number}|{wrapped}\.decoder_layer)\.(.+)"
     if found := re.fullmatch(decoder, name):
         return "language", f"{layers}.{found[1] or found[2]}.{found[3]}"
+    # anything else of the language model
     return "language", name
 
 
@@ -77,6 +80,7 @@ def renamed(table, prefix, name, tensor):
     ours = table[theirs]
     if isinstance(ours, str):
         return {f"{prefix}.{ours}.{leaf}": tensor}
+    # keys and values are one matrix there, keys above
     halves = tensor.chunk(2, dim=0)
     return {f"{prefix}.{half}.{leaf}": x for half, x in zip(ours, halves)}
 
@@ -90,6 +94,7 @@ def our_names(perceiver, gated, every):
             weights |= renamed(RESAMPLER_LAYER, prefix, found[2], tensor)
         else:
             weights[f"resampler.{name}"] = tensor
+    # gated layers stand before every n-th layer: numbered by the layer there, in a row here
     for (n, name), tensor in gated.items():
         weights |= renamed(GATED_LAYER, f"cross.{n // every}", name, tensor)
     return weights

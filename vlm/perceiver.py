@@ -138,8 +138,10 @@ class PerceiverResampler(nn.Module):
         check(
             fine, f"perceiver: attention_dropout is at least 0 and below 1, not {attention_dropout}"
         )
+        # image tokens to the width of the latents, which are the learned queries
         self.input_proj = nn.Linear(dim_in, width) if dim_in != width else nn.Identity()
         self.latents = nn.Parameter(torch.randn(latents, width))
+        # layers, each of which asks the image again
         sizes = (width, heads, kv_heads, head_dim)
         kind = (concat_latents_kv, mlp_ratio, use_rmsnorm_swiglu, attention_dropout)
         self.layers = nn.ModuleList(PerceiverLayer(*sizes, *kind) for _ in range(depth))
@@ -152,6 +154,7 @@ class PerceiverResampler(nn.Module):
         return len(self.latents)
 
     def forward(self, x):
+        # the same latents for every picture
         context = self.input_proj(x)  # (B,N,D) -> (B,N,H)
         latents = self.latents.expand(len(x), -1, -1)  # (M,H) -> (B,M,H)
         for layer in self.layers:
@@ -164,6 +167,7 @@ class PerceiverResampler(nn.Module):
         heads: (B,M,N)."""
         context = self.input_proj(x)  # (B,N,H)
         latents = self.latents.expand(len(x), -1, -1)  # (B,M,E)
+        # all layers but the last as usual, of the last the weights alone
         for layer in self.layers[:-1]:
             latents = layer(latents, context)
         last: Any = self.layers[-1]

@@ -77,6 +77,18 @@ def use_template(tokenizer, name_or_path=""):
         raise UserError(f"chat template {printable(name)}: {error}; {mend}") from None
 
 
+def template_change(learned, tokenizer, name_or_path):
+    """A line that warns if a model goes on in another chat template than the one that it brings; "" if it does not."""
+    if not learned or learned == tokenizer.chat_template:
+        return ""
+    names = {text: name for name, text in TEMPLATES.items()}
+    before = names.get(learned, "of its own")
+    return (
+        f"warning: --template {printable(name_or_path)}: the model brings the chat template "
+        f"{before} and may have learned it; from now on it learns the other, and forgets it"
+    )
+
+
 def read_template(path):
     """A Jinja file -> its text. Raises UserError: it cannot be read, is not UTF-8, or is
     empty."""
@@ -120,6 +132,7 @@ def tokens_behind(tokenizer, before, text):
     def ids_of(part):
         return tokenizer(part, add_special_tokens=False).input_ids
 
+    # the end of what stands before, alone and with the text: what is new are its tokens
     context = before[-CONTEXT:]
     known = ids_of(context)
     both = ids_of(context + text)
@@ -142,9 +155,11 @@ def chat(tokenizer, turns, count, system=""):
         """What somebody typed: the names of special words in it are plain text, all but <image>."""
         return IMAGE.join(plain(part, tokenizer) for part in text.split(IMAGE))
 
+    # control tokens in what somebody typed become letters
     written = []
     for question, answer in turns:
         written.append((typed(question), None if answer is None else plain(answer, tokenizer)))
+    # prompt, target, prompt, target, ...: each tokenized by itself, behind what came before
     ids = []
     supervised = []
     before = ""

@@ -43,6 +43,7 @@ class Config:
 def choose(tokenizer, model, features, question, choices, per_token=False):
     """Multiple choice by likelihood -> the index of the most probable choice; features (1,N,D)."""
     log_p = evaluate.answer_likelihoods(tokenizer, model, features, choices, question)[0].tolist()
+    # tokens of each choice, for a mean that does not favour short ones
     lengths = []
     for choice in choices:
         ids = tokenizer(plain(choice, tokenizer), add_special_tokens=False).input_ids
@@ -58,6 +59,7 @@ def answer(tokenizer, model, rows, features, per_token=False):
     for one, seen in run.bar(zip(rows, features[:, None].float()), len(rows), name="questions"):
         question = one["question"]
         choices = one["choices"]
+        # one picture at a time: questions and choices differ in length
         seen = seen.to(on)
         with run.autocast(on):
             text = evaluate.generated_answers(tokenizer, model, seen, question)[0]
@@ -72,6 +74,7 @@ def answer(tokenizer, model, rows, features, per_token=False):
 def is_right(row, how):
     """Is the choice that was found the right one? By its words: a file may give the same choice
     twice."""
+    # by its words, for two choices may be the same
     found = row[how]
     return found is not None and row["choices"][found] == row["choices"][row["right"]]
 
@@ -120,6 +123,7 @@ def main(cfg: Config) -> dict:
     features = tower.vision_features(model.vision, images)
     done = answer(tokenizer, model, rows, features, cfg.per_token)
     run.write_json(folder / "answers.json", [r | {"image": str(r["image"])} for r in done])
+    # some of them to look at
     for r in done[:5]:
         people = ", ".join(sorted(set(r["answers"] or [])))
         print(f"{r['question']} said: {r['said']}; people: {people}")

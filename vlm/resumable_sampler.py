@@ -59,6 +59,7 @@ class Shuffled:
         step, part = divmod(k, self.parts)
         first = ((step * self.ranks + self.rank) * self.parts + part) * self.batch
         numbers = []
+        # draw n is place n of all epochs in a row, each in its own order
         for draw in range(first, first + self.batch):
             epoch, place = divmod(draw, self.size)
             numbers.append(int(epoch_order(self.size, self.seed, epoch)[place]))
@@ -78,9 +79,11 @@ class ByLength:
         self.epoch = -1
 
     def __call__(self, k):
+        # batches of an epoch, rounded up, dealt out in turn: rank r takes every R-th one
         a_epoch = -(-len(self.lengths) // self.batch)
         epoch, place = divmod(k * self.ranks + self.rank, a_epoch)
         if epoch != self.epoch:
+            # the order of this epoch, computed once for all its batches
             self.batches = samplers.by_length(self.lengths, self.batch, self.seed, epoch)
             self.epoch = epoch
         return self.batches[place]
@@ -103,12 +106,15 @@ class ByModality:
         self.batches = self.of_epoch(0)
 
     def of_epoch(self, epoch):
+        # the sign says the modality, the size the length
         pictures = self.lengths > 0
         lengths = abs(self.lengths)
         steps = samplers.modality_steps(lengths, pictures, self.batch, self.seed, epoch, self.ranks)
+        # of every step the batch of this rank
         return [step[self.rank] for step in steps]
 
     def __call__(self, k):
+        # batch k is a function of k alone, so a resumed run finds it again
         epoch, place = divmod(k, len(self.batches))
         if epoch != self.epoch:
             self.batches = self.of_epoch(epoch)
@@ -153,8 +159,10 @@ class BatchSampler:
         self.stop = stop
 
     def __iter__(self):
+        # from the step where the run goes on
         steps = count(self.start) if self.stop is None else range(self.start, self.stop)
         for step in steps:
+            # places count through all parts of a step: the draws of a sample hang on its place
             position = 0
             for part in range(self.parts):
                 places = []

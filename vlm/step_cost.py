@@ -19,14 +19,7 @@ from utils import run
 from utils.run import check
 from vlm.config import ModelFlags, VLMConfig, configuration
 from vlm.config_file import with_file
-
-WAYS = {  # name: --train_type, and whether the language model is in 4 bits
-    "projector": ("projector", False),
-    "use_lora": ("use_lora", False),
-    "qlora": ("use_lora", True),
-    "freeze_vision": ("freeze_vision", False),
-    "none": ("none", False),
-}
+from vlm.step_ways import WAYS, check_ways, memory_table
 
 
 @dataclass(frozen=True)
@@ -73,28 +66,25 @@ def row(cfg: Config, model: VLMConfig, name: str) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """TFLOPs by part, then GB by kind, a line for each way."""
+    # FLOPs of each part, forward and backward
     parts = ("vision", "connector", "language")
     names = [f"{part}, {way}" for part in parts for way in ("forward", "backward")]
     lines = [f"{'TFLOPs':>14}" + "".join(f"{name:>21}" for name in names) + f"{'step':>10}"]
     for way, found in rows.items():
         cells = "".join(f"{found[name] / 1e12:21.4f}" for name in names)
         lines.append(f"{way:>14}{cells}{found['flops'] / 1e12:10.3f}")
-    kinds = ("weights", "gradients", "optimizer", "activations", "peak")
-    lines.append(f"\n{'GB':>14}" + "".join(f"{name:>14}" for name in kinds))
-    for way, found in rows.items():
-        lines.append(f"{way:>14}" + "".join(f"{found[name] / 1e9:14.3f}" for name in kinds))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", memory_table(rows)])
 
 
 def main(cfg: Config) -> dict:
     """Predict, print."""
     from vlm.build import configurations
 
-    unknown = set(cfg.only) - WAYS.keys()
-    check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(WAYS)}")
+    check_ways(cfg.only)
     check(min(cfg.tflops, cfg.seconds) >= 0, "--tflops and --seconds must be 0 or more")
     check(not cfg.seconds or cfg.tflops, "MFU needs the peak of the device: --tflops")
     check(min(cfg.picture) > 0, "--picture: height and width, above 0")
+    # Configurations only, then each way to train
     model = configurations(configuration(cfg.model))
     rows = {name: row(cfg, model, name) for name in cfg.only or WAYS}
     folder = run.output(cfg.out, cfg)
@@ -103,6 +93,7 @@ def main(cfg: Config) -> dict:
     for name, one in rows.items():
         found[f"{name}, TFLOPs"] = one["flops"] / 1e12
         found[f"{name}, peak GB"] = one["peak"] / 1e9
+        # Against a device: the time that its peak would need, and what a measured step reached
         if cfg.tflops:
             found[f"{name}, seconds at least"] = one["flops"] / (1e12 * cfg.tflops)
         if cfg.seconds:

@@ -45,6 +45,7 @@ def predict(config: VLMConfig, step: Step) -> dict[str, Any]:
         }
         if model.newline is not None:  # learns with the connector
             counted["connector"]["trained"] += model.newline.numel()
+        # Weights, and what the engine holds, are there before the step; the rest is seen as it comes and goes
         tracker = Tracker(*memory_trace.initial_tensors(model, batch, engine))
         tracker.mark(batch.values(), "inputs")
         with tracker:
@@ -69,6 +70,7 @@ def measured(config: VLMConfig, step: Step) -> int:
     """Peak of the same step with numbers on this machine, in bytes, by the profiler."""
     with memory_trace.fake_ranks(step.world_size):
         model, batch, engine = set_up(config, step)
+        # What is there, and what the profiler sees on top of it
         before = Tracker(*memory_trace.initial_tensors(model, batch, engine)).peak()
         return before + ranks.allocated(
             lambda: memory_trace.training_steps(model, batch, engine, step)
@@ -92,9 +94,11 @@ def model_states(counted: dict[str, dict[str, int]], zero: int = 0, n: int = 1) 
     Without ZeRO what learns is in fp32, 4 + 4 + 8 bytes; with it 2 + 2 + 12: weight and gradient in bf16, master copy,
     mean and variance in fp32. A frozen number has 2 bytes, one of 4 bits has a half and a 64th of a scale's 4.
     """
+    # Numbers of each kind, over all parts
     frozen = sum(part["frozen"] for part in counted.values())
     trained = sum(part["trained"] for part in counted.values())
     quantized = sum(part["4 bits"] for part in counted.values())
+    # Bytes of a learned weight and of its gradient: fp32, or bf16 with a copy in the optimizer
     e = 2 if zero else 4
     weights = 2 * frozen + e * trained + (0.5 + 4 / 64) * quantized
     gradients = e * trained

@@ -75,6 +75,7 @@ class StepVLM(VLM):
         return anyres.pack_all(tokens, self.sizes, side, self.grids, self.newline)[None]
 
     def embed(self, input_ids, image_features=None):
+        # Scattered without counting: a fake tensor has no numbers to look at
         places = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if image_features is None:
@@ -83,6 +84,7 @@ class StepVLM(VLM):
 
     def project(self, pixel_values):
         """Pictures (P,3,S,S), or cached features of the encoder (P,N,D), through the connector."""
+        # Four axes are pixels, three are features that were cached
         if pixel_values.dim() == 4:
             return super().project(pixel_values)
         weight = next(self.connector.parameters(), pixel_values)
@@ -98,18 +100,22 @@ def build(config: VLMConfig, step: Step, attention: str = "fused") -> Any:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # 1. A kernel that is given no mask, so that the trace sees the fused attention
     check_step(step)
     AttentionInterface.register("fused", sdpa_attention_forward)
     model: Any = StepVLM(config)
     model.language.config._attn_implementation = attention
     if config.vision_config is not None:
         model.vision.network.config._attn_implementation = attention
+    # 2. Cached features: no encoder on the device
     if step.cached:
         model.vision.network = nn.Identity()  # weighs nothing, and is not called
     model.sizes = (step.picture,) * (step.batch * step.images)
     # ZeRO's units are the first list of layers that it meets: let it be that of the language model
     model._modules["vision"] = model._modules.pop("vision")
+    # 3. What is frozen, what learns, in which type
     set_types(model, step)
+    # 4. Layers that keep their inputs only
     if step.checkpointing:
         # Of the whole model at once it would make a frozen encoder take part in the backward pass
         kind = {"use_reentrant": False, "preserve_rng_state": False}
@@ -122,10 +128,12 @@ def build(config: VLMConfig, step: Step, attention: str = "fused") -> Any:
 
 def set_types(model: Any, step: Step) -> None:
     """What is frozen to bf16, what learns to fp32; LoRA and 4 bits in the layers of the language model."""
+    # 1. All of it frozen, in bf16
     learned = torch.float32 if step.precision == "autocast" else torch.bfloat16
     for p in model.parameters():
         p.data = p.data.to(torch.bfloat16)
         p.requires_grad_(False)
+    # 2. The connector always learns; the others as --train_type says
     learning = [model.connector]
     if step.train_type in ("freeze_vision", "none"):
         learning.append(model.language)
@@ -133,6 +141,7 @@ def set_types(model: Any, step: Step) -> None:
         learning.append(model.vision)
     if step.train_type == "use_lora":
         add_adapters(model.language, step, learned)
+    # 3. What learns in its own type, with gradients
     for part in learning:
         for p in part.parameters():
             p.data = p.data.to(learned)
@@ -146,11 +155,13 @@ def add_adapters(language: Any, step: Step, learned: torch.dtype) -> None:
     """LoRA beside all matrices of the layers; `quantize`: the matrices themselves in 4 bits (NF4)."""
     if step.quantize:
         import bitsandbytes  # noqa: F401  (its operators)
+    # Listed before any is replaced: the layers change while we go through them
     linears = [(name, m) for name, m in language.named_modules() if isinstance(m, nn.Linear)]
     for name, base in linears:
         parent, _, child = name.rpartition(".")
         if child not in TARGETS:
             continue
+        # W x + s B A x, where W may be in 4 bits
         layer = LoRALinear(Linear4bit(base) if step.quantize else base, step.lora_rank)
         for p in (layer.lora_A, layer.lora_B):
             p.data = p.data.to(learned)
@@ -159,6 +170,7 @@ def add_adapters(language: Any, step: Step, learned: torch.dtype) -> None:
 
 def inputs(model: Any, step: Step) -> dict[str, torch.Tensor]:
     """One batch: pictures, or features of them, and texts with places for their tokens; learned are all of them."""
+    # With tiles a picture has as many tokens as its size says
     tiles = 1
     picture_tokens = model.image_tokens
     if model.grids:
@@ -166,10 +178,12 @@ def inputs(model: Any, step: Step) -> dict[str, torch.Tensor]:
         g = round(picture_tokens**0.5)
         tiles = anyres.count_tiles(step.picture, side, model.grids)
         picture_tokens = anyres.count_tokens(step.picture, side, g, model.grids)
+    # Text behind the places of all pictures of a conversation
     seen = step.images * picture_tokens
     ids = torch.ones(step.batch, seen + step.text_tokens, dtype=torch.long)
     ids[:, 1 : 1 + seen] = model.config.image_token_id
     batch = {"input_ids": ids, "labels": torch.ones_like(ids)}
+    # Pixels of every picture, or cached features in their stead
     pictures = step.batch * step.images * tiles
     if not pictures:
         return batch

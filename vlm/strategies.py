@@ -143,6 +143,7 @@ def draw(path, rows):
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
+    # a point for each strategy; its area says how much memory
     for name, r in rows.items():
         point = (r["CPU s a step"], r["14 kinds"])
         drawn = ax.errorbar(*point, yerr=np.nan_to_num(r["+-"]), capsize=3)
@@ -156,6 +157,7 @@ def draw(path, rows):
 
 def main(cfg: Config) -> dict:
     """Run what was asked for, one after the other."""
+    # flags, before hours of training
     unknown = set(cfg.only) - STRATEGIES.keys()
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}")
     check(cfg.steps == 0 or cfg.steps > 2, "--steps must be 3 or more")
@@ -176,6 +178,7 @@ def main(cfg: Config) -> dict:
             runs.append(measure(name, cfg, place, steps, factor, seed, cfg.judged))
         rows[name] = row(runs, steps, factor)
         run.write_json(folder / "rows.json", rows)
+    # side by side
     draw(folder / "compare.png", rows)
     return run.report(folder, rows)
 

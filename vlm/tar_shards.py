@@ -78,6 +78,7 @@ class Shard:
     def scan(self):
         """Pictures sorted by the hash of their names; spans and keys of the texts, in the archive's
         order."""
+        # flat arrays of numbers: a Python object for each of a million members would not fit
         hashes = array("q")
         spans = array("q")
         texts = array("q")
@@ -91,6 +92,7 @@ class Shard:
             if suffix in TEXTS:
                 keys += key.encode("utf-8", "surrogateescape")
                 texts.extend((offset, size, len(keys), suffix == ".json"))
+        # sorted by hash, so that a name is found by bisection
         unsorted = np.array(hashes, dtype=np.int64)
         order = np.argsort(unsorted, kind="stable")
         alone = (np.diff(unsorted[order]) != 0).all()
@@ -112,6 +114,7 @@ class Shard:
 
     def find(self, name):
         """(offset, size) of the picture of this name or key, or None."""
+        # bisection in the sorted hashes
         hashed = name_hash(name)
         place = np.searchsorted(self.hashes, hashed)
         if place < len(self.hashes) and self.hashes[place] == hashed:
@@ -120,6 +123,7 @@ class Shard:
 
     def read(self, offset, size):
         """Bytes of a member. Raises UserError if the archive is no longer the one that was scanned."""
+        # a header that claims terabytes is refused before anything is read
         most = MEGABYTES * 2**20
         check(size <= most, f"{self.name}: a member is larger than {MEGABYTES} MB")
         try:
@@ -173,6 +177,7 @@ class TarRows(Sequence):
 
     def __init__(self, where):
         self.shards = find_shards(where)
+        # where each shard's texts end in the numbering of all
         self.ends = np.cumsum([len(shard.texts) for shard in self.shards])
         check(self.ends[-1], f"no .json or .txt member in {printable(where)}")
 

@@ -129,6 +129,7 @@ def render(tokenizer, messages, ask=False):
 
     ask: up to the place where an answer begins. Raises UserError: the template fails on them.
     """
+    # a tokenizer without a template of its own gets vicuna
     template = None if tokenizer.chat_template else VICUNA
     try:
         return tokenizer.apply_chat_template(
@@ -161,6 +162,7 @@ def wants_parts(tokenizer):
         except UserError as error:
             failures.append(error)
             continue
+        # some templates print a list as Python does, or leave out what they do not know: the marker tells
         if IMAGE in text:
             return in_parts
     if len(failures) == 2:
@@ -170,6 +172,7 @@ def wants_parts(tokenizer):
 
 def control_words(tokenizer):
     """Tokens that are never part of a text, the longest first."""
+    # the longest first: one may begin with another
     words = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     return sorted((word for word in words if word.strip()), key=len, reverse=True)
 
@@ -190,6 +193,7 @@ def split_answer(tokenizer, text, answer):
         for word in words:
             if behind.startswith(word):
                 return len(text) - len(behind) + len(word), word
+    # no control token behind it: then nothing else may stand there
     behind = text[places[-1] :].strip()
     not_one = f"{printable(behind)!r} behind an answer is no token of this tokenizer"
     check(not behind, f"the chat template does not fit: {not_one}")

@@ -31,6 +31,7 @@ def grid(x):
 def pool(x, side, training=False):
     """Means over side x side areas of the grid, which overlap where they must: (B,side^2,D)."""
     x = rearrange(grid(x), "b h w d -> b d h w")
+    # areas of one size where the grid divides, overlapping ones where not
     x = F.adaptive_avg_pool2d(x, side)
     return rearrange(x, "b d h w -> b (h w) d")
 
@@ -44,6 +45,7 @@ def bilinear(x, side, training=False):
 
 def topk_norm(x, keep, training=False):
     """The tokens of largest Euclidean norm, in the order in which they stood: (B,keep,D)."""
+    # the longest vectors, put back in the order of their places
     chosen = x.norm(dim=-1).topk(keep, dim=1).indices  # (B,keep)
     return take(x, chosen.sort(dim=1).values)
 
@@ -91,6 +93,7 @@ class TokenSparsity(nn.Module):
     def __init__(self, names):
         super().__init__()
         self.plugins = [parse(name) for name in names]
+        # a subset has no grid: what needs one must come before it
         self.leaves_grid = True
         for kind, number in self.plugins:
             broken = f"{kind}{number} needs a grid of tokens, and the plug-in before it leaves none"
@@ -100,6 +103,7 @@ class TokenSparsity(nn.Module):
     def count(self, n):
         """How many tokens come out of n. Raises UserError if a plug-in would have to add some."""
         for kind, number in self.plugins:
+            # the number of a plug-in is the side of a grid, or a number of tokens
             left = number**2 if kind in ON_GRIDS else number
             check(left <= n, f"sparsity plug-in {kind}{number} keeps {left} tokens, there are {n}")
             n = left

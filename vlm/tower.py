@@ -80,6 +80,7 @@ class VisionTower(nn.Module):
 
     def states(self, pixels):
         """Hidden states of the chosen layer: (B,N,D), or maps (B,D,h,w)."""
+        # pictures in the precision of the encoder
         pixels = pixels.to(next(self.network.parameters()).dtype)
         if isinstance(self.network, EfficientNetMaps):
             return self.network(pixels)
@@ -117,6 +118,7 @@ def device(network):
 def interpolate(positions, lead, grid):
     """Learned positions (1, lead + g*g, D) for another grid (rows, columns): bicubic (ViT, Sec.
     3.2)."""
+    # class token and the like have no place in the grid
     before, patches = positions[:, :lead], positions[:, lead:]
     # as maps, resized like a picture
     g = round(patches.shape[1] ** 0.5)
@@ -163,6 +165,7 @@ def fingerprint(vision_tower):
     Not its name: a tower retrained in place keeps its name and has other features.
     """
     network = vision_tower.network
+    # weights and configuration, then how they are read
     weights = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     config: Any = getattr(network, "config", None)
     described = config.to_json_string(use_diff=False) if config is not None else ""
@@ -221,6 +224,7 @@ def load(name, layer=-2, select="patch", size=None, on="cpu"):
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"no vision encoder at '{name}': {reason}") from error
+    # the encoder, and the mean and deviation that its pictures had
     network = getattr(network, "vision_model", network)  # the half of CLIP that sees
     tower = VisionTower(pretrained.frozen(network, on), layer, select, size)
     tower.mean = tuple(getattr(shown, "image_mean", None) or MEAN)

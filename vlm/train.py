@@ -38,7 +38,16 @@ from finetune import llama2_full, llama2_lora
 from training import ranks
 from utils import checkpoint, figures, run
 from utils.run import check
-from vlm import checkpoints, engines, llava, llava_io, metric_loggers, packing, train_evaluation
+from vlm import (
+    checkpoints,
+    engines,
+    llava,
+    llava_io,
+    metric_loggers,
+    packing,
+    peft_files,
+    train_evaluation,
+)
 from vlm.config_file import with_file
 from vlm.lazy_data import Lazy
 from vlm.prompts import IGNORE
@@ -214,6 +223,7 @@ def worker(cfg):
     if first:
         path = folder / "model.safetensors"
         checkpoint.write(path, weights, checkpoints.about(cfg, tokenizer))
+        peft_files.write(cfg, weights, model, tokenizer)
         numbers["learned"] = learned
         numbers |= after_training(cfg, tokenizer, model.eval(), path)
     return numbers
@@ -238,6 +248,7 @@ def after_training(cfg, tokenizer, model, path):
 def main(cfg: Config) -> dict:
     """Train on one process or several, write the weights, evaluate them on held-out photos."""
     check_flags(cfg)
+    cfg = peft_files.with_adapter(cfg)
     if cfg.train.lr_pretrained == 0 and cfg.train.train_type != "lora_frozen_projector":
         # parameters that may not move need no gradient, no fp32, no optimizer
         cfg = changed(cfg, train_type="projector")

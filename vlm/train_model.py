@@ -1,8 +1,9 @@
 """The model that vlm/train.py trains: of parts by their names, or another LLaVA to go on with."""
 
+from training import ranks
 from utils import run
 from utils.run import check
-from vlm import llava, llava_parts, prompts, tower
+from vlm import llava, llava_parts, peft_files, prompts, tower
 from vlm.trainable import set_trainable
 
 
@@ -27,7 +28,15 @@ def build_model(cfg, on):
     if model.grids:
         check(cfg.data.paths, "a model with tiles learns from conversations of yours: name --data")
         llava_parts.check_map(model.vision, model.connector)
+    # the chat template: that of the model, or of its adapter, unless --template says otherwise
+    learned = tokenizer.chat_template if cfg.train.ckpt_path else ""
+    if cfg.train.adapter:
+        learned = peft_files.read(cfg.train.adapter).chat_template or tokenizer.chat_template
+        tokenizer.chat_template = learned
     prompts.use_template(tokenizer, cfg.data.template)
+    line = prompts.template_change(learned, tokenizer, cfg.data.template)
+    if line and ranks.rank_and_world_size()[0] == 0:
+        print(line, flush=True)
     if cfg.train.precision == "fp32":
         model.language.float()
     # on rows as short as these eager is faster than the fused kernel on a CPU

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from training import ranks
 from utils import checkpoint, figures, run
 from utils.run import check
-from vlm import checkpoints, engines, train
+from vlm import checkpoints, engines, peft_files, train
 from vlm.config_file import with_file
 from vlm.train_config import Config, check_flags, engine_name, with_steps
 from vlm.train_data import count_supervised
@@ -109,13 +109,16 @@ def worker(cfg):
     trainer.train()
     if rank == 0:
         path = Path(cfg.out) / "model.safetensors"
-        checkpoint.write(path, checkpoints.tensors(model), checkpoints.about(cfg, tokenizer))
+        weights = checkpoints.tensors(model)
+        checkpoint.write(path, weights, checkpoints.about(cfg, tokenizer))
+        peft_files.write(cfg, weights, model, tokenizer)
     return {"losses": trainer.losses} | source.counts()
 
 
 def main(cfg: Config) -> dict:
     """Train by transformers' Trainer, write the weights."""
     check_flags(cfg)
+    cfg = peft_files.with_adapter(cfg)
     check(engine_name(cfg) == "plain", "Trainer has engines of its own: leave out --engine, --fsdp")
     one_part = cfg.train.gradient_accumulation_steps == 1
     check(one_part, "--gradient_accumulation_steps: one part a step here; train.py takes more")

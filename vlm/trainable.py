@@ -12,6 +12,7 @@ from finetune import llama2_lora, llama2_qlora
 from finetune.quantization import QuantLinear
 from utils.run import UserError, check
 from utils.text import printable
+from vlm import peft_files
 
 LORA_TYPES = ("use_lora", "lora_frozen_projector")
 
@@ -64,6 +65,9 @@ def set_trainable(model, cfg):
         llama2_lora.inject(
             model.language, lora.target_modules, lora.r, lora.alpha, lora.lora_dropout
         )
+        # from zero, or where an adapter of PEFT stopped
+        if cfg.train.adapter:
+            peft_files.fill(model, cfg.train.adapter)
     if kind in ("freeze_vision", "none"):
         model.language.float().requires_grad_(True)
     # the vision tower

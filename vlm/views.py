@@ -49,6 +49,7 @@ def random_crop(image, random):
 def crops_of_view(count, side, view, seed):
     """Crops of `count` square pictures in a view, one after the other: a picture's depends on its
     place among them, not on what was computed before a kill."""
+    # one generator for the view: drawn in order, for all pictures, whatever of them is needed
     random = np.random.default_rng([seed, view])
     return [draw_crop(side, side, random) for _ in range(count)]
 
@@ -87,6 +88,7 @@ def content_hash(store, names, skip_unreadable=False):
 
     def read():
         found = hashlib.sha256()
+        # a hash of hashes: of each picture, then of their list
         for name in names:
             try:
                 content = store.read(name)
@@ -125,6 +127,7 @@ class ViewOfPictures:
 
     def picture(self, number):
         """A picture as the tower sees it: uint8 (3,S,S)."""
+        # view 0: the middle square
         size = self.vision_tower.size
         if not self.view:
             return open_picture(self.store, self.names[number], size)
@@ -151,6 +154,7 @@ class ViewOfPictures:
         # decoded by several threads: the decoders let others run
         with ThreadPoolExecutor(THREADS) as pool:
             pictures = list(pool.map(self.picture_or_none, range(first, last)))
+        # a black picture in the place of one that cannot be read, and zeros for its features
         readable = torch.tensor([picture is not None for picture in pictures])
         black = torch.zeros(3, size, size, dtype=torch.uint8)
         shown = torch.stack([black if picture is None else picture for picture in pictures])
@@ -174,6 +178,7 @@ class MappedFeatures:
         return len(self.files)
 
     def __getitem__(self, index):
+        # one read for each view, of the pictures that are asked for in it
         view, number = torch.broadcast_tensors(*(torch.as_tensor(x) for x in index))
         found = torch.empty(*number.shape, *self.shape[2:], dtype=torch.bfloat16)
         for v in view.unique().tolist():
@@ -200,6 +205,7 @@ def features(vision_tower, paths, views=1, seed=0, store=None, skip_unreadable=F
     UserError for an image that cannot be read; with skip_unreadable such an image has zeros, and its
     number is in `unreadable()`.
     """
+    # the key: the pictures' bytes and all that the tower's features depend on
     store = store or Files()
     content = content_hash(store, paths, skip_unreadable)
     made_by = tower.fingerprint(vision_tower)
@@ -209,6 +215,7 @@ def features(vision_tower, paths, views=1, seed=0, store=None, skip_unreadable=F
         key = (VERSION, content, view, view and seed)
         name = hashlib.sha256(made_by.encode() + repr(key).encode()).hexdigest()[:16]
         path = assets.cache() / "features" / f"view-{name}.bin"
+        # a file for each view; other processes help to fill it
         compute = ViewOfPictures(vision_tower, store, paths, view, seed, skip_unreadable)
         shape = (len(paths), vision_tower.count, vision_tower.width)
         files.append(feature_cache.FeatureFile(path, shape, compute, BATCH))

@@ -71,6 +71,7 @@ def read(path, annotations="", images=""):
         found = join_annotations(found["questions"], parse(annotations), path, annotations)
     else:
         check(not annotations, f"{path} is not of VQA v2: --annotations goes with that only")
+    # each row by itself, whatever the format was
     check(isinstance(found, list) and found, f"{path} holds no list of questions")
     return [parse_row(one, number, images) for number, one in enumerate(found)]
 
@@ -88,6 +89,7 @@ def join_annotations(questions, listed, path, annotations):
         ids = {q["question_id"] for q in questions}
     except (TypeError, KeyError) as error:
         raise UserError(f"{annotations} or {path} lacks {printable(error)}") from None
+    # ids once on either side, else a question would get another one's answers
     once = len(answers) == len(listed["annotations"]) and len(ids) == len(questions)
     check(once, f"{annotations} or {path} has a question_id twice")
     return both
@@ -143,6 +145,7 @@ def parse_row(one, number, images=""):
 
 def find_image(one, at, images):
     """Where the picture of a row is: by its name, or as COCO numbers them, of 2017 or 2014."""
+    # a name, or COCO's number as its releases of 2017 and 2014 write it
     number = one.get("image_id")
     names = [one["image"]] if isinstance(one.get("image"), str) else []
     if is_number(number) and 0 <= number < 10**12:

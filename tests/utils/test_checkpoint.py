@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from tests import fuzz
-from utils import checkpoint, run
+from tests import fuzz, llamas
+from utils import checkpoint, pretrained, run
 from utils.run import UserError
 
 
@@ -481,3 +482,30 @@ def test_a_seed_reaches_every_source_of_chance():
         run.seed(value)
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
     assert drawn[0] == drawn[1] and not set(drawn[0]) & set(drawn[2])
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_of_a_model_have_the_mode_of_the_umask(tmp_path, umask, mode):
+    """The safetensors library writes 0600, which nobody else can read: a shared folder would be of no use."""
+    before = os.umask(umask)
+    try:
+        model = llamas.tiny(layers=1)
+        pretrained.save(model, llamas.tokenizer(), tmp_path / "deep/model")
+        checkpoint.write(tmp_path / "deep/model/more.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "deep/model").iterdir())
+    assert {"model.safetensors", "more.safetensors", "config.json"} <= {path.name for path in files}
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+
+
+def test_every_writer_of_a_model_gives_its_files_the_mode_of_the_umask():
+    """Whoever calls save_pretrained of a library calls shared_mode, or leaves both to pretrained.save."""
+    root = Path(checkpoint.__file__).parent.parent
+    writers = []
+    for path in root.glob("*/*.py"):
+        text = path.read_text("utf-8")
+        if path.parent.name != "tests" and ".save_pretrained(" in text:
+            writers.append(path)
+            assert "shared_mode(" in text, path
+    assert len(writers) > 5

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil
@@ -10,7 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 from tests import eyes, llamas
 from utils import data, pretrained
 from utils.run import UserError
-from vlm import build, config, llava, llava_io, llava_transformers, tower
+from vlm import build, config, llava, llava_io, llava_transformers, step_memory, tower
+from vlm.step_model import Step
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +196,57 @@ def test_bad_names(vision, text, connector, words, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=words):
         build.sizes(config.model_flags(vision, text, connector))
+
+
+def dry(folders, tmp_path, *flags):
+    """The flags of a dry run of tiny parts."""
+    names = ["--vision", folders[0], "--language", folders[1], "--connector", "mlp2x_gelu"]
+    return tyro.cli(
+        build.Config, args=[*names, "--dry_run", "--out", str(tmp_path / "out"), *flags]
+    )
+
+
+def test_a_dry_run_predicts_the_peak_of_a_step(folders, tmp_path, capsys):
+    """The number that step_memory.predict gives, which test_step_cost.py holds against the profiler."""
+    flags = ["--batch", "2", "--images", "3", "--text_tokens", "7", "--checkpointing"]
+    metrics = build.main(dry(folders, tmp_path, *flags, "--zero", "3", "--world_size", "4"))
+    said = capsys.readouterr().out
+    assert "training step of 2 x (48 image + 7 text) tokens" in said
+    shape = {"batch": 2, "images": 3, "text_tokens": 7, "checkpointing": True}
+    shape |= {"zero": 3, "world_size": 4}
+    parts = build.configurations(config.model_flags(*folders, connector="mlp2x_gelu"))
+    ways = {"use_lora": ("use_lora", False), "qlora": ("use_lora", True), "none": ("none", False)}
+    for name, (train_type, quantize) in ways.items():
+        row = step_memory.predict(parts, Step(train_type, quantize, **shape))
+        assert metrics[f"{name}, peak GB of a step"] == row["peak"] / 1e9
+        assert f"{row['peak'] / 1e9:14.3f}" in said
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_a_dry_run_shares_and_recomputes(folders, tmp_path):
+    """Fewer bytes with checkpointing, and with ZeRO-3 on more devices; more with tiles; none without --only names."""
+
+    def peak(*flags):
+        found = build.main(dry(folders, tmp_path, "--only", "none", *flags))
+        return found["none, peak GB of a step"]
+
+    tiles = peak("--images", "5", "--batch", "4")
+    assert peak("--images", "5", "--batch", "4", "--checkpointing") < tiles
+    assert tiles > 1.2 * peak("--batch", "4")
+    assert peak("--zero", "3", "--world_size", "8") < peak("--zero", "3", "--world_size", "2")
+    assert not any("peak" in name for name in build.main(dry(folders, tmp_path, "--only")))
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--only", "lora"), "--only lora: there are projector"),
+        (("--batch", "0"), "above 0"),
+        (("--zero", "4"), "stage of ZeRO"),
+        (("--world_size", "0"), "above 0"),
+    ],
+)
+def test_bad_flags_of_a_dry_run(folders, tmp_path, flags, says):
+    with pytest.raises(UserError, match=says):
+        build.main(dry(folders, tmp_path, *flags))
+    assert not (tmp_path / "out").exists()

@@ -480,6 +480,7 @@ def test_weights_are_asked_in_the_template_of_their_training(tmp_path, monkeypat
     connector = torch.nn.Linear(1, 1)
     made = llava_parts.Parts(torch.nn.Identity(), connector, language, 0)
     monkeypatch.setattr(llava_io, "language_model", lambda name, on: (smollm2(), language))
+    monkeypatch.setattr(llava_io.tower, "load", lambda *names: made.vision)
     monkeypatch.setattr(llava_io, "build", lambda *names, **more: made)
     named = {"language": "x", "vision": "x", "connector": "x", "layer": -2, "select": "patch"}
     weights = {f"connector.{name}": x for name, x in connector.state_dict().items()}

@@ -1,14 +1,17 @@
 """vlm/train_config.py: flags, aliases, a file of nested sections, numbers of steps."""
 
 import json
+import re
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
 
+from utils import run
 from utils.run import UserError, same_flags
 from vlm import config, engines, metric_loggers, trainable
 from vlm.config_file import with_file
@@ -139,3 +142,58 @@ def test_wandb_is_told_project_and_entity(monkeypatch, tmp_path):
     log(3, 0.5)
     assert (told["project"], told["entity"], told["mode"]) == ("mine", "us", "offline")
     assert seen == [({"loss": 0.5}, 3)]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("train: {steps: many}", "steps: .*invalid literal for int.*'many'"),
+        ("steps: 2.5", "steps: .*'2.5'"),
+        ("lora: {r: x}", "lora.r: .*'x'"),
+        ("precision: fp8", "precision: invalid choice 'fp8'.*'bf16', 'fp32', 'fp16'"),
+        ("packing: 1", "packing: true or false is expected, not 1"),
+        ("betas: [0.9]", "betas: .*2 values"),
+        ("learning_rate: [1]\nlora_rank: many", "lora_rank: .*'many'"),
+    ],
+)
+def test_a_value_of_a_file_is_checked_even_if_a_flag_wins(
+    tmp_path, monkeypatch, capsys, text, says
+):
+    """One line with the key's name, and exit code 2; a good file is none of its business."""
+    path = tmp_path / "run.yaml"
+    flags = ["--steps", "3", "--lora.r", "4", "--precision", "fp32", "--packing"]
+    flags += ["--betas", "0.9", "0.99"]
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), *flags])
+    with pytest.raises(SystemExit) as stop:
+        run.cli(lambda cfg: cfg, Config, expand=with_file)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert said.err.count("\n") == 1
+    assert re.search(f"error: {re.escape(str(path))}: {says}", said.err), said.err
+    path.write_text("steps: 7\nlora: {r: 3}")
+    cfg = run.cli(lambda cfg: cfg, Config, expand=with_file)
+    assert cfg.train.steps == 3 and cfg.lora.r == 4
+
+
+def test_an_unknown_key_is_left_to_the_command_line(tmp_path, monkeypatch, capsys):
+    """Its message names flags like it."""
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {grad_clipp: 1}\nsteps: 2")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path)])
+    with pytest.raises(SystemExit):
+        run.cli(lambda cfg: cfg, Config, expand=with_file)
+    said = capsys.readouterr().err
+    assert "--grad_clipp" in said or "--grad-clipp" in said
+    assert "error:" not in said
+
+
+def test_data_sources_of_the_page(tmp_path):
+    """The file of data_loading.md is what its comments say."""
+    page = Path(config.__file__).with_name("data_loading.md").read_text("utf-8")
+    (tmp_path / "run.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    cfg = parse("--config", str(tmp_path / "run.yaml"))
+    flags = "--data captions.jsonl chat.json --weights 1 2 --image_folder pictures"
+    more = "--dataloader_num_workers 4 --steps 500 --batch_size 8"
+    assert cfg == parse(*flags.split(), *more.split())
+    assert cfg.data.is_lazy and cfg.data.weights == (1.0, 2.0)
