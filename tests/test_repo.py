@@ -25,6 +25,7 @@ MEASURE |= {
     "connector_probe",
     "data",
     "decode_study",
+    "easy_vqa_curriculum",
     "easy_vqa_data",
     "easy_vqa_score",
     "evaluate",

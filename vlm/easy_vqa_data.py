@@ -193,14 +193,13 @@ def plain_turns(row):
     return [(text.rpartition("\n")[2], answer) for text, answer in conversations.turns_of(row)]
 
 
-def write(folder, split, made):
-    """Write chat.json and pictures/ into a folder, each whole or not at all -> path of chat.json.
+def write_pictures(folder, split, names):
+    """Copy pictures of a split to folder/pictures, whole or not at all -> its path.
 
     Raises UserError if it cannot be written.
     """
     folder = Path(folder)
     target = folder / "pictures"
-    names = {row["image"] for row in made}
     try:
         with tempfile.TemporaryDirectory(prefix=".pictures-", dir=folder) as temporary:
             # pictures, in a folder of our own, then under its name
@@ -215,9 +214,16 @@ def write(folder, split, made):
         raise run.UserError(
             f"cannot write to {folder}: {os.strerror(error.errno or 0)}; choose another --out"
         ) from None
+    return target
+
+
+def write(folder, split, made):
+    """Write chat.json and pictures/ into a folder, each whole or not at all -> path of chat.json."""
+    target = write_pictures(folder, split, {row["image"] for row in made})
     # rows last: a chat.json has its pictures
-    run.write_json(folder / "chat.json", conversations.validate(made, target))
-    return folder / "chat.json"
+    path = Path(folder) / "chat.json"
+    run.write_json(path, conversations.validate(made, target))
+    return path
 
 
 def main(cfg: Config) -> dict:
