@@ -23,7 +23,17 @@ import torch
 from deploy import decode
 from utils import run
 from utils.run import check
-from vlm import answer_metrics, answer_ranking, easy_vqa_data, llava, probe, prompts, tower, views
+from vlm import (
+    answer_metrics,
+    answer_ranking,
+    easy_vqa_data,
+    generation,
+    llava,
+    probe,
+    prompts,
+    tower,
+    views,
+)
 from vlm.easy_vqa_data import ANSWERS, COLOURS, KINDS, SHAPES
 
 # Tokens of the longest generated answer: "rectangle" and its end, with room for a wrong one
@@ -139,9 +149,9 @@ def probe_answers(vision_tower, train, listed, images):
 
 
 def answer_ids(tokenizer):
-    """The 13 answers as ids, each with the token that ends it."""
-    end = tokenizer.convert_tokens_to_ids(prompts.end_of_answer(tokenizer))
-    return [[*tokenizer(a, add_special_tokens=False).input_ids, end] for a in ANSWERS]
+    """The 13 answers as ids, each with the token that ends it, as they stand in the chat template: a
+    template may put a space before an answer, and " red" is another token than "red"."""
+    return [generation.answer_ids(tokenizer, "", answer) for answer in ANSWERS]
 
 
 def greedy(first_log_p, next_logits, ends, longest=LONGEST):

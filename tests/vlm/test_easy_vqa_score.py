@@ -1,5 +1,6 @@
 """vlm/easy_vqa_score.py: questions one at a time, as if each were alone; baselines from the training split alone."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from scipy import stats
 
 from tests import eyes
+from tests.conftest import ROOT
 from utils.run import UserError
+from vlm import conversations, evaluate, prompts
 from vlm import easy_vqa_data as easy
 from vlm import easy_vqa_score as score
-from vlm import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,18 @@ def test_an_answer_has_its_end(small):
     for ids, text in zip(answers, easy.ANSWERS):
         assert tokenizer.decode(ids[:-1]) == text
         assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_answers_are_ranked_as_the_template_writes_them(small):
+    """A space before the answer is part of its first token, as it was in training."""
+    tokenizer = copy.deepcopy(small[0])
+    prompts.use_template(tokenizer, str(ROOT / "vlm/configs/short.jinja"))
+    answers = score.answer_ids(tokenizer)
+    for ids, text in zip(answers, easy.ANSWERS):
+        row = conversations.row("x", "0000.png", [("what color is the shape?", text)])
+        labels = conversations.sample(tokenizer, row, 1)["labels"]
+        assert ids == [i for i in labels if i != prompts.IGNORE]
+        assert tokenizer.decode(ids[:-1]) == f" {text}"
 
 
 def test_the_interval_is_wilsons(parity):
