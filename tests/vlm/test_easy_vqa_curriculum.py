@@ -153,3 +153,23 @@ def test_the_first_token_is_the_attention_sink():
     assert words[0] == "<|im_start|>" and "".join(words[1:4]) == prompts.IMAGE
     learned = [i for i in made["labels"] if i != prompts.IGNORE]
     assert tokenizer.decode(learned) == " no<|im_end|>"
+
+
+@torch.no_grad()
+def test_the_language_model_cannot_compare_words():
+    """Before training: told a scene in words, "yes" is no more probable where it is right. Area under the ROC curve."""
+    tokenizer, language = llava_parts.language_model("smollm2", torch.device("cpu"))
+    rows = curriculum.stages(images=150, share=1.0)["plain"]
+    told = [row for row in rows if "image" not in row][:60]
+    asked = "{}\n{}<|im_end|>\n<|im_start|>assistant\n"
+    yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
+    margins = {"yes": [], "no": []}
+    for row in told:
+        ((text, answer),) = conversations.turns_of(row)
+        prompt = "<|im_start|>user\n" + asked.format(*text.split("\n"))
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        logits = language(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
+        margins[answer].append(float(logits[yes] - logits[no]))
+    right, wrong = torch.tensor(margins["yes"]), torch.tensor(margins["no"])
+    area = (right[:, None] > wrong).float().mean()
+    assert min(len(right), len(wrong)) > 20 and 0.3 < area < 0.7
