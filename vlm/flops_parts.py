@@ -5,11 +5,14 @@ its input, one for that of its weight (Kaplan et al. 2020, arXiv:2001.08361, Sec
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.run import UserError, check
 from vlm import anyres
-from vlm.config import VLMConfig
+
+# for types only: it imports transformers, and --help shall be quick
+if TYPE_CHECKING:
+    from vlm.config import VLMConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of LoRA
 
@@ -121,7 +124,7 @@ def perceiver(options: dict, tokens: int, dim_in: int, width: int) -> Products:
     return Products(entry, 0, entry) + layer * options["depth"] + Products(leave)
 
 
-def connector(config: VLMConfig, tokens: int, dim_in: int, width: int) -> Products:
+def connector(config: "VLMConfig", tokens: int, dim_in: int, width: int) -> Products:
     """Of one picture with `tokens` tokens (N,dim_in) -> (M,width). Raises UserError for an unknown name."""
     from vlm.token_sparsity import TokenSparsity
 
@@ -146,7 +149,7 @@ def connector(config: VLMConfig, tokens: int, dim_in: int, width: int) -> Produc
     return Products(entry + (depth - 1) * product(out, width, width), 0, entry)
 
 
-def image_tokens(config: VLMConfig, tokens: int) -> int:
+def image_tokens(config: "VLMConfig", tokens: int) -> int:
     """M, what a picture of N tokens becomes."""
     from vlm.token_sparsity import TokenSparsity
 
@@ -164,7 +167,7 @@ def image_tokens(config: VLMConfig, tokens: int) -> int:
     raise UserError(f"there is no formula for the connector '{name}'")
 
 
-def tiles_and_tokens(config: VLMConfig, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+def tiles_and_tokens(config: "VLMConfig", tokens: int, size: tuple[int, int]) -> tuple[int, int]:
     """-> (pictures that the encoder sees of one of `size` (H,W), 1 + T with tiles, and its image tokens).
 
     tokens: N, of the encoder. What puts tiles together has no products.
