@@ -20,8 +20,8 @@ import numpy as np
 from utils import run
 from utils.run import check
 from vlm import conversations, easy_vqa_data
+from vlm.easy_vqa_baselines import known_scenes
 from vlm.easy_vqa_data import balance, questions
-from vlm.easy_vqa_score import known_scenes
 
 # The question whose answer is a caption: the picture alone
 CAPTION = ""

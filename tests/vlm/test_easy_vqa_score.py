@@ -12,6 +12,7 @@ from tests import eyes
 from tests.conftest import ROOT
 from utils.run import UserError
 from vlm import conversations, evaluate, prompts
+from vlm import easy_vqa_baselines as baselines
 from vlm import easy_vqa_data as easy
 from vlm import easy_vqa_score as score
 
@@ -131,9 +132,9 @@ def test_a_sample_keeps_the_proportions(listed):
 
 def test_baselines_learn_from_training_answers_alone(listed):
     train = easy.questions("train")
-    only = score.question_only(train, listed)
+    only = baselines.question_only(train, listed)
     found = score.accuracies(only, listed)
-    majority = score.accuracies(score.majority_class(train, listed), listed)
+    majority = score.accuracies(baselines.majority_class(train, listed), listed)
     # by hand: "yes" is the most frequent, and right of 3611 of 9673
     assert majority["accuracy"] == pytest.approx(3611 / 9673)
     # without the picture: most colours that are asked about are not there, so "no" is a good guess
@@ -143,7 +144,7 @@ def test_baselines_learn_from_training_answers_alone(listed):
     plant = [easy.Question(0, "is there a circle?", "no", "yes/no")] * 3
     plant += [easy.Question(0, "is there a circle?", "yes", "yes/no")] * 2
     plant += [easy.Question(0, "what shape is present?", "circle", "shape")] * 4
-    assert score.question_only(plant, asked("is there a circle?", "never asked")) == [
+    assert baselines.question_only(plant, asked("is there a circle?", "never asked")) == [
         "no", "circle",
     ]  # fmt: skip
 
@@ -151,7 +152,7 @@ def test_baselines_learn_from_training_answers_alone(listed):
 def test_the_probe_tells_planted_scenes_and_never_sees_test_answers(monkeypatch):
     """Pictures whose features are their scene: the rule answers all; of shuffled ones hardly any."""
     splits = {split: easy.questions(split) for split in ("train", "test")}
-    scenes = {split: score.known_scenes(found) for split, found in splits.items()}
+    scenes = {split: baselines.known_scenes(found) for split, found in splits.items()}
     looked = []
 
     def pooled(tower, split, images):
@@ -163,20 +164,20 @@ def test_the_probe_tells_planted_scenes_and_never_sees_test_answers(monkeypatch)
             x[row, 0, 8 + easy.SHAPES.index(shape)] = 1
         return x
 
-    monkeypatch.setattr(score, "picture_features", pooled)
+    monkeypatch.setattr(baselines, "picture_features", pooled)
     known = [q for q in splits["test"] if q.image in scenes["test"] and q.image < 200]
-    found = score.probe_answers(None, splits["train"], known, 300)
+    found = baselines.probe_answers(None, splits["train"], known, 300)
     assert score.accuracies(found, known)["accuracy"] == 1
     assert looked == ["train", "test"]
     # what is asked for is not what is learned from: test answers are no input
     blind = [q._replace(answer="yes", kind="yes/no") for q in known]
-    assert score.probe_answers(None, splits["train"], blind, 300) == found
+    assert baselines.probe_answers(None, splits["train"], blind, 300) == found
 
 
 def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small, monkeypatch):
     """A model that knows the scene of a test picture is right everywhere: wiring from picture to score."""
     tokenizer, model = small
-    scenes = score.known_scenes(easy.questions("test"))
+    scenes = baselines.known_scenes(easy.questions("test"))
     prompts_seen = []
 
     def pooled(tower, split, images):
@@ -198,7 +199,7 @@ def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small,
             said.append(f"The {answer}." if row == 0 else answer)
         return log_p, said
 
-    monkeypatch.setattr(score, "picture_features", pooled)
+    monkeypatch.setattr(baselines, "picture_features", pooled)
     monkeypatch.setattr(score, "ask", ask)
     monkeypatch.setattr(score.llava, "load", lambda name, on: (tokenizer, model))
     out = tmp_path / "out"
@@ -210,7 +211,7 @@ def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small,
     assert len(prompts_seen) == 120
     # what the words give away was counted in the training split
     chosen = score.stratified(easy.questions("test"), 120)
-    blind = score.question_only(easy.questions("train"), chosen)
+    blind = baselines.question_only(easy.questions("train"), chosen)
     written = json.loads((out / "answers.json").read_text())
     assert [one["question only"] for one in written] == blind
     for text in prompts_seen:
