@@ -173,11 +173,14 @@ def import_torch():
 @pytest.mark.parametrize("script", sorted(tiny_flags()))
 def test_help_is_quick(script, import_torch):
     """Heavy libraries are imported where they are used: --help costs less than two imports of torch (1.3 s here)."""
-    cost = cpu_seconds([script, "--help"])
-    if cost > 2 * import_torch:  # perhaps the machine was busy with something else
-        cost = min(cost, cpu_seconds([script, "--help"]))
-    slow = f"{script} --help: {cost:.1f} CPU s; import torch: {import_torch:.1f}"
-    assert cost <= 2 * import_torch, f"{slow}; import what is heavy in the function that uses it"
+    ratio = cpu_seconds([script, "--help"]) / import_torch
+    # the machine may be busier than it was: the two again, one right after the other
+    for _ in range(3):
+        if ratio > 2:
+            import_torch = cpu_seconds(["-c", "import torch"])
+            ratio = min(ratio, cpu_seconds([script, "--help"]) / import_torch)
+    slow = f"{script} --help costs {ratio:.1f} imports of torch"
+    assert ratio <= 2, f"{slow}; import what is heavy in the function that uses it"
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if ".py" in line])
