@@ -9,7 +9,7 @@ in which words stand where the picture stands teach the comparison itself: the l
 do it, not even between words.
 
     python vlm/easy_vqa_curriculum.py
-    python vlm/train.py --config vlm/configs/easy_vqa_1_captions.yaml     # and 2_plain, 3_all
+    python vlm/train.py --config vlm/configs/easy_vqa_1.yaml     # then 2, then 3
     python vlm/easy_vqa_score.py --model outputs/easy_vqa_3/model.safetensors
 """
 

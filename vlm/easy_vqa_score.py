@@ -43,6 +43,7 @@ class Config:
     model: str = ""  # weights, or a folder or hub id; empty: the baselines alone
     count: int = 1000  # questions, kinds in proportion; 0: all 9673
     batch: int = 32  # questions at a time
+    baselines: bool = True  # what is reached without the model, beside it
     probe_images: int = 2000  # training pictures of the linear probe
     seed: int = 0  # of the sample of questions
     device: str = "auto"
@@ -161,25 +162,30 @@ def ask_all(tokenizer, model, listed, features, batch=32):
     return log_p, said
 
 
+def baselines(vision_tower, listed, probe_images):
+    """Answers of the three baselines to questions -> {name: answers}."""
+    train = easy_vqa_data.questions("train")
+    probed = easy_vqa_baselines.probe_answers(vision_tower, train, listed, probe_images)
+    return {
+        "majority class": easy_vqa_baselines.majority_class(train, listed),
+        "question only": easy_vqa_baselines.question_only(train, listed),
+        "linear probe, rules": probed,
+    }
+
+
 def main(cfg: Config) -> dict:
     """Score the baselines, and the model if one is named; write every answer."""
     check(cfg.count >= 0, "--count must be 0 or more")
     check(min(cfg.batch, cfg.probe_images) > 0, "--batch and --probe_images must be at least 1")
+    check(cfg.model or cfg.baselines, "--no-baselines without --model leaves nothing to score")
     on = run.device(cfg.device)
     loaded = llava.load(cfg.model, on) if cfg.model else None
     vision_tower = loaded[1].vision if loaded else tower.load("efficientnet")
     folder = run.output(cfg.out, cfg)
     run.seed(cfg.seed)
     # questions of the test split; of the training split the baselines learn
-    train = easy_vqa_data.questions("train")
     listed = stratified(easy_vqa_data.questions("test"), cfg.count, cfg.seed)
-    predicted = {
-        "majority class": easy_vqa_baselines.majority_class(train, listed),
-        "question only": easy_vqa_baselines.question_only(train, listed),
-        "linear probe, rules": easy_vqa_baselines.probe_answers(
-            vision_tower, train, listed, cfg.probe_images
-        ),
-    }
+    predicted = baselines(vision_tower, listed, cfg.probe_images) if cfg.baselines else {}
     # the model, a question at a time
     if loaded:
         asked = sorted({question.image for question in listed})

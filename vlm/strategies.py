@@ -3,10 +3,13 @@
 Every strategy learns for as many CPU seconds, so that a cheap one takes more steps. Its learning rate is
 searched first: three rates, half the time, and the lowest training loss is taken, so that no held-out photo
 decides. Then several seeds; the interval of their mean is Student's (1908). Each run is one of
-vlm/train.py in a process of its own, so that its memory is its own.
+vlm/train.py in a process of its own, so that its memory is its own. Two data sets: fruit, of which the
+kind is named, and easy-VQA, of which all questions are learned at once, without a curriculum.
 
-    python vlm/strategies.py                                   # at equal compute, rates searched: hours
-    python vlm/strategies.py --steps 60 --rates 1 --seeds 1    # the table of vlm/train.md: 53 CPU minutes
+    python vlm/strategies.py                                   # fruit: hours
+    python vlm/easy_vqa_curriculum.py                          # writes the rows of
+    python vlm/strategies.py --data easy_vqa
+    python vlm/strategies.py --steps 60 --rates 1 --seeds 1    # as many steps instead of as much time
 """
 
 import json
@@ -15,18 +18,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
 from utils import figures, run
 from utils.run import check
+from vlm.easy_vqa_data import KINDS
 
 STRATEGIES = {  # name: what vision, connector and language model do; rate of what is pretrained, flags
     "projector": ("frozen, trained, frozen", 1e-3, ["--train_type", "projector"]),
-    "lora": ("frozen, trained, LoRA on q v", 1e-3, ["--lora_targets", "q_proj", "v_proj"]),
-    "lora-all": ("frozen, trained, LoRA on all matrices", 1e-3, ["--train_type", "use_lora"]),
+    "lora": ("frozen, trained, LoRA", 1e-3, ["--train_type", "use_lora"]),
+    "random-connector": ("frozen, frozen, LoRA", 1e-3, ["--train_type", "lora_frozen_projector"]),
     # a third of the steps
-    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", 1e-3, ["--align_steps"]),
+    "two-stages": ("frozen, trained, LoRA in the last two thirds", 1e-3, ["--align_steps"]),
     "language": ("frozen, trained, trained", 5e-5, ["--train_type", "freeze_vision"]),
     "everything": ("trained, trained, trained", 5e-5, ["--train_type", "none"]),
 }
@@ -34,22 +39,36 @@ STRATEGIES = {  # name: what vision, connector and language model do; rate of wh
 LR = 1e-3
 # Steps of the run that tells what a step costs
 TRIAL = 4
+# Rows and pictures that easy_vqa_curriculum.py wrote
+EASY_VQA = Path("outputs/easy_vqa_curriculum")
 
 
 @dataclass(frozen=True)
 class Config:
     """Train with each strategy at equal compute, at its best rate, and put the results side by side."""
 
+    data: Literal["fruit", "easy_vqa"] = "fruit"
     only: tuple[str, ...] = ()  # names of strategies; none: all of them
-    seconds: float = 160  # CPU seconds of training of each run
+    seconds: float = 200  # CPU seconds of training of each run
     steps: int = 0  # instead of seconds: as many steps for all
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors of both learning rates that are searched
     seeds: int = 3  # runs of each strategy at its best rate
-    batch: int = 16  # conversations a step
-    views: int = 4  # of each photo
-    judged: int = 300  # photos to be judged by
+    batch: int = 8  # conversations a step
+    views: int = 4  # of each photo of fruit
+    judged: int = 150  # photos or questions to be judged by
     seed: int = 0  # the first one
     out: str = "outputs/strategies"
+
+
+def data_flags(cfg):
+    """Flags of the data set: its rows, and how they are read."""
+    if cfg.data == "fruit":
+        return ["--views", str(cfg.views), "--text_share", "0.1"]
+    # a picture is one token, and not the first one (vlm/easy_vqa.md)
+    template = Path(__file__).parent / "configs" / "short.jinja"
+    flags = ["--connector", "pool1", "--template", template, "--no-packing"]
+    flags += ["--data_path", EASY_VQA / "all.json", "--image_folder", EASY_VQA / "pictures"]
+    return [*map(str, flags), "--views", "1", "--text_share", "0"]
 
 
 def command(name, cfg, folder, steps, factor, seed, judged):
@@ -65,26 +84,48 @@ def command(name, cfg, folder, steps, factor, seed, judged):
         "learning_rate": LR * factor,
         "learning_rate_pretraining_components": lr_pretrained * factor,
         "per_device_train_batch_size": cfg.batch,
-        "views": cfg.views,
         "judged": judged,
-        "text_share": 0.1,
         "num_warmup_steps": max(1, steps // 10),
         "seed": seed,
         "out": folder,
     }
-    more = []
+    flags += data_flags(cfg)
     for flag, value in every.items():
-        more += [f"--{flag}", str(value)]
-    return [sys.executable, str(Path(__file__).with_name("train.py")), *flags, *more]
+        flags += [f"--{flag}", str(value)]
+    return [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
+
+
+def score_command(cfg, folder):
+    """Score what a run has learned on easy-VQA's test questions; of fruit the run does it itself."""
+    script = Path(__file__).with_name("easy_vqa_score.py")
+    flags = {"model": folder / "model.safetensors", "count": cfg.judged, "out": folder / "score"}
+    words = [f"--{flag}={value}" for flag, value in flags.items()]
+    return [sys.executable, str(script), *words, "--no-baselines"]
+
+
+def read_metrics(words, folder, name):
+    """Run a command that writes metrics.json -> it. Raises UserError if the command fails."""
+    done = subprocess.run(words, stdout=subprocess.DEVNULL)
+    check(done.returncode == 0, f"the run of {name} failed")
+    return json.loads((folder / "metrics.json").read_text("utf-8"))
 
 
 def measure(name, cfg, folder, steps, factor=1.0, seed=None, judged=14):
     """Metrics of a run in a process of its own. Raises UserError if it fails."""
     seed = cfg.seed if seed is None else seed
-    words = command(name, cfg, folder, steps, factor, seed, judged)
-    done = subprocess.run(words, stdout=subprocess.DEVNULL)
-    check(done.returncode == 0, f"the run of {name} failed")
-    return json.loads((folder / "metrics.json").read_text("utf-8"))
+    return read_metrics(command(name, cfg, folder, steps, factor, seed, judged), folder, name)
+
+
+def judge(name, cfg, folder, steps, factor, seed):
+    """Metrics of a run that counts, with its scores: {"scores": {name: accuracy}}, the main one first."""
+    metrics = measure(name, cfg, folder, steps, factor, seed, cfg.judged)
+    if cfg.data == "fruit":
+        scores = dict(metrics["LLaVA"]) | {"text loss": metrics["text loss"]["after"]}
+    else:
+        found = read_metrics(score_command(cfg, folder), folder / "score", name)
+        scores = {"all questions": found["LLaVA, ranked"]["accuracy"]}
+        scores |= {kind: found["LLaVA, ranked"][kind] for kind in KINDS}
+    return metrics | {"scores": scores}
 
 
 def seconds_a_step(metrics, steps):
@@ -122,14 +163,14 @@ def mean_and_half(values, level=0.95):
 
 
 def row(runs, steps, factor):
-    """Row of the table: the metrics of runs that differ in their seed."""
-    kinds, half = mean_and_half([metrics["LLaVA"]["14 kinds"] for metrics in runs])
-    return {
-        "14 kinds": kinds,
-        "+-": half,
-        "5 groups": fmean(metrics["LLaVA"]["5 groups"] for metrics in runs),
+    """Row of the table: the metrics of runs that differ in their seed; the first score has its interval."""
+    first, *others = runs[0]["scores"]
+    mean, half = mean_and_half([metrics["scores"][first] for metrics in runs])
+    scores = {first: mean, "+-": half}
+    for other in others:
+        scores[other] = fmean(metrics["scores"][other] for metrics in runs)
+    return scores | {
         "loss": fmean(metrics["final_loss"] for metrics in runs),
-        "text loss": fmean(metrics["text loss"]["after"] for metrics in runs),
         "learned": runs[0]["learned"],
         "rate": factor,
         "steps": steps,
@@ -145,11 +186,13 @@ def draw(path, rows):
     figure, ax = plt.subplots(figsize=(6.5, 3.6))
     # a point for each strategy; its area says how much memory
     for name, r in rows.items():
-        point = (r["CPU s a step"], r["14 kinds"])
-        drawn = ax.errorbar(*point, yerr=np.nan_to_num(r["+-"]), capsize=3)
+        accuracy, half, *_ = r.values()
+        point = (r["CPU s a step"], accuracy)
+        drawn = ax.errorbar(*point, yerr=np.nan_to_num(half), capsize=3)
         ax.scatter(*point, s=r["MiB"] / 15, alpha=0.6, color=drawn[0].get_color())
         ax.annotate(name, point, (0, 12), textcoords="offset points", ha="center", fontsize=8)
-    ax.set(xlabel="CPU seconds a step", ylabel="right of 14 kinds, held-out photos")
+    score = next(iter(next(iter(rows.values()))))
+    ax.set(xlabel="CPU seconds a step", ylabel=f"accuracy, {score}")
     ax.set_xlim(0, 1.15 * max(r["CPU s a step"] for r in rows.values()))
     ax.margins(y=0.25)
     return figures.close(figure, path)
@@ -163,6 +206,8 @@ def main(cfg: Config) -> dict:
     check(cfg.steps == 0 or cfg.steps > 2, "--steps must be 3 or more")
     least = min(cfg.batch, cfg.views, cfg.judged, cfg.seeds, cfg.seconds, *cfg.rates, 1)
     check(len(cfg.rates) > 0 and least > 0, "all numbers must be above 0")
+    rows_there = cfg.data == "fruit" or (EASY_VQA / "all.json").is_file()
+    check(rows_there, f"{EASY_VQA} has no all.json; write it by python vlm/easy_vqa_curriculum.py")
     folder = run.output(cfg.out, cfg)
     rows = {}
     for name in cfg.only or STRATEGIES:
@@ -175,7 +220,7 @@ def main(cfg: Config) -> dict:
         runs = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             place = own / f"seed-{seed}"
-            runs.append(measure(name, cfg, place, steps, factor, seed, cfg.judged))
+            runs.append(judge(name, cfg, place, steps, factor, seed))
         rows[name] = row(runs, steps, factor)
         run.write_json(folder / "rows.json", rows)
     # side by side

@@ -13,7 +13,7 @@ import torch
 from finetune import llama2_lora
 from training.flops import mfu, peak_flops
 from training.ranks import rank_and_world_size
-from utils.run import UserError
+from utils.run import UserError, check
 from vlm import flops_parts
 from vlm.flops_parts import Products, product
 from vlm.train_data import count_supervised
@@ -81,14 +81,19 @@ def language_flops(model, rank, lengths, supervised):
 
 
 def vision_flops(model, cfg, pictures):
-    """Forward and backward pass of the connector, and of a tower that learns; features of a frozen one are cached."""
+    """Forward and backward pass of the connector, and of a tower that learns; features of a frozen one are cached.
+
+    Raises UserError for a tower without a formula: EfficientNet, if it learns.
+    """
     width = model.language.config.get_text_config().hidden_size
     tower = model.vision
     trained = learns(tower)
     joined = flops_parts.connector(cfg.model, tower.count, tower.width, width)
     total = joined.forward + joined.backward(learns(model.connector), trained)
     if trained:
-        encoder, unused = flops_parts.vision_encoder(tower.network.config, cfg.model.vision_layer)
+        config = getattr(tower.network, "config", None)
+        check(config is not None, "the FLOPs of this vision tower have no formula here")
+        encoder, unused = flops_parts.vision_encoder(config, cfg.model.vision_layer)
         total += encoder.forward + unused + encoder.backward(True, False)
     return pictures * total
 

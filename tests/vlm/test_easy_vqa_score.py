@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,11 +219,23 @@ def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small,
         assert text.count("<|im_start|>user") == 1 and text.endswith("assistant\n")
         assert text.count("<image>") == model.count
     assert [one["text"] for one in written] == [question.text for question in chosen]
+    # the model alone: the same scores, and no probe
+    monkeypatch.delattr(baselines, "probe_answers")
+    alone = score.main(replace(cfg, baselines=False, out=str(tmp_path / "alone")))
+    assert alone.keys() - {"threads"} == {
+        "questions",
+        "pictures",
+        "LLaVA, ranked",
+        "LLaVA, generated",
+    }
+    assert alone["LLaVA, ranked"] == metrics["LLaVA, ranked"]
 
 
 def test_bad_flags_are_one_line(tmp_path):
     for flags in ({"count": -1}, {"batch": 0}, {"probe_images": 0}):
         with pytest.raises(UserError, match="must be"):
             score.main(score.Config(out=str(tmp_path), **flags))
+    with pytest.raises(UserError, match="leaves nothing to score"):
+        score.main(score.Config(baselines=False, out=str(tmp_path)))
     with pytest.raises(UserError):
         score.main(score.Config(model=str(tmp_path / "no.safetensors"), out=str(tmp_path)))

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import scipy.stats
 import tyro
 
 from utils.run import UserError
-from vlm import strategies, train, train_config
+from vlm import easy_vqa_score, strategies, train, train_config
+from vlm.flags import TrainType
 
 
 def parsed(name, cfg, *about):
@@ -33,14 +35,27 @@ def test_every_strategy_is_a_run_of_the_steps_rate_and_seed_that_are_asked_for(n
     whole = name in ("language", "everything")
     assert steps.lr == 2e-3
     assert steps.lr_pretrained == (1e-4 if whole else 2e-3)
-    assert len(found.lora.target_modules) == (2 if name == "lora" else 7)
+    assert len(found.lora.target_modules) == 7
+
+
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
+def test_a_strategy_on_easy_vqa_reads_its_rows_as_the_page_says(name):
+    found = parsed(name, strategies.Config(data="easy_vqa"), 9, 1.0, 0, 4)
+    third = train.with_file(["--config", "vlm/configs/easy_vqa_3.yaml"])
+    curriculum = tyro.cli(train.Config, args=third).data
+    about = ("data_path", "image_folder", "views", "text_share", "packing")
+    for field in about:
+        ours, theirs = getattr(found.data, field), getattr(curriculum, field)
+        assert list(ours) == list(theirs) if field == "data_path" else ours == theirs
+    assert Path(found.data.template) == Path(curriculum.template).resolve()
+    assert found.model.connector == "pool1" and found.train.steps == 9
 
 
 def test_strategies_differ():
     runs = [parsed(name, strategies.Config(), 9, 1.0, 0, 4) for name in strategies.STRATEGIES]
     about = [(r.train.train_type, r.lora.target_modules, r.train.align_steps) for r in runs]
     assert len(set(about)) == len(about)
-    assert {r.train.train_type for r in runs} == {"projector", "use_lora", "freeze_vision", "none"}
+    assert {r.train.train_type for r in runs} == set(get_args(TrainType))
 
 
 def test_the_interval_is_students():
@@ -59,16 +74,52 @@ def metrics(kinds, seconds, loss=1.5):
     }  # fmt: skip
 
 
-def test_the_table_and_its_figure(tmp_path):
-    row = strategies.row([metrics(0.5, 30.0), metrics(0.7, 50.0)], 10, 2.0)
+def test_the_table_and_its_figure(tmp_path, monkeypatch):
+    runs = {0: metrics(0.5, 30.0), 1: metrics(0.7, 50.0)}
+    monkeypatch.setattr(strategies, "measure", lambda name, cfg, *run: runs[run[-2]])
+    cfg = strategies.Config()
+    judged = [strategies.judge("lora", cfg, tmp_path, 10, 2.0, seed) for seed in runs]
+    row = strategies.row(judged, 10, 2.0)
     assert row["CPU s a step"] == 4 and row["MiB"] == 2800 and row["rate"] == 2
     assert math.isclose(row["14 kinds"], 0.6) and row["5 groups"] == 0.8 and row["text loss"] == 3
-    assert row["+-"] > 0
+    assert list(row)[:3] == ["14 kinds", "+-", "5 groups"]
+    assert row["+-"] == strategies.mean_and_half([0.5, 0.7])[1]
     rows = {"a": row, "b": row | {"14 kinds": 0.6, "+-": math.nan}}
     assert strategies.draw(tmp_path / "x.png", rows).stat().st_size > 1000
 
 
-def test_wrong_flags_are_refused(tmp_path):
+def test_runs_on_easy_vqa_are_judged_by_its_test_questions(tmp_path, monkeypatch):
+    """The weights that the run wrote, so many questions, and the scores of ranked answers."""
+    found = {"accuracy": 0.7, "low": 0.6, "high": 0.8}
+    found |= {kind: i / 10 for i, kind in enumerate(easy_vqa_score.KINDS)}
+    scored = []
+
+    def run(words, stdout):
+        folder = tmp_path / "run"
+        if words[1].endswith("train.py"):
+            found_here = {"final_loss": 1.0}
+        else:
+            cfg = tyro.cli(easy_vqa_score.Config, args=words[2:])
+            scored.append(cfg)
+            folder = Path(cfg.out)
+            worse = {"accuracy": 0.0} | dict.fromkeys(easy_vqa_score.KINDS, 0.0)
+            found_here = {"LLaVA, ranked": found, "LLaVA, generated": worse}
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(found_here), "utf-8")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(strategies.subprocess, "run", run)
+    cfg = strategies.Config(data="easy_vqa", judged=77)
+    judged = strategies.judge("lora", cfg, tmp_path / "run", 10, 2.0, 0)
+    assert judged["final_loss"] == 1.0
+    kinds = {kind: found[kind] for kind in easy_vqa_score.KINDS}
+    assert judged["scores"] == {"all questions": 0.7} | kinds
+    (cfg,) = scored
+    assert cfg.model == str(tmp_path / "run" / "model.safetensors")
+    assert cfg.count == 77 and not cfg.baselines
+
+
+def test_wrong_flags_are_refused(tmp_path, monkeypatch):
     out = str(tmp_path / "x")
     with pytest.raises(UserError, match="--only magic: there are projector"):
         strategies.main(strategies.Config(only=("magic",), out=out))
@@ -78,11 +129,14 @@ def test_wrong_flags_are_refused(tmp_path):
         strategies.main(strategies.Config(seeds=0, out=out))
     with pytest.raises(UserError, match="above 0"):
         strategies.main(strategies.Config(rates=(), out=out))
+    monkeypatch.setattr(strategies, "EASY_VQA", tmp_path)
+    with pytest.raises(UserError, match="has no all.json; write it by python vlm/easy_vqa_curr"):
+        strategies.main(strategies.Config(data="easy_vqa", out=out))
     assert not (tmp_path / "x").exists()
 
 
 def test_rates_are_searched_at_equal_compute_and_seeds_follow(tmp_path, monkeypatch):
-    """A step of LoRA on q v costs 2 s, of all matrices 4 s; the loss is lowest at twice the rate."""
+    """A step of the connector alone costs 2 s, of LoRA 4 s; the loss is lowest at twice the rate."""
     seen = []
 
     def run(command, stdout):
@@ -90,24 +144,25 @@ def test_rates_are_searched_at_equal_compute_and_seeds_follow(tmp_path, monkeypa
         steps = cfg.train.steps
         seen.append((steps, cfg.train.lr, cfg.train.seed, cfg.train.judged))
         Path(cfg.out).mkdir(parents=True)
-        matrices = len(cfg.lora.target_modules)
+        alone = cfg.train.train_type == "projector"
         loss = abs(cfg.train.lr - 2e-3)
-        about = metrics(
-            0.1 * matrices + 0.01 * cfg.train.seed, steps * (2.0 if matrices == 2 else 4.0), loss
-        )
+        kinds = (0.2 if alone else 0.7) + 0.01 * cfg.train.seed
+        about = metrics(kinds, steps * (2.0 if alone else 4.0), loss)
         (Path(cfg.out) / "metrics.json").write_text(json.dumps(about), "utf-8")
         return SimpleNamespace(returncode=int(cfg.train.align_steps > 0))
 
     monkeypatch.setattr(strategies.subprocess, "run", run)
-    cfg = strategies.Config(only=("lora", "lora-all"), seconds=80, seeds=2, out=str(tmp_path / "a"))
+    cfg = strategies.Config(
+        only=("projector", "lora"), seconds=80, seeds=2, out=str(tmp_path / "a")
+    )
     rows = strategies.main(cfg)
     # a trial, three rates for half the time, two seeds at the best one
     search = [(20, rate, 0, 14) for rate in (5e-4, 1e-3, 2e-3)]
-    assert seen[:6] == [(4, 1e-3, 0, 14), *search, (40, 2e-3, 0, 300), (40, 2e-3, 1, 300)]
+    assert seen[:6] == [(4, 1e-3, 0, 14), *search, (40, 2e-3, 0, 150), (40, 2e-3, 1, 150)]
     assert [s[0] for s in seen[6:]] == [4, 10, 10, 10, 20, 20]
-    found = [round(rows[name]["14 kinds"], 6) for name in ("lora", "lora-all")]
+    found = [round(rows[name]["14 kinds"], 6) for name in ("projector", "lora")]
     assert found == [0.205, 0.705]
-    assert rows["lora"]["CPU s a step"] == 2 and rows["lora-all"]["steps"] == 20
+    assert rows["projector"]["CPU s a step"] == 2 and rows["lora"]["steps"] == 20
     # as many steps for all, one rate: nothing to try or to search
     seen.clear()
     cfg = strategies.Config(

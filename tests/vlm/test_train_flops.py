@@ -126,3 +126,14 @@ def test_a_model_without_a_formula_has_tokens_only(made):
     assert found == {"tokens_a_second": throughput.tokens / 2}
     gone_on = train_flops.Throughput(model, changed(cfg, ckpt_path="there"))
     assert gone_on.flops is None
+
+
+def test_efficientnet_learns_without_a_formula_of_its_flops(lesson, tmp_path):  # noqa: F811
+    """`--train_type none` with the tower of the book, a network without a config: tokens only, and no mfu."""
+    about = {"vision_name_or_path": "efficientnet", "lazy": False, "connector": "pool1"}
+    cfg = changed(lesson, **about, train_type="none", steps=1, out=str(tmp_path / "out"))
+    found = train.main(cfg)
+    assert found["tokens_a_second"] > 0 and "mfu" not in found
+    # frozen, its features are cached, and the connector has a formula
+    cfg = changed(cfg, train_type="use_lora", out=str(tmp_path / "frozen"))
+    assert train.main(cfg)["mfu"] > 0
