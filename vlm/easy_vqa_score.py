@@ -25,6 +25,7 @@ from vlm import (
     answer_ranking,
     easy_vqa_baselines,
     easy_vqa_data,
+    evaluate,
     generation,
     llava,
     prompts,
@@ -180,6 +181,8 @@ def main(cfg: Config) -> dict:
     check(cfg.model or cfg.baselines, "--no-baselines without --model leaves nothing to score")
     on = run.device(cfg.device)
     loaded = llava.load(cfg.model, on) if cfg.model else None
+    if loaded:
+        evaluate.check_whole(loaded[1])
     vision_tower = loaded[1].vision if loaded else tower.load("efficientnet")
     folder = run.output(cfg.out, cfg)
     run.seed(cfg.seed)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from deploy import decode
-from utils import data, figures, run
+from utils import data, run
 from utils.run import check
 from vlm import (
     answer_metrics,
@@ -54,7 +54,11 @@ class Config:
 
 def prompt_embeddings(tokenizer, model, prompt, features):
     """Vision features of photos (B,N,D), and a question -> embeddings of the prompt (B,T,E)."""
-    seen = model.project(features)
+    return embed_prompt(tokenizer, model, prompt, model.project(features))
+
+
+def embed_prompt(tokenizer, model, prompt, seen):
+    """The same, of image tokens (B,M,E): those of one picture each, as a whole or with its tiles."""
     ids = generation.prompt_ids(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
     return model.embed(ids.expand(len(seen), -1), seen)
 
@@ -96,6 +100,12 @@ def rank_answers(tokenizer, model, embeds, answers, prompt=QUESTION):
 def generated_answers(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
     """Generated answers about each photo, greedy decoding -> texts."""
     embeds = prompt_embeddings(tokenizer, model, prompt, features)
+    return generate_answers(tokenizer, model, embeds, max_new_tokens)
+
+
+@torch.no_grad()
+def generate_answers(tokenizer, model, embeds, max_new_tokens=12):
+    """The same, of the prompt's embeddings (B,T,E)."""
     decode.check_length(model.language, embeds.shape[1], max_new_tokens)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     new = model.language.generate(
@@ -104,6 +114,15 @@ def generated_answers(tokenizer, model, features, prompt=QUESTION, max_new_token
         pad_token_id=tokenizer.pad_token_id, **llava.GREEDY,
     )  # fmt: skip
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def check_whole(model):
+    """Raises UserError for a model with tiles, to which pictures are to be shown whole."""
+    check(
+        not model.grids,
+        "the model was trained with tiles, and here photos are shown whole; "
+        "python vlm/questions.py asks it with its tiles",
+    )
 
 
 def paragraphs(count=40):
@@ -178,39 +197,12 @@ def paired(ours, theirs):
     }
 
 
-def confusion(path, log_p, fruit, chosen):
-    """Confusion matrix: rows what it is, columns the most probable name, sorted by group."""
-    import matplotlib.pyplot as plt
-
-    # kinds, sorted by group
-    kinds = range(len(fruit.fine_names))
-    order = sorted(kinds, key=lambda k: (int(fruit.coarse[fruit.fine == k][0]), k))
-    names = [fruit_photos.NAMES[fruit.fine_names[k]] for k in order]
-    # counts, each row a fraction of its photos
-    table = torch.zeros(len(order), len(order))
-    for truth, found in zip(fruit.fine[chosen], log_p.argmax(-1)):
-        table[order.index(int(truth)), order.index(int(found))] += 1
-    table /= table.sum(1, keepdim=True).clamp(min=1)
-    # figure
-    figure, ax = plt.subplots(figsize=(6.4, 5.4))
-    ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
-    text = {"ha": "center", "va": "center", "fontsize": 6}
-    for i in kinds:
-        for j in kinds:
-            if table[i, j] >= 0.05:
-                colour = "white" if table[i, j] > 0.5 else "black"
-                ax.text(j, i, f"{100 * table[i, j]:.0f}", color=colour, **text)
-    ax.set_xticks(kinds, names, rotation=60, ha="right", fontsize=7)
-    ax.set_yticks(kinds, names, fontsize=7)
-    ax.set(xlabel="most probable answer", ylabel="what it is (rows add up to 100 %)")
-    return figures.close(figure, path)
-
-
 def main(cfg: Config) -> dict:
     """Score the model on held-out photos, the linear probe on the same, and its language model on
     text alone."""
     check(cfg.judged >= 0 and cfg.batch > 0, "--judged must be 0 or more, --batch at least 1")
     tokenizer, model = llava.load(cfg.model, run.device(cfg.device))
+    check_whole(model)
     folder = run.output(cfg.out, cfg)
     run.seed(cfg.seed)
     # held-out photos, their vision features, the model's answers
@@ -237,7 +229,7 @@ def main(cfg: Config) -> dict:
     pages = paragraphs(min(40, cfg.judged or 40))
     metrics["text loss"] = text_loss(tokenizer, model.language, pages)
     # figures: confusion matrix, some photos with their answers
-    confusion(folder / "confusion.png", log_p, fruit, chosen)
+    fruit_photos.confusion(folder / "confusion.png", log_p, fruit, chosen)
     large = data.groceries(348)
     shown = fruit_photos.spread(torch.arange(len(chosen)))
     texts = [answers[i] for i in shown]

@@ -1,4 +1,4 @@
-"""The fruit photos of this chapter: names of the classes, train and held-out split, groups, a figure.
+"""The fruit photos of this chapter: names of the classes, train and held-out split, groups, figures.
 
 2054 photos of 14 kinds in 5 groups (`utils.data.groceries`); the data set's own test photos are
 held out.
@@ -91,4 +91,32 @@ def draw(path, images, answers, truths, prompt):
         ax.set_title(textwrap.fill(answer, 32), fontsize=9, color="tab:green" if right else "black")
         ax.text(0.5, -0.02, truth, transform=ax.transAxes, **below)
     figure.suptitle(prompt, fontsize=10)
+    return figures.close(figure, path)
+
+
+def confusion(path, log_p, fruit, chosen):
+    """Confusion matrix: rows what it is, columns the most probable name, sorted by group."""
+    import matplotlib.pyplot as plt
+
+    # kinds, sorted by group
+    kinds = range(len(fruit.fine_names))
+    order = sorted(kinds, key=lambda k: (int(fruit.coarse[fruit.fine == k][0]), k))
+    names = [NAMES[fruit.fine_names[k]] for k in order]
+    # counts, each row a fraction of its photos
+    table = torch.zeros(len(order), len(order))
+    for truth, found in zip(fruit.fine[chosen], log_p.argmax(-1)):
+        table[order.index(int(truth)), order.index(int(found))] += 1
+    table /= table.sum(1, keepdim=True).clamp(min=1)
+    # figure
+    figure, ax = plt.subplots(figsize=(6.4, 5.4))
+    ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
+    text = {"ha": "center", "va": "center", "fontsize": 6}
+    for i in kinds:
+        for j in kinds:
+            if table[i, j] >= 0.05:
+                colour = "white" if table[i, j] > 0.5 else "black"
+                ax.text(j, i, f"{100 * table[i, j]:.0f}", color=colour, **text)
+    ax.set_xticks(kinds, names, rotation=60, ha="right", fontsize=7)
+    ax.set_yticks(kinds, names, fontsize=7)
+    ax.set(xlabel="most probable answer", ylabel="what it is (rows add up to 100 %)")
     return figures.close(figure, path)

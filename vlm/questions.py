@@ -6,7 +6,9 @@ four after the question. An open answer is the generated one, against those of t
 (answer_metrics.py). Files are read by vqa_data.py; without one, held-out photos of fruit are
 written in A-OKVQA's format first.
 
-Shapes: scores (C,) of the C choices of a question.
+A model with tiles (LLaVA-1.6) sees each picture with them.
+
+Shapes: image tokens of a picture (1,M,E), scores (C,) of the C choices of a question.
 
     python vlm/questions.py                                                   # 100 questions about fruit: 2 CPU min
     python vlm/questions.py --file aokvqa_v1p0_val.json --images coco/val2017
@@ -21,7 +23,7 @@ import torch
 from utils import data, run
 from utils.run import check
 from utils.text import plain
-from vlm import answer_metrics, evaluate, llava, tower, vqa_data
+from vlm import answer_metrics, evaluate, generation, llava, tower, vqa_data
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Config:
     out: str = "outputs/questions"
 
 
-def choose(tokenizer, model, features, question, choices, per_token=False):
-    """Multiple choice by likelihood -> the index of the most probable choice; features (1,N,D)."""
-    log_p = evaluate.answer_likelihoods(tokenizer, model, features, choices, question)[0].tolist()
+def choose(tokenizer, model, embeds, question, choices, per_token=False):
+    """Multiple choice by likelihood -> the index of the most probable choice, after the prompt's
+    embeddings (1,T,E)."""
+    log_p = evaluate.rank_answers(tokenizer, model, embeds, choices, question)[0].tolist()
     # tokens of each choice, for a mean that does not favour short ones
     lengths = []
     for choice in choices:
@@ -51,21 +54,41 @@ def choose(tokenizer, model, features, question, choices, per_token=False):
     return answer_metrics.likeliest(log_p, lengths if per_token else None)
 
 
-def answer(tokenizer, model, rows, features, per_token=False):
-    """Rows and vision features of their images (B,N,D) -> rows with the generated answer, the
+@torch.no_grad()
+def image_tokens(model, rows):
+    """Image tokens of the picture of each row, one after the other: (1,M,E), with tiles if the model
+    was trained with them. Raises UserError for a picture that cannot be read."""
+    on = next(model.language.parameters()).device
+    if model.grids:
+        for one in rows:
+            picture = data.read_image(one["image"], 0)
+            with run.autocast(on):
+                tokens = generation.photo_embeddings(model, picture)
+            yield tokens
+        return
+    # vision features of all of them, kept for the next time
+    images = torch.stack([data.read_image(one["image"], model.vision.size) for one in rows])
+    for features in tower.vision_features(model.vision, images):
+        with run.autocast(on):
+            tokens = model.project(features[None].float().to(on))
+        yield tokens
+
+
+def answer(tokenizer, model, rows, seen, per_token=False):
+    """Rows, and image tokens of the picture of each (1,M,E) -> rows with the generated answer, the
     choice by likelihood, and the choice that the answer names."""
     on = next(model.language.parameters()).device
     done = []
-    for one, seen in run.bar(zip(rows, features[:, None].float()), len(rows), name="questions"):
+    # one picture at a time: questions and choices differ in length
+    for one, tokens in run.bar(zip(rows, seen), len(rows), name="questions"):
         question = one["question"]
         choices = one["choices"]
-        # one picture at a time: questions and choices differ in length
-        seen = seen.to(on)
         with run.autocast(on):
-            text = evaluate.generated_answers(tokenizer, model, seen, question)[0]
+            embeds = evaluate.embed_prompt(tokenizer, model, question, tokens)
+            text = evaluate.generate_answers(tokenizer, model, embeds)[0]
             found = {"said": text}
             if choices:
-                found["chosen"] = choose(tokenizer, model, seen, question, choices, per_token)
+                found["chosen"] = choose(tokenizer, model, embeds, question, choices, per_token)
                 found["matched"] = answer_metrics.match_choice(text, choices)
         done.append(one | found)
     return done
@@ -119,9 +142,7 @@ def main(cfg: Config) -> dict:
         made.mkdir(exist_ok=True)
         rows = vqa_data.read(vqa_data.write_fruit(made, cfg.count, cfg.seed), images=made)
     # answers
-    images = torch.stack([data.read_image(r["image"], model.vision.size) for r in rows])
-    features = tower.vision_features(model.vision, images)
-    done = answer(tokenizer, model, rows, features, cfg.per_token)
+    done = answer(tokenizer, model, rows, image_tokens(model, rows), cfg.per_token)
     run.write_json(folder / "answers.json", [r | {"image": str(r["image"])} for r in done])
     # some of them to look at
     for r in done[:5]:

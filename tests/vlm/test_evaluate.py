@@ -172,7 +172,7 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
     fruit, shown = eyes.shop(), {}
     monkeypatch.setattr(evaluate.data, "groceries", lambda size: fruit)
     vision = SimpleNamespace(size=8)
-    model = SimpleNamespace(vision=vision, language=None)
+    model = SimpleNamespace(vision=vision, language=None, grids=[])
     monkeypatch.setattr(evaluate.llava, "load", lambda *about: (None, model))
     monkeypatch.setattr(tower, "vision_features", eyes.seen)
     monkeypatch.setattr(evaluate, "text_loss", lambda *about: 2.5)
@@ -186,7 +186,9 @@ def test_main_judges_photos_that_were_not_learned_from(monkeypatch, tmp_path):
 
     monkeypatch.setattr(evaluate, "evaluate_photos", judge)
     monkeypatch.setattr(
-        evaluate, "confusion", lambda path, log_p, of, chosen: shown.update(drawn=(log_p, chosen))
+        fruit_photos,
+        "confusion",
+        lambda path, log_p, of, chosen: shown.update(drawn=(log_p, chosen)),
     )
     monkeypatch.setattr(fruit_photos, "draw", lambda *about: shown.update(draw=about))
     cfg = evaluate.Config(judged=15, batch=7, prompt="What?", out=str(tmp_path / "out"))

@@ -1,16 +1,28 @@
 """vlm/questions.py: files of A-OKVQA and VQA v2, choices by likelihood, both accuracies, files that are refused."""
 
+import copy
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests import eyes, fuzz
+from utils import data, run
 from utils.run import UserError
 from utils.text import clean
-from vlm import answer_metrics, fruit_photos, llava, questions, vqa_data
+from vlm import (
+    answer_metrics,
+    easy_vqa_score,
+    evaluate,
+    fruit_photos,
+    generation,
+    llava,
+    questions,
+    vqa_data,
+)
 
 AOKVQA = {
     "question_id": "a", "image_id": 7, "question": "What is it?", "choices": ["cat", "dog", "cow", "owl"],
@@ -144,12 +156,13 @@ def test_damaged_files_of_questions_are_read_right_or_refused(folder, kind):
         *(json.dumps(x).encode() for x in fuzz.retyped(good, 250)),
     ]
     read = 0
-    for data in bad:
+    for content in bad:
         if kind == "A-OKVQA":
-            read += right_or_refused(folder, data)
+            read += right_or_refused(folder, content)
         else:
             read += right_or_refused(
-                folder, *((data, whole[1]) if kind.endswith("questions") else (whole[0], data))
+                folder,
+                *((content, whole[1]) if kind.endswith("questions") else (whole[0], content)),
             )
     assert 0 < read < len(bad)
 
@@ -161,21 +174,26 @@ def test_choices_are_chosen_and_answers_said_of_the_right_picture(monkeypatch):
     rows[1]["choices"] = None
     asked = []
 
-    def likelihoods(tokenizer, model, features, choices, question):
-        asked.append((int(features[0, 0, 0]), question, choices))
+    def embed(tokenizer, model, question, seen):
+        return seen, question
+
+    def rank(tokenizer, model, embeds, choices, question):
+        assert embeds[1] == question
+        asked.append((int(embeds[0][0, 0, 0]), question, choices))
         return torch.tensor([[-4.0, -5.0]])
 
-    monkeypatch.setattr(questions.evaluate, "answer_likelihoods", likelihoods)
-    said = lambda tokenizer, model, features, question: [f"y {int(features[0, 0, 0])} {question}"]  # noqa: E731
-    monkeypatch.setattr(questions.evaluate, "generated_answers", said)
+    monkeypatch.setattr(questions.evaluate, "embed_prompt", embed)
+    monkeypatch.setattr(questions.evaluate, "rank_answers", rank)
+    said = lambda tokenizer, model, embeds: [f"y {int(embeds[0][0, 0, 0])} {embeds[1]}"]  # noqa: E731
+    monkeypatch.setattr(questions.evaluate, "generate_answers", said)
     monkeypatch.setattr(questions, "plain", lambda text, tokenizer: text)
     model = SimpleNamespace(language=torch.nn.Linear(1, 1))
     # The mean of two tokens is -2, of four -1.25: another choice
     words = {"x": [1], "y": [1, 2, 3]}
     tokenizer = lambda text, **more: SimpleNamespace(input_ids=words[text])  # noqa: E731
-    features = torch.arange(3)[:, None, None].expand(-1, 4, 16)
+    seen = torch.arange(3)[:, None, None, None].expand(-1, 1, 4, 16)
     for per_token, chosen in ((False, 0), (True, 1)):
-        done = questions.answer(tokenizer, model, rows, features, per_token)
+        done = questions.answer(tokenizer, model, rows, seen, per_token)
         assert [r["said"] for r in done] == ["y 0 Q0?", "y 1 Q1?", "y 2 Q2?"]
         assert [r.get("chosen") for r in done] == [chosen, None, chosen] and done[0]["matched"] == 1
     assert asked == 2 * [(0, "Q0?", ["x", "y"]), (2, "Q2?", ["x", "y"])]
@@ -259,7 +277,7 @@ def test_the_choice_is_the_one_that_transformers_finds_likeliest(speaking, parit
         torch.stack(theirs),
         1e-4,
     )
-    best = questions.choose(tokenizer, model, features, "What is it?", choices)
+    best = questions.choose(tokenizer, model, start, "What is it?", choices)
     assert best == int(mine.argmax())
 
 
@@ -278,6 +296,34 @@ def test_the_whole_script_runs_on_its_own_file_and_on_the_same_file_by_name(
     )
     assert again == found
     assert len(json.loads((tmp_path / "b" / "answers.json").read_text())) == 6
+
+
+def test_a_model_with_tiles_is_asked_with_them(speaking, monkeypatch, tmp_path):
+    """As llava.py asks, picture by picture; and where photos are shown whole it is refused."""
+    tokenizer, model = speaking
+    tiled = copy.copy(model)
+    tiled.grids = [(28, 56), (56, 28), (56, 56)]
+    tiled.newline = torch.randn(32)
+    rows = []
+    for number, size in enumerate([(50, 37), (20, 22), (90, 30)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        about = {"question": f"What is {number}?", "choices": ["pear", "fig"], "right": 0}
+        rows.append(about | {"image": tmp_path / f"{number}.png", "answers": None})
+    done = questions.answer(tokenizer, tiled, rows, questions.image_tokens(tiled, rows))
+    for row, found in zip(rows, done, strict=True):
+        photo = data.read_image(row["image"], 0)
+        with run.autocast(torch.device("cpu")):
+            said = generation.answer(tokenizer, tiled, photo, row["question"], max_new_tokens=12)
+        assert found["said"] == said
+    counts = [tokens.shape[1] for tokens in questions.image_tokens(tiled, rows)]
+    assert counts == [tiled.count_of(size) for size in [(50, 37), (20, 22), (90, 30)]]
+    assert len(set(counts)) > 1 and min(counts) > model.count
+    monkeypatch.setattr(llava, "load", lambda *about: (tokenizer, tiled))
+    for script in (evaluate, easy_vqa_score):
+        with pytest.raises(UserError, match="was trained with tiles"):
+            script.main(script.Config(model="x", out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
