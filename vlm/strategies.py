@@ -63,7 +63,7 @@ class Config:
 def data_flags(cfg):
     """Flags of the data set: its rows, and how they are read."""
     if cfg.data == "fruit":
-        return ["--views", str(cfg.views), "--text_share", "0.1"]
+        return ["--views", str(cfg.views), "--text_share", "0"]
     # a picture is one token, and not the first one (vlm/easy_vqa.md)
     template = Path(__file__).parent / "configs" / "short.jinja"
     flags = ["--connector", "pool1", "--template", template, "--no-packing"]
