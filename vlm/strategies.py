@@ -61,14 +61,21 @@ class Config:
 
 
 def data_flags(cfg):
-    """Flags of the data set: its rows, and how they are read."""
+    """Flags of the data set: its rows, and how they are read. Rows are padded: they are nearly as long
+    as each other."""
+    flags = ["--text_share", "0", "--no-packing"]
     if cfg.data == "fruit":
-        return ["--views", str(cfg.views), "--text_share", "0"]
+        return [*flags, "--views", str(cfg.views)]
     # a picture is one token, and not the first one (vlm/easy_vqa.md)
     template = Path(__file__).parent / "configs" / "short.jinja"
-    flags = ["--connector", "pool1", "--template", template, "--no-packing"]
-    flags += ["--data_path", EASY_VQA / "all.json", "--image_folder", EASY_VQA / "pictures"]
-    return [*map(str, flags), "--views", "1", "--text_share", "0"]
+    flags += ["--views", "1", "--connector", "pool1", "--template", str(template)]
+    return [
+        *flags,
+        "--data_path",
+        str(EASY_VQA / "all.json"),
+        "--image_folder",
+        str(EASY_VQA / "pictures"),
+    ]
 
 
 def command(name, cfg, folder, steps, factor, seed, judged):
