@@ -156,10 +156,10 @@ def test_rates_are_searched_at_equal_compute_and_seeds_follow(tmp_path, monkeypa
         only=("projector", "lora"), seconds=80, seeds=2, out=str(tmp_path / "a")
     )
     rows = strategies.main(cfg)
-    # a trial, three rates for half the time, two seeds at the best one
-    search = [(20, rate, 0, 14) for rate in (5e-4, 1e-3, 2e-3)]
+    # a trial, three rates for a quarter of the time, two seeds at the best one
+    search = [(10, rate, 0, 14) for rate in (1e-3, 2e-3, 4e-3)]
     assert seen[:6] == [(4, 1e-3, 0, 14), *search, (40, 2e-3, 0, 150), (40, 2e-3, 1, 150)]
-    assert [s[0] for s in seen[6:]] == [4, 10, 10, 10, 20, 20]
+    assert [s[0] for s in seen[6:]] == [4, 5, 5, 5, 20, 20]
     found = [round(rows[name]["14 kinds"], 6) for name in ("projector", "lora")]
     assert found == [0.205, 0.705]
     assert rows["projector"]["CPU s a step"] == 2 and rows["lora"]["steps"] == 20
