@@ -28,6 +28,7 @@ MEASURE |= {
     "easy_vqa_curriculum",
     "easy_vqa_data",
     "easy_vqa_score",
+    "engine_study",
     "evaluate",
     "flamingo_lora",
     "loader_study",

@@ -10,6 +10,7 @@ kind is named, and easy-VQA, of which all questions are learned at once, without
     python vlm/easy_vqa_curriculum.py                          # writes the rows of
     python vlm/strategies.py --data easy_vqa
     python vlm/strategies.py --steps 60 --rates 1 --seeds 1    # as many steps instead of as much time
+    python vlm/strategies.py --only lora-all random-connector
 """
 
 import json
@@ -28,10 +29,15 @@ from vlm.easy_vqa_data import KINDS
 
 STRATEGIES = {  # name: what vision, connector and language model do; rate of what is pretrained, flags
     "projector": ("frozen, trained, frozen", 1e-3, ["--train_type", "projector"]),
-    "lora": ("frozen, trained, LoRA", 1e-3, ["--train_type", "use_lora"]),
-    "random-connector": ("frozen, frozen, LoRA", 1e-3, ["--train_type", "lora_frozen_projector"]),
+    "lora": ("frozen, trained, LoRA on q v", 1e-3, ["--lora_targets", "q_proj", "v_proj"]),
+    "lora-all": ("frozen, trained, LoRA on all", 1e-3, ["--train_type", "use_lora"]),
+    "random-connector": (
+        "frozen, frozen, LoRA on all",
+        1e-3,
+        ["--train_type", "lora_frozen_projector"],
+    ),
     # a third of the steps
-    "two-stages": ("frozen, trained, LoRA in the last two thirds", 1e-3, ["--align_steps"]),
+    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", 1e-3, ["--align_steps"]),
     "language": ("frozen, trained, trained", 5e-5, ["--train_type", "freeze_vision"]),
     "everything": ("trained, trained, trained", 5e-5, ["--train_type", "none"]),
 }
@@ -51,19 +57,20 @@ class Config:
     only: tuple[str, ...] = ()  # names of strategies; none: all of them
     seconds: float = 400  # CPU seconds of training of each run
     steps: int = 0  # instead of seconds: as many steps for all
-    rates: tuple[float, ...] = (1.0, 2.0, 4.0)  # factors of both learning rates that are searched
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors of both learning rates that are searched
     seeds: int = 3  # runs of each strategy at its best rate
     batch: int = 8  # conversations a step
     views: int = 4  # of each photo of fruit
+    text_share: float = 0.0  # pages of manuals among the rows; 0: the loss is that of answers
+    packing: bool = False  # rows are nearly as long as each other, and padded
     judged: int = 150  # photos or questions to be judged by
     seed: int = 0  # the first one
     out: str = "outputs/strategies"
 
 
 def data_flags(cfg):
-    """Flags of the data set: its rows, and how they are read. Rows are padded: they are nearly as long
-    as each other."""
-    flags = ["--text_share", "0", "--no-packing"]
+    """Flags of the data set: its rows, and how they are read."""
+    flags = ["--text_share", str(cfg.text_share), "--packing" if cfg.packing else "--no-packing"]
     if cfg.data == "fruit":
         return [*flags, "--views", str(cfg.views)]
     # a picture is one token, and not the first one (vlm/easy_vqa.md)

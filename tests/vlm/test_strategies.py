@@ -35,7 +35,10 @@ def test_every_strategy_is_a_run_of_the_steps_rate_and_seed_that_are_asked_for(n
     whole = name in ("language", "everything")
     assert steps.lr == 2e-3
     assert steps.lr_pretrained == (1e-4 if whole else 2e-3)
-    assert len(found.lora.target_modules) == 7
+    assert len(found.lora.target_modules) == (2 if name == "lora" else 7)
+    assert not found.data.packing
+    paged = parsed(name, strategies.Config(packing=True, text_share=0.25), 9, 2.0, 3, 17)
+    assert paged.data.packing and paged.data.text_share == 0.25
 
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
@@ -157,7 +160,7 @@ def test_rates_are_searched_at_equal_compute_and_seeds_follow(tmp_path, monkeypa
     )
     rows = strategies.main(cfg)
     # a trial, three rates for a quarter of the time, two seeds at the best one
-    search = [(10, rate, 0, 14) for rate in (1e-3, 2e-3, 4e-3)]
+    search = [(10, rate, 0, 14) for rate in (5e-4, 1e-3, 2e-3)]
     assert seen[:6] == [(4, 1e-3, 0, 14), *search, (40, 2e-3, 0, 150), (40, 2e-3, 1, 150)]
     assert [s[0] for s in seen[6:]] == [4, 5, 5, 5, 20, 20]
     found = [round(rows[name]["14 kinds"], 6) for name in ("projector", "lora")]
