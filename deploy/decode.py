@@ -1,15 +1,16 @@
-"""Decoding: greedy search, beam search, temperature, top-k, top-p, repetition penalty, each written
-out.
+"""Decoding: greedy search, beam search, temperature, top-k, top-p, min-p, locally typical sampling,
+repetition penalty, each written out.
 
 Greedy search takes the most probable token, beam search keeps the most probable few sentences,
-sampling draws: from all tokens, the k best (top-k), or the fewest that have probability p together
-(top-p, nucleus). Holtzman et al. 2020, arXiv:1904.09751. Searches and sampling are in
-generation.py, what changes the logits before is in logits_processors.py; here seven decoders go on
-with one prompt.
+sampling draws: from all tokens, the k best (top-k), the fewest that have probability p together
+(top-p, nucleus), those not much less likely than the likeliest (min-p), or those about as
+surprising as the model expects (locally typical). Holtzman et al. 2020, arXiv:1904.09751. Searches
+and sampling are in generation.py, what changes the logits before is in logits_processors.py; here
+nine decoders go on with one prompt.
 
 Shapes: B prompts of N tokens, T new tokens. Any causal language model of transformers will do.
 
-    python deploy/decode.py --prompt "The best way to learn a language is"     # one prompt, seven decoders
+    python deploy/decode.py --prompt "The best way to learn a language is"     # one prompt, nine decoders
     python deploy/decode.py --prompt "Why is the sky blue?" --chat             # as a question to the assistant
     python deploy/decode.py --temperature 1.5 --top-p 0.7 --beams 8
     python deploy/decode_study.py                                              # against what people wrote
@@ -28,19 +29,21 @@ from utils.text import clean, plain
 
 @dataclass(frozen=True)
 class Config:
-    """Decode a prompt in seven ways."""
+    """Decode a prompt in nine ways."""
 
     prompt: str = "The best way to learn a language is"  # the text to go on with
     chat: bool = False  # put the prompt as a question to the assistant
     model: str = "smollm2"  # or a local folder, or a hub id
     max_new_tokens: int = 64  # tokens of each continuation
-    # tokens of the longest prompt that is read: each of seven decoders reads it
+    # tokens of the longest prompt that is read: each of nine decoders reads it
     max_prompt: int = 512
     beams: int = 4  # sentences that beam search keeps
     length_penalty: float = 1.0  # a finished sentence scores sum log p / length ** this
     temperature: float = 0.7  # below 1 likely tokens get likelier
     top_k: int = 40
     top_p: float = 0.9
+    min_p: float = 0.1  # least probability of a token, relative to that of the likeliest
+    typical_p: float = 0.95  # probability mass of the locally typical tokens
     # penalty of a token that was there before, in the prompt too; 1 is none
     repetition: float = 1.3
     seed: int = 0  # same seed, same draws
@@ -97,6 +100,12 @@ def decoders(model, cfg, **options):
     def from_top_p(prompt):
         return sample(model, p=cfg.top_p, **prompt, **options)
 
+    def from_min_p(prompt):
+        return sample(model, min_p=cfg.min_p, **prompt, **options)
+
+    def typical(prompt):
+        return sample(model, typical_p=cfg.typical_p, **prompt, **options)
+
     def ancestral(prompt):
         return sample(model, **prompt, **options)
 
@@ -107,6 +116,8 @@ def decoders(model, cfg, **options):
         f"temperature {cfg.temperature:g}": with_temperature,
         f"top-k {cfg.top_k}": from_top_k,
         f"top-p {cfg.top_p:g}": from_top_p,
+        f"min-p {cfg.min_p:g}": from_min_p,
+        f"locally typical {cfg.typical_p:g}": typical,
         "ancestral sampling (full distribution)": ancestral,
     }
 
@@ -140,7 +151,7 @@ def check_flags(cfg):
     numbers = (cfg.max_new_tokens, cfg.max_prompt, cfg.beams, cfg.top_k)
     check(min(numbers) > 0, "numbers of tokens, beams ... start at 1")
     # raises UserError for flags of which no sampler can be made
-    sampler(cfg.temperature, cfg.top_k, cfg.top_p)
+    sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.typical_p)
     check(cfg.repetition > 0, "--repetition must be above 0; 1 is no penalty")
 
 
@@ -164,7 +175,7 @@ def score(model, tokens, eos, **prompt):
 
 
 def main(cfg: Config) -> dict:
-    """Decode one prompt in seven ways; writes the texts and their log probabilities."""
+    """Decode one prompt in nine ways; writes the texts and their log probabilities."""
     # flags, model and prompt; what is wrong with them ends the run before anything is written
     check_flags(cfg)
     run.seed(cfg.seed)

@@ -138,13 +138,13 @@ def greedy(model, **options):
     return torch.stack(tokens, dim=1)
 
 
-def sample(model, temperature=1.0, k=0, p=1.0, generator=None, **options):
-    """Sampling, from the k best tokens or the nucleus p if given, else from the full distribution:
+def sample(model, temperature=1.0, k=0, p=1.0, min_p=0.0, typical_p=1.0, generator=None, **options):
+    """Sampling, from the full distribution or from what the truncations of `sampler` leave of it:
     new tokens (B,T).
 
     Options: those of `stream`.
     """
-    pick = sampler(temperature, k, p, generator)
+    pick = sampler(temperature, k, p, min_p, typical_p, generator)
     tokens = list(stream(model, pick, **options))
     return torch.stack(tokens, dim=1)
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from deploy import decode, generation, logits_processors
@@ -241,6 +243,44 @@ def test_top_p_is_the_warper(parity, p):
     )
 
 
+@pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 1.0])
+def test_min_p_is_the_warper(parity, p):
+    logits = 3 * torch.randn(50, 120)
+    logits[:, :40] = logits[:, :40].round()  # with ties, at the top, too
+    mine, theirs = logits_processors.min_p_truncation(logits, p), MinPLogitsWarper(p)(None, logits)
+    same(parity, "logits_processors.min_p_truncation", "MinPLogitsWarper", *finite(mine, theirs))
+
+
+@pytest.mark.parametrize("mass", [1e-9, 0.2, 0.5, 0.95, 0.9999])
+def test_locally_typical_is_the_warper(parity, mass):
+    logits = 3 * torch.randn(50, 120)
+    logits[:, :40] = logits[:, :40].round()  # with ties
+    for scores in (logits, logits_processors.top_k(logits, 7)):
+        mine = logits_processors.locally_typical(scores, mass)
+        theirs = TypicalLogitsWarper(mass)(None, scores)
+        where = "logits_processors.locally_typical"
+        same(parity, where, "TypicalLogitsWarper", *finite(mine, theirs))
+
+
+def test_min_p_keeps_what_is_nearly_as_likely_as_the_likeliest():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.9, 0.05, 0.03, 0.02]]).log()
+    for p, left in ((0.1, [4, 1]), (0.4, [3, 1]), (0.7, [2, 1])):
+        kept = logits_processors.min_p_truncation(logits, p).isfinite()
+        assert kept.sum(1).tolist() == left
+
+
+def test_what_is_likeliest_may_not_be_typical():
+    """One token of 0.4 says less than is expected, forty of 0.01 more; those of 0.05 are nearest."""
+    logits = torch.tensor([[0.4] + [0.05] * 4 + [0.01] * 40]).log()
+    entropy = -(logits.exp() * logits).sum()
+    nearest = (-logits[0] - entropy).abs()
+    assert nearest.argmin() == 1 and nearest[0] > nearest[5] > nearest[1]
+    kept = logits_processors.locally_typical(logits, 0.15).isfinite()[0].nonzero().flatten()
+    assert kept.tolist() == [1, 2, 3, 4]  # those that are as near as the last one stay together
+    kept = logits_processors.locally_typical(logits, 0.5).isfinite()[0]
+    assert not kept[0] and kept[1:].all()
+
+
 def finite(*scores):
     return [x.masked_fill(x == -torch.inf, -1e9) for x in scores]
 
@@ -318,7 +358,10 @@ WAYS = [
     {"temperature": 0.7},
     {"k": 5},
     {"p": 0.8},
+    {"min_p": 0.2},
+    {"typical_p": 0.5},
     {"temperature": 1.5, "k": 30, "p": 0.9, "repetition": 1.2},
+    {"temperature": 1.5, "k": 30, "p": 0.95, "min_p": 0.05, "typical_p": 0.8},
 ]
 
 
@@ -327,6 +370,8 @@ def test_the_same_seed_draws_the_same_tokens_as_generate(model, ids, parity, way
     names = {
         "k": "top_k",
         "p": "top_p",
+        "min_p": "min_p",
+        "typical_p": "typical_p",
         "temperature": "temperature",
         "repetition": "repetition_penalty",
     }
@@ -415,7 +460,10 @@ def test_a_prompt_that_makes_no_sense_is_refused(model, bad):
         generation.greedy(model, **bad)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"k": -1}, {"p": 0.0}, {"p": 1.1}])
+@pytest.mark.parametrize("bad", [
+    {"temperature": 0.0}, {"k": -1}, {"p": 0.0}, {"p": 1.1}, {"min_p": -0.1}, {"min_p": 1.1},
+    {"typical_p": 0.0}, {"typical_p": 1.1},
+])  # fmt: skip
 def test_samplers_that_make_no_sense_are_refused(bad):
     with pytest.raises(UserError):
         logits_processors.sampler(**bad)
@@ -480,7 +528,8 @@ def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
         decode, "beam", lambda *about, **more: called.append(("beam", more)) or (found, None)
     )
     cfg = decode.Config(
-        beams=3, length_penalty=0.3, temperature=0.4, top_k=5, top_p=0.6, repetition=1.7, max_new_tokens=8
+        beams=3, length_penalty=0.3, temperature=0.4, top_k=5, top_p=0.6, min_p=0.2, typical_p=0.9,
+        repetition=1.7, max_new_tokens=8,
     )  # fmt: skip
     more = {"input_ids": 1, "max_new_tokens": 8, "eos": [2], "pad": 0}
     decoders = decode.decoders(model, cfg, eos=[2], pad=0)
@@ -488,7 +537,8 @@ def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
     assert best.tolist() == [[0, 1, 2]]  # the first of the beam
     assert called == [
         ("greedy", more), ("beam", {"beams": 3, "length_penalty": 0.3} | more), ("greedy", {"repetition": 1.7} | more),
-        ("sample", 0.4, more), ("sample", {"k": 5} | more), ("sample", {"p": 0.6} | more), ("sample", more),
+        ("sample", 0.4, more), ("sample", {"k": 5} | more), ("sample", {"p": 0.6} | more),
+        ("sample", {"min_p": 0.2} | more), ("sample", {"typical_p": 0.9} | more), ("sample", more),
     ]  # fmt: skip
 
 
@@ -552,13 +602,13 @@ def test_a_penalty_punishes_the_words_of_the_prompt(model, ids):
         )
 
 
-def test_main_decodes_the_prompt_in_seven_ways(tmp_path):
+def test_main_decodes_the_prompt_in_nine_ways(tmp_path):
     name = llamas.folder(tmp_path / "model")
     cfg = decode.Config(
         prompt="A b c", model=name, max_new_tokens=5, beams=2, out=str(tmp_path / "out")
     )
     found = decode.main(cfg)
-    assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 7
+    assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 9
     tokenizer, model = pretrained.language_model(name)
     ids = torch.tensor([decode.prompt_ids(tokenizer, "A b c", False)])
     tokens = generation.greedy(
@@ -581,7 +631,8 @@ def test_main_decodes_the_prompt_in_seven_ways(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    {"prompt": " "}, {"temperature": 0.0}, {"top_p": 2.0}, {"beams": 0}, {"repetition": 0.0},
+    {"prompt": " "}, {"temperature": 0.0}, {"top_p": 2.0}, {"min_p": 2.0}, {"typical_p": 0.0}, {"beams": 0},
+    {"repetition": 0.0},
     {"model": "no/such/folder"}, {"max_prompt": 0}, {"prompt": "why " * 6000},
     {"max_new_tokens": 10**6},
 ])  # fmt: skip
