@@ -23,6 +23,7 @@ SCRIPTS = [
 MEASURE = {"bench", "compare", "app", "poison", "mae_claims", "answer_study"}  # or show
 MEASURE |= {
     "connector_probe",
+    "constrained",
     "data",
     "decode_study",
     "easy_vqa_curriculum",
