@@ -1,16 +1,17 @@
-"""Decoding: greedy search, beam search, temperature, top-k, top-p, min-p, locally typical sampling,
-repetition penalty, each written out.
+"""Decoding: greedy search, beam search, contrastive search, temperature, top-k, top-p, min-p, locally
+typical sampling, repetition penalty, each written out.
 
 Greedy search takes the most probable token, beam search keeps the most probable few sentences,
-sampling draws: from all tokens, the k best (top-k), the fewest that have probability p together
-(top-p, nucleus), those not much less likely than the likeliest (min-p), or those about as
-surprising as the model expects (locally typical). Holtzman et al. 2020, arXiv:1904.09751. Searches
-and sampling are in generation.py, what changes the logits before is in logits_processors.py; here
-nine decoders go on with one prompt.
+contrastive search punishes what is like the text before. Sampling draws: from all tokens, the k best
+(top-k), the fewest that have probability p together (top-p, nucleus), those not much less likely
+than the likeliest (min-p), or those about as surprising as the model expects (locally typical).
+Holtzman et al. 2020, arXiv:1904.09751. Searches and sampling are in generation.py and
+contrastive.py, what changes the logits before is in logits_processors.py; here ten decoders go on
+with one prompt.
 
 Shapes: B prompts of N tokens, T new tokens. Any causal language model of transformers will do.
 
-    python deploy/decode.py --prompt "The best way to learn a language is"     # one prompt, nine decoders
+    python deploy/decode.py --prompt "The best way to learn a language is"     # one prompt, ten decoders
     python deploy/decode.py --prompt "Why is the sky blue?" --chat             # as a question to the assistant
     python deploy/decode.py --temperature 1.5 --top-p 0.7 --beams 8
     python deploy/decode_study.py                                              # against what people wrote
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deploy.contrastive import contrastive_search
 from deploy.generation import beam, check_length, ends, greedy, is_end, log_probs, sample
 from deploy.logits_processors import sampler
 from utils import pretrained, run
@@ -29,16 +31,18 @@ from utils.text import clean, plain
 
 @dataclass(frozen=True)
 class Config:
-    """Decode a prompt in nine ways."""
+    """Decode a prompt in ten ways."""
 
     prompt: str = "The best way to learn a language is"  # the text to go on with
     chat: bool = False  # put the prompt as a question to the assistant
     model: str = "smollm2"  # or a local folder, or a hub id
     max_new_tokens: int = 64  # tokens of each continuation
-    # tokens of the longest prompt that is read: each of nine decoders reads it
+    # tokens of the longest prompt that is read: each of ten decoders reads it
     max_prompt: int = 512
     beams: int = 4  # sentences that beam search keeps
     length_penalty: float = 1.0  # a finished sentence scores sum log p / length ** this
+    contrastive_k: int = 4  # candidates of contrastive search
+    alpha: float = 0.6  # weight of its penalty
     temperature: float = 0.7  # below 1 likely tokens get likelier
     top_k: int = 40
     top_p: float = 0.9
@@ -91,6 +95,10 @@ def decoders(model, cfg, **options):
     def penalised(prompt):
         return greedy(model, repetition=cfg.repetition, **prompt, **options)
 
+    def contrastive(prompt):
+        how = {"k": cfg.contrastive_k, "alpha": cfg.alpha}
+        return contrastive_search(model, **how, **prompt, **options)
+
     def with_temperature(prompt):
         return sample(model, cfg.temperature, **prompt, **options)
 
@@ -113,6 +121,7 @@ def decoders(model, cfg, **options):
         "greedy": greedy_search,
         f"{cfg.beams} beams": beam_search,
         f"penalty {cfg.repetition:g}": penalised,
+        f"contrastive {cfg.alpha:g}": contrastive,
         f"temperature {cfg.temperature:g}": with_temperature,
         f"top-k {cfg.top_k}": from_top_k,
         f"top-p {cfg.top_p:g}": from_top_p,
@@ -148,10 +157,11 @@ def prompt_ids(tokenizer, prompt, chat):
 def check_flags(cfg):
     """Raises UserError for flags of which one makes no sense."""
     check(cfg.prompt.strip(), "--prompt is empty")
-    numbers = (cfg.max_new_tokens, cfg.max_prompt, cfg.beams, cfg.top_k)
+    numbers = (cfg.max_new_tokens, cfg.max_prompt, cfg.beams, cfg.contrastive_k, cfg.top_k)
     check(min(numbers) > 0, "numbers of tokens, beams ... start at 1")
     # raises UserError for flags of which no sampler can be made
     sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.typical_p)
+    check(0 <= cfg.alpha <= 1, "--alpha must be in [0, 1]; 0 is greedy decoding")
     check(cfg.repetition > 0, "--repetition must be above 0; 1 is no penalty")
 
 
@@ -175,7 +185,7 @@ def score(model, tokens, eos, **prompt):
 
 
 def main(cfg: Config) -> dict:
-    """Decode one prompt in nine ways; writes the texts and their log probabilities."""
+    """Decode one prompt in ten ways; writes the texts and their log probabilities."""
     # flags, model and prompt; what is wrong with them ends the run before anything is written
     check_flags(cfg)
     run.seed(cfg.seed)

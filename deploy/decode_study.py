@@ -1,6 +1,6 @@
 """Decoders compared: probability and repetition of what they write, beside what people wrote.
 
-Holtzman et al. 2020, arXiv:1904.09751, Fig. 2: the most probable text is a dull one. Nine decoders
+Holtzman et al. 2020, arXiv:1904.09751, Fig. 2: the most probable text is a dull one. Ten decoders
 (decode.py) go on with real paragraphs of manuals from their first 24 tokens; every text is scored
 by the log probability that the model itself gives it, and by the fraction of its 4-grams that are
 repeated.
@@ -21,7 +21,7 @@ from utils.run import check
 
 @dataclass(frozen=True)
 class Config(decode.Config):
-    """Decode the same prompts in nine ways; compare probability and repetition with people's."""
+    """Decode the same prompts in ten ways; compare probability and repetition with people's."""
 
     passages: int = 6  # paragraphs of real manuals; their first 24 tokens are the prompt
     out: str = "outputs/decode_study"
@@ -84,7 +84,7 @@ def draw(path, scored):
 
 
 def main(cfg: Config) -> dict:
-    """Decode the prompt and the beginnings of real paragraphs in nine ways; writes texts, a table
+    """Decode the prompt and the beginnings of real paragraphs in ten ways; writes texts, a table
     and the figure.
     """
     # flags, model and prompts; what is wrong with them ends the run before anything is written

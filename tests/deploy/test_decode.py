@@ -519,7 +519,7 @@ def test_a_real_model_says_what_generate_says(smollm2, parity):
 
 def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
     called = []
-    for name in ("greedy", "sample"):
+    for name in ("greedy", "sample", "contrastive_search"):
         monkeypatch.setattr(
             decode, name, lambda *about, name=name, **more: called.append((name, *about[1:], more))
         )
@@ -529,7 +529,7 @@ def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
     )
     cfg = decode.Config(
         beams=3, length_penalty=0.3, temperature=0.4, top_k=5, top_p=0.6, min_p=0.2, typical_p=0.9,
-        repetition=1.7, max_new_tokens=8,
+        repetition=1.7, max_new_tokens=8, contrastive_k=6, alpha=0.1,
     )  # fmt: skip
     more = {"input_ids": 1, "max_new_tokens": 8, "eos": [2], "pad": 0}
     decoders = decode.decoders(model, cfg, eos=[2], pad=0)
@@ -537,6 +537,7 @@ def test_every_flag_reaches_its_way_of_decoding(model, monkeypatch):
     assert best.tolist() == [[0, 1, 2]]  # the first of the beam
     assert called == [
         ("greedy", more), ("beam", {"beams": 3, "length_penalty": 0.3} | more), ("greedy", {"repetition": 1.7} | more),
+        ("contrastive_search", {"k": 6, "alpha": 0.1} | more),
         ("sample", 0.4, more), ("sample", {"k": 5} | more), ("sample", {"p": 0.6} | more),
         ("sample", {"min_p": 0.2} | more), ("sample", {"typical_p": 0.9} | more), ("sample", more),
     ]  # fmt: skip
@@ -602,13 +603,13 @@ def test_a_penalty_punishes_the_words_of_the_prompt(model, ids):
         )
 
 
-def test_main_decodes_the_prompt_in_nine_ways(tmp_path):
+def test_main_decodes_the_prompt_in_ten_ways(tmp_path):
     name = llamas.folder(tmp_path / "model")
     cfg = decode.Config(
         prompt="A b c", model=name, max_new_tokens=5, beams=2, out=str(tmp_path / "out")
     )
     found = decode.main(cfg)
-    assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 9
+    assert list(found)[:2] == ["greedy", "2 beams"] and len(found) == 10
     tokenizer, model = pretrained.language_model(name)
     ids = torch.tensor([decode.prompt_ids(tokenizer, "A b c", False)])
     tokens = generation.greedy(
@@ -632,6 +633,7 @@ def test_main_decodes_the_prompt_in_nine_ways(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     {"prompt": " "}, {"temperature": 0.0}, {"top_p": 2.0}, {"min_p": 2.0}, {"typical_p": 0.0}, {"beams": 0},
+    {"contrastive_k": 0}, {"alpha": 1.1},
     {"repetition": 0.0},
     {"model": "no/such/folder"}, {"max_prompt": 0}, {"prompt": "why " * 6000},
     {"max_new_tokens": 10**6},
