@@ -53,7 +53,9 @@ def check_blocks(engine):
 def run_all(engine, requests):
     steps = 0
     while any(not request.finished for request in requests):
+        fed = engine.fed
         engine.step()
+        assert engine.fed - fed <= engine.scheduler.max_tokens
         check_blocks(engine)
         steps += 1
         assert steps < 2000, "requests starve"
@@ -173,6 +175,30 @@ def test_forgotten_blocks_are_not_found(model):
     shared = engine.scheduler.shared
     assert engine.generate([first], 4) == answer
     assert engine.scheduler.shared - shared < 16
+
+
+def test_a_beginning_with_a_gap_is_read_from_the_gap_on(model):
+    """Of three blocks of a prompt the second was taken by others: only the first is shared."""
+    prompt = (prompts_of(12, 1, 60)[0] * 14)[:14]
+    engine = Engine(model, blocks=20, block_size=4)
+    answer = engine.generate([prompt], 4)
+    second = list(engine.pool.by_key)[1]
+    del engine.pool.key_of[engine.pool.by_key.pop(second)]
+    engine.fed = 0
+    assert engine.generate([prompt], 4) == answer
+    assert engine.fed == 10 + 3
+
+
+def test_a_preempted_request_is_the_next_one(model):
+    """Two requests outgrow the cache, a third waits: the second gives way, and goes on before the third."""
+    prompts = [[5] * 8, [6] * 8, [7] * 8]
+    engine = Engine(model, blocks=5, block_size=4, max_batch=2, prefix_sharing=False)
+    requests = [engine.add(prompt, 8) for prompt in prompts]
+    while not engine.scheduler.preempted:
+        engine.step()
+    assert engine.scheduler.waiting == requests[1:] and requests[1].new
+    run_all(engine, requests)
+    assert [r.new for r in requests] == [alone(model, p, 8) for p in prompts]
 
 
 def test_the_least_recently_used_block_goes_first():
