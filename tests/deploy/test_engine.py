@@ -263,7 +263,8 @@ def test_a_request_that_is_cancelled_leaves_no_block(model):
     for request in (requests[0], requests[3]):
         engine.cancel(request)
         check_blocks(engine)
-        assert request.finished == "cancelled"
+        assert request.finished == "cancelled" and not request.table
+        assert request not in (*engine.scheduler.running, *engine.scheduler.waiting)
     run_all(engine, requests)
     engine.cancel(requests[1])
     assert requests[1].finished == "length"
