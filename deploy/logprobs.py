@@ -42,13 +42,14 @@ class LogprobRecorder:
         return token
 
 
-def openai_logprobs(steps, tokenizer, row=0):
+def openai_logprobs(steps, tokenizer, row=0, pieces=None):
     """The steps of one prompt as the `logprobs` of a choice in OpenAI's chat protocol.
 
     -> {"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}]}. bytes: a token may be a piece
-    of a letter, whose text is then U+FFFD. Raises UserError unless the tokenizer is a byte-level BPE.
+    of a letter, whose text is then U+FFFD. pieces: those of token_bytes, if they are there already.
+    Raises UserError unless the tokenizer is a byte-level BPE.
     """
-    pieces = token_bytes(tokenizer)
+    pieces = pieces or token_bytes(tokenizer)
 
     def entry(token, log_p):
         text = tokenizer.decode([token])

@@ -53,8 +53,8 @@ def trie(tokens):
         first = plain_from(token)
         node = root
         for i, byte in enumerate(token):
-            # the rest is plain: it begins with a letter, and not inside of one
-            is_plain = i >= first and not 0x80 <= byte < 0xC0
+            # the rest is plain; inside of a letter nobody asks
+            is_plain = i >= first
             if is_plain:
                 node.plain.append(token_id)
             node = node.children.setdefault(byte, Node())

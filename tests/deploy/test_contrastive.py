@@ -63,6 +63,11 @@ def test_padding_is_not_what_was_said_and_an_end_is_an_end(model, ids):
         assert (mine[row, len(alone) :] == PAD).all()
         lengths.add(len(alone))
     assert min(lengths) < max(lengths) == mine.shape[1]
+    # all of them end at once: nothing more is read
+    first = contrastive.contrastive_search(model, max_new_tokens=1, input_ids=ids)
+    ends = first.flatten().tolist()
+    rest = contrastive.contrastive_search(model, max_new_tokens=9, eos=ends, input_ids=ids)
+    assert torch.equal(rest, first)
 
 
 def test_without_a_penalty_or_without_a_choice_it_is_greedy(model, ids):

@@ -168,6 +168,8 @@ def test_an_object_of_given_fields():
         in_name = WHOLE.index('"A') < i <= WHOLE.index(', "age') - 1 and WHOLE[i - 1] != "\\"
         assert grammar.in_string(state) == in_name, WHOLE[:i]
     assert json_grammar.read(grammar, WHOLE + " ") is None
+    shortest = '{"name": "", "age": 0, "size": 0, "mood": "sad", "wise": true}'
+    assert grammar.closing(grammar.start) == shortest
 
 
 @pytest.mark.parametrize("text", [
