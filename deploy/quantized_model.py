@@ -54,6 +54,7 @@ class QuantizedLinear(nn.Module):
 
     channels (in,): what activations are divided by first, or None (SmoothQuant, AWQ).
     activation_bits: 16, or 8 for products of integers, which want a group to be a whole row.
+    Raises UserError for a weight that eight codes do not divide.
     """
 
     codes: torch.Tensor
@@ -64,6 +65,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, codes, scales, zeros, bits, channels=None, bias=None, activation_bits=16):
         super().__init__()
+        shape = " x ".join(map(str, codes.shape))
+        check(codes.numel() % 8 == 0, f"a weight of {shape} cannot be packed eight codes at a time")
         self.out_features, self.in_features = codes.shape
         self.bits = bits
         self.activation_bits = activation_bits

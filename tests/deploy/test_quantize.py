@@ -147,7 +147,7 @@ def test_constant_and_zero_rows_come_back():
 def test_hqq_is_that_of_torchao(parity, bits):
     """Numbers of torchao, which is not installed here: golden/hqq.json says how they were made."""
     golden = {k: torch.tensor(v, dtype=torch.float32) for k, v in GOLDEN[bits].items()}
-    weight = golden["weight"] / 2**14
+    weight = golden["weight"] / 2**10
     codes, scales, zeros = quantize.quantize(weight, int(bits), 16, "hqq")
     theirs = [golden["codes"], golden["scales"], golden["zeros"].half().float()]
     names = ("quantizers.hqq", "torchao HQQ")
@@ -365,6 +365,11 @@ def test_four_bits_are_two_codes_a_byte_and_three_run_across_bytes():
     stream = sum(code << 3 * i for i, code in enumerate([7, 0, 1, 2, 3, 4, 5, 6]))
     packed = quantized_model.pack(torch.tensor([7, 0, 1, 2, 3, 4, 5, 6]), 3)
     assert packed.tolist() == list(stream.to_bytes(3, "little"))
+
+
+def test_a_weight_that_cannot_be_packed_is_refused():
+    with pytest.raises(UserError, match="a weight of 3 x 5 cannot be packed"):
+        quantized_model.QuantizedLinear(*quantize.quantize(torch.randn(3, 5), 4, 0), 4)
 
 
 @pytest.mark.parametrize("method", quantize.METHODS)
