@@ -84,10 +84,8 @@ class ConstrainedPick:
         return self.mask.allowed(state, self.left)
 
     def advance(self, state, token):
-        """The state after a token; None after the end."""
-        if state is None or token in self.mask.ends:
-            return None
-        return self.mask.advance(state, token)
+        """The state after a token; None after the end, which has no bytes."""
+        return None if state is None else self.mask.advance(state, token)
 
 
 def parses(text):

@@ -177,7 +177,8 @@ def test_an_object_of_given_fields():
     '{"name": "a", "age": 1.', '{"name": "a", "age": 1e', '{"name": "a", "age": 1 ', '{"name": "a", "age": 01',
     '{"name": "a", "age": -,', '{"name": "a", "age": 1}', '{"name": "a", "age": [', '{"name": "a", "age":  ',
     '{"name": "a", "age": 1, "size": 1., ', '{"name": "a", "age": 1, "size": 1, "mood": "angry',
-    '{"name": "a", "age": 1, "size": 1, "mood": "sadd"', '{"name": "a", "age": 1, "size": 1, "mood": "sad", "wise": n',
+    '{"name": "a", "age": 1, "size": 1, "mood": "sadd"',
+    '{"name": "a", "age": 1, "size": 1, "mood": "sa,', '{"name": "a", "age": 1, "size": 1, "mood": "sad", "wise": n',
 ])  # fmt: skip
 def test_what_does_not_fit_the_fields_is_not_accepted(text):
     grammar = json_schema.ObjectGrammar(json_schema.fields(FIELDS))
