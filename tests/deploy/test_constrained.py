@@ -186,6 +186,10 @@ def test_of_the_tokens_that_may_come_the_pick_takes_the_one_it_would_take_anyway
     assert first == word != second
     allowed = mask.allowed((read(mask.grammar, '{"a":'), ()), 39)
     assert second == int(logits[1].masked_fill(~allowed, -torch.inf).argmax())
+    # any other pick is asked, too: here that of the least likely
+    least = constrained.ConstrainedPick(mask, lambda x: x.where(x.isfinite(), torch.inf).argmin(-1))
+    least.states = [(read(mask.grammar, '{"a":'), ())]
+    assert int(least(logits[1:])) == int(logits[1].masked_fill(~allowed, torch.inf).argmin())
 
 
 BYTES = [bytes([byte]) for byte in range(256)]  # the smallest vocabulary
