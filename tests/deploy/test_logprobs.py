@@ -33,12 +33,13 @@ def test_logprobs_are_those_of_generate(parity):
 
 def test_logprobs_are_those_before_temperature_and_truncation():
     logits = torch.randn(4, 120)
-    pick = logits_processors.sampler(temperature=0.3, k=3)
+    pick = logits_processors.sampler(temperature=3.0, k=50)
     recorder = logprobs.LogprobRecorder(2, pick)
     token = recorder(logits)
     ((kept, chosen, best, ids),) = recorder.steps
     log_p = logits.log_softmax(-1)
     assert torch.equal(kept, token) and torch.equal(chosen, log_p[range(4), token])
+    assert (token != ids[:, 0]).any()  # not only the likeliest is drawn
     assert torch.equal(best[:, 0], log_p.amax(-1)) and torch.equal(ids[:, 0], logits.argmax(-1))
     assert (best[:, 0] > best[:, 1]).all() and (chosen < 0).all()
 
