@@ -171,6 +171,8 @@ def save(model, tokenizer, folder):
             tokenizer.save_pretrained(ready)
             checkpoint.write(ready / "model.safetensors", stored(model), config)
             write_json(ready / "config.json", config)
+            # readable by all who may read other new files
+            checkpoint.shared_mode(ready)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(ready, folder)
     except OSError as error:

@@ -58,7 +58,9 @@ def test_main_writes_what_it_promises(pages, tmp_path):
     )
     found = decode_study.main(cfg)
     assert (
-        list(found)[:2] == ["greedy", "2 beams"] and list(found)[-1] == "people" and len(found) == 8
+        list(found)[:2] == ["greedy", "2 beams"]
+        and list(found)[-1] == "people"
+        and len(found) == 11
     )
     assert found["2 beams"]["a token"] <= 0 and found["people"]["tokens"] == 5
     assert math.isclose(found["people"]["log p"], 5 * found["people"]["a token"], rel_tol=1e-5)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -367,6 +368,7 @@ def test_owners_of_blocks_and_their_figure(model):
     figure = engine_blocks.draw_figure([first, last], 2)
     (image,) = figure.axes[0].images
     shown = image.get_array()
+    plt.close(figure)
     assert shown.shape == (4, 2, 3)
     assert (shown[:, 1] == 0.88).all() and (shown[first[first != -1] == -3, 0] == 0.2).all()
 
