@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from deploy.absmax import dequantise_int8, quantise_int8
 from deploy.llama import attention, rotary_angles, rotate
 from utils.run import check
 
@@ -23,23 +24,6 @@ from utils.run import check
 def causal_mask(held, new, device=None):
     """Which of held + new keys each new query sees: all that came before, and itself. (T,S+T), True: seen."""
     return torch.ones(new, held + new, dtype=torch.bool, device=device).tril(diagonal=held)
-
-
-def quantise_int8(x):
-    """Symmetric (absmax) int8 of each row: (...,D) -> codes int8 (...,D), scale float32 (...,1).
-    Dettmers et al. 2022, Sec. 2.
-
-    A step is the scale; the largest error is half a step.
-    """
-    # the number of largest size becomes 127; a row of zeros has any scale
-    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    codes = (x.float() / scale).round().to(torch.int8)
-    return codes, scale
-
-
-def dequantise_int8(codes, scale, dtype=torch.float32):
-    """(...,D) int8 and (...,1) -> (...,D)."""
-    return (codes * scale).to(dtype)
 
 
 class NoCache:

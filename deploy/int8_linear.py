@@ -11,12 +11,7 @@ Shapes: x (...,K), weights (N,K), y (...,N).
 import torch
 from torch import nn
 
-
-def absmax_quantize(x):
-    """Each row by its largest value: (M,K) -> int8 codes (M,K), scales (M,1), x = codes * scales up to half
-    a scale. LLM.int8(), Eq. 1."""
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (x / scale).round().to(torch.int8), scale
+from deploy.absmax import quantise_int8
 
 
 class Int8Linear(nn.Module):
@@ -24,7 +19,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        codes, scale = absmax_quantize(linear.weight.detach().float())
+        codes, scale = quantise_int8(linear.weight.detach().float())
         self.codes: torch.Tensor
         self.scale: torch.Tensor
         self.register_buffer("codes", codes)
@@ -35,7 +30,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, self.in_features).float()
-        codes, scale = absmax_quantize(rows)
+        codes, scale = quantise_int8(rows)
         # integers, summed in int32
         product = torch._int_mm(codes, self.codes.T)
         # back to real numbers: a scale of each token times a scale of each output

@@ -15,6 +15,7 @@ group of 0 is a whole row.
 import torch
 import torch.nn.functional as F
 
+from deploy.absmax import quantise_int8
 from utils.run import check
 
 BITS = (8, 4, 3)
@@ -170,9 +171,7 @@ def int8_matmul(x, codes, scales, zeros):
     Activations in 8 bits with one scale for each token, found on the way (dynamic, per-token).
     """
     # Activations: symmetric, one scale a row
-    x = x.float()
-    x_scales = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    x_codes = (x / x_scales).round().to(torch.int8)
+    x_codes, x_scales = quantise_int8(x)
     # Weights: codes as signed numbers, their zero points as far moved
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
     product = torch._int_mm(x_codes, signed.T.contiguous())

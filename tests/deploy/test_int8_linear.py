@@ -6,22 +6,23 @@ import pytest
 import torch
 from torch import nn
 
+from deploy.absmax import quantise_int8
 from deploy.engine import Engine
-from deploy.int8_linear import Int8Linear, absmax_quantize, int8_layers
+from deploy.int8_linear import Int8Linear, int8_layers
 from tests.deploy.test_decode import talker
 
 
 def test_codes_are_within_half_a_step(parity):
     x = torch.randn(5, 64) * torch.tensor([[1.0], [100.0], [1e-6], [3.0], [1.0]])
-    codes, scale = absmax_quantize(x)
+    codes, scale = quantise_int8(x)
     assert codes.dtype == torch.int8 and codes.abs().amax(1).tolist() == [127] * 5
     assert ((codes * scale - x).abs() <= scale / 2 * 1.001).all()
     about = (scale[:, 0], torch.zeros(5, dtype=torch.int32), 0, -127, 127)
     theirs = torch.fake_quantize_per_channel_affine(x, *about)
     name = "torch.fake_quantize_per_channel_affine"
-    parity("int8", "int8_linear.absmax_quantize", name, codes * scale, theirs, 1e-5)
+    parity("int8", "absmax.quantise_int8", name, codes * scale, theirs, 1e-5)
     # a row of zeros is no division by zero
-    codes, scale = absmax_quantize(torch.zeros(1, 4))
+    codes, scale = quantise_int8(torch.zeros(1, 4))
     assert not codes.any() and torch.isfinite(scale).all()
 
 
@@ -32,9 +33,9 @@ def test_the_product_is_that_of_the_rounded_factors(rows, bias, parity):
     x = torch.randn(2, rows, 48)
     ours = Int8Linear(linear)(x)
     # the same factors in float64
-    codes, scale = absmax_quantize(x.reshape(-1, 48))
+    codes, scale = quantise_int8(x.reshape(-1, 48))
     rounded = codes.double() * scale
-    weight = absmax_quantize(linear.weight.detach())
+    weight = quantise_int8(linear.weight.detach())
     theirs = rounded @ (weight[0].double() * weight[1]).T + (linear.bias if bias else 0)
     name = f"int8_linear.Int8Linear, {rows} rows, bias {bias}"
     parity(
