@@ -3,7 +3,7 @@
 The same mixed requests (engine.py), greedy, float32, each way several times in turn: static batches, padded
 to the longest prompt and run to the longest answer; transformers' continuous batching, with the same number
 of requests at once; the engine of this chapter, also with int8 layers. Beside the speed stands how many
-answers are those of each prompt alone.
+answers are those of each prompt alone, and the perplexity of held-out text with and without int8 layers.
 
     python deploy/engine_study.py
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deploy import decode, generation
+from deploy import decode, generation, perplexity
 from deploy.engine import Engine, mixed_requests
 from deploy.int8_linear import int8_layers
 from deploy.llama import Llama
@@ -31,6 +31,7 @@ class Config:
     batch: int = 8  # requests at once
     blocks: int = 256
     block_size: int = 8
+    held_out: int = 8  # pieces of 128 tokens, for the perplexity
     rounds: int = 2  # times each way, in turn
     model: str = "smollm2"
     seed: int = 0
@@ -95,14 +96,15 @@ def alone(model, prompts, lengths):
 
 def main(cfg: Config) -> dict:
     """Every way in turn; the fastest round of each counts."""
-    least = min(cfg.requests, cfg.max_new_tokens, cfg.batch, cfg.rounds)
+    least = min(cfg.requests, cfg.max_new_tokens, cfg.batch, cfg.rounds, cfg.held_out)
     check(least > 0, "all numbers must be at least 1")
     tokenizer, model = decode.load(cfg.model, "cpu")
     model = model.float()
     folder = run.output(cfg.out, cfg)
     prompts, lengths = mixed_requests(tokenizer, cfg.requests, cfg.max_new_tokens, cfg.seed)
+    quantised = int8_layers(copy.deepcopy(model))
     llama = Llama(model)
-    in_int8 = Llama(int8_layers(copy.deepcopy(model)))
+    in_int8 = Llama(quantised)
     cache = (cfg.batch, cfg.blocks, cfg.block_size)
     ways = {
         "static batches": lambda: static_batches(model, prompts, lengths, cfg.batch),
@@ -110,6 +112,7 @@ def main(cfg: Config) -> dict:
         "engine": lambda: own_engine(llama, prompts, lengths, *cache),
         "engine, int8": lambda: own_engine(in_int8, prompts, lengths, *cache),
     }
+    _, held_out = perplexity.texts_of(tokenizer, 1, cfg.held_out, 128)
     wanted = alone(model, prompts, lengths)
     seconds = {name: [] for name in ways}
     same = {}
@@ -125,6 +128,10 @@ def main(cfg: Config) -> dict:
             "new tokens a CPU second": sum(lengths) / min(seconds[name]),
             "answers as alone": same[name],
         }
+    metrics["perplexity"] = {
+        "fp32": perplexity.perplexity(model, held_out),
+        "int8": perplexity.perplexity(quantised, held_out),
+    }
     return run.report(folder, metrics)
 
 

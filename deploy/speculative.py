@@ -46,6 +46,7 @@ class Config:
     texts: int = 3  # of each kind
     longest: int = 8  # tokens of the longest draft
     fixed: int = 0  # always drafts of so many; 0: adaptive length
+    shortest: int = 2  # tokens of the shortest run that prompt lookup looks for
     layers: int = 6  # that the drafter "early exit" has
     precision: Literal["fp32", "bf16"] = "fp32"
     model: str = "smollm2"
@@ -187,6 +188,7 @@ def main(cfg: Config) -> dict:
     """Each drafter on each kind of text, beside plain decoding, in turn."""
     check(min(cfg.max_new_tokens, cfg.texts, cfg.longest, cfg.layers) > 0, "numbers start at 1")
     check(cfg.fixed >= 0, "--fixed must be 0 or more")
+    check(0 < cfg.shortest <= 3, "--shortest must be 1, 2 or 3")
     check(cfg.texts <= len(QUESTIONS), f"--texts: there are {len(QUESTIONS)} of each kind")
     tokenizer, model = decode.load(cfg.model, "cpu")
     llama = Llama(model.to(torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
@@ -194,7 +196,7 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     drafters = {
         "plain": lambda: NoDrafts(),
-        "prompt lookup": lambda: PromptLookup(llama.config.vocab_size),
+        "prompt lookup": lambda: PromptLookup(llama.config.vocab_size, shortest=cfg.shortest),
         "early exit": lambda: EarlyExit(llama, cfg.layers),
     }
     rows = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deploy import engine as engine_module
-from deploy import engine_blocks, engine_study, generation, paged_cache
+from deploy import engine_blocks, generation, paged_cache
 from deploy.engine import Engine, mixed_requests
 from deploy.llama import Llama
 from deploy.logits_processors import sampler
@@ -382,37 +382,6 @@ def test_requests_are_mixed_and_begin_alike():
     assert len({tuple(p[:24]) for p in again}) == 1
     assert [p[24:] for p in again] == prompts
     assert mixed_requests(tokenizer, 4, 2)[1] == [2] * 4
-
-
-@pytest.mark.long
-def test_the_study_finds_equal_answers(tmp_path):
-    cfg = engine_study.Config(
-        requests=3, max_new_tokens=5, rounds=1, batch=2, out=str(tmp_path / "a")
-    )
-    found = engine_study.main(cfg)
-    for way in ("static batches", "transformers, continuous", "engine"):
-        assert found[way]["answers as alone"] == 3
-        assert found[way]["new tokens a CPU second"] > 0
-    with pytest.raises(UserError, match="at least 1"):
-        engine_study.main(engine_study.Config(rounds=0, out=str(tmp_path / "b")))
-    assert not (tmp_path / "b").exists()
-
-
-def test_static_batches_are_cut_to_the_length_that_was_asked_for(model, parity):
-    prompts = prompts_of(11, 5)
-    lengths = [2, 7, 3, 4, 1]
-    mine = engine_study.static_batches(model, prompts, lengths, 2)
-    theirs = engine_study.alone(model, prompts, lengths)
-    assert [len(answer) for answer in mine] == lengths
-    name = "engine_study.static_batches"
-    parity(
-        "Engine",
-        name,
-        "each prompt alone",
-        torch.tensor(sum(mine, [])),
-        torch.tensor(sum(theirs, [])),
-        0,
-    )
 
 
 def test_bad_flags_of_the_script_are_one_line(tmp_path):

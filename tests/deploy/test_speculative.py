@@ -203,7 +203,7 @@ def test_bad_numbers_are_one_line(llama, tmp_path):
     for longest, shortest in ((0, 0), (2, 3), (3, 0)):
         with pytest.raises(UserError, match="0 < shortest <= longest"):
             PromptLookup(120, longest, shortest)
-    for flags in ({"texts": 0}, {"texts": 7}, {"fixed": -1}, {"layers": 99}):
+    for flags in ({"texts": 0}, {"texts": 7}, {"fixed": -1}, {"shortest": 0}, {"layers": 99}):
         with pytest.raises(UserError):
             speculative.main(speculative.Config(**flags, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
