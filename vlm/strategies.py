@@ -1,4 +1,4 @@
-"""Training strategies of LLaVA compared: frozen, trained or LoRA parts, at equal compute, each at its best rate.
+"""Training strategies of LLaVA compared: frozen, trained or LoRA parts, at equal compute.
 
 Every strategy learns for as many CPU seconds, so that a cheap one takes more steps. Its learning rate is
 searched first: three rates, a quarter of the time, and the lowest training loss is taken, so that no held-out photo
@@ -51,14 +51,14 @@ EASY_VQA = Path("outputs/easy_vqa_curriculum")
 
 @dataclass(frozen=True)
 class Config:
-    """Train with each strategy at equal compute, at its best rate, and put the results side by side."""
+    """Search the learning rate of each strategy, train at equal compute, put the results side by side."""
 
     data: Literal["fruit", "easy_vqa"] = "fruit"
     only: tuple[str, ...] = ()  # names of strategies; none: all of them
     seconds: float = 400  # CPU seconds of training of each run
     steps: int = 0  # instead of seconds: as many steps for all
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors of both learning rates that are searched
-    seeds: int = 3  # runs of each strategy at its best rate
+    seeds: int = 3  # runs of each strategy at the rate that was found
     batch: int = 8  # conversations a step
     views: int = 4  # of each photo of fruit
     text_share: float = 0.0  # pages of manuals among the rows; 0: the loss is that of answers
@@ -194,21 +194,25 @@ def row(runs, steps, factor):
 
 
 def draw(path, rows):
-    """Accuracy with its interval against the time of a step; the area is the memory of a process."""
+    """Three panels, a line for each strategy: accuracy with its interval, time of a step, memory."""
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(6.5, 3.6))
-    # a point for each strategy; its area says how much memory
-    for name, r in rows.items():
-        accuracy, half, *_ = r.values()
-        point = (r["CPU s a step"], accuracy)
-        drawn = ax.errorbar(*point, yerr=np.nan_to_num(half), capsize=3)
-        ax.scatter(*point, s=r["MiB"] / 15, alpha=0.6, color=drawn[0].get_color())
-        ax.annotate(name, point, (0, 12), textcoords="offset points", ha="center", fontsize=8)
-    score = next(iter(next(iter(rows.values()))))
-    ax.set(xlabel="CPU seconds a step", ylabel=f"accuracy, {score}")
-    ax.set_xlim(0, 1.15 * max(r["CPU s a step"] for r in rows.values()))
-    ax.margins(y=0.25)
+    names = list(rows)
+    about: dict = {"figsize": (8, 0.9 + 0.4 * len(names)), "sharey": True}
+    figure, axes = plt.subplots(1, 3, **about, layout="constrained")
+    # a point for the mean of the runs, whiskers for its interval
+    score = next(iter(rows[names[0]]))
+    means = [r[score] for r in rows.values()]
+    halves = np.nan_to_num([r["+-"] for r in rows.values()])
+    axes[0].errorbar(means, names, xerr=halves, fmt="o", capsize=3)
+    axes[0].set(xlim=(0, 1), xlabel=f"accuracy, {score}")
+    # what a step costs
+    axes[1].barh(names, [r["CPU s a step"] for r in rows.values()])
+    axes[1].set(xlabel="CPU seconds a step")
+    axes[2].barh(names, [r["MiB"] / 1024 for r in rows.values()])
+    axes[2].set(xlabel="GiB of the process")
+    # the first strategy above
+    axes[0].invert_yaxis()
     return figures.close(figure, path)
 
 
