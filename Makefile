@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 READY = .venv/ready
 
-.PHONY: help demo test test-all notebooks lab lint bench clean
+.PHONY: help demo test test-all notebooks lab lint bench gpu clean
 
 help:
 	@echo "make demo       four results from the shipped weights in a few minutes: outputs/demo/index.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make lint       style and types"
 	@echo "make bench      measure the speeds in docs/BENCHMARKS.md and the maps"
+	@echo "make gpu        measure what needs a GPU, in at most eight minutes, and write it there"
 	@echo "make clean      remove .venv, outputs and caches; downloaded weights and data stay"
 
 demo: $(READY)
@@ -40,6 +41,13 @@ bench: $(READY)
 	$(PY) finetune/bench.py
 	$(PY) training/bench.py
 	$(PY) rag/bench.py
+	$(PY) deploy/kv_cache.py
+	$(PY) deploy/engine_study.py
+	$(PY) deploy/speculative.py
+	$(PY) deploy/quantize.py
+
+gpu: $(READY)
+	$(PY) vlm/gpu_bench.py --write
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache *.egg-info

@@ -32,6 +32,7 @@ MEASURE |= {
     "engine_study",
     "evaluate",
     "flamingo_lora",
+    "gpu_bench",
     "loader_study",
     "near_duplicates",
     "questions",

@@ -76,7 +76,7 @@ def sample(listed, share, random):
 
 
 def stages(images=0, share=0.7, seed=0):
-    """Rows of the three stages -> {"captions", "plain", "all"}.
+    """Rows of the three stages, and of open questions alone -> {"captions", "plain", "all", "open"}.
 
     images: the first so many training pictures, 0: all; share: of yes/no questions that are asked
     once more in words. Raises UserError for numbers that make no sense.
@@ -88,6 +88,8 @@ def stages(images=0, share=0.7, seed=0):
     scenes = known_scenes(listed)
     listed = [q for q in listed if q.image in scenes]
     told = captions(scenes)
+    # what colour, what shape: no comparison, so no curriculum
+    asked_openly = [q for q in listed if q.kind in ("colour", "shape")]
     # balanced answers: of every wording as many of each
     balanced = balance(listed, seed)
     plain = [q for q in balanced if q.kind == "yes/no"]
@@ -100,11 +102,12 @@ def stages(images=0, share=0.7, seed=0):
         "captions": told,
         "plain": told + about_pictures(plain) + plain_words,
         "all": told + about_pictures(balanced) + all_words,
+        "open": about_pictures(asked_openly),
     }
 
 
 def main(cfg: Config) -> dict:
-    """Write captions.json, plain.json and all.json beside their pictures."""
+    """Write captions.json, plain.json, all.json and open.json beside their pictures."""
     made = stages(cfg.images, cfg.in_words, cfg.seed)
     folder = run.output(cfg.out, cfg)
     names = {row["image"] for rows in made.values() for row in rows if "image" in row}

@@ -43,6 +43,7 @@ class Config:
 
     model: str = ""  # weights, or a folder or hub id; empty: the baselines alone
     count: int = 1000  # questions, kinds in proportion; 0: all 9673
+    kinds: tuple[str, ...] = KINDS  # of questions
     batch: int = 32  # questions at a time
     baselines: bool = True  # what is reached without the model, beside it
     probe_images: int = 2000  # training pictures of the linear probe
@@ -178,6 +179,8 @@ def main(cfg: Config) -> dict:
     """Score the baselines, and the model if one is named; write every answer."""
     check(cfg.count >= 0, "--count must be 0 or more")
     check(min(cfg.batch, cfg.probe_images) > 0, "--batch and --probe_images must be at least 1")
+    unknown = set(cfg.kinds) - set(KINDS)
+    check(not unknown and cfg.kinds, f"--kinds: one or more of {', '.join(KINDS)}")
     check(cfg.model or cfg.baselines, "--no-baselines without --model leaves nothing to score")
     on = run.device(cfg.device)
     loaded = llava.load(cfg.model, on) if cfg.model else None
@@ -187,7 +190,8 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     run.seed(cfg.seed)
     # questions of the test split; of the training split the baselines learn
-    listed = stratified(easy_vqa_data.questions("test"), cfg.count, cfg.seed)
+    asked_for = [q for q in easy_vqa_data.questions("test") if q.kind in cfg.kinds]
+    listed = stratified(asked_for, cfg.count, cfg.seed)
     predicted = baselines(vision_tower, listed, cfg.probe_images) if cfg.baselines else {}
     # the model, a question at a time
     if loaded:

@@ -1,23 +1,21 @@
 """Training strategies of LLaVA compared: frozen, trained or LoRA parts, at equal compute.
 
 Every strategy learns for as many CPU seconds, so that a cheap one takes more steps. Its learning rate is
-searched first: three rates, a quarter of the time, and the lowest training loss is taken, so that no held-out photo
-decides. Then several seeds; the interval of their mean is Student's (1908). Each run is one of
-vlm/train.py in a process of its own, so that its memory is its own. Two data sets: fruit, of which the
-kind is named, and easy-VQA, of which all questions are learned at once, without a curriculum.
+searched first: rates are doubled or halved until the best one has a worse one on either side. What counts is the
+training loss, so that no held-out photo decides, and that of the worst seed, so that no rate is taken which a run may
+not bear. Then several seeds; the interval of their mean is Student's (1908). Each run is one of vlm/train.py in a
+process of its own, so that its memory is its own. Two data sets: fruit, of which the kind is named, and the open
+questions of easy-VQA, for colour and shape. A picture is one token (--connector pool1), so that many steps fit into
+the time.
 
     python vlm/strategies.py                                   # fruit: hours
     python vlm/easy_vqa_curriculum.py                          # writes the rows of
-    python vlm/strategies.py --data easy_vqa
+    python vlm/strategies.py --data easy_vqa --seconds 100 --search_share 0.25 --search_seeds 2
     python vlm/strategies.py --steps 60 --rates 1 --seeds 1    # as many steps instead of as much time
     python vlm/strategies.py --only lora-all random-connector
 """
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -25,28 +23,12 @@ import numpy as np
 
 from utils import figures, run
 from utils.run import check
-from vlm.easy_vqa_data import KINDS
+from vlm.strategy_runs import EASY_VQA, STRATEGIES, judge, measure, seconds_a_step
 
-STRATEGIES = {  # name: what vision, connector and language model do; rate of what is pretrained, flags
-    "projector": ("frozen, trained, frozen", 1e-3, ["--train_type", "projector"]),
-    "lora": ("frozen, trained, LoRA on q v", 1e-3, ["--lora_targets", "q_proj", "v_proj"]),
-    "lora-all": ("frozen, trained, LoRA on all", 1e-3, ["--train_type", "use_lora"]),
-    "random-connector": (
-        "frozen, frozen, LoRA on all",
-        1e-3,
-        ["--train_type", "lora_frozen_projector"],
-    ),
-    # a third of the steps
-    "two-stages": ("frozen, trained, LoRA on all in the last two thirds", 1e-3, ["--align_steps"]),
-    "language": ("frozen, trained, trained", 5e-5, ["--train_type", "freeze_vision"]),
-    "everything": ("trained, trained, trained", 5e-5, ["--train_type", "none"]),
-}
-# Rate of new parts, the connector
-LR = 1e-3
 # Steps of the run that tells what a step costs
-TRIAL = 4
-# Rows and pictures that easy_vqa_curriculum.py wrote
-EASY_VQA = Path("outputs/easy_vqa_curriculum")
+TRIAL = 12
+# Factors of the learning rates lie between 1 / LIMIT and LIMIT
+LIMIT = 16
 
 
 @dataclass(frozen=True)
@@ -55,11 +37,15 @@ class Config:
 
     data: Literal["fruit", "easy_vqa"] = "fruit"
     only: tuple[str, ...] = ()  # names of strategies; none: all of them
-    seconds: float = 400  # CPU seconds of training of each run
+    seconds: float = 160  # CPU seconds of training of each run
     steps: int = 0  # instead of seconds: as many steps for all
-    rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors of both learning rates that are searched
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors tried first; a single one: no search
+    search_share: float = (
+        1.0  # steps of a run of the search, as a share of those of a run that counts
+    )
+    search_seeds: int = 1  # runs of each rate that is tried
     seeds: int = 3  # runs of each strategy at the rate that was found
-    batch: int = 8  # conversations a step
+    batch: int = 16  # conversations a step
     views: int = 4  # of each photo of fruit
     text_share: float = 0.0  # pages of manuals among the rows; 0: the loss is that of answers
     packing: bool = False  # rows are nearly as long as each other, and padded
@@ -68,101 +54,47 @@ class Config:
     out: str = "outputs/strategies"
 
 
-def data_flags(cfg):
-    """Flags of the data set: its rows, and how they are read."""
-    flags = ["--text_share", str(cfg.text_share), "--packing" if cfg.packing else "--no-packing"]
-    if cfg.data == "fruit":
-        return [*flags, "--views", str(cfg.views)]
-    # a picture is one token, and not the first one (vlm/easy_vqa.md)
-    template = Path(__file__).parent / "configs" / "short.jinja"
-    flags += ["--views", "1", "--connector", "pool1", "--template", str(template)]
-    return [
-        *flags,
-        "--data_path",
-        str(EASY_VQA / "all.json"),
-        "--image_folder",
-        str(EASY_VQA / "pictures"),
-    ]
+def steps_for(names, cfg, folder):
+    """Steps of each strategy that fit into the time, at the price of a step in short runs -> {name: steps}.
+
+    Their prices are measured one after the other, so that they are those of the same machine.
+    """
+    if cfg.steps:
+        return dict.fromkeys(names, cfg.steps)
+    steps = {}
+    for name in names:
+        trial = measure(name, cfg, folder / name / "trial", TRIAL)
+        steps[name] = max(3, round(cfg.seconds / seconds_a_step(trial, TRIAL)))
+    return steps
 
 
-def command(name, cfg, folder, steps, factor, seed, judged):
-    """A run of a strategy: so many steps, both learning rates times a factor, a seed."""
-    _, lr_pretrained, flags = STRATEGIES[name]
-    # flags of the strategy
-    flags = list(flags)
-    if flags[-1] == "--align_steps":
-        flags.append(str(steps // 3))
-    # the same for all strategies
-    every = {
-        "max_steps": steps,
-        "learning_rate": LR * factor,
-        "learning_rate_pretraining_components": lr_pretrained * factor,
-        "per_device_train_batch_size": cfg.batch,
-        "judged": judged,
-        "num_warmup_steps": max(1, steps // 10),
-        "seed": seed,
-        "out": folder,
-    }
-    flags += data_flags(cfg)
-    for flag, value in every.items():
-        flags += [f"--{flag}", str(value)]
-    return [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
-
-
-def score_command(cfg, folder):
-    """Score what a run has learned on easy-VQA's test questions; of fruit the run does it itself."""
-    script = Path(__file__).with_name("easy_vqa_score.py")
-    flags = {"model": folder / "model.safetensors", "count": cfg.judged, "out": folder / "score"}
-    words = [f"--{flag}={value}" for flag, value in flags.items()]
-    return [sys.executable, str(script), *words, "--no-baselines"]
-
-
-def read_metrics(words, folder, name):
-    """Run a command that writes metrics.json -> it. Raises UserError if the command fails."""
-    done = subprocess.run(words, stdout=subprocess.DEVNULL)
-    check(done.returncode == 0, f"the run of {name} failed")
-    return json.loads((folder / "metrics.json").read_text("utf-8"))
-
-
-def measure(name, cfg, folder, steps, factor=1.0, seed=None, judged=14):
-    """Metrics of a run in a process of its own. Raises UserError if it fails."""
-    seed = cfg.seed if seed is None else seed
-    return read_metrics(command(name, cfg, folder, steps, factor, seed, judged), folder, name)
-
-
-def judge(name, cfg, folder, steps, factor, seed):
-    """Metrics of a run that counts, with its scores: {"scores": {name: accuracy}}, the main one first."""
-    metrics = measure(name, cfg, folder, steps, factor, seed, cfg.judged)
-    if cfg.data == "fruit":
-        scores = dict(metrics["LLaVA"]) | {"text loss": metrics["text loss"]["after"]}
-    else:
-        found = read_metrics(score_command(cfg, folder), folder / "score", name)
-        scores = {"all questions": found["LLaVA, ranked"]["accuracy"]}
-        scores |= {kind: found["LLaVA, ranked"][kind] for kind in KINDS}
-    return metrics | {"scores": scores}
-
-
-def seconds_a_step(metrics, steps):
-    """CPU seconds of training, by steps."""
-    return metrics["train_cpu_seconds"] / steps
-
-
-def steps_for(name, cfg, folder):
-    """Steps that fit into the time, at the price of a step in a short run."""
-    trial = measure(name, cfg, folder, TRIAL)
-    return max(3, round(cfg.seconds / seconds_a_step(trial, TRIAL)))
+def search_loss(name, cfg, folder, steps, factor):
+    """Training loss at the end of short runs: of the worst seed; infinite if one of them diverged."""
+    losses = []
+    for seed in range(cfg.seed, cfg.seed + cfg.search_seeds):
+        place = folder / f"rate-{factor:g}-seed-{seed}"
+        found = measure(name, cfg, place, max(3, round(cfg.search_share * steps)), factor, seed)
+        losses.append(found["final_loss"])
+    worst = max(losses) if np.isfinite(losses).all() else float("inf")
+    print(f"    learning rates x {factor:g}: loss {worst:.3f}", flush=True)
+    return worst
 
 
 def best_rate(name, cfg, folder, steps):
-    """The factor of the learning rates after which the training loss is lowest -> (it, losses)."""
+    """Factor of the learning rates with the lowest training loss -> (it, {factor: loss}).
+
+    The search goes on, twice or half as high, as long as the best factor is the last one on its side.
+    """
     if len(cfg.rates) == 1:
         return cfg.rates[0], {}
-    losses = {}
-    for factor in cfg.rates:
-        found = measure(name, cfg, folder / f"rate-{factor:g}", max(3, steps // 4), factor)
-        losses[factor] = found["final_loss"]
-        print(f"    learning rates x {factor:g}: loss {losses[factor]:.3f}", flush=True)
-    return min(losses, key=losses.__getitem__), losses
+    losses = {f: search_loss(name, cfg, folder, steps, f) for f in cfg.rates}
+    while True:
+        best = min(losses, key=losses.__getitem__)
+        further = {max(losses): 2 * best, min(losses): best / 2}
+        # worse ones on both sides, or far enough
+        if best not in further or not 1 / LIMIT <= further[best] <= LIMIT:
+            return best, losses
+        losses[further[best]] = search_loss(name, cfg, folder, steps, further[best])
 
 
 def mean_and_half(values, level=0.95):
@@ -177,7 +109,7 @@ def mean_and_half(values, level=0.95):
 
 
 def row(runs, steps, factor):
-    """Row of the table: the metrics of runs that differ in their seed; the first score has its interval."""
+    """Row of the table: metrics of runs that differ in their seed; the first score has its interval."""
     first, *others = runs[0]["scores"]
     mean, half = mean_and_half([metrics["scores"][first] for metrics in runs])
     scores = {first: mean, "+-": half}
@@ -222,25 +154,30 @@ def main(cfg: Config) -> dict:
     unknown = set(cfg.only) - STRATEGIES.keys()
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}")
     check(cfg.steps == 0 or cfg.steps > 2, "--steps must be 3 or more")
-    least = min(cfg.batch, cfg.views, cfg.judged, cfg.seeds, cfg.seconds, *cfg.rates, 1)
+    runs = min(cfg.seeds, cfg.search_seeds)
+    least = min(cfg.batch, cfg.views, cfg.judged, runs, cfg.seconds, *cfg.rates, 1)
     check(len(cfg.rates) > 0 and least > 0, "all numbers must be above 0")
-    rows_there = cfg.data == "fruit" or (EASY_VQA / "all.json").is_file()
-    check(rows_there, f"{EASY_VQA} has no all.json; write it by python vlm/easy_vqa_curriculum.py")
+    check(0 < cfg.search_share <= 1, "--search_share must be above 0 and at most 1")
+    rows_there = cfg.data == "fruit" or (EASY_VQA / "open.json").is_file()
+    check(rows_there, f"{EASY_VQA} has no open.json; write it by python vlm/easy_vqa_curriculum.py")
     folder = run.output(cfg.out, cfg)
+    names = cfg.only or tuple(STRATEGIES)
+    # equal compute
+    steps = steps_for(names, cfg, folder)
     rows = {}
-    for name in cfg.only or STRATEGIES:
+    losses = {}
+    for name in names:
         own = folder / name
         own.mkdir(exist_ok=True)
-        print(f"{name}: {STRATEGIES[name][0]}", flush=True)
-        steps = cfg.steps or steps_for(name, cfg, own / "trial")
-        factor, _ = best_rate(name, cfg, own, steps)
+        print(f"{name}: {STRATEGIES[name][0]}, {steps[name]} steps", flush=True)
+        factor, losses[name] = best_rate(name, cfg, own, steps[name])
         # the runs that count
         runs = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             place = own / f"seed-{seed}"
-            runs.append(judge(name, cfg, place, steps, factor, seed))
-        rows[name] = row(runs, steps, factor)
-        run.write_json(folder / "rows.json", rows)
+            runs.append(judge(name, cfg, place, steps[name], factor, seed))
+        rows[name] = row(runs, steps[name], factor)
+        run.write_json(folder / "rows.json", {"rows": rows, "search": losses})
     # side by side
     draw(folder / "compare.png", rows)
     return run.report(folder, rows)

@@ -87,9 +87,17 @@ def test_words_stand_where_the_picture_stands(made):
         assert len(set(ids)) == len(ids)
 
 
+def test_open_questions_ask_for_a_colour_or_a_shape(made, scenes):
+    listed = [q for q in easy.questions("train") if q.image < 400 and q.kind in ("colour", "shape")]
+    settled = [q for q in listed if len(scenes[q.image]) == 1]
+    found = [(int(row["image"][:4]), *question_of(row)) for row in made["open"]]
+    assert found == [(q.image, q.text, q.answer) for q in settled]
+
+
 def test_all_stages_have_the_same_pictures(made):
     """So that their vision features are computed once."""
-    names = [{row["image"] for row in rows if "image" in row} for rows in made.values()]
+    stages = [made[stage] for stage in ("captions", "plain", "all")]
+    names = [{row["image"] for row in rows if "image" in row} for rows in stages]
     assert names[0] == names[1] == names[2]
 
 
@@ -109,7 +117,7 @@ def test_the_share_in_words_is_that_of_the_yes_no_questions():
 def test_the_command_writes_files_that_the_trainer_reads(tmp_path):
     cfg = curriculum.Config(images=12, out=str(tmp_path / "out"))
     metrics = curriculum.main(cfg)
-    for stage in ("captions", "plain", "all"):
+    for stage in ("captions", "plain", "all", "open"):
         rows = conversations.read(tmp_path / f"out/{stage}.json", tmp_path / "out/pictures")
         assert len(rows) == metrics[stage]["rows"]
 

@@ -229,6 +229,11 @@ def test_the_command_asks_the_test_split_one_question_at_a_time(tmp_path, small,
         "LLaVA, generated",
     }
     assert alone["LLaVA, ranked"] == metrics["LLaVA, ranked"]
+    # some kinds of questions only
+    few = replace(cfg, baselines=False, kinds=("shape",), count=20, out=str(tmp_path / "few"))
+    assert score.main(few)["questions"] == 20
+    written = json.loads((tmp_path / "few/answers.json").read_text())
+    assert {one["kind"] for one in written} == {"shape"}
 
 
 def test_bad_flags_are_one_line(tmp_path):
@@ -237,5 +242,8 @@ def test_bad_flags_are_one_line(tmp_path):
             score.main(score.Config(out=str(tmp_path), **flags))
     with pytest.raises(UserError, match="leaves nothing to score"):
         score.main(score.Config(baselines=False, out=str(tmp_path)))
+    for kinds in ((), ("shape", "size")):
+        with pytest.raises(UserError, match="--kinds: one or more of colour, shape, yes/no, neg"):
+            score.main(score.Config(kinds=kinds, out=str(tmp_path)))
     with pytest.raises(UserError):
         score.main(score.Config(model=str(tmp_path / "no.safetensors"), out=str(tmp_path)))
