@@ -16,7 +16,7 @@ the time.
 """
 
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Literal
 
 import numpy as np
@@ -54,47 +54,55 @@ class Config:
     out: str = "outputs/strategies"
 
 
-def steps_for(names, cfg, folder):
-    """Steps of each strategy that fit into the time, at the price of a step in short runs -> {name: steps}.
-
-    Their prices are measured one after the other, so that they are those of the same machine.
-    """
+def trial_steps(name, cfg, folder):
+    """Steps that fit into the time, at the price of a step in a short run."""
     if cfg.steps:
-        return dict.fromkeys(names, cfg.steps)
-    steps = {}
-    for name in names:
-        trial = measure(name, cfg, folder / name / "trial", TRIAL)
-        steps[name] = max(3, round(cfg.seconds / seconds_a_step(trial, TRIAL)))
-    return steps
+        return cfg.steps
+    trial = measure(name, cfg, folder / "trial", TRIAL)
+    return max(3, round(cfg.seconds / seconds_a_step(trial, TRIAL)))
 
 
-def search_loss(name, cfg, folder, steps, factor):
-    """Training loss at the end of short runs: of the worst seed; infinite if one of them diverged."""
+def try_rate(name, cfg, folder, steps, factor):
+    """Runs of the search at a factor of the learning rates -> (training loss, [CPU seconds a step]).
+
+    The loss at the end is that of the worst seed, and infinite if one of them diverged.
+    """
+    steps = max(3, round(cfg.search_share * steps))
     losses = []
+    prices = []
     for seed in range(cfg.seed, cfg.seed + cfg.search_seeds):
         place = folder / f"rate-{factor:g}-seed-{seed}"
-        found = measure(name, cfg, place, max(3, round(cfg.search_share * steps)), factor, seed)
+        found = measure(name, cfg, place, steps, factor, seed)
         losses.append(found["final_loss"])
+        prices.append(seconds_a_step(found, steps))
     worst = max(losses) if np.isfinite(losses).all() else float("inf")
     print(f"    learning rates x {factor:g}: loss {worst:.3f}", flush=True)
-    return worst
+    return worst, prices
 
 
-def best_rate(name, cfg, folder, steps):
-    """Factor of the learning rates with the lowest training loss -> (it, {factor: loss}).
+def search(name, cfg, folder, steps):
+    """Factor of the learning rates with the lowest training loss -> (it, {factor: loss}, steps of a run that counts).
 
-    The search goes on, twice or half as high, as long as the best factor is the last one on its side.
+    The search goes on, twice or half as high, as long as the best factor is the last one on its side. Its runs
+    also tell what a step costs: more of them than the trial has, so less noise.
     """
     if len(cfg.rates) == 1:
-        return cfg.rates[0], {}
-    losses = {f: search_loss(name, cfg, folder, steps, f) for f in cfg.rates}
-    while True:
+        return cfg.rates[0], {}, steps
+    losses = {}
+    prices = []
+    left = list(cfg.rates)
+    while left:
+        factor = left.pop(0)
+        losses[factor], found = try_rate(name, cfg, folder, steps, factor)
+        prices += found
+        if left:
+            continue
+        # worse ones on both sides, or far enough?
         best = min(losses, key=losses.__getitem__)
         further = {max(losses): 2 * best, min(losses): best / 2}
-        # worse ones on both sides, or far enough
-        if best not in further or not 1 / LIMIT <= further[best] <= LIMIT:
-            return best, losses
-        losses[further[best]] = search_loss(name, cfg, folder, steps, further[best])
+        if best in further and 1 / LIMIT <= further[best] <= LIMIT:
+            left.append(further[best])
+    return best, losses, cfg.steps or max(3, round(cfg.seconds / median(prices)))
 
 
 def mean_and_half(values, level=0.95):
@@ -149,7 +157,7 @@ def draw(path, rows):
 
 
 def main(cfg: Config) -> dict:
-    """Run what was asked for, one after the other."""
+    """Run what was asked for, one after the other; runs that are in the folder already are taken as they are."""
     # flags, before hours of training
     unknown = set(cfg.only) - STRATEGIES.keys()
     check(not unknown, f"--only {' '.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}")
@@ -162,21 +170,21 @@ def main(cfg: Config) -> dict:
     check(rows_there, f"{EASY_VQA} has no open.json; write it by python vlm/easy_vqa_curriculum.py")
     folder = run.output(cfg.out, cfg)
     names = cfg.only or tuple(STRATEGIES)
-    # equal compute
-    steps = steps_for(names, cfg, folder)
     rows = {}
     losses = {}
     for name in names:
         own = folder / name
         own.mkdir(exist_ok=True)
-        print(f"{name}: {STRATEGIES[name][0]}, {steps[name]} steps", flush=True)
-        factor, losses[name] = best_rate(name, cfg, own, steps[name])
+        print(f"{name}: {STRATEGIES[name][0]}", flush=True)
+        # equal compute: as many steps as fit into the time
+        steps = trial_steps(name, cfg, own)
+        factor, losses[name], steps = search(name, cfg, own, steps)
         # the runs that count
         runs = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             place = own / f"seed-{seed}"
-            runs.append(judge(name, cfg, place, steps[name], factor, seed))
-        rows[name] = row(runs, steps[name], factor)
+            runs.append(judge(name, cfg, place, steps, factor, seed))
+        rows[name] = row(runs, steps, factor)
         run.write_json(folder / "rows.json", {"rows": rows, "search": losses})
     # side by side
     draw(folder / "compare.png", rows)

@@ -5,6 +5,7 @@ later work tried. A run has a process of its own, so that its memory is its own.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,10 +86,17 @@ def score_command(cfg, folder):
 
 
 def read_metrics(words, folder, name):
-    """Run a command that writes metrics.json -> it. Raises UserError if the command fails."""
+    """Run a command that writes metrics.json -> it. One that ran already, word for word, is not repeated: a study
+    of hours goes on where it was stopped. Raises UserError if the command fails."""
+    path = folder / "metrics.json"
+    command = shlex.join(["python", *words[1:]])
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        if found.get("command") == command:
+            return found
     done = subprocess.run(words, stdout=subprocess.DEVNULL)
     check(done.returncode == 0, f"the run of {name} failed")
-    return json.loads((folder / "metrics.json").read_text("utf-8"))
+    return json.loads(path.read_text("utf-8"))
 
 
 def measure(name, cfg, folder, steps, factor=1.0, seed=None, judged=14):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -144,9 +146,10 @@ def test_wrong_flags_are_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Runs of train.py that were asked for; what they find. A step of the connector alone costs 2 s, of LoRA 4 s.
+    """Runs of train.py that were asked for; what they find.
 
-    The loss is lowest at four times the rate; of the second seed at twice the rate, and higher.
+    A step of the connector alone costs 2 s, of LoRA 4 s; in the trial twice as much. The loss is lowest at four
+    times the rate; of the second seed at twice the rate, and higher.
     """
     listed = []
 
@@ -154,12 +157,14 @@ def seen(monkeypatch):
         cfg = tyro.cli(train.Config, args=command[2:])
         steps = cfg.train.steps
         listed.append((steps, cfg.train.lr, cfg.train.seed, cfg.train.judged))
-        Path(cfg.out).mkdir(parents=True)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
         alone = cfg.train.train_type == "projector"
         lowest = 2e-3 if cfg.train.seed else 4e-3
         loss = abs(math.log(cfg.train.lr / lowest)) + cfg.train.seed
         kinds = (0.2 if alone else 0.7) + 0.01 * cfg.train.seed
-        about = metrics(kinds, steps * (2.0 if alone else 4.0), loss)
+        price = (2.0 if alone else 4.0) * (2 if steps == strategies.TRIAL else 1)
+        about = metrics(kinds, steps * price, loss)
+        about["command"] = shlex.join(["python", *command[1:]])
         (Path(cfg.out) / "metrics.json").write_text(json.dumps(about), "utf-8")
         return SimpleNamespace(returncode=int(cfg.train.align_steps > 0))
 
@@ -168,28 +173,28 @@ def seen(monkeypatch):
 
 
 def test_rates_are_searched_at_equal_compute_and_seeds_follow(tmp_path, seen):
-    about = {
-        "only": ("projector", "lora"),
-        "seconds": 80,
-        "seeds": 2,
-        "rates": (0.5, 1.0),
-        "search_share": 0.25,
-        "search_seeds": 2,
-    }
-    rows = strategies.main(strategies.Config(**about, out=str(tmp_path / "a")))
-    # the price of a step, of all of them first
-    assert seen[:2] == [(12, 1e-3, 0, 14)] * 2
+    about = {"only": ("projector", "lora"), "seconds": 160, "seeds": 2, "rates": (0.5, 1.0)}
+    about |= {"search_share": 0.25, "search_seeds": 2}
+    cfg = strategies.Config(**about, out=str(tmp_path / "a"))
+    rows = strategies.main(cfg)
+    # the price of a step, first by a trial
+    assert seen[0] == (12, 1e-3, 0, 14)
     # two seeds of each rate for a quarter of the time, higher ones until they are worse
     search = [(10, lr, seed, 14) for lr in (5e-4, 1e-3, 2e-3, 4e-3) for seed in (0, 1)]
-    assert seen[2:10] == search
-    # two seeds at the rate whose worse seed is best
-    assert seen[10:12] == [(40, 2e-3, 0, 150), (40, 2e-3, 1, 150)]
-    assert [s[0] for s in seen[12:]] == [5] * 8 + [20, 20]
+    assert seen[1:9] == search
+    # two seeds at the rate whose worse seed is best, and at the price that the search has found
+    assert seen[9:11] == [(80, 2e-3, 0, 150), (80, 2e-3, 1, 150)]
+    assert [s[0] for s in seen[11:]] == [12] + [5] * 8 + [40, 40]
     found = [round(rows[name]["14 kinds"], 6) for name in ("projector", "lora")]
     assert found == [0.205, 0.705]
-    assert rows["projector"]["CPU s a step"] == 2 and rows["lora"]["steps"] == 20
+    assert rows["projector"]["CPU s a step"] == 2 and rows["lora"]["steps"] == 40
     written = json.loads((tmp_path / "a/rows.json").read_text("utf-8"))
     assert written["search"]["lora"]["2.0"] == 1 and written["rows"] == rows
+    # a study that was stopped goes on: what is there with the same command is not repeated
+    seen.clear()
+    assert strategies.main(cfg) == rows and not seen
+    strategies.main(replace(cfg, batch=4))
+    assert len(seen) == 22
 
 
 def test_the_search_ends_at_a_limit_and_shuns_what_diverges(tmp_path, monkeypatch):
@@ -198,23 +203,26 @@ def test_the_search_ends_at_a_limit_and_shuns_what_diverges(tmp_path, monkeypatc
     asked = []
 
     def search(slope, diverged):
-        """Loss = slope x factor; the second seed diverges from a factor on."""
+        """Loss = slope x factor; the second seed diverges from a factor on. A step costs 3 s, of a few runs 9 s."""
 
         def measured(name, cfg, folder, steps, factor, seed):
             asked.append((folder.name, steps, seed))
-            return {"final_loss": slope * factor if factor < diverged or seed == 3 else math.nan}
+            price = 9 if factor == 4 else 3
+            loss = slope * factor if factor < diverged or seed == 3 else math.nan
+            return {"final_loss": loss, "train_cpu_seconds": steps * price}
 
         monkeypatch.setattr(strategies, "measure", measured)
-        return strategies.best_rate("lora", cfg, tmp_path, 40)
+        return strategies.search("lora", cfg, tmp_path, 40)
 
     assert search(-1, 99)[0] == 16
     assert search(1, 99)[0] == 1 / 16
-    factor, losses = search(-1, 8)
+    factor, losses, steps = search(-1, 8)
     assert factor == 4 and losses[8] == math.inf
+    assert steps == round(cfg.seconds / 3)
     assert asked[:2] == [("rate-1-seed-3", 10, 3), ("rate-1-seed-4", 10, 4)]
     # whole runs of one seed
     asked.clear()
-    strategies.search_loss("lora", strategies.Config(seed=3), tmp_path, 40, 2.0)
+    strategies.try_rate("lora", strategies.Config(seed=3), tmp_path, 40, 2.0)
     assert asked == [("rate-2-seed-3", 40, 3)]
 
 
@@ -222,5 +230,10 @@ def test_as_many_steps_for_all_and_one_rate_leave_nothing_to_search(tmp_path, se
     about = {"steps": 6, "rates": (1.0,), "seeds": 1, "judged": 9}
     strategies.main(strategies.Config(only=("lora",), **about, out=str(tmp_path / "c")))
     assert seen == [(6, 1e-3, 0, 9)]
+    # as many steps, rates searched
+    seen.clear()
+    cfg = strategies.Config(only=("lora",), **about | {"rates": (2.0, 4.0, 8.0)})
+    strategies.main(replace(cfg, out=str(tmp_path / "d")))
+    assert [s[0] for s in seen] == [6] * 4 and seen[-1][1] == 4e-3
     with pytest.raises(UserError, match="the run of two-stages failed"):
         strategies.main(strategies.Config(only=("two-stages",), out=str(tmp_path / "b")))
