@@ -55,8 +55,8 @@ def weight_bytes(llama):
 def fastest(action, seconds=0.5):
     """CPU seconds of a call, the least of all calls within so many seconds."""
     best = float("inf")
-    until = time.process_time() + seconds
     action()
+    until = time.process_time() + seconds
     while time.process_time() < until:
         began = time.process_time()
         action()

@@ -10,6 +10,8 @@ to 8 bits of mantissa; codes are exact, sums are float32.
 Shapes: x (...,K), weights (N,K), y (...,N), G = K / 32 groups a row.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +21,7 @@ from deploy.low_bit_gguf import BLOCK, dequantise_q4_1, q4_1, q8_0, read_smollm2
 from utils.run import check
 
 ROWS = 64  # rows that the CPU's product packs together
-FEW = 6  # rows up to which int4 is quicker than int8
+FEW = 12  # rows up to which int4 is quicker than int8
 
 
 class Int4Linear(nn.Module):
@@ -107,14 +109,16 @@ class Int4Int8Linear(nn.Module):
 
 def int8_of(codes, scale, minimum, bias=None):
     """Int8Linear of a Q4_1 matrix, a scale for each row: rounded once more."""
-    shape = torch.nn.Linear(codes.shape[1], codes.shape[0], bias=False, device="meta")
-    shape.weight = nn.Parameter(dequantise_q4_1(codes, scale, minimum), requires_grad=False)
-    shape.bias = bias
-    return Int8Linear(shape)
+    linear = nn.Linear(codes.shape[1], codes.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(dequantise_q4_1(codes, scale, minimum), requires_grad=False)
+    made = Int8Linear(linear)
+    made.bias = bias
+    return made
 
 
-def quantised(model):
-    """Q4_1 codes of every linear layer of a model but the head, Q8_0 codes of its head: {name: codes ...}."""
+def quantised(model) -> dict[str, Any]:
+    """Q4_1 codes of every linear layer of a model but the head, Q8_0 codes of the head:
+    {name: (codes, scale, minimum) or (codes, scale)}."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -131,24 +135,23 @@ def int4_layers(model, codes=None, prefill_int8=False):
     codes: what `read_smollm2` gives, or None: they are made of the weights. prefill_int8: int8 layers for many
     rows, too, at a byte more for each weight. Raises UserError for widths that are no multiples of 32.
     """
-    codes = quantised(model) if codes is None else codes
+    kept = quantised(model) if codes is None else codes
     # norms, biases, an embedding that is not tied; scales of the layers below stay in 16 bits
     model.float()
-    for name, kept in codes.items():
+    for name, parts in kept.items():
         bias = model.get_submodule(name).bias
-        if name == "lm_head":
-            made = NibbleLinear(*kept, bias)
-            tied = model.lm_head.weight is model.get_input_embeddings().weight
-            if tied:
-                model.set_input_embeddings(Q8Embedding(*kept))
-        else:
-            made = from_q4_1(*kept, bias)
+        if name != "lm_head":
+            made = from_q4_1(*parts, bias=bias)
             if prefill_int8:
-                made = Int4Int8Linear(made, int8_of(*kept, bias))
+                made = Int4Int8Linear(made, int8_of(*parts, bias=bias))
+        else:
+            made = NibbleLinear(*parts, bias=bias)
+            if model.lm_head.weight is model.get_input_embeddings().weight:
+                model.set_input_embeddings(Q8Embedding(*parts))
         model.set_submodule(name, made)
     return model
 
 
 def int4_smollm2(model, prefill_int8=False):
-    """SmolLM2 with the very codes of its file -> the model."""
+    """SmolLM2 with the very codes of its file, in place -> the model."""
     return int4_layers(model, read_smollm2(model.config), prefill_int8)
