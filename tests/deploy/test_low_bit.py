@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from deploy import low_bit, perplexity
 from deploy.llama import Llama
-from deploy.low_bit_layers import int4_layers, int4_smollm2
+from deploy.low_bit_gguf import read_smollm2
+from deploy.low_bit_layers import Int4Linear, int4_layers, int4_smollm2
 from tests import llamas
 from tests.deploy.test_low_bit_layers import tiny
 from utils import pretrained
@@ -122,6 +123,10 @@ def test_int4_of_smollm2_predicts_as_bf16_does():
     table = model.model.embed_tokens.weight.clone()
     int4_smollm2(model)
     assert abs(perplexity.perplexity(model, held_out) / before - 1) < 0.03
+    # scales as they are in the file, which weights in bf16 no longer know
+    assert type(model.model.layers[0].mlp.up_proj) is Int4Linear
+    _, scale = read_smollm2(model.config)["lm_head"]
+    assert torch.equal(model.get_input_embeddings().scale.float(), scale)
     ids = torch.tensor([5, 49000])
     assert torch.equal(model.get_input_embeddings()(ids).bfloat16(), table[ids])
 
