@@ -93,12 +93,16 @@ def random_t5() -> Any:
     """An encoder-decoder with random weights in the shape of flan-t5-small: 77 M parameters."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=32128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8,
-        num_heads=6, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
+    sizes = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_heads": 6}
+    sizes |= {"num_layers": 8, "num_decoder_layers": 8}
+    kinds = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    config = T5Config(**sizes, **kinds, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    # a head of its own, as FLAN-T5 has it
+    head = torch.randn(config.vocab_size, config.d_model) / config.d_model**0.5
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.config.tie_word_embeddings = False
+    return model
 
 
 def load(cfg, texts):
