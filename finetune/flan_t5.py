@@ -96,7 +96,8 @@ def random_t5() -> Any:
     sizes = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_heads": 6}
     sizes |= {"num_layers": 8, "num_decoder_layers": 8}
     kinds = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    config = T5Config(**sizes, **kinds, decoder_start_token_id=0)
+    config: Any = T5Config(**sizes, **kinds)
+    config.decoder_start_token_id = 0
     model = T5ForConditionalGeneration(config)
     # a head of its own, as FLAN-T5 has it
     head = torch.randn(config.vocab_size, config.d_model) / config.d_model**0.5

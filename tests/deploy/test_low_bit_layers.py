@@ -110,6 +110,9 @@ def test_few_rows_take_int4_and_many_take_int8():
     many = torch.randn(1, FEW + 1, 96)
     assert torch.equal(both(few), int4(few)) and not torch.equal(both(few), int8(few))
     assert torch.equal(both(many), int8(many)) and not torch.equal(both(many), int4(many))
+    # rows of the whole batch count
+    batch = torch.randn(2, FEW // 2 + 1, 96)
+    assert torch.equal(both(batch), int8(batch))
     linear = nn.Linear(96, 64)
     linear.weight.data = dequantise_q4_1(*parts)
     linear.bias = bias

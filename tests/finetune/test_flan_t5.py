@@ -23,10 +23,11 @@ PAIRS = [
 
 def tiny() -> Any:
     torch.manual_seed(0)
-    config = T5Config(
+    config: Any = T5Config(
         vocab_size=120, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0,
     )  # fmt: skip
+    config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config).eval()
 
 
