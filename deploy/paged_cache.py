@@ -62,6 +62,11 @@ class BlockPool:
             self.by_key[key] = block
             self.key_of[block] = key
 
+    def forget(self):
+        """No block is found by its key any more: after a step that failed, what they hold is unknown."""
+        self.by_key.clear()
+        self.key_of.clear()
+
 
 def next_key(before, names):
     """Key of a full block, which stands for all tokens up to its end.

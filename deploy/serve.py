@@ -1,0 +1,249 @@
+"""A server that speaks OpenAI's protocol: chat, completions, embeddings, models, health, metrics.
+
+Continuous batching (engine.py) behind HTTP. An ASGI application (starlette) reads and checks requests in an event
+loop; one thread drives the engine (engine_loop.py) and sends tokens back; uvicorn speaks HTTP. Text leaves in
+whole letters and without stop strings (text_stream.py); answers can be bound to JSON (grammars.py).
+
+    python deploy/serve.py                              # SmolLM2 at http://127.0.0.1:8000/v1
+    python deploy/serve.py --once                       # one request of its own, over HTTP
+    python deploy/serve.py --int8 --port 0              # int8 layers, a free port
+    python deploy/serve.py --model outputs/quantize/model     # any folder, also one of quantize.py
+"""
+
+import contextlib
+import ipaddress
+import json
+import os
+import socket
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy import decode, quantized_model
+from deploy.engine import Engine
+from deploy.int8_linear import int8_layers
+from utils import run
+from utils.run import check
+from utils.text import clean, printable
+
+KEY = "VLM_ACTION_API_KEY"  # the environment has it: a flag is seen by all who list processes
+
+
+@dataclass(frozen=True)
+class Config:
+    """Serve a language model by OpenAI's protocol."""
+
+    model: str = "smollm2"  # or a folder, also one of quantize.py, or a hub id
+    name: str = ""  # of the model, for clients; default: that of --model
+    int8: bool = False  # linear layers in int8 (int8_linear.py)
+    host: str = "127.0.0.1"  # another one than loopback needs a key, in VLM_ACTION_API_KEY
+    port: int = 8000  # 0: a free one
+    insecure: bool = False  # serve others without a key
+    blocks: int = 512  # of the KV cache
+    block_size: int = 8  # tokens
+    max_batch: int = 16  # answers that run at once
+    max_tokens: int = 256  # new tokens of a step: longer prompts are read in chunks
+    waiting: int = 32  # answers that wait beside them; more get status 429
+    seconds: float = 300.0  # time of a request
+    drain_seconds: float = 30.0  # after SIGTERM, for what is running
+    once: bool = False  # send one request to itself, and end
+    prompt: str = "What is the capital of France?"  # of --once
+    device: str = "auto"
+    out: str = "outputs/serve"
+
+
+def app(model, tokenizer, engine=None, name="model", hosts=("*",), **about):
+    """-> the ASGI application; `about`: further arguments of Service. hosts: the names under which the server
+    may be called."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    from deploy import endpoints
+    from deploy.protocol_error import ProtocolError
+    from deploy.service import Service
+
+    service = Service(model, tokenizer, engine or Engine(model), name, **about)
+
+    def health(request):
+        """200 while new requests are taken: a load balancer asks."""
+        return PlainTextResponse("", 503 if service.draining else 200)
+
+    def metrics(request):
+        text = service.metrics.text(service.engine, service.engine_loop.taken())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    def refused(request, error):
+        """Addresses and methods that there are not."""
+        found = ProtocolError(error.detail, status=error.status_code)
+        return endpoints.error_response(found)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(made):
+        service.engine_loop.start()
+        yield
+        service.engine_loop.stop()
+
+    def post(path, handler):
+        return Route(path, endpoints.endpoint(service, handler), methods=["POST"])
+
+    def get(path, handler):
+        return Route(path, endpoints.endpoint(service, handler), methods=["GET"])
+
+    made = Starlette(
+        routes=[
+            post("/v1/chat/completions", endpoints.chat),
+            post("/v1/completions", endpoints.completions),
+            post("/v1/embeddings", endpoints.embeddings),
+            get("/v1/models", endpoints.models),
+            get("/v1/models/{name:path}", endpoints.models),
+            Route("/health", health),
+            Route("/metrics", metrics),
+        ],
+        # a page of another site that calls this machine by a name of its own (DNS rebinding)
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        exception_handlers={HTTPException: refused},
+        lifespan=lifespan,
+    )
+    made.state.service = service
+    return made
+
+
+def make_server(made, drain_seconds=30.0, ready=None):
+    """uvicorn.Server for the application that drains. ready: called when requests are taken."""
+    import uvicorn
+
+    service = made.state.service
+
+    class DrainingServer(uvicorn.Server):
+        """SIGTERM: no new requests (503), those that run finish, within a time; exit code 0."""
+
+        drain_until: float | None = None
+
+        def handle_exit(self, sig, frame):
+            # uvicorn records the signal and raises it again in the end, so that the exit code is not 0
+            if self.drain_until is not None:
+                self.force_exit = self.should_exit = True
+            self.drain_until = time.monotonic() + drain_seconds
+            service.draining = True
+
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            if ready:
+                ready()
+
+        async def on_tick(self, counter):
+            """Ten times a second: whether to end."""
+            draining = self.drain_until is not None
+            if draining and time.monotonic() > self.drain_until:
+                service.engine_loop.abort("the server is shutting down")
+                return True
+            done = draining and not service.engine_loop.tickets
+            return await super().on_tick(counter) or done
+
+    config = uvicorn.Config(
+        made, http="h11", log_level="warning", timeout_graceful_shutdown=5, server_header=False
+    )
+    return DrainingServer(config)
+
+
+def is_loopback(host):
+    """Whether only this machine can call the host."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def bind(host, port):
+    """A socket that listens. Raises UserError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError) as error:
+        line = f"cannot listen at {printable(host)}, port {port}: {error}; choose another --port"
+        raise run.UserError(line) from None
+    return listening
+
+
+def load(cfg: Config):
+    """-> tokenizer, model in float32, with int8 layers if asked for."""
+    on = run.device(cfg.device)
+    if quantized_model.is_ours(cfg.model):
+        check(not cfg.int8, "--int8: this model is quantised already; leave it out")
+        tokenizer, model = quantized_model.load(cfg.model, on)
+    else:
+        tokenizer, model = decode.load(cfg.model, on)
+    model = model.float()
+    return tokenizer, int8_layers(model) if cfg.int8 else model
+
+
+def ask(address, model, prompt, key=""):
+    """One request for a chat, over HTTP -> the answer, as an object."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    body |= {"max_tokens": 32, "temperature": 0}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}/chat/completions", data, headers)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)
+
+
+def main(cfg: Config) -> dict:
+    """Serve until SIGTERM or Ctrl-C; writes what was served."""
+    numbers = (cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
+    check(min(numbers) > 0 and cfg.waiting >= 0, "--blocks, --max-batch ...: at least 1")
+    check(min(cfg.seconds, cfg.drain_seconds) > 0, "--seconds, --drain-seconds: above 0")
+    key = os.environ.get(KEY, "")
+    private = is_loopback(cfg.host)
+    safe = private or key or cfg.insecure
+    check(safe, f"--host {printable(cfg.host)} serves others: set {KEY}, or say --insecure")
+    listening = bind(cfg.host, cfg.port)
+    tokenizer, model = load(cfg)
+    folder = run.output(cfg.out, cfg)
+    name = cfg.name or Path(cfg.model).name or "model"
+    engine = Engine(model, cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
+    hosts = ("127.0.0.1", "localhost", "[::1]", "::1", cfg.host) if private else ("*",)
+    about = {"key": key, "waiting": cfg.waiting, "request_seconds": cfg.seconds}
+    made = app(model, tokenizer, engine, printable(name), hosts, **about)
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+    def ready():
+        print(f"listening at {address}, model {printable(name)}", flush=True)
+        if cfg.once:
+            threading.Thread(target=ask_and_end).start()
+
+    def ask_and_end():
+        try:
+            answer = ask(address, name, cfg.prompt, key)
+            text = answer["choices"][0]["message"]["content"]
+            print(clean(f"{cfg.prompt}\n{text}\n{answer['usage']}"))
+            answers.append(answer)
+        finally:
+            server.handle_exit(0, None)
+
+    answers = []
+    server = make_server(made, cfg.drain_seconds, ready)
+    start = time.process_time()
+    server.run(sockets=[listening])
+    seconds = time.process_time() - start
+    check(answers or not cfg.once, "--once: the request got no answer")
+    counts = made.state.service.metrics
+    metrics = {
+        "requests": sum(counts.requests.values()),
+        "prompt tokens": counts.prompt_tokens,
+        "new tokens": counts.generated_tokens,
+        "CPU seconds while serving": seconds,
+    }
+    return run.report(folder, metrics, then="deploy/serve.md: curl, openai, load")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)
