@@ -52,8 +52,11 @@ class Answers:
         """Times of a token: to the first, or since the last one."""
         now = time.monotonic()
         metrics = self.service.metrics
-        histogram = metrics.between_tokens if choice in self.last else metrics.first_token
-        histogram.observe(now - self.last.get(choice, self.began))
+        before = self.last.get(choice)
+        if before is None:
+            metrics.first_token.observe(now - self.began)
+        else:
+            metrics.between_tokens.observe(now - before)
         self.last[choice] = now
         metrics.generated_tokens += 1
         self.new_tokens += 1

@@ -11,10 +11,8 @@ whole letters and without stop strings (text_stream.py); answers can be bound to
 """
 
 import contextlib
-import ipaddress
 import json
 import os
-import socket
 import threading
 import time
 import urllib.request
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from deploy import decode, quantized_model
 from deploy.engine import Engine
+from deploy.http_server import bind, is_loopback, make_server
 from deploy.int8_linear import int8_layers
 from utils import run
 from utils.run import check
@@ -114,64 +113,6 @@ def app(model, tokenizer, engine=None, name="model", hosts=("*",), **about):
     return made
 
 
-def make_server(made, drain_seconds=30.0, ready=None):
-    """uvicorn.Server for the application that drains. ready: called when requests are taken."""
-    import uvicorn
-
-    service = made.state.service
-
-    class DrainingServer(uvicorn.Server):
-        """SIGTERM: no new requests (503), those that run finish, within a time; exit code 0."""
-
-        drain_until: float | None = None
-
-        def handle_exit(self, sig, frame):
-            # uvicorn records the signal and raises it again in the end, so that the exit code is not 0
-            if self.drain_until is not None:
-                self.force_exit = self.should_exit = True
-            self.drain_until = time.monotonic() + drain_seconds
-            service.draining = True
-
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            if ready:
-                ready()
-
-        async def on_tick(self, counter):
-            """Ten times a second: whether to end."""
-            draining = self.drain_until is not None
-            if draining and time.monotonic() > self.drain_until:
-                service.engine_loop.abort("the server is shutting down")
-                return True
-            done = draining and not service.engine_loop.tickets
-            return await super().on_tick(counter) or done
-
-    config = uvicorn.Config(
-        made, http="h11", log_level="warning", timeout_graceful_shutdown=5, server_header=False
-    )
-    return DrainingServer(config)
-
-
-def is_loopback(host):
-    """Whether only this machine can call the host."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def bind(host, port):
-    """A socket that listens. Raises UserError."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except (OSError, OverflowError) as error:
-        line = f"cannot listen at {printable(host)}, port {port}: {error}; choose another --port"
-        raise run.UserError(line) from None
-    return listening
-
-
 def load(cfg: Config):
     """-> tokenizer, model in float32, with int8 layers if asked for."""
     on = run.device(cfg.device)
@@ -200,6 +141,7 @@ def main(cfg: Config) -> dict:
     numbers = (cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
     check(min(numbers) > 0 and cfg.waiting >= 0, "--blocks, --max-batch ...: at least 1")
     check(min(cfg.seconds, cfg.drain_seconds) > 0, "--seconds, --drain-seconds: above 0")
+    check(0 <= cfg.port < 2**16, "--port must be from 0 to 65535")
     key = os.environ.get(KEY, "")
     private = is_loopback(cfg.host)
     safe = private or key or cfg.insecure
