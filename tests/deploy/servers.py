@@ -11,10 +11,13 @@ from deploy.http_server import bind, make_server
 
 
 @contextmanager
-def running(model, tokenizer, engine=None, drain_seconds=5.0, **about):
-    """-> an object with address, service and server, while it runs; it ends by draining."""
+def running(model, tokenizer, engine=None, drain_seconds=5.0, buffer=None, **about):
+    """-> an object with address, service and server, while it runs; it ends by draining. buffer: bytes that
+    the system keeps for a client that does not read."""
     made = serve.app(model, tokenizer, engine or Engine(model, blocks=200), **about)
     listening = bind("127.0.0.1", 0)
+    if buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     port = listening.getsockname()[1]
     ready = threading.Event()
     server = make_server(made, drain_seconds, ready.set)
@@ -50,9 +53,13 @@ def becomes_idle(service, seconds=10):
     return is_idle(service)
 
 
-def send_raw(port, data, shut=False):
-    """Bytes to the port -> the socket, to read from or to leave."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+def send_raw(port, data, shut=False, buffer=None):
+    """Bytes to the port -> the socket, to read from or to leave. buffer: bytes that it receives unread."""
+    connection = socket.socket()
+    connection.settimeout(20)
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.connect(("127.0.0.1", port))
     connection.sendall(data)
     if shut:
         connection.shutdown(socket.SHUT_WR)
