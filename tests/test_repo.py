@@ -33,6 +33,7 @@ MEASURE |= {
     "evaluate",
     "flamingo_lora",
     "gpu_bench",
+    "load",
     "loader_study",
     "near_duplicates",
     "questions",
