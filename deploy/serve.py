@@ -114,7 +114,7 @@ def app(model, tokenizer, engine=None, name="model", hosts=("*",), **about):
 
 
 def load(cfg: Config):
-    """-> tokenizer, model in float32, with int8 layers if asked for."""
+    """-> tokenizer, model in float32, with int8 layers if asked for, further arguments of Service."""
     on = run.device(cfg.device)
     if quantized_model.is_ours(cfg.model):
         check(not cfg.int8, "--int8: this model is quantised already; leave it out")
@@ -122,12 +122,12 @@ def load(cfg: Config):
     else:
         tokenizer, model = decode.load(cfg.model, on)
     model = model.float()
-    return tokenizer, int8_layers(model) if cfg.int8 else model
+    return tokenizer, int8_layers(model) if cfg.int8 else model, {}
 
 
-def ask(address, model, prompt, key=""):
-    """One request for a chat, over HTTP -> the answer, as an object."""
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+def ask(address, model, content, key=""):
+    """One request for a chat, over HTTP -> the answer, as an object. content: a text, or parts of one."""
+    body = {"model": model, "messages": [{"role": "user", "content": content}]}
     body |= {"max_tokens": 32, "temperature": 0}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     data = json.dumps(body).encode()
@@ -136,8 +136,9 @@ def ask(address, model, prompt, key=""):
         return json.load(response)
 
 
-def main(cfg: Config) -> dict:
-    """Serve until SIGTERM or Ctrl-C; writes what was served."""
+def serve(cfg: Config, load, content) -> dict:
+    """Serve until SIGTERM or Ctrl-C; writes what was served. load: flags -> tokenizer, model, further arguments
+    of Service; content: what --once asks."""
     numbers = (cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
     check(min(numbers) > 0 and cfg.waiting >= 0, "--blocks, --max-batch ...: at least 1")
     check(min(cfg.seconds, cfg.drain_seconds) > 0, "--seconds, --drain-seconds: above 0")
@@ -147,12 +148,12 @@ def main(cfg: Config) -> dict:
     safe = private or key or cfg.insecure
     check(safe, f"--host {printable(cfg.host)} serves others: set {KEY}, or say --insecure")
     listening = bind(cfg.host, cfg.port)
-    tokenizer, model = load(cfg)
+    tokenizer, model, more = load(cfg)
     folder = run.output(cfg.out, cfg)
     name = cfg.name or Path(cfg.model).name or "model"
     engine = Engine(model, cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
     hosts = ("127.0.0.1", "localhost", "[::1]", "::1", cfg.host) if private else ("*",)
-    about = {"key": key, "waiting": cfg.waiting, "request_seconds": cfg.seconds}
+    about = {"key": key, "waiting": cfg.waiting, "request_seconds": cfg.seconds} | more
     made = app(model, tokenizer, engine, printable(name), hosts, **about)
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -164,7 +165,7 @@ def main(cfg: Config) -> dict:
 
     def ask_and_end():
         try:
-            answer = ask(address, name, cfg.prompt, key)
+            answer = ask(address, name, content, key)
             text = answer["choices"][0]["message"]["content"]
             print(clean(f"{cfg.prompt}\n{text}\n{answer['usage']}"))
             answers.append(answer)
@@ -185,6 +186,11 @@ def main(cfg: Config) -> dict:
         "CPU seconds while serving": seconds,
     }
     return run.report(folder, metrics, then="deploy/serve.md: curl, openai, load")
+
+
+def main(cfg: Config) -> dict:
+    """Serve a language model."""
+    return serve(cfg, load, cfg.prompt)
 
 
 if __name__ == "__main__":

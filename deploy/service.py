@@ -55,12 +55,13 @@ def text_chat(tokenizer):
 class Service:
     """Model and engine behind the addresses of a server.
 
-    engine: Engine; chat: as `text_chat` makes it; key: what clients must send, "" for none; waiting: answers
-    that wait beside those that run; request_seconds: time of a request, from its body to its last token.
+    engine: Engine; chat: as `text_chat` makes it; eos: ids that end an answer, if not those of the model; key:
+    what clients must send, "" for none; waiting: answers that wait beside those that run; request_seconds: time
+    of a request, from its body to its last token.
     """
 
     def __init__(
-        self, model, tokenizer, engine: Engine, name, chat=None, key="", waiting=32,
+        self, model, tokenizer, engine: Engine, name, chat=None, eos=None, key="", waiting=32,
         limits=None, request_seconds=300.0, body_bytes=16 * 2**20, body_seconds=30.0,
     ):  # fmt: skip
         self.model = model
@@ -81,7 +82,7 @@ class Service:
         self.draining = False
         self.vocabulary = engine.llama.config.vocab_size
         self.device = engine.llama.inv_freq.device
-        self.eos = tuple(generation.ends(tokenizer, model))
+        self.eos = tuple(generation.ends(tokenizer, model) if eos is None else eos)
         self.masks = Masks(tokenizer, self.eos, self.vocabulary)
         self.bytes_of_tokens: list | None = None
 

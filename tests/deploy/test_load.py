@@ -12,7 +12,8 @@ import pytest
 from deploy import load, serve
 from utils.run import UserError
 
-FIRST, LATER = 0.2, 0.05
+FIRST = 0.5
+LATER = 0.05
 
 
 class Metronome(BaseHTTPRequestHandler):

@@ -94,7 +94,7 @@ def test_a_chat_is_generate_of_transformers(server, client, parity):
 
 @pytest.mark.long
 def test_a_chat_of_smollm2_is_generate_of_transformers(parity):
-    tokenizer, model = serve.load(serve.Config())
+    tokenizer, model, _ = serve.load(serve.Config())
     messages = [
         {"role": "user", "content": "What is the capital of France, and what is it known for?"}
     ]
