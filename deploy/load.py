@@ -222,7 +222,6 @@ def main(cfg: Config) -> dict:
             before = cpu_seconds(process)
             found, seconds = load(cfg, base_url, model, asked)
             rows[name] = summary(found, seconds, cpu_seconds(process) - before)
-        print(f"{name:>28}  {found[0]}")
     return run.report(folder, rows)
 
 

@@ -44,7 +44,9 @@ MEASURE |= {
     "train_trainer",
     "trainer_speed",
 }
-TOPICS = [p for p in SCRIPTS if p.stem not in MEASURE]
+# of two scripts of one name, the one that has the page of the other
+MEASURE |= {"vlm/serve"}
+TOPICS = [p for p in SCRIPTS if not {p.stem, f"{p.parent.name}/{p.stem}"} & MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 SOURCES = [
     p for folder in (*CHAPTERS, "utils", "tests") for p in sorted((ROOT / folder).rglob("*.py"))

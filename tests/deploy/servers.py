@@ -23,7 +23,7 @@ def running(model, tokenizer, engine=None, drain_seconds=5.0, buffer=None, **abo
     server = make_server(made, drain_seconds, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     server.address = f"http://127.0.0.1:{port}/v1"
     server.root = f"http://127.0.0.1:{port}"
     server.port = port
@@ -32,7 +32,7 @@ def running(model, tokenizer, engine=None, drain_seconds=5.0, buffer=None, **abo
         yield server
     finally:
         server.handle_exit(0, None)
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 

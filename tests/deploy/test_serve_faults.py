@@ -45,7 +45,7 @@ def http(server):
 
 def send(http, path, body, kind="application/json", **headers):
     about = {"Content-Type": kind} | headers
-    return http.post(path, content=body, headers=about)
+    return http.post(path, content=body, headers=about, timeout=120)
 
 
 REFUSED = {
@@ -212,10 +212,10 @@ def test_a_key_is_asked_for(model):
             "Bearer s3cret": 200,
         }.items():
             headers = {"Authorization": header.encode("latin-1")} if header else {}
-            found = httpx.get(f"{server.address}/models", headers=headers)
+            found = httpx.get(f"{server.address}/models", headers=headers, timeout=60)
             assert found.status_code == status, header
         assert send(httpx, f"{server.address}/chat/completions", body_of()).status_code == 401
-        assert httpx.get(f"{server.root}/health").status_code == 200
+        assert httpx.get(f"{server.root}/health", timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -312,7 +312,7 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_server(model, monkeypatc
 
 def test_draining(model):
     """Running answers finish, new requests and health are 503; then the server ends."""
-    with servers.running(model, llamas.tokenizer(), name="tiny", drain_seconds=30) as server:
+    with servers.running(model, llamas.tokenizer(), name="tiny", drain_seconds=200) as server:
         url = f"{server.address}/chat/completions"
         found = []
 
@@ -325,7 +325,7 @@ def test_draining(model):
             time.sleep(0.01)
         server.handle_exit(signal.SIGTERM, None)
         assert send(httpx, url, body_of()).status_code == 503
-        assert httpx.get(f"{server.root}/health").status_code == 503
+        assert httpx.get(f"{server.root}/health", timeout=60).status_code == 503
         asking.join()
         assert found[0].status_code == 200
         assert found[0].json()["usage"]["completion_tokens"] == 250

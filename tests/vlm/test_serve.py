@@ -1,4 +1,4 @@
-"""vlm/serve.py: answers about photos over HTTP are those of the model alone; questions on one photo share its blocks."""
+"""vlm/serve.py: answers about photos over HTTP are those of the model; questions on one photo share its blocks."""
 
 import io
 
