@@ -37,7 +37,8 @@ def export(module, args, dynamic=None):
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(module, args, dynamic_shapes=dynamic)
-    except (torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
+    # a size where Python wants a number or a truth: TypeError, a dynamo error, ...
+    except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"torch.export cannot follow this module: {reason}") from None
 
