@@ -141,7 +141,10 @@ def differences(eager, path, pieces):
 def main(cfg: Config) -> dict:
     """Export, quantise, measure; writes the table, the figure and step_8bit.onnx."""
     numbers = (cfg.calibration, cfg.held_out, cfg.prompts, cfg.max_new_tokens, cfg.rounds)
-    check(min(numbers) > 0, "--calibration, --held-out, --prompts, --max-new-tokens, --rounds: 1 or more")
+    check(
+        min(numbers) > 0,
+        "--calibration, --held-out, --prompts, --max-new-tokens, --rounds: 1 or more",
+    )
     check(cfg.length > 1, "--length: 2 or more, for the first token is not predicted")
     check(cfg.past >= 0, "--past: 0 or more")
     run.seed(cfg.seed)
@@ -157,7 +160,9 @@ def main(cfg: Config) -> dict:
     # the files, and what they are worth on held-out text
     paths = write_formats(step, chosen, folder, cfg.block)
     rows = compare(step, paths, held_out, cfg)
-    rows["onnx, fp32"]["largest difference of logits"] = differences(step, paths["onnx, fp32"], held_out)
+    rows["onnx, fp32"]["largest difference of logits"] = differences(
+        step, paths["onnx, fp32"], held_out
+    )
     export_figure.save(folder / "export.png", lost, cfg.tolerance, rows)
     if not cfg.keep:
         for name, path in paths.items():

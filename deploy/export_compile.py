@@ -170,7 +170,9 @@ def deepspeed_difference(model, ids):
 
     with torch.no_grad():
         before = model(ids).logits
-        engine = deepspeed.init_inference(model, dtype=torch.float32, replace_with_kernel_inject=False)
+        engine = deepspeed.init_inference(
+            model, dtype=torch.float32, replace_with_kernel_inject=False
+        )
         return float((engine(ids).logits - before).abs().max())
 
 

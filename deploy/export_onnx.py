@@ -65,9 +65,7 @@ def session(path, threads=1):
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     # its exceptions have no base class of their own
     except Exception as error:
         reason = str(error).strip().splitlines()[0]

@@ -53,7 +53,9 @@ def attention(q, k, v, mask=None, is_causal=False):
     mask: True where a query sees a key, (T,S) or (B,1,T,S).
     """
     about: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal}
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=bool(q.shape[1] != k.shape[1]), **about)
+    return F.scaled_dot_product_attention(
+        q, k, v, enable_gqa=bool(q.shape[1] != k.shape[1]), **about
+    )
 
 
 class Layer(nn.Module):

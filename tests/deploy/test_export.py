@@ -82,7 +82,9 @@ def test_greedy_tokens_are_those_of_generate(model, exported, parity):
     assert torch.equal(mine, cached)
     about = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 2}
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **about)[:, 6:]
-    parity("Export", "export_step.generate of onnxruntime", "transformers generate", mine, theirs, 0)
+    parity(
+        "Export", "export_step.generate of onnxruntime", "transformers generate", mine, theirs, 0
+    )
 
 
 def test_names_are_those_of_the_hub(step, exported):
@@ -132,22 +134,23 @@ def test_only_the_first_layers(model):
 
 def test_a_tied_head_would_hide_behind_a_transpose(tmp_path):
     """The weight of the head is no input of its product then, and quantisers leave it."""
-    tied = llamas.tiny()
+    # large enough that the exporter does not fold the Transpose away
+    tied = llamas.tiny(vocabulary=16384)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    step = DecodeStep(tied)
-    assert step.llama.head.weight is not step.llama.embed.weight
+    step = DecodeStep(tied, 1)
+    assert torch.equal(step.llama.head.weight, tied.lm_head.weight)
     good = export_onnx.write(export_step.export_step(step), tmp_path / "good.onnx", *step.names())
     assert list(export_int8.kinds_of_nodes(onnx.load(good).graph).values())[-1] == "head"
     step.llama.head = tied.lm_head
     bad = export_onnx.write(export_step.export_step(step), tmp_path / "bad.onnx", *step.names())
-    with pytest.raises(UserError, match="14 products with weights: not those of a decoder"):
+    with pytest.raises(UserError, match="7 products with weights: not those of a decoder"):
         export_int8.kinds_of_nodes(onnx.load(bad).graph)
 
 
 def test_kinds_of_nodes_name_the_layers_whose_weights_they_have(path, step):
     graph = onnx.load(path).graph
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
-    inputs = {node.name: node.input[1] for node in graph.node}
+    inputs = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     modules = export_int8.linear_layers(step)
     seen = dict.fromkeys(modules, 0)
     for node, kind in export_int8.kinds_of_nodes(graph).items():
