@@ -1,8 +1,9 @@
 """Export: a decode step with its KV cache as an ONNX file, quantised, run by onnxruntime, against eager PyTorch.
 
-torch.export turns the step into a graph (export_step.py), torch.onnx writes it (export_onnx.py), quantisers make smaller
-files of it (export_int8.py). Which layers dynamic int8 may quantise is chosen on calibration text, and all files are
-judged on other pages: bytes, CPU time a token, perplexity, and how often the next token is that of eager.
+torch.export turns the step into a graph (export_step.py), torch.onnx writes it (export_onnx.py),
+quantisers make smaller files of it (export_int8.py). Which layers dynamic int8 may quantise is chosen
+on calibration text, and all files are judged on other pages: bytes, CPU time a token, perplexity, and
+how often the next token is that of eager.
 torch.compile and torch.jit.trace are in export_compile.py.
 
 Shapes: a sequence of T new tokens after S past ones, V tokens in the vocabulary.

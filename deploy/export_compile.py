@@ -1,9 +1,9 @@
 """torch.compile and torch.jit.trace of a decode step, with a static cache whose position is an input.
 
-torch.compile (Ansel et al. 2024, ASPLOS, PyTorch 2) follows Python code at its first call and writes a kernel for what
-it saw; where a number of Python changes, it has to compile again. A cache that counts its tokens in Python does so at
-each token, one whose position is a tensor never. torch.jit.trace, the older way, records one call: a branch is
-recorded as it went.
+torch.compile (Ansel et al. 2024, ASPLOS, PyTorch 2) follows Python code at its first call and writes
+kernels for what it saw; where a number of Python changes, it has to compile again. A cache that counts
+its tokens in Python does so at each token, one whose position is a tensor never. torch.jit.trace, the
+older way, records one call: a branch is recorded as it went.
 
 Shapes: a sequence of T new tokens, a cache of N slots, L layers, K heads of D numbers.
 
@@ -23,7 +23,7 @@ from deploy.caches import StaticCache
 from deploy.export import times
 from deploy.export_onnx import quiet
 from deploy.export_step import DecodeStep
-from deploy.llama import Llama, attention
+from deploy.llama import attention
 from utils import run
 from utils.run import check
 
@@ -84,8 +84,8 @@ class StaticStep(nn.Module):
 
 @torch.no_grad()
 def generate(step, ids, max_new_tokens, compiled=None):
-    """Greedy decoding: a prompt (1,N) -> new tokens (1,T). The prompt is read by `step`, whose shapes vary, each new token
-    by `compiled`.
+    """Greedy decoding: a prompt (1,N) -> new tokens (1,T). The prompt is read by `step`, whose shapes
+    vary, each new token by `compiled`.
 
     Raises UserError if the cache is too short: index_copy_ writes nothing beyond its end.
     """

@@ -1,10 +1,10 @@
 """Quantised ONNX files: dynamic int8 with a choice of what it may touch, and weights in blocks of 8 or 4 bits.
 
-Dynamic quantisation stores weights in int8 and rounds the inputs of each product when they come, to 8 bits with one
-scale for the whole tensor (DynamicQuantizeLinear, https://onnx.ai/onnx/operators/onnx__DynamicQuantizeLinear.html). Where
-a few numbers are a hundred times larger than the others, these are rounded to nothing (outlier features: Dettmers et al.
-2022, arXiv:2208.07339, Sec. 3). MatMulNBits has a scale for each block of weights, and, with accuracy_level 4, for
-each block of inputs.
+Dynamic quantisation stores weights in int8 and rounds the inputs of each product when they come, to 8
+bits with one scale for the whole tensor (DynamicQuantizeLinear of ONNX). Where a few numbers are a
+hundred times larger than the others, these are rounded to nothing (outlier features: Dettmers et al.
+2022, arXiv:2208.07339, Sec. 3). MatMulNBits has a scale for each block of weights, and, with
+accuracy_level 4, for each block of inputs.
 
 Shapes: T tokens, n pieces of text.
 """

@@ -1,8 +1,9 @@
 """ONNX: a module of torch as a graph that other runtimes read, and a session of onnxruntime that runs it.
 
-torch.export follows a module once, with symbols for the sizes that may change, and gives a graph of operators
-(ExportedProgram). torch.onnx translates these, one after the other, to operators of ONNX (https://onnx.ai), whose file
-onnxruntime reads without torch. Nothing is pickled: a .onnx file is a protocol buffer.
+torch.export follows a module once, with symbols for the sizes that may change, and gives a graph of
+operators (ExportedProgram). torch.onnx translates these, one after the other, to operators of ONNX
+(https://onnx.ai), whose file onnxruntime reads without torch. Nothing is pickled: a .onnx file is a
+protocol buffer.
 """
 
 import logging
@@ -31,8 +32,8 @@ def quiet():
 def export(module, args, dynamic=None):
     """torch.export: one pass over `args` with symbolic sizes -> ExportedProgram.
 
-    dynamic: a torch.export.Dim for each size that may change, nested as the arguments are. Raises UserError if the
-    module asks for the value of such a size (a branch on it): a graph has no branches.
+    dynamic: a torch.export.Dim for each size that may change, nested as the arguments are. Raises
+    UserError if Python wants the value of such a size, as for a flag: a graph has no branches.
     """
     try:
         with quiet(), torch.no_grad():

@@ -1,11 +1,11 @@
 """A decode step as a pure function: ids and past keys and values in, logits and present keys and values out.
 
-A graph has no memory, so the KV cache becomes inputs and outputs, as in the ONNX files of the Hugging Face
-hub (`past_key_values.0.key`, `present.0.key`). One graph serves prefill (many tokens, nothing past) and decode (one
-token, many past), if it has no branch on either number: the mask is always there.
+A graph has no memory, so the KV cache becomes inputs and outputs, as in the ONNX files of the Hugging
+Face hub (`past_key_values.0.key`, `present.0.key`). One graph serves prefill (many tokens, nothing past)
+and decode (one token, many past), if it has no branch on either number: the mask is always there.
 
-Shapes: B = 1 sequence of T new tokens after S past ones, L layers, K heads of keys and values of D numbers, V tokens in
-the vocabulary.
+Shapes: B = 1 sequence of T new tokens after S past ones, L layers, K heads of keys and values of D
+numbers, V tokens in the vocabulary.
 """
 
 import torch
@@ -41,8 +41,9 @@ class PastCache:
 class DecodeStep(nn.Module):
     """A Llama of transformers -> a module (ids, past) -> (logits, present) without a state.
 
-    The tied head gets a weight of its own. In a graph it would be the embeddings behind a Transpose, and no quantiser
-    looks through that: the largest matrix would stay float32. layers: only the first so many; 0: all.
+    The tied head gets a weight of its own. In a graph it would be the embeddings behind a Transpose, and
+    no quantiser looks through that: the largest matrix would stay float32. layers: only the first so
+    many; 0: all.
     """
 
     def __init__(self, model, layers=0):
@@ -87,8 +88,8 @@ class DecodeStep(nn.Module):
 def export_step(step):
     """DecodeStep -> ExportedProgram, for any numbers of new and past tokens.
 
-    With Dim.DYNAMIC sizes would begin at 2, for torch.export takes 0 and 1 for constants: no decode, no prefill. These
-    bounds say that 1 new token and 0 past ones are sizes like others.
+    With Dim.DYNAMIC sizes would begin at 2, for torch.export takes 0 and 1 for constants: no decode, no
+    prefill. These bounds say that 1 new token and 0 past ones are sizes like others.
     """
     tokens = torch.export.Dim("tokens", min=1)
     past = torch.export.Dim("past", min=0)
