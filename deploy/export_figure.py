@@ -2,14 +2,15 @@
 
 from utils import figures
 
+# name of a format, and where its label stands: points right and up from the point, alignment
 LABELS = {
-    "eager": "eager, fp32",
-    "onnx, fp32": "ONNX, fp32",
-    "int8": "dynamic int8",
-    "int8_channels": "a scale per channel",
-    "int8_chosen": "chosen layers",
-    "step_8bit": "8-bit blocks",
-    "step_4bit": "4-bit blocks",
+    "eager": ("eager, fp32", (0, 15), "right"),
+    "onnx, fp32": ("ONNX, fp32", (14, -3), "left"),
+    "int8": ("dynamic int8", (9, 6), "left"),
+    "int8_channels": ("a scale per channel", (10, 6), "left"),
+    "int8_chosen": ("chosen layers", (9, 9), "left"),
+    "step_8bit": ("8-bit blocks", (0, -19), "center"),
+    "step_4bit": ("4-bit blocks", (9, 6), "left"),
 }
 
 
@@ -27,15 +28,12 @@ def draw(lost, tolerance, rows):
     left.invert_yaxis()
     left.set(xscale="log", xlabel="nats a token", title="8-bit inputs of one kind of layers")
     # what each file is worth
-    most = max(row["ms a token"] for row in rows.values())
     for name, row in rows.items():
         place = row["ms a token"], row["perplexity"]
         right.scatter(*place, s=0.6 * row["MB"] + 12, alpha=0.6, edgecolor="0.2", linewidth=0.6)
-        # labels of points on the right stand left of them
-        side = "right" if place[0] > 0.7 * most else "left"
-        shift = (-9, 9) if side == "right" else (9, 9)
-        text = f"{LABELS[name]}, {row['MB']:.0f} MB"
-        right.annotate(text, place, shift, textcoords="offset points", fontsize=8, ha=side)
+        label, shift, side = LABELS[name]
+        about = {"textcoords": "offset points", "fontsize": 8, "ha": side}
+        right.annotate(f"{label}, {row['MB']:.0f} MB", place, shift, **about)
     right.set(xlabel="CPU ms a token", ylabel="perplexity of held-out text", title="formats")
     right.set_xlim(left=0)
     right.margins(y=0.15)

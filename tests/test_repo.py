@@ -31,6 +31,7 @@ MEASURE |= {
     "easy_vqa_score",
     "engine_study",
     "evaluate",
+    "export_compile",
     "flamingo_lora",
     "gpu_bench",
     "load",
