@@ -14,8 +14,9 @@ Shapes: weight (out, in), n blocks of 32 numbers, H heads of D numbers.
     python deploy/gguf_write.py --adapter outputs/llama2_lora     # a PEFT folder, merged first
 """
 
+import io
 import os
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -176,12 +177,12 @@ def read(path):
 def load(path):
     """GGUF file -> Llama of transformers, float32. It dequantises and puts queries and keys back."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     path = Path(path)
-    logging.disable_progress_bar()
     about = {"gguf_file": path.name, "local_files_only": True, "dtype": torch.float32}
-    return AutoModelForCausalLM.from_pretrained(path.parent, **about).eval()
+    # its bars
+    with redirect_stderr(io.StringIO()):
+        return AutoModelForCausalLM.from_pretrained(path.parent, **about).eval()
 
 
 def merged(model, folder):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deploy import gguf_metadata, gguf_write
 from tests import llamas
@@ -18,10 +19,22 @@ def weights_of(seed, rows=7, inputs=96):
     return np.random.default_rng(seed).normal(size=(rows, inputs)).astype(np.float32)
 
 
+def small_tokenizer():
+    """A byte-level BPE of 274 tokens, one of them a control token: quicker than SmolLM2's 49 152."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    about = {"special_tokens": ["<|end|>"], "initial_alphabet": letters}
+    text = ["the cat sat on the mat and the hat "]
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, **about))
+    ends = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **ends)
+
+
 @pytest.fixture(scope="module")
 def model():
     """A Llama with heads of its own, spread logits and numbers that are nobody's default."""
-    made = llamas.tiny(vocabulary=len(llamas.tokenizer()))
+    made = llamas.tiny(vocabulary=300)
     made.config.rope_parameters["rope_theta"] = 5000.0
     made.config.rms_norm_eps = 1e-3
     made = type(made)(made.config).eval()
@@ -33,9 +46,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def paths(model, tmp_path_factory):
-    """{kind: a file with the real tokenizer}."""
+    """{kind: a file}."""
     place = tmp_path_factory.mktemp("gguf")
-    about = (model, llamas.tokenizer())
+    about = (model, small_tokenizer())
     return {k: gguf_write.write(*about, place / f"{k}.gguf", k) for k in ("f16", "q8_0", "q4_1")}
 
 
@@ -72,17 +85,17 @@ def test_interleave_makes_the_rotation_of_neighbours_that_of_halves(parity):
     parity("GGUF", "gguf_write.interleave", "rotation of halves", mine, theirs, 1e-6)
 
 
-@pytest.mark.parametrize(("kind", "atol"), [("f16", 0.02), ("q8_0", 0.4), ("q4_1", 8.0)])
+@pytest.mark.parametrize(("kind", "atol"), [("f16", 0.01), ("q8_0", 0.15), ("q4_1", 1.5)])
 def test_transformers_reads_the_same_model(model, paths, parity, kind, atol):
     """Names, rows of queries and keys, sizes, angles, epsilon: all of them show in the logits."""
-    ids = torch.randint(3, 2000, (2, 40))
+    ids = torch.randint(3, 270, (2, 40))
     loaded = gguf_write.load(paths[kind])
     with torch.no_grad():
         mine = loaded(ids).logits
         theirs = model(ids).logits
     name = f"gguf_write.write, {kind}, from_pretrained(gguf_file=...)"
     parity("GGUF", name, "the model that was written", mine, theirs, atol)
-    assert theirs.std() > 3
+    assert theirs.std() > 0.4
     if kind == "f16":
         assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
 
@@ -111,17 +124,18 @@ def test_the_file_holds_what_it_says(model, paths):
 
 
 def test_a_head_of_its_own_is_written(tmp_path):
-    made = llamas.tiny(vocabulary=len(llamas.tokenizer()))
+    made = llamas.tiny(vocabulary=300)
     made.config.tie_word_embeddings = False
     made.lm_head.weight = torch.nn.Parameter(torch.randn_like(made.lm_head.weight))
-    path = gguf_write.write(made, llamas.tokenizer(), tmp_path / "x.gguf", "f16")
+    path = gguf_write.write(made, small_tokenizer(), tmp_path / "x.gguf", "f16")
     kept = gguf_write.read(path)["output.weight"]
     assert np.allclose(kept, made.lm_head.weight.detach().numpy(), atol=2e-3)
 
 
-def test_the_tokenizer_comes_back(paths):
+def test_the_tokenizer_comes_back(tmp_path):
     """As transformers reads it out of the file, and key by key as in the file that SmolLM2 came in."""
-    path = paths["q8_0"]
+    made = llamas.tiny(vocabulary=len(llamas.tokenizer()))
+    path = gguf_write.write(made, llamas.tokenizer(), tmp_path / "x.gguf")
     mine = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = "Bonjour, 12 années!  Tabs\t<|im_start|>user\nx<|im_end|> 数学 🙂"
     tokenizer = llamas.tokenizer()
@@ -137,14 +151,15 @@ def test_the_tokenizer_comes_back(paths):
 
 
 def test_rows_of_embeddings_that_are_no_token(tmp_path):
-    size = len(llamas.tokenizer()) + 3
-    path = gguf_write.write(llamas.tiny(vocabulary=size), llamas.tokenizer(), tmp_path / "x.gguf")
+    tokenizer = small_tokenizer()
+    size = len(tokenizer) + 3
+    path = gguf_write.write(llamas.tiny(vocabulary=size), tokenizer, tmp_path / "x.gguf")
     fields = gguf.GGUFReader(path).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == size and tokens[-1] == f"[PAD{size - 1}]"
     assert fields["tokenizer.ggml.token_type"].contents()[-3:] == [gguf.TokenType.UNUSED] * 3
     with pytest.raises(UserError, match="tokens, but 120 embeddings"):
-        gguf_write.write(llamas.tiny(), llamas.tokenizer(), tmp_path / "y.gguf")
+        gguf_write.write(llamas.tiny(), tokenizer, tmp_path / "y.gguf")
 
 
 @pytest.mark.long
@@ -168,13 +183,16 @@ def test_smollm2_goes_round_byte_for_byte():
 def adapted(tmp_path_factory):
     """A model folder, and a PEFT folder of a LoRA for it -> names of both, logits with the LoRA, ids."""
     place = tmp_path_factory.mktemp("adapter")
-    name = llamas.folder(place / "base")
+    name = str(place / "base")
+    made = llamas.tiny(vocabulary=300)
+    made.to(torch.bfloat16).save_pretrained(name)
+    small_tokenizer().save_pretrained(name)
     _, base = gguf_write.decode.load(name, "cpu")
     torch.manual_seed(4)
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     wrapped = get_peft_model(base.float(), lora)
     wrapped.save_pretrained(place / "lora")
-    ids = torch.randint(3, 2000, (1, 12))
+    ids = torch.randint(3, 270, (1, 12))
     with torch.no_grad():
         logits = wrapped.eval()(ids).logits
     return name, str(place / "lora"), logits, ids
@@ -224,13 +242,13 @@ def test_what_is_no_plain_llama_is_refused(tmp_path):
     with pytest.raises(UserError, match="no PEFT folder"):
         gguf_write.merged(llamas.tiny(), tmp_path)
     with pytest.raises(UserError, match="cannot write"):
-        gguf_write.write(llamas.tiny(), llamas.tokenizer(), tmp_path / "none" / "x.gguf")
+        gguf_write.write(llamas.tiny(vocabulary=300), small_tokenizer(), tmp_path / "none" / "x")
 
 
 def test_damaged_files_are_one_line(paths, tmp_path):
     data = paths["q4_1"].read_bytes()[:4000]
     damaged = tmp_path / "x.gguf"
-    for number in range(40):
+    for number in range(20):
         damaged.write_bytes(data[: 1 + 97 * number])
         with pytest.raises(UserError, match="is no whole GGUF file"):
             gguf_write.read(damaged)
