@@ -14,6 +14,7 @@ Shapes: a sequence of T new tokens, a cache of N slots, L layers, K heads of D n
 import os
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -198,7 +199,7 @@ def main(cfg: Config) -> dict:
     mine = generate(step, ids, cfg.max_new_tokens, compiled)
     metrics["compiled tokens as eager"] = int((mine == eager).sum())
     # traced
-    traced = trace(exported)
+    traced: Any = trace(exported)
     args = (ids, exported.empty(7))
     with torch.no_grad():
         off = (traced(*args)[0] - exported(*args)[0]).abs().max()

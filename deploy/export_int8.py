@@ -11,6 +11,7 @@ Shapes: T tokens, n pieces of text.
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def write_blocks(source, target, bits, block=32):
     power = block >= 16 and block & (block - 1) == 0
     check(power, f"--block {block}: 16, 32, 64 ... weights share a scale")
     with quiet():
-        quantiser = MatMulNBitsQuantizer(
+        quantiser: Any = MatMulNBitsQuantizer(
             onnx.load(source), bits=bits, block_size=block, accuracy_level=4
         )
         quantiser.process()

@@ -5,6 +5,7 @@ model: the base of the rotary angles, for instance, or the epsilon of RMSNorm.
 """
 
 import json
+from typing import Any
 
 from utils.run import check
 
@@ -50,7 +51,7 @@ def add_tokenizer(writer, tokenizer, size, pre):
     """
     from gguf import TokenType
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     check(backend is not None, "this tokenizer has no tokenizer.json")
     bpe = json.loads(backend.to_str())["model"]
     # a space is written as this letter in the bytes of GPT-2
