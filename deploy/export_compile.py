@@ -147,10 +147,12 @@ def compile_step(step):
 
     Raises UserError without a C++ compiler: on a CPU kernels are C++.
     """
+    from torch._inductor import config as inductor
+
     found = shutil.which("g++") or shutil.which("clang++")
     check(found, "torch.compile needs a C++ compiler, such as g++")
     # no pool of processes: what a child of this process used is counted when it ends
-    torch._inductor.config.compile_threads = 1
+    inductor.compile_threads = 1
     compiled = torch.compile(step, dynamic=False)
     start = sum(os.times()[:4])
     with torch.no_grad(), quiet():
