@@ -165,7 +165,7 @@ def test_pairs_are_headings_and_their_first_paragraphs():
 def test_batches_are_drawn_by_seed_and_step_and_padding_is_ignored():
     tokenizer = flan_t5.train_tokenizer([text for pair in PAIRS for text in pair], 60)
     assert tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "<unk>"]) == [0, 1, 2]
-    cfg = flan_t5.Config(batch=4, source=8, target=5)
+    cfg = flan_t5.Config(batch=16, source=8, target=5)
     ids, mask, labels = flan_t5.make_batch(tokenizer, PAIRS, cfg, 3)
     assert ids.shape[1] <= 8 and labels.shape[1] <= 5
     assert (ids[mask == 0] == 0).all() and (labels != 0).all()
