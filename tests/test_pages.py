@@ -28,6 +28,10 @@ PYTHON = {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get
 OF_CHAPTERS = [p for p in PAGES if (p.parent / "__init__.py").is_file()]
 
 
+# They listen on loopback and ask themselves: no other address is open to them
+SERVERS = ("deploy/serve.py", "deploy/load.py", "vlm/serve.py")
+
+
 @cache
 def tiny_flags():
     """{script: flags} that make a run take seconds, from tests/tiny_flags.toml."""
@@ -123,12 +127,13 @@ def test_command(line, tmp_path, request):
     elif script is not None:
         words += ["--out", str(tmp_path)]
     forked = plain_script(words) and (line not in firsts() or request.config.option.markexpr)
-    done = warm.run(words[1:], env=PYTHON) if forked else fresh(words)
+    more = {warm.LOOPBACK: "1"} if script in SERVERS else {}
+    done = warm.run(words[1:], env=PYTHON | more) if forked else fresh(words, more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert script is None or (tmp_path / "metrics.json").is_file()
 
 
-def fresh(words):
+def fresh(words, more=None):
     """The command in a process of its own, the launchers as modules; without a network where that can be had."""
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", *words[1:]]
@@ -148,7 +153,7 @@ def fresh(words):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | port | PYTHON,
+        env=os.environ | port | PYTHON | (more or {}),
     )
 
 

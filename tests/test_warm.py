@@ -47,6 +47,21 @@ def test_sockets_are_refused(script):
     assert done.returncode == 1 and "a socket was opened to" in done.stderr
 
 
+def test_a_server_may_ask_itself_and_nobody_else(tmp_path):
+    path = tmp_path / "ask.py"
+    path.write_text(
+        "import socket, sys\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "port = server.getsockname()[1]\n"
+        "socket.create_connection((sys.argv[1], port), 5).close()\n"
+    )
+    about = {"env": {warm.LOOPBACK: "1"}}
+    assert warm.run([str(path), "127.0.0.1"], **about).returncode == 0
+    done = warm.run([str(path), "192.0.2.1"], **about)
+    assert done.returncode == 1 and "a socket was opened to" in done.stderr
+    assert warm.run([str(path), "127.0.0.1"]).returncode == 1
+
+
 def test_one_command_leaves_nothing_to_the_next(script):
     for _ in range(2):
         assert warm.run([str(script), "state"]).stdout.endswith("False\n")
