@@ -45,6 +45,7 @@ bench: $(READY)
 	$(PY) deploy/engine_study.py
 	$(PY) deploy/speculative.py
 	$(PY) deploy/quantize.py
+	$(PY) deploy/low_bit.py
 
 gpu: $(READY)
 	$(PY) vlm/gpu_bench.py --write
