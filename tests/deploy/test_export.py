@@ -72,6 +72,12 @@ def test_the_step_is_the_model_at_any_number_of_new_and_past_tokens(
             torch.testing.assert_close(x, all_of_it, atol=1e-5, rtol=1e-4)
 
 
+def test_the_bounds_of_new_and_past_tokens_begin_at_one_and_zero(program):
+    """The program runs below its bounds, too; who compiles it need not bear that."""
+    lowest = {int(bounds.lower) for bounds in program.range_constraints.values()}
+    assert lowest == {0, 1}
+
+
 def test_greedy_tokens_are_those_of_generate(model, exported, parity):
     ids = torch.randint(3, 120, (1, 6))
     mine = export_step.generate(exported, ids, 20)
