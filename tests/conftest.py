@@ -14,12 +14,14 @@ from pathlib import Path
 # Before torch: two workers share two cores, and so do their commands
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before Triton, which a library may import: its kernels run in the interpreter
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests import warm  # noqa: E402
+from tests import optional, warm  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LEDGER = ROOT / "outputs" / "parity"
@@ -120,6 +122,10 @@ def pytest_xdist_make_scheduler(config, log):
     return PerModule(config, log)
 
 
+def pytest_pycollect_makemodule(module_path, parent):
+    return optional.module(module_path, parent)
+
+
 def pytest_deselected(items):
     if items:
         stash = items[0].session.config.stash
@@ -129,6 +135,7 @@ def pytest_deselected(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     item.stash[began] = cpu_seconds()
+    optional.skip(item)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -159,10 +166,12 @@ def chapter(nodeid):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The ten slowest tests, CPU seconds per chapter, and how much of the whole this run was."""
+    """What was skipped and why; the ten slowest tests, CPU seconds per chapter, how much of the whole this run was."""
+    write = terminalreporter.write_line
+    for line in optional.summary(terminalreporter.stats.get("skipped", [])):
+        write(line)
     if not config.option.times:
         return
-    write = terminalreporter.write_line
     terminalreporter.section("CPU seconds, fixtures included")
     for name, cost in sorted(costs.items(), key=lambda item: -item[1])[: config.option.times]:
         write(f"{cost:8.1f}  {name}")
@@ -227,13 +236,15 @@ def pytest_sessionfinish(session, exitstatus):
     old = re.search(r"(<!-- proofs -->\n)(.*?)(<!-- /proofs -->)", text, re.S)
     cells = [re.sub("`", "", line).split("|")[1:5] for line in old[2].splitlines()[2:]]
     listed_rows = [tuple(cell.strip() for cell in row) for row in cells]
+    # Those of kernels stay where Triton is missing
+    made = {row[:3] for row in rows}
+    rows += [row for row in optional.unlisted(listed_rows) if row[:3] not in made]
     if wanted:
         # A part of the tests knows of its own rows only: the others stay
         if not is_whole(session.config):
-            made = {row[:3] for row in rows}
-            rows = sorted([*rows, *(row for row in listed_rows if row[:3] not in made)])
+            rows = sorted({*rows, *(row for row in listed_rows if row[:3] not in made)})
             print(f"\ndocs/PROOFS.md: {len(made)} rows written, {len(rows) - len(made)} kept")
-        PROOFS.write_text(text[: old.start(2)] + table(rows) + text[old.end(2) :])
+        PROOFS.write_text(text[: old.start(2)] + table(sorted(rows)) + text[old.end(2) :])
         return
     different = {row[:3] for row in listed_rows} ^ {row[:3] for row in rows}
     if different:

@@ -51,7 +51,8 @@ def ask(request: dict) -> int:
     """Send the helper a request, starting it at the first -> its answer: an exit code, or a process id of a kernel."""
     global helper
     if helper is None or helper.poll() is not None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # peft imports Triton, which chooses its interpreter then or never
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
         command = [sys.executable, str(Path(__file__).resolve())]
         helper = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
