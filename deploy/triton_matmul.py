@@ -17,6 +17,7 @@ import triton.language as tl
 from utils.run import check
 
 GROUP = 8  # rows of tiles of a band
+TILES = (128, 128, 32)  # BLOCK_M, BLOCK_N, BLOCK_K
 
 
 @triton.jit
@@ -86,7 +87,12 @@ def widen(x):
     return not x.is_cuda
 
 
-def matmul(a, b, block=(128, 128, 32), group=GROUP, precision="ieee"):
+def warps_of_tile(block):
+    """Warps that share a tile of C: its sums lie in their registers, 64 a thread at (128, 128)."""
+    return 8 if block[0] * block[1] >= 128 * 128 else 4
+
+
+def matmul(a, b, block=TILES, group=GROUP, precision="ieee"):
     """A (M, K) times B (K, N), any strides -> (M, N) in the type of A.
 
     block: tile sizes (BLOCK_M, BLOCK_N, BLOCK_K), powers of two of at least 16. precision of float32:
@@ -118,6 +124,6 @@ def matmul(a, b, block=(128, 128, 32), group=GROUP, precision="ieee"):
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             GROUP=group,
-            num_warps=8 if block_m * block_n >= 128 * 128 else 4,
+            num_warps=warps_of_tile(block),
         )
     return c
