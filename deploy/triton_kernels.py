@@ -20,7 +20,7 @@ from utils import figures, run
 from utils.run import check
 
 # Shapes of the interpreter, ragged on purpose: no tile or block is full everywhere
-SMALL = {"rows": 37, "columns": 50, "parameters": 1500, "inputs": 64, "outputs": 70, "tokens": 3}
+SMALL = {"rows": 150, "columns": 50, "parameters": 1500, "inputs": 64, "outputs": 140, "tokens": 3}
 SMALL |= {"group": 32}
 BANDS = (1, 2, 4, 8, 16)  # rows of tiles of a band, for the table of the L2 cache
 
@@ -117,7 +117,7 @@ def draw(path, rows, tiles, wave):
         numbers = torch.zeros(side, side)
         for program, place in enumerate(order):
             numbers[place] = program // wave
-        axis.imshow(numbers, cmap="viridis")
+        axis.imshow(numbers.numpy(), cmap="viridis")
         first = order[:wave]
         axis.plot([column for _, column in first], [row for row, _ in first], "w.-", lw=1, ms=3)
         axis.set_title(title, fontsize=9)

@@ -121,7 +121,8 @@ def compile_here(about):
     """Compile what `request` describes in this process, whose kernels are not interpreted.
 
     -> registers of a thread, bytes of shared memory of a block, bytes of a thread that were spilled from
-    registers to memory, tensor-core instructions in the PTX, the PTX itself.
+    registers to memory; in the PTX: tensor-core instructions (mma), accesses to global memory of 16 bytes
+    at once (wide) and of fewer (narrow); the PTX itself.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -145,11 +146,14 @@ def compile_here(about):
         compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     registers, spills = resources(said.getvalue())
+    wide, narrow = memory_instructions(ptx)
     return {
         "registers": registers,
         "shared": compiled.metadata.shared,
         "spills": spills,
         "mma": tensor_core_instructions(ptx),
+        "wide": wide,
+        "narrow": narrow,
         "ptx": ptx,
     }
 
@@ -157,6 +161,16 @@ def compile_here(about):
 def tensor_core_instructions(ptx):
     """How many matrix instructions of a warp (mma) or of four warps (wgmma) the PTX has."""
     return len(re.findall(r"^\s*(?:mma|wgmma\.mma_async)\.sync", ptx, re.M))
+
+
+def memory_instructions(ptx):
+    """How many accesses to global memory the PTX has -> those of 16 bytes a thread, and those of fewer."""
+    # cp.async.cg copies 16 bytes to shared memory, always; cp.async.ca may copy 4 or 8
+    wide = re.findall(
+        r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\.|(?:ld|st)\.global\S*\.v2\.b64", ptx
+    )
+    every = re.findall(r"(?:ld|st)\.global|cp\.async\.c[ag]\.", ptx)
+    return len(wide), len(every) - len(wide)
 
 
 def resources(report):

@@ -4,6 +4,7 @@ Without a GPU nothing is timed: the interpreter says what a kernel computes, nev
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def times(case, sizes, device, compiler=torch.compile, dtype=torch.float16):
     """{way: median ms} of one case, and the bytes a second that the kernel moves at least, in GB."""
     given = case.inputs(sizes, dtype, device)
     ways = {"Triton": case.fused, "torch": case.library, "torch.compile": compiler(case.eager)}
-    found = {
+    found: dict[str, Any] = {
         f"{name} ms": triton_offline.milliseconds(partial(call, *given))
         for name, call in ways.items()
     }

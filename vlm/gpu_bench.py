@@ -2,7 +2,7 @@
 
 Weights are random, of the right shape: speed and memory need no others, so nothing is fetched. The U-Net
 and the DiT of `models/`, LoRA and QLoRA steps of Llama-2-7B whose memory `training/memory.py` predicted, the
-engine of `deploy/`. Time is that of the clock, after the device has finished; memory is
+engine of `deploy/` and its Triton kernels. Time is that of the clock, after the device has finished; memory is
 `torch.cuda.max_memory_allocated`. Made to take at most eight minutes on one GPU of 40 GB or more.
 
     python vlm/gpu_bench.py --write                  # a GPU; --write puts the table into docs/BENCHMARKS.md
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from deploy import triton_offline
 from deploy.engine import Engine
 from models import ddpm, digit_unet, dit
 from training import memory, memory_trace, presets
@@ -33,7 +34,7 @@ NOT_MEASURED = "not measured"
 class Config:
     """Measure the rows of docs/BENCHMARKS.md that need a GPU."""
 
-    only: tuple[str, ...] = ()  # unet, dit, memory, engine; none: all of them
+    only: tuple[str, ...] = ()  # unet, dit, memory, engine, kernels; none: all of them
     rounds: int = 3  # the fastest one counts
     steps: int = 20  # of a round
     compile: bool = True  # networks through torch.compile, too
@@ -176,7 +177,24 @@ def engine_rows(cfg, on):
     return rows
 
 
+def kernel_rows(cfg, on):
+    """Triton's kernels, torch's own operations and torch.compile, float16 -> {row: numbers}; only on a GPU."""
+    name = "Triton kernels"
+    if on.type != "cuda":
+        return {name: f"{NOT_MEASURED}: no GPU"}
+    if not triton_offline.available():
+        return {name: f"{NOT_MEASURED}: pip install triton"}
+    from deploy import triton_cases, triton_speed
+
+    size, parameters = (64, 1024) if cfg.tiny else (4096, 2**26)
+    product = {"inputs": size, "outputs": size, "tokens": 1, "group": 64}
+    sizes = triton_cases.Sizes(rows=size, columns=size, parameters=parameters, **product)
+    run.seed(cfg.seed)
+    return {f"Triton, {name}": row for name, row in triton_speed.rows(sizes, on).items()}
+
+
 ROWS = {"unet": unet_rows, "dit": dit_rows, "memory": memory_rows, "engine": engine_rows}
+ROWS["kernels"] = kernel_rows
 
 
 def cell(value):

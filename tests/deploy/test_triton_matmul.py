@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from deploy import quantizers, triton_int4, triton_matmul
+from deploy import quantizers, triton_int4, triton_traffic
 from deploy.quantized_model import QuantizedLinear, pack
-from deploy.triton_matmul import matmul
+from deploy.triton_matmul import grouped_tile, matmul
 from utils.run import UserError
 
 SMALL = (16, 32, 16)
@@ -42,28 +44,23 @@ def test_matmul_of_16_bits_adds_up_in_float32(dtype):
     torch.testing.assert_close(matmul(a, b, SMALL).float(), wanted, rtol=2**-7, atol=2e-3)
 
 
-def tiles_of(tiles_m, tiles_n, group):
-    """The tile of each program: its number is written into the tiles of C by way of the kernel itself."""
-    import triton
-    import triton.language as tl
-
-    kernel = triton_matmul.grouped_tile
-    found = torch.full((tiles_m * tiles_n, 2), -1)
-    write = triton.jit(write_tile)
-    write[(tiles_m * tiles_n,)](found, tiles_m, tiles_n, group)
-    assert kernel and tl
-    return [tuple(pair) for pair in found.tolist()]
-
-
-def write_tile(found, tiles_m, tiles_n, GROUP):
-    import triton.language as tl
-
-    from deploy import triton_matmul
-
+@triton.jit
+def order_kernel(found, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Each program writes where its tile is, (programs, 2)."""
     program = tl.program_id(0)
-    row, column = triton_matmul.grouped_tile(program, tiles_m, tiles_n, GROUP)
+    row, column = grouped_tile(program, tiles_m, tiles_n, GROUP)
     tl.store(found + 2 * program, row)
     tl.store(found + 2 * program + 1, column)
+
+
+def tiles_of(tiles_m, tiles_n, group):
+    """[(row, column)] of the tile of each program, as programs find it."""
+    found = torch.full((tiles_m * tiles_n, 2), -1)
+    order_kernel[(tiles_m * tiles_n,)](found, tiles_m, tiles_n, group)
+    tiles = [tuple(pair) for pair in found.tolist()]
+    # outside of a kernel the function says the same
+    assert tiles == triton_traffic.order(tiles_m, tiles_n, group)
+    return tiles
 
 
 @pytest.mark.parametrize("tiles_m, tiles_n, group", [(4, 5, 2), (5, 3, 2), (1, 4, 8), (7, 2, 3)])

@@ -19,7 +19,7 @@ def compiled():
     """A row in few values of a thread, in many, and where nothing is known of addresses."""
     kernel = triton_softmax.softmax_kernel
     plain = {name: kind.split(":")[0] for name, kind in ROW.items()}
-    cases = [(ROW, 1024, 80, 4), (ROW, 1024, 90, 4), (ROW, 32768, 80, 1), (plain, 1024, 80, 4)]
+    cases = [(ROW, 1024, 80, 4), (ROW, 1024, 90, 4), (ROW, 8192, 80, 1), (plain, 1024, 80, 4)]
     return triton_offline.compile_all(
         [
             triton_offline.request(kernel, signature, {"BLOCK": block}, arch, warps)
@@ -37,12 +37,13 @@ def test_kernels_are_compiled_for_the_gpu_that_was_asked_for(compiled):
 
 
 def test_a_row_that_does_not_fit_into_registers_is_spilled(compiled):
-    assert compiled[2]["spills"] > 1000
+    assert compiled[2]["spills"] > 100
 
 
 def test_addresses_that_are_divisible_are_loaded_sixteen_bytes_at_a_time(compiled):
-    assert "ld.global.v4.b32" in compiled[0]["ptx"]
-    assert "ld.global.v4.b32" not in compiled[3]["ptx"]
+    """1024 values of four bytes, 128 threads: two loads of four values and two stores, or eight of each."""
+    assert (compiled[0]["wide"], compiled[0]["narrow"]) == (4, 0)
+    assert (compiled[3]["wide"], compiled[3]["narrow"]) == (0, 16)
 
 
 def test_warps_are_those_of_the_request(compiled):
@@ -71,6 +72,12 @@ def test_registers_and_spills_are_read_from_the_report_of_ptxas():
 def test_tensor_core_instructions_are_counted():
     ptx = "\tmma.sync.aligned.m16n8k16\n  wgmma.mma_async.sync.aligned\nwgmma.wait_group.sync\n"
     assert triton_offline.tensor_core_instructions(ptx) == 2
+
+
+def test_accesses_to_memory_are_counted_by_their_width():
+    ptx = "\tld.global.v4.b32 {\n@%p1 st.global.b16 [\nld.global.L1::evict_last.v4.b32\nld.shared.v4.b32\n"
+    ptx += "cp.async.cg.shared.global [\ncp.async.ca.shared.global [\ncp.async.wait_group 1\n"
+    assert triton_offline.memory_instructions(ptx) == (3, 2)
 
 
 def test_the_interpreter_must_be_chosen_before_triton_is_imported(monkeypatch):

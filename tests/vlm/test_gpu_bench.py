@@ -28,6 +28,7 @@ def test_every_row_runs_in_small(tmp_path):
     assert steps[1]["measured GB"] < steps[0]["measured GB"]
     served = [row for name, row in rows.items() if name.startswith("engine")]
     assert len(served) == 2 and all(row["new tokens a second"] > 0 for row in served)
+    assert rows["Triton kernels"] == "not measured: no GPU"
     text = (tmp_path / "table.md").read_text("utf-8")
     assert text.startswith("`python vlm/gpu_bench.py --tiny`, CPU, torch ")
     assert all(f"| {name} | " in text for name in rows)
@@ -93,10 +94,16 @@ def test_the_table_replaces_the_last_one_between_its_marks(tmp_path):
     assert all(written.count(f"\n{mark}\n") == 1 for mark in gpu_bench.MARKS)
 
 
+def test_kernels_are_not_measured_where_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(gpu_bench.triton_offline, "available", lambda: False)
+    rows = gpu_bench.kernel_rows(TINY, torch.device("cuda"))
+    assert rows == {"Triton kernels": "not measured: pip install triton"}
+
+
 def test_wrong_flags_are_refused(tmp_path):
     out = str(tmp_path / "x")
     for flags, message in (
-        ({"only": ("magic",)}, "--only magic: there are unet, dit, memory, engine"),
+        ({"only": ("magic",)}, "--only magic: there are unet, dit, memory, engine, kernels"),
         ({"steps": 0}, "--rounds and --steps must be at least 1"),
         ({"tiny": True, "write": True}, "not for --write"),
         ({"device": "cpu"}, "--device cpu is no GPU"),
