@@ -4,7 +4,7 @@ Users send chats one after the other, several users at once, as streams (a close
 last one is answered). The server is one that this script starts, and then its CPU seconds are read as well, or
 whatever answers at --base-url. Percentiles are those of numpy.
 
-    python deploy/load.py                              # serve.py and serve.py --int8
+    python deploy/load.py                              # serve.py, in float32, int8 and int4
     python deploy/load.py --transformers               # beside `transformers serve --continuous-batching`
     python deploy/load.py --base-url http://127.0.0.1:8000/v1 --model smollm2
 """
@@ -186,7 +186,8 @@ def started(command, port, threads, log):
 def commands(cfg, folder):
     """{name: (command, port, name of the model)} of the servers that are started."""
     made = {}
-    for name, flags in {"serve.py": [], "serve.py --int8": ["--int8"]}.items():
+    for flags in ([], ["--int8"], ["--int4"]):
+        name = " ".join(["serve.py", *flags])
         port = free_port()
         script = str(Path(__file__).parent / "serve.py")
         out = str(folder / name.replace(" ", ""))

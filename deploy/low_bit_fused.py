@@ -49,6 +49,18 @@ def stacked(layers):
     return made
 
 
+def share(stack, layers):
+    """Each layer reads its rows of the stack from now on: codes and weights are held once, scales twice."""
+    if isinstance(stack, Int4Int8Linear):
+        share(stack.int4, [layer.int4 for layer in layers])
+        share(stack.int8, [layer.int8 for layer in layers])
+    for name in ("packed", "codes", "weight"):
+        if hasattr(stack, name):
+            parts = getattr(stack, name).split([layer.out_features for layer in layers])
+            for layer, rows in zip(layers, parts):
+                getattr(layer, name).data = rows
+
+
 class FusedLayer(nn.Module):
     """The decoder layer of llama.py, the same numbers with fewer operations."""
 
@@ -56,8 +68,12 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.head_dim = layer.head_dim
         self.kv_heads = layer.k.out_features // layer.head_dim
-        self.qkv = stacked([layer.q, layer.k, layer.v])
-        self.gate_up = stacked([layer.gate, layer.up])
+        attention = [layer.q, layer.k, layer.v]
+        mlp = [layer.gate, layer.up]
+        self.qkv = stacked(attention)
+        self.gate_up = stacked(mlp)
+        share(self.qkv, attention)
+        share(self.gate_up, mlp)
         self.o = layer.o
         self.down = layer.down
         self.norm_attention = layer.norm_attention
@@ -85,7 +101,7 @@ def rms_norm(x, norm):
 
 
 def fused(model):
-    """A Llama of transformers, with any linear layers -> our Llama, layers fused; what is stacked is copied."""
+    """A Llama of transformers, with any linear layers -> our Llama, layers fused, with the weights of the model."""
     llama = Llama(model)
     llama.layers = nn.ModuleList(FusedLayer(layer) for layer in llama.layers)
     return llama

@@ -7,6 +7,7 @@ whole letters and without stop strings (text_stream.py); answers can be bound to
     python deploy/serve.py                              # SmolLM2 at http://127.0.0.1:8000/v1
     python deploy/serve.py --once                       # one request of its own, over HTTP
     python deploy/serve.py --int8 --port 0              # int8 layers, a free port
+    python deploy/serve.py --int4                       # 4-bit codes for few tokens, int8 for many
     python deploy/serve.py --model outputs/quantize/model     # any folder, also one of quantize.py
 """
 
@@ -23,6 +24,8 @@ from deploy import decode, quantized_model
 from deploy.engine import Engine
 from deploy.http_server import bind, is_loopback, make_server
 from deploy.int8_linear import int8_layers
+from deploy.low_bit_fused import fused
+from deploy.low_bit_layers import int4_layers, int4_smollm2
 from utils import run
 from utils.run import check
 from utils.text import clean, printable
@@ -37,6 +40,7 @@ class Config:
     model: str = "smollm2"  # or a folder, also one of quantize.py, or a hub id
     name: str = ""  # of the model, for clients; default: that of --model
     int8: bool = False  # linear layers in int8 (int8_linear.py)
+    int4: bool = False  # int4 for decoding, int8 for prefill (low_bit_layers.py), on a CPU
     host: str = "127.0.0.1"  # another one than loopback needs a key, in VLM_ACTION_API_KEY
     port: int = 8000  # 0: a free one
     insecure: bool = False  # serve others without a key
@@ -113,16 +117,29 @@ def app(model, tokenizer, engine=None, name="model", hosts=("*",), **about):
     return made
 
 
+def low_bit(model, cfg):
+    """Linear layers in the bits that are asked for, in place -> the model. Raises UserError."""
+    check(not (cfg.int8 and cfg.int4), "--int8 or --int4: one of them")
+    if cfg.int8:
+        return int8_layers(model)
+    if cfg.int4:
+        check(model.device.type == "cpu", "--int4 is a product of CPUs: say --device cpu")
+        # SmolLM2 keeps the codes of its file; other models are rounded to such codes
+        in_int4 = int4_smollm2 if cfg.model == "smollm2" else int4_layers
+        return in_int4(model, prefill_int8=True)
+    return model
+
+
 def load(cfg: Config):
-    """-> tokenizer, model in float32, with int8 layers if asked for, further arguments of Service."""
+    """-> tokenizer, model in float32, in fewer bits if asked for, further arguments of Service."""
     on = run.device(cfg.device)
     if quantized_model.is_ours(cfg.model):
-        check(not cfg.int8, "--int8: this model is quantised already; leave it out")
+        plain = not cfg.int8 and not cfg.int4
+        check(plain, "--int8, --int4: this model is quantised already; leave them out")
         tokenizer, model = quantized_model.load(cfg.model, on)
     else:
         tokenizer, model = decode.load(cfg.model, on)
-    model = model.float()
-    return tokenizer, int8_layers(model) if cfg.int8 else model, {}
+    return tokenizer, low_bit(model.float(), cfg), {}
 
 
 def ask(address, model, content, key=""):
@@ -151,7 +168,9 @@ def serve(cfg: Config, load, content) -> dict:
     tokenizer, model, more = load(cfg)
     folder = run.output(cfg.out, cfg)
     name = cfg.name or Path(cfg.model).name or "model"
-    engine = Engine(model, cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
+    # layers of few bits take less time than the operations between them: fewer, larger ones
+    llama = fused(model) if cfg.int8 or cfg.int4 else model
+    engine = Engine(llama, cfg.blocks, cfg.block_size, cfg.max_batch, cfg.max_tokens)
     hosts = ("127.0.0.1", "localhost", "[::1]", "::1", cfg.host) if private else ("*",)
     about = {"key": key, "waiting": cfg.waiting, "request_seconds": cfg.seconds} | more
     made = app(model, tokenizer, engine, printable(name), hosts, **about)

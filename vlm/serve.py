@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from deploy import serve
-from deploy.int8_linear import int8_layers
 from utils import data, images, run
 from utils.run import check
 from vlm import generation, llava, prompts
@@ -118,8 +117,7 @@ def load(cfg: Config):
     model.language.float()
     eos = prompts.ends(tokenizer, model.language)
     more = {"chat": photo_chat(tokenizer, model), "eos": eos}
-    language = int8_layers(model.language) if cfg.int8 else model.language
-    return tokenizer, language, more
+    return tokenizer, serve.low_bit(model.language, cfg), more
 
 
 def data_url(photo):

@@ -107,10 +107,11 @@ def test_a_server_that_does_not_start_is_one_line(tmp_path):
 def test_servers_that_are_started_know_their_flags(tmp_path):
     known = {f"--{name.replace('_', '-')}" for name in serve.Config.__dataclass_fields__}
     found = load.commands(load.Config(transformers=True), tmp_path)
-    for name in ("serve.py", "serve.py --int8"):
+    for name in ("serve.py", "serve.py --int8", "serve.py --int4"):
         command, port, _ = found[name]
         assert {flag for flag in command if flag.startswith("--")} <= known
-        assert str(port) in command and ("--int8" in command) == ("int8" in name)
+        bits = [flag for flag in command if flag in ("--int8", "--int4")]
+        assert str(port) in command and bits == name.split()[1:]
     assert "--continuous-batching" in found["transformers serve"][0]
 
 

@@ -198,6 +198,29 @@ def test_fused_layers_compute_the_same(way, parity):
     parity("Low-bit", f"low_bit_fused.fused, {way}", "llama.Llama", quick, plain, atol)
 
 
+def held(*modules):
+    """Bytes in memory, of what several parts share once."""
+    found = {}
+    for module in modules:
+        for x in [*module.parameters(), *module.buffers()]:
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_layers_share_the_weights_of_the_model(way):
+    """All but scales and zero points of int4, of which q, k, v, gate and up have 4 bytes for 32 weights."""
+    model = WAYS[way](tiny())
+    before = held(model, Llama(model))
+    more = held(model, fused(model)) - before
+    stacked_rows = 2 * (128 + 64 + 64 + 192 + 192)
+    scales = {"fp32": 0, "int8": 4}.get(way, 4 * 128 // 32) * stacked_rows
+    if way == "int4 + int8":
+        scales += 4 * stacked_rows
+    assert more == scales
+
+
 def test_an_engine_runs_on_fused_int4_layers():
     model = int4_layers(tiny())
     prompts = [[5, 6, 7], [8, 9, 10, 11]]
