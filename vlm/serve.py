@@ -105,6 +105,8 @@ def photo_chat(tokenizer, model):
         check(len(places) == len(shown), "the prompt has another number of image tokens")
         embeds = {place: embedding for place, (_, embedding) in zip(places, shown)}
         names = {place: name for place, (name, _) in zip(places, shown)}
+        # <image> may have no row in the table of embeddings; no such row is used
+        ids = [0 if place in embeds else token for place, token in enumerate(ids)]
         return ids, embeds, names
 
     return chat

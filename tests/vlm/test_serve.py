@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from deploy.engine import Engine
+from deploy.int8_linear import Int8Linear
+from tests import eyes
 from tests.deploy import servers
 from utils import data, images
 from utils.run import UserError
-from vlm import generation, serve
+from vlm import generation, llava, prompts, serve
 
 ASK = "What fruit is this?"
 
@@ -126,3 +128,16 @@ def test_data_urls(tmp_path):
     image.save(tmp_path / "photo.jpg")
     assert serve.data_url(tmp_path / "photo.jpg").startswith("data:image/jpeg;base64,/9j/")
     assert images.open_image(tmp_path / "photo.jpg").size == (4, 3)
+
+
+def test_layers_in_few_bits(tmp_path, monkeypatch):
+    """--int8 is of the language model alone; the tower and the connector stay."""
+    pair = eyes.talker(tmp_path)
+    monkeypatch.setattr(llava, "load", lambda *about: pair)
+    _, language, about = serve.load(serve.Config(int8=True, device="cpu"))
+    assert isinstance(language.model.layers[0].mlp.up_proj, Int8Linear)
+    assert not [m for m in pair[1].vision.modules() if isinstance(m, Int8Linear)]
+    assert about["eos"] == prompts.ends(*pair[:1], language)
+    with pytest.raises(UserError, match="blocks of 32"):
+        pair = eyes.talker(tmp_path)
+        serve.load(serve.Config(int4=True, device="cpu"))
