@@ -44,6 +44,15 @@ def pytest_addoption(parser):
         metavar="N",
         help="show the N slowest tests and sums per chapter",
     )
+    parser.addoption(
+        "--base-url",
+        default="",
+        metavar="URL",
+        help="server that tests/deploy/test_client.py asks, such as http://127.0.0.1:8000/v1",
+    )
+    parser.addoption(
+        "--served-model", default="", metavar="NAME", help="its model; default: the first"
+    )
 
 
 @pytest.fixture(autouse=True)

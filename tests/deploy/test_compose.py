@@ -78,13 +78,26 @@ def test_the_unit_of_systemd():
 def test_nginx_speaks_of_the_server():
     text = read("nginx.conf")
     assert text.count("{") == text.count("}")
-    assert "proxy_buffering off" in text and f"client_max_body_size {16}m" in text
+    assert "proxy_buffering off" in text and "least_conn" in text
+    assert f"client_max_body_size {16}m" in text
     assert f"proxy_read_timeout {serve.Config.seconds:.0f}s" in text
     assert "/metrics" not in text
+    # the headers of all locations: a server refuses a name that is not this machine's, also at /health
+    for location in re.findall(r"location[^{]*\{([^}]*)\}", text):
+        assert "proxy_set_header" not in location
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed (apt: nginx)")
 def test_nginx_reads_the_file(tmp_path):
-    command = ["nginx", "-t", "-c", str(FOLDER / "nginx.conf"), "-p", str(tmp_path)]
+    command = [
+        "nginx",
+        "-t",
+        "-e",
+        "error.log",
+        "-c",
+        str(FOLDER / "nginx.conf"),
+        "-p",
+        str(tmp_path),
+    ]
     found = subprocess.run(command, capture_output=True, text=True)
     assert "syntax is ok" in found.stderr, found.stderr
