@@ -61,6 +61,16 @@ def share(stack, layers):
                 getattr(layer, name).data = rows
 
 
+def bytes_held(*modules):
+    """Bytes of their parameters and buffers in memory; what several share counts once."""
+    found = {}
+    for module in modules:
+        for x in [*module.parameters(), *module.buffers()]:
+            storage = x.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
 class FusedLayer(nn.Module):
     """The decoder layer of llama.py, the same numbers with fewer operations."""
 

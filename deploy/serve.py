@@ -24,7 +24,7 @@ from deploy import decode, quantized_model
 from deploy.engine import Engine
 from deploy.http_server import bind, is_loopback, make_server
 from deploy.int8_linear import int8_layers
-from deploy.low_bit_fused import fused
+from deploy.low_bit_fused import bytes_held, fused
 from deploy.low_bit_layers import int4_layers, int4_smollm2
 from utils import run
 from utils.run import check
@@ -203,6 +203,7 @@ def serve(cfg: Config, load, content) -> dict:
         "prompt tokens": counts.prompt_tokens,
         "new tokens": counts.generated_tokens,
         "CPU seconds while serving": seconds,
+        "weights, MB": bytes_held(model, engine.llama) / 1e6,
     }
     return run.report(folder, metrics, then="deploy/serve.md: curl, openai, load")
 

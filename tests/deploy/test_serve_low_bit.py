@@ -9,7 +9,7 @@ import torch
 from deploy import decode, kv_cache, low_bit, quantized_model, serve
 from deploy.caches import StaticCache
 from deploy.int8_linear import Int8Linear, int8_layers
-from deploy.low_bit_fused import FusedLayer, fused
+from deploy.low_bit_fused import FusedLayer, bytes_held, fused
 from deploy.low_bit_layers import FEW, Int4Int8Linear, int4_layers
 from tests import llamas
 from tests.deploy.test_low_bit_layers import tiny
@@ -64,8 +64,11 @@ def test_answers_are_those_of_greedy_decoding(
     flag, layers, kind, model, engines, tmp_path, capsys, parity
 ):
     about = {flag: True, "model": "some/llama", "prompt": ASK, "out": str(tmp_path)}
-    serve.main(serve.Config(port=0, once=True, **about))
-    wanted = greedy(fused(layers(model)), llamas.tokenizer(), 32)
+    found = serve.main(serve.Config(port=0, once=True, **about))
+    # `layers` works in place
+    llama = fused(layers(model))
+    assert found["weights, MB"] == bytes_held(model, llama) / 1e6
+    wanted = greedy(llama, llamas.tokenizer(), 32)
     text = llamas.tokenizer().decode(wanted)
     assert serve.clean(text) in capsys.readouterr().out
     (engine,) = engines
