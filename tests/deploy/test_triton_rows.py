@@ -153,7 +153,7 @@ def test_adamw(parity, decay):
     moments = [torch.zeros_like(mine), torch.zeros_like(mine)]
     about = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": decay}
     optimizer = torch.optim.AdamW([theirs], **about)
-    sizes = 10 ** torch.linspace(-6, 2, 50)
+    sizes = 10 ** torch.linspace(-6, 0, 50)
     for step in range(1, 11):
         theirs.grad = torch.randn(30, 50) * sizes
         theirs.grad[0] = 0
