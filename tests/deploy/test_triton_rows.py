@@ -54,7 +54,7 @@ def test_softmax_of_strided_rows_and_of_none():
             triton_softmax.softmax(torch.zeros(1, width))
 
 
-def test_a_row_is_read_and_written_inside_its_tensor():
+def test_softmax_writes_inside_its_tensor():
     x, _ = guarded((3, 5))
     x.copy_(torch.randn(3, 5))
     y, storage = guarded((3, 5))
