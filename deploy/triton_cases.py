@@ -51,6 +51,10 @@ def softmax_eager(x):
     return exponentials / exponentials.sum(-1, keepdim=True)
 
 
+def softmax_library(x):
+    return x.softmax(-1)
+
+
 def rms_norm_eager(x, w):
     """x / sqrt(mean(x^2) + eps) * w."""
     inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
@@ -102,6 +106,10 @@ def adamw_library(p, m, v, g):
     return p, m, v
 
 
+def product(a, b):
+    return a @ b
+
+
 def int4_eager(x, packed, scales, zeros):
     """Unpack, (code - zero) * scale, product: the whole weight in the type of x goes to memory."""
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
@@ -118,6 +126,10 @@ def norm_inputs(sizes, dtype, device):
     (x,) = rows_of_numbers(sizes, dtype, device)
     (dy,) = rows_of_numbers(sizes, dtype, device)
     return x, torch.randn(sizes.columns, dtype=dtype, device=device), dy
+
+
+def norm_inputs_forward(sizes, dtype, device):
+    return norm_inputs(sizes, dtype, device)[:2]
 
 
 def adamw_inputs(sizes, dtype, device):
@@ -156,12 +168,12 @@ CASES = {
     "softmax": Case(
         rows_of_numbers,
         triton_softmax.softmax,
-        lambda x: x.softmax(-1),
+        softmax_library,
         softmax_eager,
         no_flops,
     ),
     "RMSNorm": Case(
-        lambda *about: norm_inputs(*about)[:2],
+        norm_inputs_forward,
         rms_norm_fused,
         rms_norm_library,
         rms_norm_eager,
@@ -175,7 +187,7 @@ CASES = {
         no_flops,
     ),
     "AdamW": Case(adamw_inputs, adamw_fused, adamw_library, adamw_eager, no_flops),
-    "matmul": Case(matmul_inputs, triton_matmul.matmul, torch.matmul, torch.matmul, matmul_flops),
+    "matmul": Case(matmul_inputs, triton_matmul.matmul, product, product, matmul_flops),
     "int4 matmul": Case(int4_inputs, triton_int4.int4_matmul, int4_eager, int4_eager, int4_flops),
 }
 
