@@ -56,6 +56,7 @@ class Engine:
 
     model: a Llama of transformers, or of llama.py. blocks x block_size tokens fit into the cache. max_batch:
     requests that run at once; max_tokens: new tokens of a step. policy: "fcfs" or "shortest".
+    cache: PagedCache, or TritonPagedCache of triton_paged.py.
     """
 
     def __init__(
@@ -67,12 +68,13 @@ class Engine:
         max_tokens=256,
         policy="fcfs",
         prefix_sharing=True,
+        cache=PagedCache,
     ):
         check(min(max_batch, max_tokens) > 0, "max_batch and max_tokens must be at least 1")
         check(policy in ("fcfs", "shortest"), f"policy {policy}: there are fcfs and shortest")
         self.llama = model if isinstance(model, Llama) else Llama(model)
         self.pool = BlockPool(blocks, block_size)
-        self.cache = PagedCache(self.llama, blocks, block_size)
+        self.cache = cache(self.llama, blocks, block_size)
         about = (max_batch, max_tokens, policy, prefix_sharing)
         self.scheduler = Scheduler(self.pool, self.cache.copy, *about)
         # counters: steps, and tokens that were read

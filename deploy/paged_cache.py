@@ -153,9 +153,13 @@ class PagedCache:
         for rows, tables, mask in self.groups:
             # (H,B,T,D) -> (B,H,T,D)
             queries = q[0][:, rows].transpose(0, 1)
-            found = attention(queries, self.read(keys, tables), self.read(values, tables), mask)
+            found = self.attend_group(queries, keys, values, tables, mask)
             seen[0][:, rows] = found.transpose(0, 1)
         return seen
+
+    def attend_group(self, q, keys, values, tables, mask):
+        """Queries (B,H,T,D) of sequences with these block tables -> (B,H,T,D); their blocks are gathered."""
+        return attention(q, self.read(keys, tables), self.read(values, tables), mask)
 
     def read(self, stored, tables):
         """Blocks (N,size,K,D) and block tables (B,n) -> (B,K,n size,D)."""

@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 
 from deploy.triton_flash_backward import backward
-from deploy.triton_tiles import TILES, keys_end, load_tile, masked_scores, store_tile
+from deploy.triton_tiles import (
+    TILES,
+    keys_end,
+    load_tile,
+    masked_scores,
+    online_softmax,
+    store_tile,
+)
 from utils.run import check
 
 
@@ -44,25 +51,19 @@ def flash_forward(
     # G heads of queries share keys and values
     k += head // G * S * D
     v += head // G * S * D
-    # of each row: the largest score so far, the sum of exponentials, the sum of values
+    # of each row: the largest score, the sum of exponentials, the sum of values weighted by them
     m = tl.full((M,), float("-inf"), tl.float32)
-    l = tl.zeros((M,), tl.float32)  # noqa: E741  (the paper's letter)
+    total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
     for start in range(0, keys_end(tile, T, S, M, CAUSAL), N):
         columns = start + tl.arange(0, N)
         keys = load_tile(k, columns, S, D, UPCAST)
         s = masked_scores(queries, keys, rows, columns, scale, T, S, CAUSAL)
-        # online softmax: what was summed under the old maximum shrinks by alpha
-        m_new = tl.maximum(m, tl.max(s, 1))
-        alpha = tl.exp(m - m_new)
-        p = tl.exp(s - m_new[:, None])
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
         values = load_tile(v, columns, S, D, UPCAST)
-        acc = acc * alpha[:, None] + tl.dot(p.to(values.dtype), values)
-        m = m_new
+        m, total, acc = online_softmax(s, values, m, total, acc)
     # divide once, at the end
-    store_tile(out + head * T * D, acc / l[:, None], rows, T, D)
-    tl.store(lse + head * T + rows, m + tl.log(l), mask=rows < T)
+    store_tile(out + head * T * D, acc / total[:, None], rows, T, D)
+    tl.store(lse + head * T + rows, m + tl.log(total), mask=rows < T)
 
 
 class FlashAttention(torch.autograd.Function):

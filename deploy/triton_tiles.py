@@ -1,6 +1,8 @@
-"""What the kernels of FlashAttention share: tiles are loaded and stored, and their scores are masked.
+"""Steps that attention kernels share: load and store a tile, mask its scores, online softmax.
 
-Dao 2023, arXiv:2307.08691, Sec. 3.1. Shapes: matrices of T or S rows of D numbers, contiguous; tiles of M
+Dao 2023, arXiv:2307.08691, Sec. 3.1; Milakov & Gimelshein 2018, arXiv:1805.02867.
+
+Shapes: matrices of T or S rows of D numbers, contiguous; tiles of M
 queries and N keys.
 """
 
@@ -54,3 +56,18 @@ def keys_end(tile, T, S, M: tl.constexpr, CAUSAL: tl.constexpr):
     if CAUSAL:
         end = tl.minimum(S, (tile + 1) * M + S - T)
     return end
+
+
+@triton.jit
+def online_softmax(s, values, m, total, acc):
+    """One more tile of keys. Scores (M,N) and values (N,D) -> m, total (M,) and acc (M,D) with them in it.
+
+    m: the largest score of each row so far; total: sum of exp(s - m); acc: sum of exp(s - m) v. What was summed
+    under the old maximum shrinks by alpha. Milakov & Gimelshein 2018, Algorithm 3.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    alpha = tl.exp(m - m_new)
+    p = tl.exp(s - m_new[:, None])
+    total = total * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None] + tl.dot(p.to(values.dtype), values)
+    return m_new, total, acc
