@@ -97,6 +97,11 @@ def merge_parts(parts, lse, out, P, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.
     tl.store(out + (sequence * H + head) * D + columns, result.to(out.dtype.element_ty))
 
 
+def rows_of(G):
+    """Rows of a tile of G queries: tensor cores want 16 or more, ranges of Triton a power of two."""
+    return max(16, triton.next_power_of_2(G))
+
+
 def paged_attention(q, keys, values, tables, lengths, scale=None, parts=None):
     """Queries (B,H,D), one a sequence; blocks (N,size,K,D); block tables (B,W) -> (B,H,D).
 
@@ -117,7 +122,7 @@ def paged_attention(q, keys, values, tables, lengths, scale=None, parts=None):
     found = q.new_empty((B, P, H, D), dtype=torch.float32)
     lse = q.new_empty((B, P, H), dtype=torch.float32)
     about = {"K": K, "G": G, "D": D, "SIZE": size, "TILE": TILE, "UPCAST": not q.is_cuda}
-    about["ROWS"] = max(16, triton.next_power_of_2(G))
+    about["ROWS"] = rows_of(G)
     blocks = (keys.contiguous(), values.contiguous(), tables.contiguous())
     scale = scale or 1 / math.sqrt(D)
     paged_part[(B, K, P)](q.contiguous(), *blocks, lengths, found, lse, scale, W, P, **about)

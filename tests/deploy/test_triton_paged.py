@@ -8,7 +8,8 @@ from deploy import triton_paged
 from deploy.engine import Engine
 from deploy.llama import Llama, attention
 from deploy.paged_cache import PagedCache, Part
-from deploy.triton_offline import compile_all, request
+from deploy.triton_attention_builds import paged_build
+from deploy.triton_builds import compiled
 from deploy.triton_paged import TritonPagedCache, paged_attention
 from utils.run import UserError
 
@@ -140,14 +141,9 @@ def test_answers_of_the_engine_are_those_without_the_kernel(model, parity, monke
 
 def test_no_registers_are_spilled():
     """Blocks of 8 and 16 tokens, heads of 64 and 128, on an A100 and an H100."""
-    signature = dict.fromkeys(("q", "keys", "values"), "*bf16:16")
-    signature |= {"tables": "*i64:16", "lengths": "*i64:16", "out": "*fp32:16", "lse": "*fp32:16"}
-    signature |= {"scale": "fp32", "W": "i32", "P": "i32"}
-    asked = []
     for D, size, arch in ((64, 8, 80), (128, 16, 90)):
-        about = {"K": 4, "G": 4, "D": D, "SIZE": size, "ROWS": 16, "TILE": 64, "UPCAST": False}
-        asked.append(request(triton_paged.paged_part, signature, about, arch))
-    for found in compile_all(asked):
+        built = paged_build(D, 4, 4, size)
+        ((found,),) = (by_arch.values() for by_arch in compiled([built], [arch]).values())
         assert found["spills"] == 0 and found["mma"] > 0
 
 
