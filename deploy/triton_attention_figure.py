@@ -76,8 +76,8 @@ def draw_figure(shape):
     right.plot(places, sums, "o-", color="C0", markersize=3, label="m + log of the sum")
     right.axhline(float(scores.logsumexp(0)), color="0.3", linestyle="--", linewidth=1)
     right.set(xlabel="keys read", title="online softmax of one row")
-    right.set_ylim(bottom=-10)
-    right.legend(fontsize=8, frameon=False, loc="lower right", ncols=3)
+    right.set_ylim(bottom=-13)
+    right.legend(fontsize=8, frameon=False, loc="lower right")
     figure.tight_layout()
     return figure
 

@@ -77,11 +77,10 @@ def test_kept_for_the_backward_pass_is_measured(parity):
     predicted = triton_attention_costs.kept_bytes(shape, flash=True)
     names = "triton_attention_costs.kept_bytes", "torch saved_tensors_hooks"
     parity("Triton attention", *names, predicted, measured, 0)
-    # eager attention keeps its keys and values repeated for each head, too
-    stored = kept(eager, shape)
-    extra = stored - triton_attention_costs.kept_bytes(shape, flash=False)
-    repeated = 4 * 2 * shape.H * shape.S * shape.D
-    assert 0 <= extra <= 2 * repeated
+    # eager attention keeps P, and its keys and values for each head of queries
+    repeated = 4 * 2 * (shape.H - shape.K) * shape.S * shape.D
+    predicted = triton_attention_costs.kept_bytes(shape, flash=False)
+    assert kept(eager, shape) == predicted + repeated
     long = Shape(1, 32, 8, 8192, 8192, 128)
     ratio = [triton_attention_costs.kept_bytes(long, flash=flash) for flash in (False, True)]
     assert ratio[0] > 20 * ratio[1]
