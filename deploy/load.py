@@ -166,7 +166,7 @@ def started(command, port, threads, log):
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
-        until = time.monotonic() + 180
+        until = time.monotonic() + 600
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
