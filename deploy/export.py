@@ -14,14 +14,15 @@ Shapes: a sequence of T new tokens after S past ones, V tokens in the vocabulary
     python deploy/export_compile.py                # torch.compile, torch.jit.trace, DeepSpeed
 """
 
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from deploy import decode, export_figure, export_int8, export_onnx
 from deploy.export_int8 import perplexity, score, sensitivity
 from deploy.export_step import DecodeStep, OnnxStep, export_step, generate
+from deploy.export_times import measure
 from deploy.perplexity import texts_of
 from utils import run
 from utils.run import check
@@ -68,14 +69,8 @@ def write_formats(step, kinds, folder, block):
 def times(steps, past, rounds):
     """{name: least CPU ms of one token after `past` others}, all of them once a round, in turn."""
     token = torch.ones(1, 1, dtype=torch.long)
-    seconds = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            cache = step.empty(past)
-            start = time.process_time()
-            step(token, cache)
-            seconds[name].append(time.process_time() - start)
-    return {name: 1000 * min(found) for name, found in seconds.items()}
+    ways = {name: partial(step, token, step.empty(past)) for name, step in steps.items()}
+    return {name: row["ms"] for name, row in measure(ways, rounds).items()}
 
 
 def one_at_a_time(step):

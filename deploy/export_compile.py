@@ -14,6 +14,7 @@ Shapes: a sequence of T new tokens, a cache of N slots, L layers, K heads of D n
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch import nn
 
 from deploy import decode, kv_cache
 from deploy.caches import StaticCache
-from deploy.export import times
 from deploy.export_onnx import quiet
 from deploy.export_step import DecodeStep
+from deploy.export_times import measure
 from deploy.llama import attention
 from utils import run
 from utils.run import check
@@ -142,8 +143,8 @@ def count_graphs(llama, length, tokens=6):
     }
 
 
-def compile_step(step):
-    """StaticStep -> compiled for one token, and the CPU seconds that its first call takes, the C++ compiler's too.
+def compile_module(module, args):
+    """A module -> compiled for these arguments, and the CPU seconds that its first call takes, the C++ compiler's too.
 
     Raises UserError without a C++ compiler: on a CPU kernels are C++.
     """
@@ -153,11 +154,16 @@ def compile_step(step):
     check(found, "torch.compile needs a C++ compiler, such as g++")
     # no pool of processes: what a child of this process used is counted when it ends
     inductor.compile_threads = 1
-    compiled = torch.compile(step, dynamic=False)
+    compiled = torch.compile(module, dynamic=False)
     start = sum(os.times()[:4])
     with torch.no_grad(), quiet():
-        compiled(torch.ones(1, 1, dtype=torch.long), torch.tensor([0]))
+        compiled(*args)
     return compiled, sum(os.times()[:4]) - start
+
+
+def compile_step(step):
+    """StaticStep -> compiled for one token, and the CPU seconds to compile."""
+    return compile_module(step, (torch.ones(1, 1, dtype=torch.long), torch.tensor([0])))
 
 
 def trace(step, tokens=3, past=5):
@@ -207,35 +213,27 @@ def main(cfg: Config) -> dict:
         off = (traced(*args)[0] - exported(*args)[0]).abs().max()
     metrics["traced, largest difference of logits"] = float(off)
     # a token of each, in turn
+    token = torch.ones(1, 1, dtype=torch.long)
     place = torch.tensor([cfg.length - 1])
+    past = exported.empty(cfg.length - 1)
     ways = {
-        "eager, growing cache": exported,
-        "traced": Timed(traced, exported),
-        "eager, static cache": Timed(lambda token, past: step(token, place)),
-        "compiled, static cache": Timed(lambda token, past: compiled(token, place)),
+        "eager, growing cache": partial(exported, token, past),
+        "traced": partial(traced, token, past),
+        "eager, static cache": partial(step, token, place),
+        "compiled, static cache": partial(compiled, token, place),
     }
     with torch.no_grad():
-        found = times(ways, cfg.length - 1, cfg.rounds)
-    slowest = found["eager, growing cache"]
-    for name, ms in found.items():
-        metrics[name] = {"ms a token": ms, "of eager": ms / slowest}
+        found = measure(ways, cfg.rounds)
+    slowest = found["eager, growing cache"]["ms"]
+    for name, row in found.items():
+        metrics[name] = {
+            "ms a token": row["ms"],
+            "of eager": row["ms"] / slowest,
+            "idle share": row["idle share"],
+        }
     if cfg.deepspeed:
         metrics["DeepSpeed, largest difference"] = deepspeed_difference(model, ids)
     return run.report(folder, metrics, then="python deploy/export.py")
-
-
-class Timed:
-    """A function (token, past) -> anything, with the `empty` that `times` asks for."""
-
-    def __init__(self, function, step=None):
-        self.function = function
-        self.step = step
-
-    def __call__(self, token, past):
-        return self.function(token, past)
-
-    def empty(self, length):
-        return self.step.empty(length) if self.step else None
 
 
 if __name__ == "__main__":

@@ -57,6 +57,16 @@ def write(program, path, inputs, outputs):
     return path
 
 
+def write_batched(module, args, path, inputs, outputs):
+    """A module whose inputs all begin with the batch -> ONNX file for any batch of 1 or more -> path.
+
+    args: an example of each input, of two or more, for torch.export takes a size of 1 for a constant.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    program = export(module, args, tuple({0: batch} for _ in args))
+    return write(program, path, inputs, outputs)
+
+
 def session(path, threads=1):
     """A file -> onnxruntime.InferenceSession on the CPU. Raises UserError for a file that is none."""
     import onnxruntime
@@ -77,3 +87,14 @@ def run_session(running, tensors, outputs=None):
     """{name: tensor} -> list of tensors, all outputs or those that are named."""
     fed = {name: x.numpy() for name, x in tensors.items()}
     return [torch.from_numpy(x) for x in running.run(outputs, fed)]
+
+
+class OnnxModule:
+    """A file as a function of tensors -> its first output. inputs: their names, in the order of the file."""
+
+    def __init__(self, path, threads=1):
+        self.session = session(path, threads)
+        self.inputs = [x.name for x in self.session.get_inputs()]
+
+    def __call__(self, *tensors):
+        return run_session(self.session, dict(zip(self.inputs, tensors, strict=True)))[0]

@@ -23,7 +23,8 @@ from utils.text import printable
 
 def grid(x):
     """Tokens row by row -> (B,g,g,D). Raises UserError if they are not a square."""
-    g = round(x.shape[1] ** 0.5)
+    # in torch.jit.trace a size is a tensor, which round() does not take
+    g = round(int(x.shape[1]) ** 0.5)
     check(g * g == x.shape[1], f"{x.shape[1]} tokens are no square grid: this connector needs one")
     return rearrange(x, "b (h w) d -> b h w d", h=g)
 
