@@ -53,6 +53,7 @@ class OnnxTower(nn.Module):
 
     def __init__(self, path, vision_tower, threads=1):
         super().__init__()
+        self.path = path
         self.module = export_onnx.OnnxModule(path, threads)
         self.size = vision_tower.size
         self.count = vision_tower.count

@@ -1,7 +1,9 @@
 """vlm/export_tower.py: a file that sees as the tower does, int8 with a scale for each channel, the same answers."""
 
 import json
+import math
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from tests import eyes
 from utils import data
 from utils.run import UserError
 from vlm import export_tower, fruit_photos, generation, llava, token_sparsity, tower
+
+INT8 = ["dynamic int8", "static int8 per tensor", "static int8 per channel"]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +48,13 @@ def test_each_format_is_a_file_of_its_own(clip):
     assert len({x.sum().item() for x in found.values()}) == 4
     for x in found.values():
         assert F.cosine_similarity(x, wanted, dim=-1).min() > 0.9
-    assert sorted(paths) == sorted(
-        ["onnx, fp32", "dynamic int8", "static int8 per tensor", "static int8 per channel"]
-    )
+    assert list(paths) == ["onnx, fp32", *INT8]
+    # scales of the first matrix: one, or one for each output channel
+    counts = []
+    for name in INT8[1:]:
+        graph = onnx.load(paths[name]).graph
+        counts.append(max(math.prod(x.dims) for x in graph.initializer if "scale" in x.name))
+    assert counts[0] == 1 < counts[1]
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +160,21 @@ def test_a_run_compares_all_towers(talker, monkeypatch, tmp_path):
     monkeypatch.setattr(llava, "load", lambda *_: (tokenizer, model))
     monkeypatch.setattr(data, "groceries", lambda size: fruit)
     monkeypatch.setattr(export_tower, "write_formats", write_formats)
+    say = export_tower.answers
+
+    def answers(tokenizer, model, vision_tower, photos):
+        told = getattr(vision_tower, "path", "")
+        if "dynamic" in str(told):
+            return [fruit_photos.name_of(fruit, int(photo[0, 0, 0])) for photo in photos]
+        return say(tokenizer, model, vision_tower, photos)
+
+    monkeypatch.setattr(export_tower, "answers", answers)
     about = {"judged": 3, "calibration": 5, "batches": (1, 2), "rounds": 1, "out": str(tmp_path)}
     found = export_tower.main(export_tower.Config(**about))
-    names = ["onnx, fp32", "dynamic int8", "static int8 per tensor", "static int8 per channel"]
-    assert list(found)[:6] == ["eager", *names, "jit.trace, frozen"]
+    assert list(found)[:6] == ["eager", "onnx, fp32", *INT8, "jit.trace, frozen"]
+    # one tower says what is true, the others what the model says
+    assert found["dynamic int8"]["answers as eager"] == 0 < found["dynamic int8"]["right"] == 3
+    assert found["eager"]["right"] == 0
     for name in ("eager", "onnx, fp32"):
         assert found[name]["answers as eager"] == found["photos"] == 3
         assert found[name]["least cosine"] == pytest.approx(1, abs=1e-5)
