@@ -32,6 +32,7 @@ MEASURE |= {
     "engine_study",
     "evaluate",
     "export_compile",
+    "export_tower",
     "flamingo_lora",
     "gpu_bench",
     "load",
