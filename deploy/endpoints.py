@@ -59,6 +59,7 @@ async def read_body(service, request):
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # other pages of a browser can send any other type without asking
     require(kind == "application/json", "Content-Type must be application/json", status=415)
+    # bounded in time and bytes: a slow or endless body holds nothing up
     raw = bytearray()
     try:
         async with asyncio.timeout(service.body_seconds):
@@ -85,6 +86,7 @@ async def completions(service: Service, request: Request):
 
 async def generate(service, request, asked):
     """Text for a checked request: whole, or as a stream."""
+    # refuse what cannot be answered, before it takes a place
     service.check_model(asked.model)
     service.check_open()
     began = time.monotonic()
@@ -99,6 +101,7 @@ async def generate(service, request, asked):
         prompt_tokens = sum(len(prompt) for prompt, _, _ in wanted[:: asked.n])
         service.metrics.prompt_tokens += prompt_tokens
         answers = Answers(service, asked, ticket, began, prompt_tokens)
+        # a stream closes the ticket itself, at its end
         if asked.stream:
             stays_open = True
             return EventStream(answers)
@@ -130,6 +133,7 @@ async def embeddings(service: Service, request: Request):
 
 async def models(service: Service, request: Request):
     """/v1/models, /v1/models/{name}"""
+    # the list, or the one that is named
     found = responses.models(service.name, service.created)
     name = request.path_params.get("name")
     if name is None:

@@ -86,6 +86,7 @@ class Engine:
 
         Raises UserError for a request that can never fit.
         """
+        # a request that never fits would wait for ever
         request = Request(list(prompt), max_new_tokens, **about)
         asked = request.prompt and max_new_tokens > 0
         check(asked, "a request needs a prompt of one token, and asks for one")
@@ -136,6 +137,7 @@ class Engine:
     @torch.no_grad()
     def step(self):
         """One forward pass over all that takes part -> [(request, its new token)]."""
+        # who takes part, and with how many tokens
         parts = self.scheduler.schedule()
         if not parts:
             return []
@@ -146,6 +148,7 @@ class Engine:
         logits = self.llama(x, positions, self.cache, keep=ends.to(x.device))[0].float()
         self.steps += 1
         self.fed += x.shape[1]
+        # a token for each whose prompt is read
         said = []
         for (request, count), row in zip(parts, logits):
             request.cached += count
@@ -200,6 +203,7 @@ def main(cfg: Config) -> dict:
     model = model.float()
     if cfg.int8:
         int8_layers(model)
+    # requests that arrive all at once
     engine = Engine(model, *about, cfg.policy, cfg.prefix_sharing)
     about = (cfg.requests, cfg.max_new_tokens, cfg.seed, cfg.common)
     prompts, lengths = mixed_requests(tokenizer, *about)
@@ -212,6 +216,7 @@ def main(cfg: Config) -> dict:
         engine.step()
         history.append(engine_blocks.owners(engine, requests))
     seconds = time.process_time() - start
+    # answers, blocks, counters
     answers = [tokenizer.decode(request.new) for request in requests]
     run.write_json(folder / "answers.json", answers)
     engine_blocks.draw(folder / "blocks.png", history, len(requests))

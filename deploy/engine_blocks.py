@@ -12,8 +12,10 @@ def owners(engine, requests):
     """Who holds each block: number of the request; -1 nobody, -2 nobody, and its content can be found
     again, -3 several."""
     found = np.full(len(engine.pool.holders), -1)
+    # free, but found again by its content
     for block in engine.pool.key_of:
         found[block] = -2
+    # held by one request, or shared
     for number, request in enumerate(requests):
         for block in request.table:
             found[block] = number if engine.pool.holders[block] == 1 else -3
@@ -27,6 +29,7 @@ def draw_figure(history, count):
     held = np.stack(history, axis=1)
     # only blocks that were ever used
     held = held[(held != -1).any(axis=1)]
+    # a colour for each request, grey and black for the rest
     colours = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, count))
     image = np.ones((*held.shape, 3))
     image[held == -2] = (0.88, 0.88, 0.88)

@@ -132,6 +132,7 @@ class EngineLoop:
         """Jobs, then one step, again and again; waits for a job when there is nothing to do."""
         scheduler = self.engine.scheduler
         while True:
+            # all jobs that are there; with nothing to decode, wait for one
             idle = not scheduler.running and not scheduler.waiting
             with suppress(queue.Empty):
                 while True:
@@ -153,6 +154,7 @@ class EngineLoop:
             # blocks that were promised in this step hold nothing
             self.engine.pool.forget()
             return
+        # tokens of this step, each for the ticket that asked
         events = []
         for request, token in said:
             ticket, choice = self.owner[request]

@@ -43,10 +43,12 @@ def static_batches(model, prompts, lengths, batch):
     answers = []
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
+        # all wait for the longest answer of the batch
         padded = decode.left_padded(prompts[part], 0)
         longest = max(lengths[part])
         about = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         found = model.generate(**padded, max_new_tokens=longest, **about)
+        # what goes beyond its own length was computed in vain
         new = found[:, padded["input_ids"].shape[1] :].tolist()
         answers += [row[:length] for row, length in zip(new, lengths[part])]
     return answers
@@ -63,6 +65,7 @@ def transformers_engine(model, prompts, lengths, batch, blocks, block_size):
         max_batch_tokens=256,
         max_requests_per_batch=batch,
     )
+    # requests in the order of arrival, answers as they end
     done = {}
     with model.continuous_batching_context_manager(
         generation_config=about, continuous_batching_config=config
@@ -101,6 +104,7 @@ def main(cfg: Config) -> dict:
     tokenizer, model = decode.load(cfg.model, "cpu")
     model = model.float()
     folder = run.output(cfg.out, cfg)
+    # the same requests for all, weights in float32 and with int8 layers
     prompts, lengths = mixed_requests(tokenizer, cfg.requests, cfg.max_new_tokens, cfg.seed)
     quantised = int8_layers(copy.deepcopy(model))
     llama = Llama(model)
@@ -113,15 +117,18 @@ def main(cfg: Config) -> dict:
         "engine, int8": lambda: own_engine(in_int8, prompts, lengths, *cache),
     }
     _, held_out = perplexity.texts_of(tokenizer, 1, cfg.held_out, 128)
+    # what each prompt gets by itself: the answers to compare with
     wanted = alone(model, prompts, lengths)
     seconds = {name: [] for name in ways}
     same = {}
+    # every way once a round
     for _ in range(cfg.rounds):
         for name, way in ways.items():
             start = time.process_time()
             answers = way()
             seconds[name].append(time.process_time() - start)
             same[name] = sum(a == b for a, b in zip(answers, wanted))
+    # speed of the quickest round
     metrics = {"requests": cfg.requests, "new tokens": sum(lengths)}
     for name in ways:
         metrics[name] = {

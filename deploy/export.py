@@ -99,6 +99,7 @@ def compare(eager, paths, held_out, cfg):
     for name, path in paths.items():
         steps[name] = OnnxStep(path, eager)
     milliseconds = times(steps, cfg.past, cfg.rounds)
+    # what eager says: of openings, and at each place of the pieces
     openings = held_out[: cfg.prompts, :32]
     wanted = [generate(eager, row[None], cfg.max_new_tokens) for row in openings]
     _, eager_tokens = score(eager.logits, held_out)

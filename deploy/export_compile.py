@@ -96,7 +96,9 @@ def generate(step, ids, max_new_tokens, compiled=None):
     check(size > 0, "the prompt has no tokens")
     needed = size + max_new_tokens - 1
     check(needed <= room, f"{needed} tokens do not fit into a cache of {room}; make it longer")
+    # the prompt at once
     logits = step(ids, torch.arange(size))
+    # each new token at its position
     one = step if compiled is None else compiled
     found = []
     for position in range(size, size + max_new_tokens):
@@ -128,6 +130,7 @@ def count_graphs(llama, length, tokens=6):
     """{"graph breaks", "graphs, position a tensor", "graphs, position a number of Python"} for a few tokens."""
     step = StaticStep(llama, length)
     token = torch.ones(1, 1, dtype=torch.long)
+    # position as a tensor
     breaks = torch._dynamo.explain(step)(token, torch.tensor([0])).graph_break_count
     places = [(token, torch.tensor([i])) for i in range(tokens)]
     # the cache of kv_cache.py knows how many tokens it has seen

@@ -28,10 +28,12 @@ def dynamic_quantise(x):
     """Any tensor -> the same after 8 bits: s = (max - min) / 255, z = round(-min / s), x ~ s (c - z), c in 0 ... 255.
     The range always holds 0, so that 0 stays 0.
     """
+    # range, scale and zero point of the whole tensor
     low = x.min().clamp(max=0)
     high = x.max().clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
     zero = torch.round(-low / scale).clamp(0, 255)
+    # to codes and back
     codes = (torch.round(x / scale) + zero).clamp(0, 255)
     return scale * (codes - zero)
 
@@ -76,6 +78,7 @@ def score(logits_of, ids):
 
 def sensitivity(step, ids):
     """{kind: nats that a token costs more when the inputs of these layers alone have 8 bits}, on calibration text."""
+    # each kind alone, against none
     full, _ = score(step.logits, ids)
     lost = {}
     for kind, layers in linear_layers(step).items():
@@ -87,6 +90,7 @@ def sensitivity(step, ids):
 
 def kinds_of_nodes(graph):
     """Graph of a DecodeStep -> {name of a MatMul with a weight: its kind}: they stand in the order of the calls."""
+    # products with weights, not those of attention
     weights = {tensor.name for tensor in graph.initializer}
     nodes = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
     layers = (len(nodes) - 1) // len(KINDS)
@@ -135,6 +139,7 @@ def write_chosen(source, target, kinds):
     """Dynamic int8 of the products of these kinds only, a weight scale for each channel."""
     import onnx
 
+    # what is not chosen stays in float32
     graph = onnx.load(source, load_external_data=False).graph
     left = [name for name, kind in kinds_of_nodes(graph).items() if kind not in kinds]
     about = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "nodes_to_exclude": left}

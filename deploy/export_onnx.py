@@ -72,6 +72,7 @@ def session(path, threads=1):
     import onnxruntime
 
     check(Path(path).is_file(), f"no ONNX file at {path}; export one first")
+    # as many threads as torch has, else times say nothing
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors

@@ -52,6 +52,7 @@ class DecodeStep(nn.Module):
         count = len(self.llama.layers)
         check(0 <= layers <= count, f"--layers {layers}: the model has {count}")
         self.llama.layers = self.llama.layers[: layers or count]
+        # a head of its own, with the same numbers
         tied = self.llama.head
         self.llama.head = nn.Linear(tied.in_features, tied.out_features, tied.bias is not None)
         self.llama.head.load_state_dict(tied.state_dict())

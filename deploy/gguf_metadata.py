@@ -28,6 +28,7 @@ def add_config(writer, config, name, kind):
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
+    # sizes of layers and heads
     writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -35,6 +36,7 @@ def add_config(writer, config, name, kind):
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    # rotary angles, RMSNorm
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -57,6 +59,7 @@ def add_tokenizer(writer, tokenizer, size, pre):
     # a space is written as this letter in the bytes of GPT-2
     is_bytes = bpe.get("type") == "BPE" and "\u0120" in "".join(bpe["vocab"])
     check(is_bytes, "this writes byte-level BPE tokenizers, such as that of SmolLM2")
+    # a token for each row of the embeddings, and what kind it is
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     check(max(by_id) < size, f"{max(by_id) + 1} tokens, but {size} embeddings")
     added = tokenizer.added_tokens_decoder
@@ -69,6 +72,7 @@ def add_tokenizer(writer, tokenizer, size, pre):
         if number in added:
             kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
         types.append(kind)
+    # byte-level BPE is called so after the first that had it
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
@@ -77,6 +81,7 @@ def add_tokenizer(writer, tokenizer, size, pre):
     writer.add_token_merges([x if isinstance(x, str) else " ".join(x) for x in bpe["merges"]])
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
+    # ids of tokens that begin, end and pad
     special = {
         writer.add_bos_token_id: tokenizer.bos_token_id,
         writer.add_eos_token_id: tokenizer.eos_token_id,

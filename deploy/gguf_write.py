@@ -49,6 +49,7 @@ def q8_0(blocks):
     """Q8_0: d = max |x| / 127, q = round(x / d), half away from 0. Blocks (n,32) float32 -> bytes (n,34): d in float16,
     then q in int8.
     """
+    # a scale for each block; one of zeros has none
     d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
     ratio = np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0)
     q = np.copysign(np.floor(np.abs(ratio) + np.float32(0.5)), ratio).astype(np.int8)
@@ -63,6 +64,7 @@ def q4_1(blocks):
     d = (blocks.max(axis=1, keepdims=True) - m) / np.float32(15)
     ratio = np.divide(blocks - m, d, out=np.zeros_like(blocks), where=d > 0)
     q = np.floor(ratio + np.float32(0.5)).clip(0, 15).astype(np.uint8)
+    # two codes a byte
     packed = q[:, :16] | (q[:, 16:] << 4)
     head = [x.astype(np.float16).view(np.uint8) for x in (d, m)]
     return np.concatenate([*head, packed], axis=1)
@@ -138,6 +140,7 @@ def write(model, tokenizer, path, kind="q8_0", pre="smollm"):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # sizes and tokenizer, then the weights, under a temporary name
         writer = gguf.GGUFWriter(temporary, "llama")
         add_config(writer, model.config, path.stem, kind)
         add_tokenizer(writer, tokenizer, model.config.vocab_size, pre)
@@ -149,6 +152,7 @@ def write(model, tokenizer, path, kind="q8_0", pre="smollm"):
             )
             coded, about = encode(array, finer)
             writer.add_tensor(name, coded, raw_dtype=about)
+        # on the disk; one rename makes it visible
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -206,6 +210,7 @@ def main(cfg: Config) -> dict:
         model = merged(model, cfg.adapter)
     check_config(model.config)
     folder = run.output(cfg.out, cfg)
+    # the file
     path = write(model, tokenizer, folder / f"model-{cfg.kind}.gguf", cfg.kind, cfg.pre)
     # weights as they come back
     kept = read(path)
@@ -219,6 +224,7 @@ def main(cfg: Config) -> dict:
         "bits a weight": 8 * path.stat().st_size / count,
         "relative error of weights": (square / size) ** 0.5,
     }
+    # logits, as transformers reads the file
     if cfg.check:
         ids = tokenizer(cfg.text, return_tensors="pt").input_ids
         with torch.no_grad():

@@ -61,6 +61,7 @@ def questions(count, most, seed):
 
 def ask(cfg, base_url, model, question, new):
     """One chat as a stream -> {"first": s, "last": s, "pieces": chunks with text, "tokens": of usage or None}."""
+    # greedy, as a stream, with the number of tokens at its end
     body = {"model": model, "messages": [{"role": "user", "content": question}]}
     body |= {"max_tokens": new, "temperature": 0, "stream": True}
     body |= {"stream_options": {"include_usage": True}}
@@ -68,6 +69,7 @@ def ask(cfg, base_url, model, question, new):
     headers["Authorization"] = f"Bearer {os.environ.get(KEY, 'none')}"
     data = json.dumps(body).encode()
     request = urllib.request.Request(f"{base_url}/chat/completions", data, headers)
+    # time of the first and of the last chunk with text
     found = {"first": 0.0, "last": 0.0, "pieces": 0, "tokens": None}
     start = time.perf_counter()
     with urllib.request.urlopen(request, timeout=cfg.seconds) as response:
@@ -94,6 +96,7 @@ def load(cfg, base_url, model, asked):
     found = []
     failed = []
 
+    # a user takes the next question when the last one is answered
     def user():
         while not failed:
             try:
@@ -105,6 +108,7 @@ def load(cfg, base_url, model, asked):
             except (OSError, ValueError, LookupError, UserError) as error:
                 failed.append(error)
 
+    # all users at once
     start = time.perf_counter()
     users = [threading.Thread(target=user) for _ in range(cfg.users)]
     for one in users:
@@ -122,6 +126,7 @@ def summary(found, seconds, cpu):
     # answers without text have no first token
     told = [one for one in found if one["pieces"]]
     check(told, "no answer had any text")
+    # a server that counts no tokens: a chunk is one
     tokens = sum(one["tokens"] or one["pieces"] for one in found)
     first = [one["first"] for one in told]
     later = [(x["last"] - x["first"]) / (x["pieces"] - 1) for x in told if x["pieces"] > 1]
@@ -161,11 +166,13 @@ def started(command, port, threads, log):
     """A server in a process of its own -> its psutil.Process, when it answers. Raises UserError."""
     import psutil
 
+    # a process of its own, whose threads are counted alone
     root = Path(__file__).parent.parent
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
+        # reading weights takes its time: ask until it answers
         until = time.monotonic() + 600
         while True:
             with contextlib.suppress(OSError):
@@ -176,6 +183,7 @@ def started(command, port, threads, log):
             time.sleep(0.2)
         yield psutil.Process(process.pid)
     finally:
+        # drain, and end it if that takes too long
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(40)
@@ -194,6 +202,7 @@ def commands(cfg, folder):
         command = [sys.executable, script, "--port", str(port), *flags, "--out", out]
         command += ["--max-batch", str(cfg.users)]
         made[name] = (command, port, "smollm2")
+    # as many blocks as serve.py has
     if cfg.transformers:
         port = free_port()
         model = str(assets.fetch("smollm2") / "bf16")
@@ -211,6 +220,7 @@ def main(cfg: Config) -> dict:
     check(min(numbers) > 0, "--requests, --users, --max-new-tokens, --threads: at least 1")
     asked = questions(cfg.requests, cfg.max_new_tokens, cfg.seed)
     folder = run.output(cfg.out, cfg)
+    # a server that runs already: its CPU time is not ours to read
     if cfg.base_url:
         found, seconds = load(cfg, cfg.base_url.rstrip("/"), cfg.model, asked)
         return run.report(folder, {cfg.model: summary(found, seconds, None)})

@@ -42,6 +42,7 @@ def stacked(layers):
     else:
         weight = torch.cat([layer.weight for layer in layers])
         made.weight = nn.Parameter(weight, requires_grad=False)
+    # rows one below the other, biases too
     made.out_features = sum(layer.out_features for layer in layers)
     if getattr(made, "bias", None) is not None:
         bias = torch.cat([layer.bias for layer in layers])

@@ -109,6 +109,7 @@ def read_smollm2(config):
     """
     from gguf import GGUFReader
 
+    # bytes of each tensor, as the file has them
     reader = GGUFReader(assets.fetch("smollm2") / FILE)
     found = {}
     for tensor in reader.tensors:
@@ -121,6 +122,7 @@ def read_smollm2(config):
         if not match or match[2] not in MODULES:
             continue  # weights of a norm, which stay as they are
         check(kind == "Q4_1", f"{tensor.name} is {kind}, expected Q4_1")
+        # rows of queries and keys in the order of transformers
         if match[2] == "attn_q":
             raw = unpermute(raw, config.num_attention_heads)
         if match[2] == "attn_k":

@@ -45,6 +45,7 @@ class Int4Linear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, self.in_features).bfloat16()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        # what was added to fill a block of rows is cut off
         y = product(rows, self.packed, BLOCK, self.grid)
         y = y[:, : self.out_features].to(x.dtype)
         if self.bias is not None:
@@ -65,6 +66,7 @@ class NibbleLinear(Int4Linear):
 
     def __init__(self, codes, scale, bias=None):
         unsigned = codes.int() + 128
+        # high nibbles, then low ones, each with its scale
         nibbles = torch.cat([unsigned >> 4, unsigned & 15], dim=1)
         scales = torch.cat([16 * scale, scale], dim=1)
         zeros = torch.cat([torch.zeros_like(scale), 8 * scale], dim=1)
@@ -145,6 +147,7 @@ def int4_layers(model, codes=None, prefill_int8=False):
             if prefill_int8:
                 made = Int4Int8Linear(made, int8_of(*parts, bias=bias))
         else:
+            # head and embeddings are one table
             made = NibbleLinear(*parts, bias=bias)
             if model.lm_head.weight is model.get_input_embeddings().weight:
                 model.set_input_embeddings(Q8Embedding(*parts))

@@ -54,6 +54,7 @@ class Writer:
         """[(where the text of a token begins, step of LogprobRecorder)] -> the field of a choice."""
         if self.pieces is None:
             return None
+        # chat: an object for each token
         found = openai_logprobs([step for _, step in steps], self.tokenizer, pieces=self.pieces)
         if self.kind == "chat":
             return found
@@ -69,6 +70,7 @@ class Writer:
 
     def choice(self, number, text, steps, finished, delta=None):
         """An answer, or with `delta`, {...}, what is new of it."""
+        # what both kinds have; then text, what is new, or a whole message
         about = {"index": number, "logprobs": self.logprobs(steps) if steps else None}
         about["finish_reason"] = finished or None
         if self.kind == "completion":

@@ -133,6 +133,7 @@ def low_bit(model, cfg):
 def load(cfg: Config):
     """-> tokenizer, model in float32, in fewer bits if asked for, further arguments of Service."""
     on = run.device(cfg.device)
+    # a folder of quantize.py, or ordinary weights
     if quantized_model.is_ours(cfg.model):
         plain = not cfg.int8 and not cfg.int4
         check(plain, "--int8, --int4: this model is quantised already; leave them out")
@@ -160,13 +161,16 @@ def serve(cfg: Config, load, content) -> dict:
     check(min(numbers) > 0 and cfg.waiting >= 0, "--blocks, --max-batch ...: at least 1")
     check(min(cfg.seconds, cfg.drain_seconds) > 0, "--seconds, --drain-seconds: above 0")
     check(0 <= cfg.port < 2**16, "--port must be from 0 to 65535")
+    # who may ask: anybody on this machine, others with a key
     key = os.environ.get(KEY, "")
     private = is_loopback(cfg.host)
     safe = private or key or cfg.insecure
     check(safe, f"--host {printable(cfg.host)} serves others: set {KEY}, or say --insecure")
+    # the port first: if it is taken, no weights are read in vain
     listening = bind(cfg.host, cfg.port)
     tokenizer, model, more = load(cfg)
     folder = run.output(cfg.out, cfg)
+    # engine and application
     name = cfg.name or Path(cfg.model).name or "model"
     # layers of few bits take less time than the operations between them: fewer, larger ones
     llama = fused(model) if cfg.int8 or cfg.int4 else model
@@ -174,6 +178,7 @@ def serve(cfg: Config, load, content) -> dict:
     hosts = ("127.0.0.1", "localhost", "[::1]", "::1", cfg.host) if private else ("*",)
     about = {"key": key, "waiting": cfg.waiting, "request_seconds": cfg.seconds} | more
     made = app(model, tokenizer, engine, printable(name), hosts, **about)
+    # port 0 has become a number
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
@@ -191,12 +196,14 @@ def serve(cfg: Config, load, content) -> dict:
         finally:
             server.handle_exit(0, None)
 
+    # HTTP, until a signal ends it
     answers = []
     server = make_server(made, cfg.drain_seconds, ready)
     start = time.process_time()
     server.run(sockets=[listening])
     seconds = time.process_time() - start
     check(answers or not cfg.once, "--once: the request got no answer")
+    # what was served
     counts = made.state.service.metrics
     metrics = {
         "requests": sum(counts.requests.values()),

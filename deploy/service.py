@@ -69,17 +69,20 @@ class Service:
         self.name = name
         self.chat = chat or text_chat(tokenizer)
         self.key = key
+        # an answer and its prompt have room in the positions, and in the cache
         positions = engine.llama.config.max_position_embeddings
         room = min(positions, len(engine.pool.holders) * engine.pool.size)
         self.limits = limits or Limits(room=room)
         self.request_seconds = request_seconds
         self.body_bytes = body_bytes
         self.body_seconds = body_seconds
+        # the engine, and its thread, which takes so many answers
         self.engine = engine
         self.engine_loop = EngineLoop(engine, engine.scheduler.max_batch + waiting)
         self.metrics = Metrics()
         self.created = int(time.time())
         self.draining = False
+        # tokens: which there are, which end an answer, which a grammar allows
         self.vocabulary = engine.llama.config.vocab_size
         self.device = engine.llama.inv_freq.device
         self.eos = tuple(generation.ends(tokenizer, model) if eos is None else eos)
@@ -113,15 +116,18 @@ class Service:
         Raises ProtocolError or UserError."""
         wanted = []
         for prompt in asked.prompts:
+            # prompt as ids, pictures as embeddings
             if asked.kind == "chat":
                 ids, embeds, names = self.chat(prompt)
             else:
                 ids, embeds, names = self.ids(prompt), {}, {}
+            # length of the answer, if there is room for it
             room = self.limits.room - len(ids)
             new = asked.max_new_tokens or min(self.limits.max_new_tokens, room)
             line = f"{len(ids)} tokens of prompt and {max(new, 1)} new ones, but {self.limits.room}"
             fits = 1 <= new <= room
             require(fits, f"{line} is all there is room for", code="context_length_exceeded")
+            # each answer has a sampler of its own
             for _ in range(asked.n):
                 about = {"eos": self.eos, "embeds": embeds, "names": names}
                 about["pick"] = self.pick(asked, len(wanted), new)
@@ -139,6 +145,7 @@ class Service:
 
     def pick(self, asked, number, new):
         """How the tokens of answer `number` are chosen: logits (1,V) -> token (1,)."""
+        # greedy, or sampled with a generator of its own: neighbours change nothing
         pick = argmax_token
         if asked.temperature >= COLD:
             generator = torch.Generator(self.device)
@@ -147,6 +154,7 @@ class Service:
             else:
                 generator.manual_seed((asked.seed + number) % 2**63)
             pick = sampler(asked.temperature, asked.top_k, asked.top_p, generator=generator)
+        # the grammar is around the sampler, the recorder around both
         if asked.grammar is not None:
             pick = ConstrainedPick(self.masks.mask(asked.grammar), pick, new)
         if asked.logprobs is not None:
