@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import onnx
 import pytest
@@ -206,6 +207,9 @@ def test_the_efficientnet_of_the_book(tmp_path, parity):
         found[name] = export_tower.encode(export_tower.OnnxTower(path, vision_tower), pixels)
     about = ("export_tower.OnnxTower, EfficientNet", "efficientnet_lite_pytorch")
     parity("Export", *about, found["onnx, fp32"], theirs, 2e-4)
+    # batch norms are in the weights
+    ops = Counter(node.op_type for node in onnx.load(paths["onnx, fp32"]).graph.node)
+    assert (ops["Conv"], ops["Clip"], ops["Add"], ops["BatchNormalization"]) == (49, 33, 9, 0)
     traced = export_tower.trace(vision_tower, pixels[:1])
     torch.testing.assert_close(traced(pixels), theirs, atol=2e-4, rtol=1e-5)
     cosine = {name: export_tower.similarity(x, theirs)["cosine"] for name, x in found.items()}
