@@ -37,7 +37,7 @@ class Config:
 
     what: Literal["tower", "digits", "emoji"] = "tower"  # of a LLaVA; of ddpm; of stable_diffuser
     model: str = str(llava.WEIGHTS)  # the LLaVA: weights of vlm/train.py, a folder, or a hub id
-    judged: int = 48  # held-out photos that the LLaVA is asked about, through each tower
+    judged: int = 24  # held-out photos that the LLaVA is asked about, through each tower
     calibration: int = 32  # training photos on which the ranges of static int8 are measured
     samples: int = 8  # pictures that a U-Net draws
     sampling_steps: int = 50  # DDIM steps of each
