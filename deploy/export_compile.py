@@ -232,7 +232,7 @@ def main(cfg: Config) -> dict:
         metrics[name] = {
             "ms a token": row["ms"],
             "of eager": row["ms"] / slowest,
-            "idle share": row["idle share"],
+            "idle fraction": row["idle fraction"],
         }
     if cfg.deepspeed:
         metrics["DeepSpeed, largest difference"] = deepspeed_difference(model, ids)

@@ -128,7 +128,7 @@ def test_a_run_compiles_traces_and_times(tmp_path):
     assert found["traced, largest difference of logits"] == 0
     assert found["eager, growing cache"]["of eager"] == 1
     for name in ("traced", "eager, static cache", "compiled, static cache"):
-        assert found[name]["ms a token"] > 0 and 0 <= found[name]["idle share"] < 1
+        assert found[name]["ms a token"] > 0 and 0 <= found[name]["idle fraction"] < 1
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 

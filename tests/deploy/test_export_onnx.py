@@ -123,5 +123,5 @@ def test_measure_takes_least_cpu_time_and_the_idle_share_of_the_quickest_round(m
     }
     found = export_times.measure(ways, 2)
     assert asked == ["waits", "works", "waits", "works"]
-    assert found["waits"] == {"ms": 1000.0, "idle share": 0.25}
-    assert found["works"] == {"ms": 2000.0, "idle share": 0.0}
+    assert found["waits"] == {"ms": 1000.0, "idle fraction": 0.25}
+    assert found["works"] == {"ms": 2000.0, "idle fraction": 0.0}
