@@ -50,7 +50,7 @@ def digits(count, steps, weights=ddpm.WEIGHTS):
         return torch.randn(batch, 1, 28, 28), torch.randint(schedule.steps, (batch,))
 
     def draw(network):
-        return ddim.last(ddim.sample(network, schedule, noise, steps, predict)).clamp(-1, 1)
+        return ddim.last(ddim.sample(network, schedule, noise, steps, predict))
 
     return Denoiser(model, ("xt", "t"), args, draw)
 

@@ -65,7 +65,7 @@ def test_a_sampler_draws_the_same_with_the_file(drawn, weights, parity):
     torch.manual_seed(4)
     model, schedule, predict = ddpm.load(weights)
     noise = torch.randn(2, 1, 28, 28)
-    wanted = ddim.last(ddim.sample(model, schedule, noise, 4, "v")).clamp(-1, 1)
+    wanted = ddim.last(ddim.sample(model, schedule, noise, 4, "v"))
     assert predict == "v" and torch.equal(pictures["eager"], wanted)
 
 
