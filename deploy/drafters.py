@@ -1,17 +1,21 @@
-"""Drafters of speculative decoding: prompt lookup, a smaller model, the first layers of the model itself.
+"""Drafters of speculative decoding: prompt lookup, n-grams, a smaller model, the first layers of the model itself.
 
 Prompt lookup: Saxena 2023 (https://github.com/apoorvumang/prompt-lookup-decoding); a draft model: Leviathan et al.
-2022, arXiv:2211.17192; early exit: Zhang et al. 2023, arXiv:2309.08168 (self-speculative decoding).
+2022, arXiv:2211.17192; its head with the frequent tokens alone: Zhao et al. 2025, arXiv:2502.14856; early exit: Zhang
+et al. 2023, arXiv:2309.08168 (self-speculative decoding).
 
-Shapes: G tokens of a draft, V tokens in the vocabulary.
+Shapes: G tokens of a draft, V tokens in the vocabulary, R of them in the head of a draft model.
 """
 
 import copy
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from deploy.caches import StaticCache
+from deploy.llama import Llama
+from utils import pretrained
 from utils.run import check
 
 
@@ -94,3 +98,89 @@ class EarlyExit(DraftModel):
         first._modules = dict(llama._modules)
         first.layers = llama.layers[:layers]
         super().__init__(first, length, generator)
+
+
+class ReducedHead(nn.Module):
+    """A head for some tokens: the logits of all others are minus infinity, so that a softmax gives them 0."""
+
+    def __init__(self, weight, tokens):
+        """weight (V,E) of the whole head, tokens (R,)."""
+        super().__init__()
+        self.vocabulary = len(weight)
+        self.tokens = tokens
+        self.weight = weight[tokens].contiguous()
+
+    def forward(self, states):
+        """(...,E) -> (...,V)."""
+        logits = states.new_full((*states.shape[:-1], self.vocabulary), -torch.inf)
+        logits[..., self.tokens] = F.linear(states, self.weight)
+        return logits
+
+
+def load_draft(folder, llama):
+    """The draft model in a folder of transformers, for a model with the same vocabulary -> a Llama in its type.
+
+    Raises UserError if there is none, or its vocabulary is another one. `draft_vocabulary` in its config, if it is
+    there: the tokens that it can say.
+    """
+    model = pretrained.language_model(folder)[1]
+    known = llama.config.vocab_size
+    same = model.config.vocab_size == known
+    check(same, f"{folder}: {model.config.vocab_size} tokens in its vocabulary, not {known}")
+    draft = Llama(model.to(llama.embed.weight.dtype))
+    tokens = getattr(model.config, "draft_vocabulary", None)
+    if tokens is not None:
+        whole = isinstance(tokens, list) and all(type(t) is int and 0 <= t < known for t in tokens)
+        check(whole and tokens, f"{folder}: draft_vocabulary must be ids from 0 to {known - 1}")
+        draft.head = ReducedHead(draft.head.weight, torch.tensor(tokens))
+    return draft
+
+
+class NGram:
+    """What followed the last two tokens most often in given texts; if nothing did, the last one. No network."""
+
+    def __init__(self, texts, vocabulary, generator=None):
+        """texts: lists of ids."""
+        self.vocabulary = vocabulary
+        self.generator = generator
+        self.tables = {}
+        for context in (2, 1):
+            # each run of context + 1 tokens as one number, and how often it is there
+            codes = [self.codes(torch.tensor(text), context) for text in texts]
+            self.tables[context] = torch.cat(codes).unique(return_counts=True)
+
+    def codes(self, ids, context):
+        """Ids (N,) -> numbers of all runs of context + 1 tokens, (N - context,)."""
+        size = max(0, len(ids) - context)
+        code = torch.zeros(size, dtype=torch.long)
+        for place in range(context + 1):
+            code = code * self.vocabulary + ids[place : place + size]
+        return code
+
+    def distribution(self, tokens):
+        """Relative frequencies of what followed the longest context that is known: (V,); else all tokens alike."""
+        for context, (codes, counts) in self.tables.items():
+            if len(tokens) < context:
+                continue
+            code = self.codes(torch.tensor([*tokens[-context:], 0]), context)
+            first, last = torch.searchsorted(codes, torch.cat([code, code + self.vocabulary]))
+            if last > first:
+                q = torch.zeros(self.vocabulary)
+                q[codes[first:last] % self.vocabulary] = counts[first:last].float()
+                return q / q.sum()
+        return torch.full((self.vocabulary,), 1 / self.vocabulary)
+
+    def propose(self, tokens, count, temperature=0.0):
+        """-> ids, distributions (G,V); draws are those of temperature 1, whatever the temperature."""
+        text = list(tokens)
+        rows = []
+        for _ in range(count):
+            q = self.distribution(text)
+            if temperature:
+                text.append(int(torch.multinomial(q, 1, generator=self.generator)))
+            else:
+                text.append(int(q.argmax()))
+                q = F.one_hot(q.argmax(), self.vocabulary).float()
+            rows.append(q)
+        draft = text[len(tokens) :]
+        return draft, torch.stack(rows) if rows else torch.empty(0, self.vocabulary)

@@ -11,6 +11,7 @@ Shapes: one text of N tokens, drafts of G tokens, V tokens in the vocabulary.
     python deploy/speculative.py                       # passages to copy, to go on with, questions
     python deploy/speculative.py --fixed 5             # always five tokens
     python deploy/speculative.py --precision bf16
+    python deploy/speculative.py --draft outputs/distill_draft/draft   # a draft model, see distill_draft.py
 """
 
 import time
@@ -21,7 +22,7 @@ import torch
 
 from deploy import decode
 from deploy.caches import StaticCache
-from deploy.drafters import EarlyExit, PromptLookup
+from deploy.drafters import DraftModel, EarlyExit, PromptLookup, load_draft
 from deploy.llama import Llama
 from utils import data, run
 from utils.run import check
@@ -48,6 +49,7 @@ class Config:
     fixed: int = 0  # always drafts of so many; 0: adaptive length
     shortest: int = 2  # tokens of the shortest run that prompt lookup looks for
     layers: int = 6  # that the drafter "early exit" has
+    draft: str = ""  # folder of a draft model with the same vocabulary
     precision: Literal["fp32", "bf16"] = "fp32"
     model: str = "smollm2"
     seed: int = 0
@@ -168,10 +170,12 @@ class NoDrafts:
         return [], torch.empty(0, 1)
 
 
-def texts(tokenizer, count, seed=0):
+def texts(tokenizer, count, seed=0, pages=None):
     """Prompts of three kinds -> {kind: lists of ids}: a passage to be copied, a passage to go on with, questions
-    whose answers are in nothing that was said."""
-    pages = [clean(page) for _, page in data.docs()]
+    whose answers are in nothing that was said. pages: texts that passages are from; None: all of the manuals."""
+    if pages is None:
+        pages = [page for _, page in data.docs()]
+    pages = [clean(page) for page in pages]
     paragraphs = [p for page in pages for p in page.split("\n\n") if 300 < len(p) < 500]
     order = torch.randperm(len(paragraphs), generator=torch.Generator().manual_seed(seed))
     found = {"copy": [], "go on": [], "answer": []}
@@ -193,12 +197,15 @@ def main(cfg: Config) -> dict:
     tokenizer, model = decode.load(cfg.model, "cpu")
     llama = Llama(model.to(torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
     check(cfg.layers < len(llama.layers), f"--layers: the model has {len(llama.layers)}")
+    small = load_draft(cfg.draft, llama) if cfg.draft else None
     folder = run.output(cfg.out, cfg)
     drafters = {
         "plain": lambda: NoDrafts(),
         "prompt lookup": lambda: PromptLookup(llama.config.vocab_size, shortest=cfg.shortest),
         "early exit": lambda: EarlyExit(llama, cfg.layers),
     }
+    if small is not None:
+        drafters["draft model"] = lambda: DraftModel(small)
     rows = {}
     for kind, prompts in texts(tokenizer, cfg.texts, cfg.seed).items():
         seconds = dict.fromkeys(drafters, 0.0)
