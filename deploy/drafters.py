@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deploy.caches import StaticCache
+from deploy.few_rows import linear, use_few_rows
 from deploy.llama import Llama
 from utils import pretrained
 from utils.run import check
@@ -113,7 +114,7 @@ class ReducedHead(nn.Module):
     def forward(self, states):
         """(...,E) -> (...,V)."""
         logits = states.new_full((*states.shape[:-1], self.vocabulary), -torch.inf)
-        logits[..., self.tokens] = F.linear(states, self.weight)
+        logits[..., self.tokens] = linear(states, self.weight)
         return logits
 
 
@@ -127,7 +128,7 @@ def load_draft(folder, llama):
     known = llama.config.vocab_size
     same = model.config.vocab_size == known
     check(same, f"{folder}: {model.config.vocab_size} tokens in its vocabulary, not {known}")
-    draft = Llama(model.to(llama.embed.weight.dtype))
+    draft = use_few_rows(Llama(model.to(llama.embed.weight.dtype)))
     tokens = getattr(model.config, "draft_vocabulary", None)
     if tokens is not None:
         whole = isinstance(tokens, list) and all(type(t) is int and 0 <= t < known for t in tokens)

@@ -42,11 +42,8 @@ def check_length(model, tokens, new, most=None):
     check(short, f"the prompt has {tokens} tokens, --max-prompt is {most}: shorten the prompt")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     fits = room is None or tokens + new <= room
-    check(
-        fits,
-        f"{tokens} tokens of prompt and {new} new ones, but the model has {room} positions: "
-        "ask for fewer",
-    )
+    asked = f"{tokens} tokens of prompt and {new} new ones"
+    check(fits, f"{asked}, but the model has {room} positions: ask for fewer")
 
 
 def forward(model, mask, cache=None, **new):

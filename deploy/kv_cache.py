@@ -2,9 +2,9 @@
 
 A decoder without memory reads the whole text again for every token. Keys and values of earlier
 tokens do not change, so a cache keeps them: prefill reads the prompt at once, and each new token
-costs a forward pass of length one (Pope et al. 2022, arXiv:2211.05102, Sec. 2). Here costs are
-predicted first (cache_costs.py) and then measured, in one process, interleaved, in CPU time of one
-thread, float32; the caches are in caches.py, what int8 and window lose is in cache_quality.py.
+costs a forward pass of length one (Pope et al. 2022, arXiv:2211.05102, Sec. 2). Costs are predicted
+(cache_costs.py), then measured, interleaved, in CPU time of one thread, float32, with the products
+of few_rows.py; the caches are in caches.py, what int8 and window lose is in cache_quality.py.
 
 Shapes: B prompts of N tokens, equally long, T new tokens.
 
@@ -20,6 +20,7 @@ import torch
 
 from deploy import cache_costs, cache_quality, decode
 from deploy.caches import GrowingCache, Int8Cache, NoCache, StaticCache, WindowCache
+from deploy.few_rows import use_few_rows
 from deploy.llama import Llama
 from utils import run
 from utils.run import check
@@ -140,10 +141,8 @@ def compare_speed(model, llama, ids, cfg):
     rows = {}
     for name, rounds in seconds.items():
         later = [x for times in rounds for x in times[1:]]
-        rows[name] = {
-            "first token, ms": 1000 * median([times[0] for times in rounds]),
-            "a token, ms": 1000 * median(later),
-        }
+        first = [times[0] for times in rounds]
+        rows[name] = {"first token, ms": 1000 * median(first), "a token, ms": 1000 * median(later)}
     for row in rows.values():
         row["of transformers"] = row["a token, ms"] / rows["transformers"]["a token, ms"]
     return rows
@@ -239,6 +238,8 @@ def main(cfg: Config) -> dict:
     check(longest <= known, f"{longest} tokens, but the model has {known} positions: ask for less")
     folder = run.output(cfg.out, cfg)
     rows = predict(llama, cfg.prompt)
+    seconds = cache_costs.products_seconds(use_few_rows(llama))
+    rows["linear layers of a token"]["float32, few rows, ms"] = 1000 * seconds
     rows |= compare_speed(model, llama, ids[:, : cfg.prompt], cfg)
     rows |= compare_contexts(llama, cfg)
     rows |= cache_quality.compare_quality(llama, ids, cfg, folder / "kv_cache.png")

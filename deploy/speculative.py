@@ -23,6 +23,7 @@ import torch
 from deploy import decode
 from deploy.caches import StaticCache
 from deploy.drafters import DraftModel, EarlyExit, PromptLookup, load_draft
+from deploy.few_rows import use_few_rows
 from deploy.llama import Llama
 from utils import data, run
 from utils.run import check
@@ -195,7 +196,8 @@ def main(cfg: Config) -> dict:
     check(0 < cfg.shortest <= 3, "--shortest must be 1, 2 or 3")
     check(cfg.texts <= len(QUESTIONS), f"--texts: there are {len(QUESTIONS)} of each kind")
     tokenizer, model = decode.load(cfg.model, "cpu")
-    llama = Llama(model.to(torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    llama = use_few_rows(Llama(model.to(dtype)))
     check(cfg.layers < len(llama.layers), f"--layers: the model has {len(llama.layers)}")
     small = load_draft(cfg.draft, llama) if cfg.draft else None
     folder = run.output(cfg.out, cfg)
