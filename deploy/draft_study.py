@@ -6,19 +6,20 @@ into the prediction. Texts are of held-out pages, which the draft model has not 
 
 Shapes: one text of N tokens, drafts of G tokens, V tokens in the vocabulary.
 
-    python deploy/distill_draft.py
+    python deploy/draft_study.py                                          # the same layers, not trained
     python deploy/draft_study.py --draft outputs/distill_draft/draft      # 3 CPU minutes
 """
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from deploy import decode, perplexity, speculative
 from deploy.caches import NoCache, StaticCache
-from deploy.distill_draft import acceptance_rate, pieces_of
-from deploy.drafters import DraftModel, NGram, PromptLookup, load_draft
+from deploy.distill_draft import acceptance_rate, draft_of, frequent_tokens, pieces_of
+from deploy.drafters import DraftModel, NGram, PromptLookup, draft_llama, load_draft
 from deploy.few_rows import use_few_rows
 from deploy.llama import Llama
 from utils import data, figures, run
@@ -29,7 +30,7 @@ from utils.run import check
 class Config:
     """Measure what a draft model of distill_draft.py gains."""
 
-    draft: str = "outputs/distill_draft/draft"  # folder of the draft model
+    draft: str = ""  # folder of the draft model; none: its layers as they are in the model
     model: str = "smollm2"  # the model that verifies
     max_new_tokens: int = 32
     texts: int = 3  # of each kind
@@ -183,10 +184,13 @@ def main(cfg: Config) -> dict:
     torch.set_num_threads(1)  # CPU time of several threads is no latency
     tokenizer, model = decode.load(cfg.model, "cpu")
     llama = use_few_rows(Llama(model.float()))
-    small = load_draft(cfg.draft, llama)
+    small: Any = load_draft(cfg.draft, llama) if cfg.draft else None
     folder = run.output(cfg.out, cfg)
     learned, held_out = perplexity.split(data.docs())
     ids = tokenizer(learned, add_special_tokens=False, verbose=False).input_ids
+    if small is None:
+        tokens = frequent_tokens(ids, 8192, llama.config.vocab_size)
+        small = draft_llama(draft_of(model, 2, tokens), llama)
     ngram = NGram(ids, llama.config.vocab_size, torch.Generator().manual_seed(cfg.seed))
     ids = tokenizer(held_out, add_special_tokens=False, verbose=False).input_ids
     pieces = pieces_of(ids, cfg.held_out, cfg.length)

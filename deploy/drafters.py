@@ -121,18 +121,23 @@ class ReducedHead(nn.Module):
 def load_draft(folder, llama):
     """The draft model in a folder of transformers, for a model with the same vocabulary -> a Llama in its type.
 
-    Raises UserError if there is none, or its vocabulary is another one. `draft_vocabulary` in its config, if it is
-    there: the tokens that it can say.
+    Raises UserError if there is none, or its vocabulary is another one.
     """
-    model = pretrained.language_model(folder)[1]
+    return draft_llama(pretrained.language_model(folder)[1], llama, folder)
+
+
+def draft_llama(model, llama, name="the draft model"):
+    """A model of transformers as the draft model of `llama`, in its type. `draft_vocabulary` in its config, if it is
+    there: the tokens that it can say. Raises UserError for another vocabulary; name: for that line.
+    """
     known = llama.config.vocab_size
     same = model.config.vocab_size == known
-    check(same, f"{folder}: {model.config.vocab_size} tokens in its vocabulary, not {known}")
+    check(same, f"{name}: {model.config.vocab_size} tokens in its vocabulary, not {known}")
     draft = use_few_rows(Llama(model.to(llama.embed.weight.dtype)))
     tokens = getattr(model.config, "draft_vocabulary", None)
     if tokens is not None:
         whole = isinstance(tokens, list) and all(type(t) is int and 0 <= t < known for t in tokens)
-        check(whole and tokens, f"{folder}: draft_vocabulary must be ids from 0 to {known - 1}")
+        check(whole and tokens, f"{name}: draft_vocabulary must be ids from 0 to {known - 1}")
         draft.head = ReducedHead(draft.head.weight, torch.tensor(tokens))
     return draft
 

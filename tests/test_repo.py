@@ -26,6 +26,7 @@ MEASURE |= {
     "constrained",
     "data",
     "decode_study",
+    "draft_study",
     "easy_vqa_curriculum",
     "easy_vqa_data",
     "easy_vqa_score",
