@@ -6,12 +6,25 @@ import pytest
 import torch
 
 from deploy import distill_draft, draft_study, speculative
-from deploy.drafters import DraftModel, NGram
+from deploy.caches import NoCache
+from deploy.drafters import DraftModel, NGram, draft_llama
 from deploy.llama import Llama
 from tests import llamas
 from tests.deploy.test_decode import talker
 from utils import data, pretrained
 from utils.run import UserError
+
+
+def test_a_reduced_head_says_what_the_whole_model_says(pair, parity):
+    """The layers of a whole model: logits of the tokens that it knows are those of the model."""
+    model = llamas.tiny()
+    tokens = torch.tensor([90, 4, 17])
+    small = draft_llama(distill_draft.draft_of(model, 2, tokens), pair[0])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cache = NoCache(small)
+    mine = small(ids, cache.positions(4), cache)[..., tokens]
+    about = ("Speculative decoding", "drafters.ReducedHead", "transformers.LlamaForCausalLM")
+    parity(*about, mine, model(ids).logits[..., tokens])
 
 
 def test_speedup_is_that_of_the_theorem():
