@@ -1,9 +1,9 @@
 """Linear layers for few rows: a product of one to four tokens that reads the weights at the speed of memory.
 
 Decoding multiplies each weight with one token, verifying a draft with a few. The CPU library that torch calls has a
-routine for one row (GEMV), and one for many (GEMM), which is built for rows in plenty: with two rows it takes longer
-than two single ones. Written the other way round, x W^T = (W x^T)^T, the long side of W comes first, and few columns
-are a case that the same library is good at. Same numbers, up to the order of sums.
+routine for one row (GEMV), and one for many (GEMM), which is built for rows in plenty and wastes time on two or three.
+Written the other way round, x W^T = (W x^T)^T, the long side of W comes first, and few columns are a case that the same
+library is good at. Same numbers, up to the order of sums.
 
 Shapes: n rows, I inputs, O outputs of a linear layer.
 """
