@@ -11,7 +11,7 @@ with the head away.
 
 Shapes: B pieces of T tokens, E width, R tokens in the draft's vocabulary, V in the teacher's.
 
-    python deploy/distill_draft.py                                       # 3 CPU minutes
+    python deploy/distill_draft.py                                       # 3 to 4 CPU minutes
     python deploy/distill_draft.py --loss cross-entropy --pieces 1600 --epochs 1    # from the data alone, as long
     python deploy/draft_study.py --draft outputs/distill_draft/draft     # acceptance and speed
 """

@@ -7,7 +7,7 @@ into the prediction. Texts are of held-out pages, which the draft model has not 
 Shapes: one text of N tokens, drafts of G tokens, V tokens in the vocabulary.
 
     python deploy/draft_study.py                                          # the same layers, not trained
-    python deploy/draft_study.py --draft outputs/distill_draft/draft      # 3 CPU minutes
+    python deploy/draft_study.py --draft outputs/distill_draft/draft      # 4 CPU minutes
 """
 
 import time
