@@ -33,7 +33,8 @@ def ngrams(tokens, n):
 
 
 def pairs(candidates, references):
-    """Sentences -> [(words of the candidate, [words of each reference])], one entry an image."""
+    """Sentences, or lists of their tokens -> [(words of the candidate, [words of each reference])],
+    one entry an image."""
     check(
         len(candidates) == len(references) > 0,
         "one candidate and one list of references for each image",
@@ -43,7 +44,11 @@ def pairs(candidates, references):
         "the references of an image are a list, even if it is one",
     )
     check(all(references), "every image needs at least one reference")
-    return [(words(c), [words(r) for r in rs]) for c, rs in zip(candidates, references)]
+
+    def tokens(text):
+        return words(text) if isinstance(text, str) else list(text)
+
+    return [(tokens(c), [tokens(r) for r in rs]) for c, rs in zip(candidates, references)]
 
 
 def bleu(candidates, references, n=4):

@@ -12,30 +12,30 @@ Shapes: features (B,N,D) of B photos, C names.
     python vlm/evaluate.py                                          # 300 photos, the weights of the book
     python vlm/evaluate.py --judged 0                               # all 1322
     python vlm/evaluate.py --model outputs/vlm_train/model.safetensors
+    python vlm/evaluate.py --benchmark pope                         # a benchmark's questions: benchmarks.py
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deploy import decode
 from utils import data, run
 from utils.run import check
 from vlm import (
     answer_metrics,
-    answer_ranking,
+    benchmarks,
     caption_metrics,
     fruit_photos,
-    generation,
     llava,
     probe,
-    prompts,
     tower,
 )
+from vlm.answer_metrics import vqa_accuracy
+from vlm.benchmark_scores import pope as pope
 from vlm.fruit_photos import QUESTION
+from vlm.prompted_answers import embed_prompt, generate_answers, rank_answers
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class Config:
     probe: bool = True  # compare with a linear probe on the same features
     seed: int = 0
     device: str = "auto"
+    benchmark: str = (
+        ""  # pope, vqav2, okvqa, textvqa, aokvqa, scienceqa, coco, folders; see benchmarks.md
+    )
+    data: str = ""  # folder of the benchmark as it was published
+    split: str = ""  # of it: a part of a file's name, such as val2014
+    suffix: str = ""  # line behind each question, such as "Answer with a single word or phrase."
     out: str = "outputs/evaluate"
 
 
 def prompt_embeddings(tokenizer, model, prompt, features):
     """Vision features of photos (B,N,D), and a question -> embeddings of the prompt (B,T,E)."""
     return embed_prompt(tokenizer, model, prompt, model.project(features))
-
-
-def embed_prompt(tokenizer, model, prompt, seen):
-    """The same, of image tokens (B,M,E): those of one picture each, as a whole or with its tiles."""
-    ids = generation.prompt_ids(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
-    return model.embed(ids.expand(len(seen), -1), seen)
 
 
 @torch.no_grad()
@@ -76,44 +76,10 @@ def answer_likelihoods(tokenizer, model, features, answers, prompt=QUESTION):
 
 
 @torch.no_grad()
-def rank_answers(tokenizer, model, embeds, answers, prompt=QUESTION):
-    """The same, of the prompt's embeddings (B,T,E)."""
-    # answers as ids, each with its end
-    targets = []
-    for answer in answers:
-        check(answer.strip(), f"a name of no words cannot be scored: {answer!r}")
-        ids = generation.answer_ids(tokenizer, prompt, answer)
-        decode.check_length(model.language, embeds.shape[1], len(ids))
-        targets.append(ids)
-    # read the question once
-    out = model.language(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-    first_log_p = out.logits[:, -1].float().log_softmax(-1)
-
-    # each answer after it
-    def next_logits(ids):
-        return model.language(input_ids=ids, cache=out.cache, use_cache=True).logits
-
-    return answer_ranking.likelihoods(first_log_p, next_logits, out.cache, targets)
-
-
-@torch.no_grad()
 def generated_answers(tokenizer, model, features, prompt=QUESTION, max_new_tokens=12):
     """Generated answers about each photo, greedy decoding -> texts."""
     embeds = prompt_embeddings(tokenizer, model, prompt, features)
     return generate_answers(tokenizer, model, embeds, max_new_tokens)
-
-
-@torch.no_grad()
-def generate_answers(tokenizer, model, embeds, max_new_tokens=12):
-    """The same, of the prompt's embeddings (B,T,E)."""
-    decode.check_length(model.language, embeds.shape[1], max_new_tokens)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    new = model.language.generate(
-        inputs_embeds=embeds, attention_mask=mask,
-        max_new_tokens=max_new_tokens, eos_token_id=prompts.ends(tokenizer, model.language) or None,
-        pad_token_id=tokenizer.pad_token_id, **llava.GREEDY,
-    )  # fmt: skip
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def check_whole(model):
@@ -177,30 +143,15 @@ def evaluate_photos(tokenizer, model, features, fruit, chosen, prompt=QUESTION, 
     return found, answers, log_p
 
 
-def paired(ours, theirs):
-    """Paired difference of two models on the same photos, right or wrong (B,) each: how much more
-    often ours is right, its 95 % interval, and the p-value of the sign test over the photos on
-    which they differ (McNemar 1947, exact)."""
-    difference = ours.float() - theirs.float()
-    mean = float(difference.mean())
-    error = float(difference.std()) / len(difference) ** 0.5
-    # sign test: as few photos for one of them, by chance
-    more = int((difference > 0).sum())
-    fewer = int((difference < 0).sum())
-    n = more + fewer
-    tail = sum(math.comb(n, k) for k in range(min(more, fewer) + 1)) / 2**n
-    return {
-        "difference": mean,
-        "low": mean - 1.96 * error,
-        "high": mean + 1.96 * error,
-        "p": min(1.0, 2 * tail),
-    }
-
-
 def main(cfg: Config) -> dict:
     """Score the model on held-out photos, the linear probe on the same, and its language model on
     text alone."""
     check(cfg.judged >= 0 and cfg.batch > 0, "--judged must be 0 or more, --batch at least 1")
+    if cfg.benchmark:
+        return benchmarks.main(cfg)
+    check(
+        not (cfg.data or cfg.split or cfg.suffix), "--data, --split, --suffix go with --benchmark"
+    )
     tokenizer, model = llava.load(cfg.model, run.device(cfg.device))
     check_whole(model)
     folder = run.output(cfg.out, cfg)
@@ -219,11 +170,11 @@ def main(cfg: Config) -> dict:
         metrics |= probe.yardsticks(model.vision, fruit, learn, chosen, reader)
         kinds = fruit.fine[chosen]
         ours = log_p.argmax(-1) == kinds
-        metrics["LLaVA less the probe"] = paired(ours, reader["14 kinds"] == kinds)
+        metrics["LLaVA less the probe"] = probe.paired(ours, reader["14 kinds"] == kinds)
     # generated answers as captions, and as answers that ten people agree on
     truths = [fruit_photos.name_of(fruit, i) for i in chosen]
     metrics["as captions"] = caption_metrics.scores(answers, [[t] for t in truths])
-    accuracies = [answer_metrics.vqa_accuracy(a, [t] * 10) for a, t in zip(answers, truths)]
+    accuracies = [vqa_accuracy(a, [t] * 10) for a, t in zip(answers, truths)]
     metrics["VQA accuracy"] = float(np.mean(accuracies))
     # forgetting
     pages = paragraphs(min(40, cfg.judged or 40))

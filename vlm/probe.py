@@ -6,6 +6,8 @@ beside always saying the most frequent class.
 Shapes: features (N,D) of N photos, logits (N,C).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,3 +65,23 @@ def yardsticks(vision_tower, fruit, learn, chosen, found=None):
         majority[name] = share(y[chosen] == y[learn].mode().values)
         probes[name] = share(found[name] == y[chosen])
     return {"the most frequent": majority, "linear probe": probes}
+
+
+def paired(ours, theirs):
+    """Paired difference of two models on the same photos, right or wrong (B,) each: how much more
+    often ours is right, its 95 % interval, and the p-value of the sign test over the photos on
+    which they differ (McNemar 1947, exact)."""
+    difference = ours.float() - theirs.float()
+    mean = float(difference.mean())
+    error = float(difference.std()) / len(difference) ** 0.5
+    # sign test: as few photos for one of them, by chance
+    more = int((difference > 0).sum())
+    fewer = int((difference < 0).sum())
+    n = more + fewer
+    tail = sum(math.comb(n, k) for k in range(min(more, fewer) + 1)) / 2**n
+    return {
+        "difference": mean,
+        "low": mean - 1.96 * error,
+        "high": mean + 1.96 * error,
+        "p": min(1.0, 2 * tail),
+    }

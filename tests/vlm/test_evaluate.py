@@ -124,13 +124,13 @@ def test_the_probe_learns_from_the_photos_to_learn_from_alone(monkeypatch):
 def test_a_paired_test_of_two_readers():
     ours, theirs = torch.ones(100, dtype=torch.bool), torch.ones(100, dtype=torch.bool)
     ours[:3], theirs[3:15] = False, False  # they differ on 15 photos: 12 for us, 3 against
-    found = evaluate.paired(ours, theirs)
+    found = probe.paired(ours, theirs)
     assert found["difference"] == pytest.approx(0.09) and found["p"] == pytest.approx(
         0.0352, abs=1e-4
     )
     assert found["low"] == pytest.approx(0.09 - 1.96 * 0.03786, abs=1e-4)
     assert found["high"] == pytest.approx(0.09 + 1.96 * 0.03786, abs=1e-4)
-    assert evaluate.paired(ours, ours)["p"] == 1 and evaluate.paired(theirs, ours)["difference"] < 0
+    assert probe.paired(ours, ours)["p"] == 1 and probe.paired(theirs, ours)["difference"] < 0
 
 
 def test_what_is_judged_is_asked_of_the_right_photos_with_the_right_question(monkeypatch):
