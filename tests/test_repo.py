@@ -36,6 +36,7 @@ MEASURE |= {
     "export_tower",
     "flamingo_lora",
     "gpu_bench",
+    "hallucination",
     "load",
     "loader_study",
     "near_duplicates",

@@ -31,7 +31,8 @@ CAPTION_PROMPT = "Describe the image in one sentence."
 
 
 def read_annotations(folder, questions):
-    """Answers of ten people and the two types of each question, by question_id; {} if there is no such file."""
+    """Answers of ten people and the two types of each question, by question_id; {} if there is no
+    such file."""
     part = re.search(r"(train|val|test)\d*", questions.name)
     pattern = f"*mscoco_{part[0] if part else ''}*annotations.json"
     found = sorted({*Path(folder).glob(pattern), *questions.parent.glob(pattern)})
@@ -104,7 +105,8 @@ def read_aokvqa(folder, split=""):
 
 
 def read_pope(folder, split=""):
-    """POPE: one JSON object a line, {"question_id", "image", "text", "label"}; a file for each way of sampling."""
+    """POPE: one JSON object a line, {"question_id", "image", "text", "label"}; a file for each way
+    of sampling."""
     path = find_file(folder, "*_pope_*.json", split)
     rows = []
     for n, one in enumerate(json_lines(path)):

@@ -1,4 +1,5 @@
-"""Scores of vision-language benchmarks by their official rules: POPE, VQA v2, A-OKVQA, ScienceQA, top-k accuracy.
+"""Scores of vision-language benchmarks by their official rules: POPE, VQA v2, A-OKVQA, ScienceQA,
+top-k accuracy.
 
 Li et al. 2023, arXiv:2305.10355 (POPE); Goyal et al. 2017, arXiv:1612.00837 (VQA v2; OK-VQA and
 TextVQA are scored alike); Schwenk et al. 2022, arXiv:2206.01718 (A-OKVQA); Lu et al. 2022,
@@ -25,7 +26,8 @@ def says_yes(text):
 
 
 def pope(answers, labels):
-    """POPE: generated answers and labels "yes" or "no" -> accuracy, precision, recall, F1 of "yes", share of yes.
+    """POPE: generated answers and labels "yes" or "no" -> accuracy, precision, recall, F1 of "yes",
+    share of yes.
 
     All of them in 0..1; precision, recall and F1 are 0 where the official script divides by zero.
     Raises UserError for lists of different lengths, an empty one, or another label.
@@ -61,8 +63,8 @@ def by_group(values, groups):
 def vqa(rows, answers):
     """VQA v2, OK-VQA, TextVQA: accuracy, and that of each type of answer and of question.
 
-    answers: generated answers, one a row. Rows have "answers" of ten people, "answer_type" and "question_type".
-    """
+    answers: generated answers, one a row. Rows have "answers" of ten people, "answer_type" and
+    "question_type"."""
     each = [vqa_accuracy(a, row["answers"]) for a, row in zip(answers, rows, strict=True)]
     found = {"accuracy": fmean(each)}
     # a data set without types has one group less

@@ -1,4 +1,5 @@
-"""Vision-language benchmarks on a LLaVA: POPE, VQA v2, OK-VQA, TextVQA, A-OKVQA, ScienceQA, COCO captions, zero-shot.
+"""Vision-language benchmarks on a LLaVA: POPE, VQA v2, OK-VQA, TextVQA, A-OKVQA, ScienceQA, COCO
+captions, zero-shot.
 
 A benchmark is four things: files in a published format (benchmark_files.py), a prompt, a way to
 answer, and a rule that scores (benchmark_scores.py, caption_metrics.py). Questions are answered one at
@@ -146,7 +147,8 @@ BENCHMARKS = {
 
 
 def prompt_of(name, row, prompt="", suffix=""):
-    """The prompt of a row: the benchmark's question; of captions and classes, `prompt`; the suffix on a new line."""
+    """The prompt of a row: the benchmark's question; of captions and classes, `prompt`; the suffix
+    on a new line."""
     if name == "folders":
         text = prompt or CLASS_PROMPT
     elif name == "coco":
@@ -168,7 +170,8 @@ def embed(tokenizer, model, question, tokens):
 
 @torch.no_grad()
 def answer(name, tokenizer, model, rows, prompt="", suffix="", max_new_tokens=ANSWER_TOKENS):
-    """Rows -> rows with "said", the generated answer, and with choices "chosen" by likelihood and "log_p" of each."""
+    """Rows -> rows with "said", the generated answer, and with choices "chosen" by likelihood and
+    "log_p" of each."""
     on = next(model.language.parameters()).device
 
     @lru_cache(maxsize=16)

@@ -105,7 +105,8 @@ def test_questions_of_rows_go_with_their_images_and_answers(small, asked, tmp_pa
     for name in ("red", "lime", "red", "blue"):
         path = tmp_path / f"{name}.png"
         rows.append({"id": name, "image": path, "question": f"Is it {name}?", "choices": None})
-    done = benchmarks.answer("pope", *small, rows, suffix="Answer yes or no.")
+    tokenizer, model = small
+    done = benchmarks.answer("pope", tokenizer, model, rows, suffix="Answer yes or no.")
     assert asked.questions == [f"Is it {row['id']}?\nAnswer yes or no." for row in rows]
     assert [int(t[0, 0, 0]) for t in asked.tokens] == [0, 1, 0, 2]
     assert [row["said"] for row in done] == [f"answer {n}" for n in range(4)]
@@ -127,7 +128,8 @@ def test_the_likeliest_choice_is_taken(small, asked, monkeypatch):
         "choices": ["a", "b", "c"],
         "hint": "Look.",
     }
-    (done,) = benchmarks.answer("scienceqa", *small, [row])
+    tokenizer, model = small
+    (done,) = benchmarks.answer("scienceqa", tokenizer, model, [row])
     assert done["chosen"] == 1 and done["log_p"] == [-3, -1, -2]
     assert ranked == [(["a", "b", "c"], "Look.\nWhich?")] and asked.tokens == [None]
 

@@ -33,6 +33,7 @@ def java(sentences, folder):
     """Tokens of each sentence by the Java program, without the punctuation that the evaluation drops."""
     dropped = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
     place = caption_java.package()
+    assert place is not None
     (jar,) = place.glob("tokenizer/stanford-corenlp-*.jar")
     path = folder / "captions.txt"
     path.write_text("\n".join(sentences), "utf-8")
