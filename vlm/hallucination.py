@@ -7,8 +7,8 @@ positives alone, with negatives drawn at random, with adversarial ones (kinds of
 Each is scored on POPE's three files about held-out photos (benchmark_samples.py), and on naming,
 which must not suffer.
 
-    python vlm/hallucination.py                              # 10 CPU min
-    python vlm/hallucination.py --questions 40 --steps 20    # a first look
+    python vlm/hallucination.py                              # 25 CPU min
+    python vlm/hallucination.py --questions 40 --steps 20    # a first look: too few steps to learn it
 """
 
 import subprocess
@@ -46,9 +46,9 @@ class Config:
     """Train a LLaVA on negatives, and ask it about what is not there."""
 
     model: str = str(llava.WEIGHTS)  # weights to go on from
-    steps: int = 60  # of each training
+    steps: int = 240  # of each training
     batch: int = 16  # rows a step
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     questions: int = 100  # of each of POPE's three files
     judged: int = 100  # photos to be named
     seed: int = 0

@@ -7,16 +7,32 @@ b) is Beta(1, b), and Kumaraswamy(a, 1) is Beta(a, 1). Elsewhere it is another d
 `match_beta` finds the one with the same mean and variance of log x.
 
 Shapes: any, broadcast. psi: digamma, psi': trigamma.
+
+    python vlm/kumaraswamy.py            # how far from Beta the match is, and where it fails
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import figures, run
 from utils.run import check
 from vlm.sparsity import log_beta
 
 EULER = 0.5772156649015329
+# Beta distributions whose densities are drawn
+SHOWN = ((2.0, 5.0), (8.0, 2.0), (0.5, 0.5), (0.1, 0.1))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Match Kumaraswamy distributions to Beta distributions, and measure how far they are apart."""
+
+    points: int = 25  # of each parameter of Beta, evenly on a logarithmic scale
+    largest: float = 30.0  # parameter; the smallest is its inverse
+    out: str = "outputs/kumaraswamy"
 
 
 def log_density(x, a, b):
@@ -103,3 +119,69 @@ class GateParameters(nn.Module):
         # softplus(0.54) = 1: it begins near the uniform distribution
         both = F.softplus(self.layers(patches) + 0.54) + 1e-3
         return both[..., 0], both[..., 1]
+
+
+def total_variation(alpha, beta, points=4000):
+    """Half of the integral of |Beta's density - its match's|, 0..1: shares of probability that must move.
+
+    By differences of the distribution functions over a grid that is fine at both ends.
+    """
+    from scipy import special
+
+    a, b = match_beta(alpha, beta)
+    # a grid in the logit of x
+    x = torch.sigmoid(torch.linspace(-60, 30, points, dtype=torch.float64))
+    shape = (*alpha.shape, 1)
+    ours = 1 - torch.exp(b.view(shape) * torch.log1p(-(x ** a.view(shape))))
+    pair = alpha.double().view(shape).numpy(), beta.double().view(shape).numpy()
+    theirs = torch.from_numpy(special.betainc(*pair, x.numpy()))
+    return (ours.diff(dim=-1) - theirs.diff(dim=-1)).abs().sum(-1) / 2
+
+
+def draw(path, grid, distance):
+    """Total variation over the parameters of Beta; densities of some pairs."""
+    import matplotlib.pyplot as plt
+    from scipy import stats
+
+    figure, axes = plt.subplots(1, 1 + len(SHOWN), figsize=(13, 2.7), layout="constrained")
+    mesh = axes[0].pcolormesh(grid, grid, distance.T, cmap="viridis", shading="nearest", vmin=0)
+    axes[0].set(xscale="log", yscale="log", xlabel="alpha", ylabel="beta", title="total variation")
+    figure.colorbar(mesh, ax=axes[0])
+    x = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
+    for axis, (alpha, beta) in zip(axes[1:], SHOWN):
+        a, b = match_beta(torch.tensor(alpha), torch.tensor(beta))
+        theirs = stats.beta.pdf(x, alpha, beta)
+        axis.plot(x, theirs, label="Beta")
+        axis.plot(x, log_density(x, a, b).exp(), "--", label="Kumaraswamy")
+        axis.set(title=f"Beta({alpha:g}, {beta:g})", ylim=(0, min(6, 1.2 * float(theirs.max()))))
+    axes[1].legend(fontsize=7)
+    return figures.close(figure, path)
+
+
+def main(cfg: Config) -> dict:
+    """Total variation between Beta and its match over a grid of parameters."""
+    check(cfg.points > 1 and cfg.largest > 1, "--points and --largest must be above 1")
+    folder = run.output(cfg.out, cfg)
+    grid = torch.logspace(-1, 1, cfg.points, base=cfg.largest, dtype=torch.float64)
+    alpha, beta = torch.meshgrid(grid, grid, indexing="ij")
+    distance = total_variation(alpha, beta)
+    draw(folder / "kumaraswamy.png", grid, distance)
+    worst = int(distance.argmax())
+    metrics: dict = {
+        "total variation": {
+            "median": float(distance.median()), "largest": float(distance.max()),
+            "at alpha": float(alpha.flatten()[worst]), "and beta": float(beta.flatten()[worst]),
+        },
+    }  # fmt: skip
+    for pair in SHOWN:
+        one, two = map(torch.tensor, pair)
+        a, b = match_beta(one, two)
+        metrics[f"Beta{pair}"] = {
+            "a": float(a), "b": float(b), "total variation": float(total_variation(one[None], two[None])[0]),
+            "mean": float(one / (one + two)), "mean of the match": float(mean(a, b)),
+        }  # fmt: skip
+    return run.report(folder, metrics)
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)
