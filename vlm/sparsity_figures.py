@@ -39,7 +39,10 @@ def draw_gates(path, images, p, titles):
     """Mosaics with the probability of each patch's gate: images uint8 (B,4,3,S,S), p (B,36), titles (B,)."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(images), figsize=(2.2 * len(images), 4.5), squeeze=False)
+    # small ones: figures stay below 300 KB
+    images = F.interpolate(images.flatten(0, 1).float(), (72, 72), mode="area")
+    images = images.view(len(titles), 4, 3, 72, 72).to(torch.uint8)
+    figure, axes = plt.subplots(2, len(images), figsize=(1.4 * len(images), 2.9), squeeze=False)
     side = images.shape[-1]
     for (above, below), four, gates, title in zip(axes.T, images, p, titles):
         # two rows of two photos, each with 3 x 3 patches
@@ -49,7 +52,7 @@ def draw_gates(path, images, p, titles):
         mask = torch.cat([torch.cat(list(each[:2]), 1), torch.cat(list(each[2:]), 1)], 0)
         above.imshow(whole.permute(1, 2, 0))
         below.imshow((whole.permute(1, 2, 0) / 255 * mask[..., None]).clamp(0, 1))
-        above.set_title(title, fontsize=8)
+        above.set_title(title, fontsize=6)
         above.axis("off")
         below.axis("off")
     figure.tight_layout()

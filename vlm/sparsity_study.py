@@ -43,7 +43,7 @@ class Config:
     prior_open: float = 0.25  # share of open gates that the prior expects
     prior_weight: float = 0.03  # of the divergence from it
     keep: tuple[int, ...] = (1, 3, 9, 18)  # tokens kept
-    mosaics: int = 100  # of held-out photos
+    mosaics: int = 60  # of held-out photos
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/sparsity_study"
