@@ -123,9 +123,9 @@ def paged_attention(q, keys, values, tables, lengths, scale=None, parts=None):
     lse = q.new_empty((B, P, H), dtype=torch.float32)
     about = {"K": K, "G": G, "D": D, "SIZE": size, "TILE": TILE, "UPCAST": not q.is_cuda}
     about["ROWS"] = rows_of(G)
-    blocks = (keys.contiguous(), values.contiguous(), tables.contiguous())
+    blocks = [x.contiguous() for x in (keys, values, tables, lengths)]
     scale = scale or 1 / math.sqrt(D)
-    paged_part[(B, K, P)](q.contiguous(), *blocks, lengths, found, lse, scale, W, P, **about)
+    paged_part[(B, K, P)](q.contiguous(), *blocks, found, lse, scale, W, P, **about)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     merge_parts[(B, H)](found, lse, out, P, H=H, D=D, BLOCK=triton.next_power_of_2(P))
     return out
