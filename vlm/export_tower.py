@@ -17,7 +17,7 @@ Shapes: pixels (B,3,S,S) -> features (B,N,D).
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ def write_formats(vision_tower, folder, calibration):
 def trace(vision_tower, pixels):
     """torch.jit.trace of a tower, then freeze: weights become constants, and batch norms part of convolutions."""
     with export_onnx.quiet(), torch.no_grad():
-        traced = torch.jit.trace(vision_tower, pixels, check_trace=False)
+        traced: Any = torch.jit.trace(vision_tower, pixels, check_trace=False)
         return torch.jit.freeze(traced.eval())
 
 

@@ -142,7 +142,14 @@ def draw(path, rows):
     axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(names)), names)
     axis.set(ylim=(0, 1), ylabel="accuracy")
-    axis.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.17), frameon=False, fontsize=8)
+    axis.legend(
+        ncols=4,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.17),
+        frameon=False,
+        fontsize=8,
+        markerscale=0.4,
+    )
     return figures.close(figure, path)
 
 
