@@ -15,6 +15,7 @@ from vlm import evaluate
         ("Yes, there is a dog.", True),
         ("no", False),
         ("No.", False),
+        ("No, a cat", False),
         ("No, there is no dog", False),
         ("There is not a dog", False),
         # the second sentence is not read
@@ -105,9 +106,9 @@ def test_scienceqa_classes_overlap():
         row("social", 7, "", "y.png"),
         row("language", 12, "Read.", right=1),
     ]
-    found = scores.science_qa(rows, [0, 1, 0, 0])
+    found = scores.science_qa(rows, [0, 1, 0, 1])
     assert found == {
-        "NAT": 0.5, "SOC": 1, "LAN": 0, "TXT": 0.5, "IMG": 1, "NO": 0, "G1-6": 0.5, "G7-12": 0.5, "accuracy": 0.5,
+        "NAT": 0.5, "SOC": 1, "LAN": 1, "TXT": 1, "IMG": 1, "NO": 0, "G1-6": 0.5, "G7-12": 1, "accuracy": 0.75,
     }  # fmt: skip
 
 
