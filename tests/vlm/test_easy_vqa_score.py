@@ -12,7 +12,7 @@ from scipy import stats
 from tests import eyes
 from tests.conftest import ROOT
 from utils.run import UserError
-from vlm import conversations, evaluate, prompts
+from vlm import conversations, evaluate, generation, prompts
 from vlm import easy_vqa_baselines as baselines
 from vlm import easy_vqa_data as easy
 from vlm import easy_vqa_score as score
@@ -58,7 +58,7 @@ def test_batched_questions_score_as_each_alone(small, parity):
 def test_one_length_in_fp32_is_exact(small, parity):
     tokenizer, model = small
     features = torch.randn(3, 16, 16)
-    ids = evaluate.generation.prompt_ids(tokenizer, model, TEXTS[0], model.count)
+    ids = generation.prompt_ids(tokenizer, model, TEXTS[0], model.count)
     mine, said = score.ask(tokenizer, model, ids.expand(3, -1), features)
     theirs = evaluate.answer_likelihoods(tokenizer, model, features, easy.ANSWERS, TEXTS[0])
     name = "evaluate.answer_likelihoods"
