@@ -12,7 +12,6 @@ Shapes: prompt (1,T,E), log p of C choices (1,C).
     python vlm/evaluate.py --benchmark vqav2 --data VQA --split val2014 --model llava-hf/llava-1.5-7b-hf
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +33,7 @@ from vlm import (
     prompted_answers,
     prompts,
 )
+from vlm import benchmark_results as results
 from vlm.ptb_tokenizer import ptb_tokenize
 
 CLASS_PROMPT = "What is in this image?"
@@ -83,34 +83,6 @@ def score_classes(rows):
     return {f"top-{k}": benchmark_scores.top_k(log_p, truth, k) for k in (1, 5)}
 
 
-def results_vqa(rows):
-    return [{"question_id": r["id"], "answer": r["said"]} for r in rows]
-
-
-def results_pope(rows):
-    return [{"question": r["question"], "answer": r["said"]} for r in rows]
-
-
-def results_aokvqa(rows):
-    found = {}
-    for r in rows:
-        found[r["id"]] = {"multiple_choice": r["choices"][r["chosen"]], "direct_answer": r["said"]}
-    return found
-
-
-def results_scienceqa(rows):
-    chosen = {r["id"]: r["chosen"] for r in rows}
-    return {"results": chosen, "outputs": {r["id"]: r["said"] for r in rows}}
-
-
-def results_captions(rows):
-    return [{"image_id": r["id"], "caption": r["said"]} for r in rows]
-
-
-def results_classes(rows):
-    return {r["id"]: r["choices"][r["chosen"]] for r in rows}
-
-
 def has_truth(row):
     return row["right"] is not None
 
@@ -119,10 +91,10 @@ def always(row):
     return True
 
 
-VQA = (score_vqa, results_vqa)
+VQA = (score_vqa, results.vqa)
 BENCHMARKS = {
     "pope": Benchmark(
-        benchmark_files.read_pope, score_pope, results_pope, "pope_answers.jsonl", always,
+        benchmark_files.read_pope, score_pope, results.pope, "pope_answers.jsonl", always,
         benchmark_samples.write_pope,
     ),
     "vqav2": Benchmark(
@@ -131,16 +103,16 @@ BENCHMARKS = {
     "okvqa": Benchmark(benchmark_files.read_vqa, *VQA, "okvqa_results.json"),
     "textvqa": Benchmark(benchmark_files.read_textvqa, *VQA, "textvqa_results.json"),
     "aokvqa": Benchmark(
-        benchmark_files.read_aokvqa, score_aokvqa, results_aokvqa, "aokvqa_predictions.json"
+        benchmark_files.read_aokvqa, score_aokvqa, results.aokvqa, "aokvqa_predictions.json"
     ),
     "scienceqa": Benchmark(
-        benchmark_files.read_scienceqa, score_scienceqa, results_scienceqa, "scienceqa_results.json", has_truth,
+        benchmark_files.read_scienceqa, score_scienceqa, results.scienceqa, "scienceqa_results.json", has_truth,
     ),
     "coco": Benchmark(
-        benchmark_files.read_captions, score_captions, results_captions, "captions_results.json"
+        benchmark_files.read_captions, score_captions, results.captions, "captions_results.json"
     ),
     "folders": Benchmark(
-        benchmark_files.read_folders, score_classes, results_classes, "classes.json", has_truth,
+        benchmark_files.read_folders, score_classes, results.classes, "classes.json", has_truth,
         benchmark_samples.write_folders,
     ),
 }  # fmt: skip
@@ -215,14 +187,6 @@ def splits_of(cfg, folder):
     return made, [cfg.split] if cfg.split else splits
 
 
-def write_results(path, content):
-    """The file of results: JSON, or one object a line."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(one) + "\n" for one in content), "utf-8")
-    else:
-        run.write_json(path, content)
-
-
 def main(cfg) -> dict:
     """`python vlm/evaluate.py --benchmark`: read, answer, score, write the file of results."""
     known = ", ".join(BENCHMARKS)
@@ -245,7 +209,7 @@ def main(cfg) -> dict:
         tokens = CAPTION_TOKENS if cfg.benchmark == "coco" else ANSWER_TOKENS
         done = answer(cfg.benchmark, tokenizer, model, rows, prompt, cfg.suffix, tokens)
         name = "_".join(part for part in (split, benchmark.file) if part)
-        write_results(folder / name, benchmark.results(done))
+        results.write(folder / name, benchmark.results(done))
         found = {"questions": len(done)}
         if all(benchmark.is_scored(row) for row in done):
             found |= benchmark.score(done)

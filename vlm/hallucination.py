@@ -7,7 +7,7 @@ positives alone, with negatives drawn at random, with adversarial ones (kinds of
 Each is scored on POPE's three files about held-out photos (benchmark_samples.py), and on naming,
 which must not suffer.
 
-    python vlm/hallucination.py                              # 25 CPU min
+    python vlm/hallucination.py                              # 26 CPU min
     python vlm/hallucination.py --questions 40 --steps 20    # a first look: too few steps to learn it
 """
 
