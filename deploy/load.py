@@ -6,6 +6,7 @@ whatever answers at --base-url. Percentiles are those of numpy.
 
     python deploy/load.py                              # serve.py, in float32, int8 and int4
     python deploy/load.py --transformers               # beside `transformers serve --continuous-batching`
+    python deploy/load.py --llama-cpp PYTHON           # beside llama.cpp's server
     python deploy/load.py --base-url http://127.0.0.1:8000/v1 --model smollm2
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deploy import llama_cpp_times
 from utils import assets, data, run
 from utils.run import UserError, check
 from utils.text import clean, printable
@@ -41,6 +43,7 @@ class Config:
     base_url: str = ""  # a server that runs already; none: servers are started
     model: str = "smollm2"  # its name for the server
     transformers: bool = False  # `transformers serve` too
+    llama_cpp: str = ""  # a Python that has llama-cpp-python: its server, too
     threads: int = 1  # of each server that is started
     seconds: float = 600.0  # that a request may take
     seed: int = 0
@@ -176,7 +179,9 @@ def started(command, port, threads, log):
         until = time.monotonic() + 600
         while True:
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                # any answer will do: llama.cpp's server has no such address
+                with contextlib.suppress(urllib.error.HTTPError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             alive = process.poll() is None and time.monotonic() < until
             check(alive, f"the server did not start; {printable(log)} says why")
@@ -211,6 +216,10 @@ def commands(cfg, folder):
         command += ["--dtype", "float32", "--device", "cpu"]
         command += ["--cb-num-blocks", "512", "--cb-block-size", "8"]
         made["transformers serve"] = (command, port, model)
+    if cfg.llama_cpp:
+        port = free_port()
+        command = llama_cpp_times.server(cfg.llama_cpp, port, cfg.threads)
+        made["llama_cpp.server"] = (command, port, "smollm2")
     return made
 
 

@@ -12,15 +12,17 @@ Shapes: B sequences of T tokens, V tokens in the vocabulary.
     python deploy/low_bit.py                                     # the tables and the figure
     python deploy/low_bit.py --prompt 32 --max-new-tokens 64     # a short prompt, a longer answer
     python deploy/low_bit.py --model outputs/llama2_lora/merged  # any Llama: codes are made of its weights
+    python deploy/low_bit.py --llama-cpp PYTHON                  # beside llama.cpp (llama_cpp_times.py)
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from deploy import cache_costs, cache_quality, decode, perplexity
+from deploy import cache_costs, cache_quality, decode, llama_cpp_times, perplexity
 from deploy.caches import StaticCache
 from deploy.int8_linear import int8_layers
 from deploy.kv_cache import median, read, stream, timed
@@ -43,6 +45,7 @@ class Config:
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     held_out: int = 8  # pieces of held-out text for the perplexity
     length: int = 128  # tokens of a piece
+    llama_cpp: str = ""  # a Python that has llama-cpp-python: the same file by it, in turn
     seed: int = 0
     out: str = "outputs/low_bit"
 
@@ -74,11 +77,14 @@ def bytes_read(llama):
     return sum(size(part, (".int8.",)) for part in (llama.layers, llama.norm, llama.head))
 
 
-def compare_speed(llamas, ids, cfg):
+def compare_speed(llamas, ids, cfg, llama_cpp=None):
     """{name: {"prefill, ms", "a token, ms"}}: all of them once a round, in turn; the quickest prefill, the
-    median token."""
+    median token. llama_cpp: a function of llama_cpp_times.py."""
     seconds = {name: [] for name in llamas}
     for _ in range(cfg.rounds):
+        if llama_cpp:
+            found = llama_cpp(ids[0].tolist(), cfg.max_new_tokens)
+            seconds.setdefault("llama.cpp", []).append(found["seconds"])
         for name, llama in llamas.items():
             cache = StaticCache(llama, ids.shape[1] + cfg.max_new_tokens)
             seconds[name].append(timed(stream(llama, ids, cfg.max_new_tokens, cache)))
@@ -177,6 +183,10 @@ def check_flags(cfg):
     check(min(numbers) > 0, "tokens, rows, rounds ... start at 1, new tokens at 2")
     check(len(cfg.rows) > 0, "--rows needs a number")
     check(cfg.length > 1, "--length must be at least 2")
+    own = not cfg.llama_cpp or cfg.model == "smollm2"
+    check(own, "--llama-cpp reads the file of smollm2: leave out --model")
+    if cfg.llama_cpp:
+        llama_cpp_times.smollm2(cfg.llama_cpp)  # is there such a Python?
 
 
 def main(cfg: Config) -> dict:
@@ -206,7 +216,12 @@ def main(cfg: Config) -> dict:
         }
     # speed, with the layers of llama.py and with fused ones
     llamas = plain | {f"{name}, fused": fused(made) for name, made in models.items()}
-    for name, row in compare_speed(llamas, ids, cfg).items():
+    with contextlib.ExitStack() as stack:
+        beside = None
+        if cfg.llama_cpp:
+            beside = stack.enter_context(llama_cpp_times.started(cfg.llama_cpp, longest))
+        speeds = compare_speed(llamas, ids, cfg, beside)
+    for name, row in speeds.items():
         table.setdefault(name, {}).update(row)
     # what the machine reads at most, and how far from there the layers are
     bandwidth = cache_costs.bandwidth()
