@@ -9,8 +9,7 @@ the second.
 Shapes: weight (out, in), n blocks of 32 numbers, H heads of D numbers.
 
     python deploy/gguf_write.py                                   # SmolLM2 in Q8_0, read back and compared
-    python deploy/gguf_write.py --kind q4_1
-    python deploy/gguf_write.py --model outputs/llama2_lora/merged
+    python deploy/gguf_write.py --kind q4_1 --model outputs/llama2_lora/merged
     python deploy/gguf_write.py --adapter outputs/llama2_lora     # a PEFT folder, merged first
 """
 
@@ -24,12 +23,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from deploy import decode
+from deploy import decode, kv_cache, llama_cpp_times
+from deploy.caches import StaticCache
 from deploy.gguf_metadata import add_config, add_tokenizer, check_config
+from deploy.llama import Llama
 from utils import run
 from utils.run import UserError, check
 
 BLOCK = 32
+NEW = 32  # tokens that are compared with llama.cpp's
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Config:
     pre: str = "smollm"  # how the tokenizer cuts text before BPE, by llama.cpp's name
     check: bool = True  # read the file with transformers and compare logits
     text: str = "The capital of France is Paris, and that of Italy is"  # for this comparison
+    llama_cpp: str = ""  # a Python that has llama-cpp-python: does it go on with the text as we do?
     out: str = "outputs/gguf_write"
 
 
@@ -145,11 +148,8 @@ def write(model, tokenizer, path, kind="q8_0", pre="smollm"):
         add_config(writer, model.config, path.stem, kind)
         add_tokenizer(writer, tokenizer, model.config.vocab_size, pre)
         for name, array in tensors(model):
-            finer = (
-                "q8_0"
-                if kind == "q4_1" and name in ("token_embd.weight", "output.weight")
-                else kind
-            )
+            is_table = name in ("token_embd.weight", "output.weight")
+            finer = "q8_0" if kind == "q4_1" and is_table else kind
             coded, about = encode(array, finer)
             writer.add_tensor(name, coded, raw_dtype=about)
         # on the disk; one rename makes it visible
@@ -204,6 +204,8 @@ def merged(model, folder):
 
 def main(cfg: Config) -> dict:
     """Write the file; errors of the weights, and of logits as transformers reads the file."""
+    if cfg.llama_cpp:
+        llama_cpp_times.smollm2(cfg.llama_cpp)  # is there such a Python?
     tokenizer, model = decode.load(cfg.model, "cpu")
     model = model.float()
     if cfg.adapter:
@@ -224,9 +226,17 @@ def main(cfg: Config) -> dict:
         "bits a weight": 8 * path.stat().st_size / count,
         "relative error of weights": (square / size) ** 0.5,
     }
+    ids = tokenizer(cfg.text, return_tensors="pt").input_ids
+    # greedy tokens of llama.cpp and of the model, up to the first that differs
+    if cfg.llama_cpp:
+        with llama_cpp_times.started(cfg.llama_cpp, ids.shape[1] + NEW, path) as ask:
+            theirs = ask(ids[0].tolist(), NEW)["tokens"]
+        cache = StaticCache(Llama(model), ids.shape[1] + NEW)
+        ours = kv_cache.generate(Llama(model), ids, NEW, cache)[0].tolist()
+        same = [a == b for a, b in zip(ours, theirs)]
+        metrics[f"tokens as in llama.cpp, of {NEW}"] = [*same, False].index(False)
     # logits, as transformers reads the file
     if cfg.check:
-        ids = tokenizer(cfg.text, return_tensors="pt").input_ids
         with torch.no_grad():
             off = load(path)(ids).logits - model(ids).logits
         metrics["largest difference of logits"] = float(off.abs().max())

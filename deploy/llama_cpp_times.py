@@ -7,6 +7,7 @@ state. CPU seconds are those of that process, one thread.
     python -m venv elsewhere && elsewhere/bin/pip install "llama-cpp-python[server]"    # 20 minutes of compiling
     python deploy/low_bit.py --llama-cpp elsewhere/bin/python
     python deploy/load.py --llama-cpp elsewhere/bin/python
+    python deploy/gguf_write.py --llama-cpp elsewhere/bin/python
 """
 
 import contextlib
@@ -79,12 +80,16 @@ def server(python, port, threads):
 
 
 @contextlib.contextmanager
-def started(python, positions):
-    """llama.cpp in a process of its own -> a function (ids, new) -> {"seconds", "tokens"}. Raises UserError."""
+def started(python, positions, path=""):
+    """llama.cpp in a process of its own -> a function (ids, new) -> {"seconds", "tokens"}.
+
+    path: of a GGUF file; empty: that of SmolLM2. Raises UserError if there is no such Python, and later if it does not answer.
+    """
     from utils.run import check
     from utils.text import printable
 
-    command = [python, "-c", WORKER, smollm2(python), str(positions)]
+    file = smollm2(python)
+    command = [python, "-c", WORKER, str(path or file), str(positions)]
     # after the packages of the caller, if there are any
     paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent.parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

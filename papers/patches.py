@@ -17,7 +17,8 @@ def patchify(imgs, p):
 
 def unpatchify(x, p, grid=None):
     """Patches (B,N,P*P*C) -> images (B,C,H,W), for a grid of (rows, columns); a square one if it is not given."""
-    side = round(x.shape[1] ** 0.5)
+    # in torch.jit.trace a size is a tensor, which round() does not take
+    side = round(int(x.shape[1]) ** 0.5)
     h, w = grid or (side, side)
     check(h * w == x.shape[1], f"{x.shape[1]} patches do not fill {h} rows of {w}")
     return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p)

@@ -1,12 +1,15 @@
 """deploy/llama_cpp_times.py: tokens and times of another process. A stand-in has the names of llama-cpp-python."""
 
+import contextlib
 import io
 import json
 import sys
 
 import pytest
+import torch
 
-from deploy import llama_cpp_times, load, low_bit
+from deploy import gguf_write, llama_cpp_times, load, low_bit
+from tests import llamas
 from tests.deploy.test_low_bit_layers import tiny
 from utils.run import UserError
 
@@ -22,7 +25,8 @@ class Llama:
 
     def __init__(self, path, **options):
         assert options == dict(n_ctx=40, n_threads=1, n_threads_batch=1, verbose=False), options
-        assert path.endswith(".gguf"), path
+        # another file, another model: one more
+        self.more = ["model.gguf", "other.gguf"].index(path)
         self.ctx = self
 
     def n_vocab(self):
@@ -40,7 +44,7 @@ class Llama:
 def llama_get_logits_ith(ctx, place):
     assert place == -1
     logits = (ctypes.c_float * 11)(*range(-11, 0))
-    logits[sum(READ) % 11] = 5
+    logits[(sum(READ) + ctx.more) % 11] = 5
     return ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
 '''
 
@@ -61,6 +65,8 @@ def test_greedy_tokens_of_each_request_from_its_beginning(stand_in):
         assert found["tokens"] == [3, 6, 1]
         assert len(found["seconds"]) == 3 and all(0 <= s < 1 for s in found["seconds"])
         assert ask([4], 2)["tokens"] == [4, 8]
+    with llama_cpp_times.started(sys.executable, 40, "other.gguf") as ask:
+        assert ask([1, 2], 2)["tokens"] == [4, 8]
 
 
 def test_a_process_that_ends_is_one_line(stand_in):
@@ -86,15 +92,13 @@ def test_requests_are_read_and_answered_line_by_line(stand_in, monkeypatch):
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
     answers = io.StringIO()
     requests = ['{"ids": [2], "new": 1}\n', '{"ids": [3, 3], "new": 2}\n']
-    llama_cpp_times.answer_lines("a.gguf", 40, requests, answers)
+    llama_cpp_times.answer_lines("model.gguf", 40, requests, answers)
     found = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert [one["tokens"] for one in found] == [[2], [6, 1]]
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
 
 
 def test_llama_cpp_takes_its_turn_in_each_round():
-    import torch
-
     asked = []
 
     def ask(ids, new):
@@ -129,3 +133,37 @@ def test_a_server_without_a_health_address_has_started(tmp_path):
     with load.started(command, port, 1, tmp_path / "log") as process:
         # a 501 of the handler
         assert process.is_running()
+
+
+def test_tokens_of_a_written_file_are_compared_up_to_the_first_that_differs(tmp_path, monkeypatch):
+    """A stand-in for llama.cpp goes on as transformers does, then otherwise."""
+    model = llamas.tiny(vocabulary=len(llamas.tokenizer()))
+    model.save_pretrained(tmp_path / "model")
+    llamas.tokenizer().save_pretrained(tmp_path / "model")
+    asked = []
+    differs = {"at": gguf_write.NEW}
+
+    @contextlib.contextmanager
+    def started(python, positions, path):
+        def ask(ids, new):
+            asked.append((python, positions, path, ids))
+            prompt = torch.tensor([ids])
+            text = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+            tokens = model.generate(prompt, **text)[0, len(ids) :].tolist()
+            if differs["at"] < new:
+                tokens[differs["at"]] += 1
+            return {"tokens": tokens}
+
+        yield ask
+
+    monkeypatch.setattr(llama_cpp_times, "started", started)
+    about = {"model": str(tmp_path / "model"), "kind": "f16", "check": False}
+    cfg = gguf_write.Config(**about, llama_cpp=sys.executable, out=str(tmp_path / "out"))
+    assert gguf_write.main(cfg)["tokens as in llama.cpp, of 32"] == 32
+    python, positions, path, ids = asked[0]
+    assert python == sys.executable and path == tmp_path / "out/model-f16.gguf"
+    assert ids == llamas.tokenizer()(cfg.text).input_ids and positions == len(ids) + 32
+    differs["at"] = 5
+    assert gguf_write.main(cfg)["tokens as in llama.cpp, of 32"] == 5
+    with pytest.raises(UserError, match="there is no such Python"):
+        gguf_write.main(gguf_write.Config(**about, llama_cpp="nowhere", out=str(tmp_path)))
