@@ -83,7 +83,8 @@ def server(python, port, threads):
 def started(python, positions, path=""):
     """llama.cpp in a process of its own -> a function (ids, new) -> {"seconds", "tokens"}.
 
-    path: of a GGUF file; empty: that of SmolLM2. Raises UserError if there is no such Python, and later if it does not answer.
+    path: of a GGUF file; empty: that of SmolLM2. Raises UserError if there is no such Python, and
+    later if it does not answer.
     """
     from utils.run import check
     from utils.text import printable
