@@ -14,12 +14,13 @@ blue car a fruit, too. Beside each answer stands how likely the model itself fin
 
     python vlm/llava.py                                                     # held-out photos
     python vlm/llava.py --image PHOTO --prompt "What fruit is this?"        # one of your own
+    python vlm/llava.py --image PHOTO PHOTO --chat                          # a conversation; --bits 8
     python vlm/llava.py --model llava-hf/llava-1.5-7b-hf --image PHOTO      # LLaVA's own, or any folder of one
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch import nn
 from deploy import decode
 from utils import data, run
 from utils.run import check
-from vlm import anyres, connector, fruit_photos, generation, llava_io, llava_parts
+from vlm import anyres, chat_terminal, connector, fruit_photos, generation, llava_io, llava_parts
 from vlm.image_tokens import merge
 from vlm.prompts import IMAGE
 
@@ -39,8 +40,11 @@ WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
 class Config:
     """Ask a language model that can see about photos."""
 
-    image: str = ""  # a photo of your own; empty: held-out photos of fruit
+    image: tuple[str, ...] = ()  # photos of your own; none: held-out photos of fruit
+    # of photos of your own <image> may name the places; it stands before the text if there is none
     prompt: str = "What fruit is this?"
+    chat: bool = False  # several turns, typed or piped in (chat.py)
+    bits: Literal[0, 4, 8] = 0  # of the language model's linear layers; 0: as they are
     # weights of vlm/train.py, a folder of --save, or LLaVA's own: folder or hub id
     model: str = str(WEIGHTS)
     tiles: int = 0  # of LLaVA-1.6, at most; 1: none; 0: as the model was trained
@@ -168,33 +172,33 @@ def load(name, on="cpu"):
 def sizes(model):
     """Parameters by part, one line."""
     parts = {"vision": model.vision, "connector": model.connector, "language": model.language}
-    return ", ".join(
-        f"{k} {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for k, m in parts.items()
-    )
+    millions = {name: sum(p.numel() for p in m.parameters()) / 1e6 for name, m in parts.items()}
+    return ", ".join(f"{name} {count:.1f} M" for name, count in millions.items())
 
 
 def check_flags(cfg):
     """Raises UserError for flags out of range."""
-    check(
-        cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles >= 0,
-        "--samples and the like: at least 1; --tiles: at least 0",
-    )
-    check(
-        cfg.prompt.strip() and IMAGE not in cfg.prompt,
-        f"--prompt is a question; {IMAGE} is put before it",
-    )
-    check(
-        not cfg.save or not Path(cfg.save).exists(),
-        f"--save {cfg.save} is there already: name another",
-    )
+    numbers = cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles >= 0
+    check(numbers, "--samples and the like: at least 1; --tiles: at least 0")
+    placed = cfg.image or IMAGE not in cfg.prompt
+    asked = f"--prompt is a question; {IMAGE} in it is a place for an --image"
+    check(cfg.prompt.strip() and placed, asked)
+    there = cfg.save and Path(cfg.save).exists()
+    check(not there, f"--save {cfg.save} is there already: name another")
+    plain = not (cfg.bits or is_conversation(cfg))
+    check(plain or not cfg.save, "--save goes with one --image, without --chat and --bits")
+
+
+def is_conversation(cfg):
+    """Several turns or photos, or places for these in the prompt: chat.py reads them."""
+    return cfg.chat or len(cfg.image) > 1 or IMAGE in cfg.prompt
 
 
 def read_photos(cfg, model):
     """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones of
     fruit."""
-    if cfg.image:  # as it is if it is cut into tiles; else its middle, as in training
-        tiled = cfg.tiles > 1 or (cfg.tiles == 0 and model.grids)
-        return [data.read_image(Path(cfg.image), 0 if tiled else 448)], [""]
+    if cfg.image:
+        return [chat_terminal.read_picture(cfg.image[0], model, cfg.tiles)], [""]
     fruit = data.groceries(348)
     heldout = [i for i, part in enumerate(fruit.split) if part == "test"]
     order = np.random.default_rng(cfg.seed).permutation(heldout)
@@ -206,17 +210,18 @@ def main(cfg: Config) -> dict:
     """Answer about a photo, or about held-out ones; write the model, if asked to."""
     check_flags(cfg)
     tokenizer, model = load(cfg.model, run.device(cfg.device))
+    print(sizes(model))
+    chat_terminal.low_bit(model, cfg.model, cfg.bits)
+    if cfg.model == str(WEIGHTS):
+        print("It was taught fruit only, and talks of anything else as if it were fruit.")
+    if is_conversation(cfg):
+        return chat_terminal.start(cfg, tokenizer, model)
     photos, truths = read_photos(cfg, model)
     # is the prompt short enough?
     tokens = generation.photo_embeddings(model, photos[0], cfg.tiles).shape[1]
     length = generation.prompt_ids(tokenizer, model, cfg.prompt, tokens).shape[1]
     decode.check_length(model.language, length, cfg.max_new_tokens, cfg.max_prompt)
     folder = run.output(cfg.out, cfg)
-    print(sizes(model))
-    if cfg.model == str(WEIGHTS):
-        print(
-            "It was taught fruit only: fourteen kinds. Of anything else it talks as if it were fruit."
-        )
     print(cfg.prompt)
     # generated answers
     answers = []

@@ -335,7 +335,7 @@ def test_damaged_photos_are_one_line_or_a_photo_of_the_right_shape(
     )
     whole = tmp_path / "photo"
     # tiles: the photo as it is
-    about = {"image": str(whole), "tiles": 4, "out": str(tmp_path / "out")}
+    about = {"image": (str(whole),), "tiles": 4, "out": str(tmp_path / "out")}
     seen = 0
     for kind in ("JPEG", "PNG"):
         Image.fromarray(torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8).numpy()).save(
@@ -591,7 +591,7 @@ def test_the_printed_tokens_are_what_the_language_model_reads(tiny, monkeypatch,
     monkeypatch.setattr(llava, "load", lambda *about: tiny)
     photo = tmp_path / "wide.png"
     Image.new("RGB", (600, 400), "orange").save(photo)
-    about = {"image": str(photo), "max_new_tokens": 1, "out": str(tmp_path / "out")}
+    about = {"image": (str(photo),), "max_new_tokens": 1, "out": str(tmp_path / "out")}
     assert llava.main(llava.Config(**about))["tokens_of_a_photo"] == 16
     tiled = llava.main(llava.Config(**about, tiles=4))["tokens_of_a_photo"]
     assert tiled > 2 * 16  # the whole, and more than one tile
