@@ -61,7 +61,10 @@ def photos(tmp_path):
 
 def ask(photos, tmp_path, **about):
     about = {"image": tuple(photos), "max_new_tokens": 4, "out": str(tmp_path / "out")} | about
-    return llava.main(llava.Config(**about))
+    try:
+        return llava.main(llava.Config(**about))
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C came out of the chat")
 
 
 def turns(tmp_path):
