@@ -29,7 +29,7 @@ OF_CHAPTERS = [p for p in PAGES if (p.parent / "__init__.py").is_file()]
 
 
 # They listen on loopback and ask themselves: no other address is open to them
-SERVERS = ("deploy/serve.py", "deploy/load.py", "vlm/serve.py")
+SERVERS = ("deploy/serve.py", "deploy/load.py", "vlm/serve/worker.py", "vlm/demo.py")
 
 
 @cache

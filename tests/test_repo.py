@@ -50,8 +50,8 @@ MEASURE |= {
     "train_trainer",
     "trainer_speed",
 }
-# of two scripts of one name, the one that has the page of the other
-MEASURE |= {"vlm/serve"}
+# a server: its tests are those of its parts
+MEASURE |= {"vlm/demo"}
 TOPICS = [p for p in SCRIPTS if not {p.stem, f"{p.parent.name}/{p.stem}"} & MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 SOURCES = [
@@ -154,9 +154,9 @@ def imported(path):
 
 
 MODULES = {
-    f"{p.parent.name}.{p.stem}": imported(p)
+    ".".join(p.relative_to(ROOT).with_suffix("").parts): imported(p)
     for p in SOURCES
-    if p.parent.parent == ROOT and p.parent.name != "tests"
+    if p.relative_to(ROOT).parts[0] != "tests"
 }
 
 

@@ -10,7 +10,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("utils", "models", "finetune", "training", "rag", "papers", "deploy", "vlm", "tests")
+FOLDERS = (
+    "utils",
+    "models",
+    "finetune",
+    "training",
+    "rag",
+    "papers",
+    "deploy",
+    "vlm",
+    "vlm/serve",
+    "tests",
+)
 PAGE = ROOT / "docs" / "TOUR.md"
 MARK = "<!-- files -->"
 
@@ -38,12 +49,12 @@ def table() -> str:
     """A heading and a table for each folder."""
     parts = []
     for folder in FOLDERS:
-        mine = [row for row in rows() if row[0].split("/")[0] == folder]
+        mine = [row for row in rows() if row[0].rpartition("/")[0] == folder]
         parts.append(
             f"## {folder}/, {sum(n for _, n, _ in mine)} lines\n\n| file | lines | what it holds |\n|---|---|---|"
         )
         parts[-1] += "".join(
-            f"\n| [{p.split('/')[1]}](../{p}) | {n} | {what} |" for p, n, what in mine
+            f"\n| [{p.rpartition('/')[2]}](../{p}) | {n} | {what} |" for p, n, what in mine
         )
     return "\n\n".join(parts) + "\n"
 

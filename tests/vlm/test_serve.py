@@ -1,4 +1,4 @@
-"""vlm/serve.py: answers about photos over HTTP are those of the model; questions on one photo share its blocks."""
+"""Model worker: answers about photos over HTTP are those of the model; questions on one photo share its blocks."""
 
 import io
 
@@ -13,13 +13,14 @@ from tests import eyes
 from tests.deploy import servers
 from utils import data, images
 from utils.run import UserError
-from vlm import generation, llava, prompts, serve
+from vlm import generation, llava, prompts
+from vlm.serve import worker
 
 ASK = "What fruit is this?"
 
 
 def chat(client, url, text=ASK, **about):
-    messages = [{"role": "user", "content": serve.question(url, text)}]
+    messages = [{"role": "user", "content": worker.question(url, text)}]
     about = {"max_tokens": 12, "temperature": 0} | about
     return client.chat.completions.create(model="llava", messages=messages, **about)
 
@@ -27,14 +28,14 @@ def chat(client, url, text=ASK, **about):
 @pytest.mark.long
 def test_answers_about_photos_and_shared_blocks(parity):
     """The shipped weights: three photos, then another question on the first."""
-    tokenizer, language, about = serve.load(serve.Config())
+    tokenizer, language, about = worker.load(worker.Config())
     model = about["chat"].__closure__
-    model = next(c.cell_contents for c in model if isinstance(c.cell_contents, serve.llava.Llava))
+    model = next(c.cell_contents for c in model if isinstance(c.cell_contents, worker.llava.Llava))
     fruit = data.groceries(348)
     chosen = [i for i, part in enumerate(fruit.split) if part == "test"][::500][:3]
     photos = [Image.fromarray(fruit.images[i].permute(1, 2, 0).numpy()) for i in chosen]
-    urls = [serve.data_url(photo) for photo in photos]
-    pixels = [data.square(photo, serve.SIDE) for photo in photos]
+    urls = [worker.data_url(photo) for photo in photos]
+    pixels = [data.square(photo, worker.SIDE) for photo in photos]
     wanted = [generation.answer(tokenizer, model, x, ASK, 12, tiles=1) for x in pixels]
     engine = Engine(language, blocks=100, block_size=8)
     about = {"name": "llava", "engine": engine} | about
@@ -48,7 +49,7 @@ def test_answers_about_photos_and_shared_blocks(parity):
         hits = []
         for url, text in [
             (urls[0], "Is it a vegetable?"),
-            (serve.data_url(photos[0].rotate(90)), ASK),
+            (worker.data_url(photos[0].rotate(90)), ASK),
         ]:
             before = engine.scheduler.shared
             chat(client, url, text, max_tokens=1)
@@ -68,7 +69,11 @@ def test_answers_about_photos_and_shared_blocks(parity):
         assert servers.becomes_idle(server.service)
     rows = [torch.tensor(list(" | ".join(x).encode())) for x in (found, wanted)]
     parity(
-        "Server", "vlm/serve.py, three photos", "generation.answer, transformers generate", *rows, 0
+        "Server",
+        "vlm/serve/worker.py, three photos",
+        "generation.answer, transformers generate",
+        *rows,
+        0,
     )
 
 
@@ -79,7 +84,7 @@ def test_a_conversation_becomes_questions_and_answers():
         ("assistant", ["A fig."]),
         ("user", ["And <image> this?", b"two"]),
     ]
-    pairs, system, photos = serve.as_questions(turns)
+    pairs, system, photos = worker.as_questions(turns)
     assert system == "Be brief." and photos == [b"one", b"two"]
     assert pairs == [("<image>\nWhat?", "A fig."), ("And < image> this?\n<image>", None)]
 
@@ -96,7 +101,7 @@ def test_a_conversation_becomes_questions_and_answers():
 )
 def test_conversations_that_make_no_sense(turns):
     with pytest.raises(UserError):
-        serve.as_questions(turns)
+        worker.as_questions(turns)
 
 
 def test_tokens_of_a_photo_are_kept_by_its_hash(monkeypatch):
@@ -107,7 +112,7 @@ def test_tokens_of_a_photo_are_kept_by_its_hash(monkeypatch):
         return torch.full((1, 2, 3), float(len(seen)))
 
     monkeypatch.setattr(generation, "photo_embeddings", embeddings)
-    tokens = serve.PhotoTokens(None, most=2)
+    tokens = worker.PhotoTokens(None, most=2)
     photos = []
     for colour in ("red", "blue", "green"):
         packed = io.BytesIO()
@@ -119,14 +124,14 @@ def test_tokens_of_a_photo_are_kept_by_its_hash(monkeypatch):
     tokens(photos[2])
     assert tokens(photos[0])[1][0, 0] == 1 and len(seen) == 3
     tokens(photos[1])
-    assert len(seen) == 4 and seen[0].shape == (3, serve.SIDE, serve.SIDE)
+    assert len(seen) == 4 and seen[0].shape == (3, worker.SIDE, worker.SIDE)
 
 
 def test_data_urls(tmp_path):
     image = Image.new("RGB", (4, 3), "red")
-    assert serve.data_url(image).startswith("data:image/png;base64,")
+    assert worker.data_url(image).startswith("data:image/png;base64,")
     image.save(tmp_path / "photo.jpg")
-    assert serve.data_url(tmp_path / "photo.jpg").startswith("data:image/jpeg;base64,/9j/")
+    assert worker.data_url(tmp_path / "photo.jpg").startswith("data:image/jpeg;base64,/9j/")
     assert images.open_image(tmp_path / "photo.jpg").size == (4, 3)
 
 
@@ -134,10 +139,10 @@ def test_layers_in_few_bits(tmp_path, monkeypatch):
     """--int8 is of the language model alone; the tower and the connector stay."""
     pair = eyes.talker(tmp_path)
     monkeypatch.setattr(llava, "load", lambda *about: pair)
-    _, language, about = serve.load(serve.Config(int8=True, device="cpu"))
+    _, language, about = worker.load(worker.Config(int8=True, device="cpu"))
     assert isinstance(language.model.layers[0].mlp.up_proj, Int8Linear)
     assert not [m for m in pair[1].vision.modules() if isinstance(m, Int8Linear)]
     assert about["eos"] == prompts.ends(*pair[:1], language)
     with pytest.raises(UserError, match="blocks of 32"):
         pair = eyes.talker(tmp_path)
-        serve.load(serve.Config(int4=True, device="cpu"))
+        worker.load(worker.Config(int4=True, device="cpu"))

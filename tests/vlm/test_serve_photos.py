@@ -1,4 +1,4 @@
-"""vlm/serve.py over HTTP with a tiny model: order of texts and photos, prefix keys, limits, no address is fetched."""
+"""Model worker with a tiny model: order of texts and photos, prefix keys, limits, no address is fetched."""
 
 import base64
 import hashlib
@@ -19,7 +19,8 @@ from tests import eyes
 from tests.deploy import servers
 from utils import data
 from utils.run import UserError
-from vlm import generation, llava, prompts, serve
+from vlm import generation, llava, prompts
+from vlm.serve import worker
 
 SIZE = 8  # tokens of a block
 LIMITS = Limits(room=512, image_bytes=200_000, max_images=3)
@@ -46,7 +47,7 @@ def server(talker):
     tokenizer, model = talker
     patch = pytest.MonkeyPatch()
     patch.setattr(llava, "load", lambda *about: talker)
-    tokenizer, language, about = serve.load(serve.Config(device="cpu"))
+    tokenizer, language, about = worker.load(worker.Config(device="cpu"))
     patch.undo()
     engine = Engine(language, blocks=120, block_size=SIZE)
     about |= {"name": "llava", "engine": engine, "limits": LIMITS}
@@ -80,7 +81,9 @@ def said(talker, turns, photos, system="", new=12):
     """What the model says without a server: generate of transformers over merged embeddings."""
     tokenizer, model = talker
     ids = torch.tensor([prompts.chat(tokenizer, turns, model.count, system)[0]])
-    seen = [generation.photo_embeddings(model, data.square(x, serve.SIDE), tiles=1) for x in photos]
+    seen = [
+        generation.photo_embeddings(model, data.square(x, worker.SIDE), tiles=1) for x in photos
+    ]
     ends = prompts.ends(tokenizer, model.language)
     about = {"attention_mask": torch.ones_like(ids), "eos_token_id": ends, "pad_token_id": 0}
     found = model.generate(ids, torch.cat(seen), max_new_tokens=new, **about)
@@ -90,7 +93,7 @@ def said(talker, turns, photos, system="", new=12):
 def test_texts_and_photos_keep_their_order(client, talker, parity):
     """A photo first, a photo last, two photos either way, two turns with a photo each."""
     one, two = photo(1), photo(2)
-    urls = [serve.data_url(one), serve.data_url(two)]
+    urls = [worker.data_url(one), worker.data_url(two)]
     what = "What is it?"
     cases = [
         ([part(urls[0]), text(what)], [(f"<image>\n{what}", None)], [one]),
@@ -112,14 +115,14 @@ def test_texts_and_photos_keep_their_order(client, talker, parity):
     wanted.append(said(talker, pairs, [one, two], "Be brief."))
     found.append(chat(client, turns).choices[0].message.content)
     rows = [torch.tensor(list(" | ".join(x).encode())) for x in (found, wanted)]
-    parity("Server", "vlm/serve.py, order of photos", "transformers generate", *rows, 0)
+    parity("Server", "vlm/serve/worker.py, order of photos", "transformers generate", *rows, 0)
 
 
 def test_the_hash_of_a_photo_is_in_the_keys_of_its_blocks(server, client, talker):
     """A second question finds the blocks of a photo; another photo those before it alone."""
     scheduler = server.service.engine.scheduler
     tokenizer, model = talker
-    urls = [serve.data_url(photo(seed)) for seed in (11, 12)]
+    urls = [worker.data_url(photo(seed)) for seed in (11, 12)]
     ids, embeds, names = server.service.chat([("user", [packed(photo(11)), "Why?"])])
     places = sorted(embeds)
     # where the image tokens stand, what they are called, and what they show
@@ -130,7 +133,7 @@ def test_the_hash_of_a_photo_is_in_the_keys_of_its_blocks(server, client, talker
     ]
     name = hashlib.sha256(packed(photo(11))).hexdigest()
     assert [names[i] for i in places] == [(name, i) for i in range(model.count)]
-    shown = generation.photo_embeddings(model, data.square(photo(11), serve.SIDE), tiles=1)[0]
+    shown = generation.photo_embeddings(model, data.square(photo(11), worker.SIDE), tiles=1)[0]
     assert torch.equal(torch.stack([embeds[i] for i in places]), shown)
     # the rows of the table are not read where a photo stands: <image> may have none
     assert {ids[i] for i in places} == {0}
@@ -179,7 +182,7 @@ def test_limits_on_bytes_pixels_and_photos(server):
     assert len(bomb) < LIMITS.image_bytes
     status, line = refused(server, as_url(bomb))
     assert status == 400 and "megapixels" in line
-    small = serve.data_url(photo(3))
+    small = worker.data_url(photo(3))
     status, line = refused(server, small, 4)
     assert status == 400 and "at most 3 pictures" in line
     before = [{"role": "user", "content": [part(small)]}, {"role": "assistant", "content": "A"}]
@@ -235,15 +238,15 @@ def test_once_asks_about_the_photo(talker, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(llava, "load", lambda *about: talker)
     photo(6).save(tmp_path / "photo.png")
     about = {"once": True, "port": 0, "prompt": "Which?", "out": str(tmp_path / "out")}
-    found = serve.main(serve.Config(image=str(tmp_path / "photo.png"), **about))
+    found = worker.main(worker.Config(image=str(tmp_path / "photo.png"), **about))
     wanted = said(talker, [("<image>\nWhich?", None)], [photo(6)], new=32)
-    assert serve.serve.clean(wanted) in capsys.readouterr().out
+    assert worker.serve.clean(wanted) in capsys.readouterr().out
     assert found["requests"] == 1 and json.loads((tmp_path / "out/metrics.json").read_text())
     with pytest.raises(UserError, match="not a readable image"):
-        serve.main(serve.Config(image=str(tmp_path / "out/metrics.json"), **about))
+        worker.main(worker.Config(image=str(tmp_path / "out/metrics.json"), **about))
     # the photos of the book: grey ones, of which the test split is the second half
     monkeypatch.setattr(data, "groceries", lambda side: eyes.shop())
-    assert serve.held_out_photo().getpixel((0, 0)) == (20, 20, 20)
-    serve.main(serve.Config(**about))
-    wanted = said(talker, [("<image>\nWhich?", None)], [serve.held_out_photo()], new=32)
-    assert serve.serve.clean(wanted) in capsys.readouterr().out
+    assert worker.held_out_photo().getpixel((0, 0)) == (20, 20, 20)
+    worker.main(worker.Config(**about))
+    wanted = said(talker, [("<image>\nWhich?", None)], [worker.held_out_photo()], new=32)
+    assert worker.serve.clean(wanted) in capsys.readouterr().out

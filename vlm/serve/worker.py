@@ -1,21 +1,19 @@
-"""A vision-language model behind OpenAI's protocol: photos come as data URLs, questions on one photo share its blocks.
+"""Model worker: a vision-language model behind OpenAI's protocol. Questions on one photo share its blocks.
 
 The server is that of deploy/serve.py; here a conversation with photos becomes a prompt. Image tokens enter the engine
 as embeddings and count in the hash of a block by the hash of their photo (Kwon et al. 2023, arXiv:2309.06180, Sec. 4.4,
 with the name of what a token shows in place of its id), so that a second question on a photo finds it in the cache.
 A photo is nine tokens for the weights that come with the book: blocks of 8 or fewer can hold them.
 
-    python vlm/serve.py --port 8001                       # the shipped weights, http://127.0.0.1:8001/v1
-    python vlm/serve.py --once                            # one request of its own, with a held-out photo
-    python vlm/serve.py --model outputs/my_llava --image PHOTO --once
+    python vlm/serve/worker.py --port 8001                # the shipped weights, http://127.0.0.1:8001/v1
+    python vlm/serve/worker.py --once                     # one request of its own, with a held-out photo
+    python vlm/serve/worker.py --model outputs/my_llava --image PHOTO --once
 """
 
-import base64
 import hashlib
 import io
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -25,6 +23,7 @@ from utils import data, images, run
 from utils.run import check
 from vlm import generation, llava, prompts
 from vlm.prompts import IMAGE
+from vlm.serve.content import data_url, question
 
 SIDE = 448  # of the middle square of a photo, as in training
 
@@ -120,23 +119,6 @@ def load(cfg: Config):
     eos = prompts.ends(tokenizer, model.language)
     more = {"chat": photo_chat(tokenizer, model), "eos": eos}
     return tokenizer, serve.low_bit(model.language, cfg), more
-
-
-def data_url(photo):
-    """A PIL image, or the path of one -> data URL."""
-    if isinstance(photo, Image.Image):
-        packed = io.BytesIO()
-        photo.save(packed, "PNG")
-        content = packed.getvalue()
-    else:
-        content = Path(photo).read_bytes()
-    kind = "jpeg" if content[:2] == b"\xff\xd8" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def question(url, text):
-    """A photo and a question on it -> content of a message."""
-    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
 
 
 def held_out_photo():
