@@ -70,11 +70,11 @@ def efficientnet(device: Device = "cpu") -> Any:
     return frozen(model, device)
 
 
-def efficientnet_input(images: Tensor) -> Tensor:
-    """float -1..1 or uint8 0..255 (B,1 or 3,H,W) -> (B,3,224,224) as the network was trained: (x255 - 127) / 128."""
+def efficientnet_input(images: Tensor, size: int = 224) -> Tensor:
+    """float -1..1 or uint8 0..255 (B,1 or 3,H,W) -> (B,3,size,size) as the network was trained: (x255 - 127) / 128."""
     x = images.float() if images.dtype == torch.uint8 else (images + 1) * 127.5
     x = x.expand(-1, 3, -1, -1)
-    x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
     return (x - 127) / 128
 
 

@@ -152,6 +152,12 @@ def without_duplicates(photos):
     return sorted(first.values())
 
 
+def some(photos, count, seed=0):
+    """`count` of the photos, drawn at random, in their order; 0: all."""
+    order = np.random.default_rng([seed, 17]).permutation(len(photos))
+    return [photos[i] for i in sorted(order[: count or None].tolist())]
+
+
 def fruit_folder(labelled=0.5, seed=0):
     """The held-out photos of fruit as a folder, written once: a share `labelled` of each kind in its
     sub-folder, the rest in `unlabelled`."""

@@ -16,7 +16,7 @@ import torch
 from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
 from utils.text import printable, read_text
-from vlm import peft_files, tower
+from vlm import book_encoders, peft_files, tower
 from vlm.flags import PerceiverConfig
 from vlm.llava_parts import Parts, build, first_line, language_model, merge_lora
 from vlm.llava_transformers import (
@@ -39,6 +39,7 @@ def save(model, tokenizer, folder):
     else a model of vlm/modeling.py."""
     folder = Path(folder)
     check(not folder.exists(), f"{folder} is there already: name another")
+    book_encoders.check_saved(model.vision)
     if has_llava_parts(model):
         pretrained.save(to_transformers(model), processor(model, tokenizer), folder)
     else:

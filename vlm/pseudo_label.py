@@ -43,6 +43,7 @@ class Config:
 
     folder: str = ""  # of photos; empty: photos of fruit that the teacher was not trained on
     classes: tuple[str, ...] = ()  # names of the classes; empty: the sub-folders
+    photos: int = 0  # at most so many, drawn at random; 0: all
     prompts: tuple[str, ...] = PROMPTS  # the same question in other words
     model: str = str(llava.WEIGHTS)  # teacher: weights, a folder, or the endpoint's name of it
     endpoint: str = ""  # address of OpenAI's protocol; empty: the teacher runs here
@@ -69,8 +70,8 @@ def check_flags(cfg):
     check(cfg.prompts and all(p.strip() for p in cfg.prompts), "--prompts: one question at least")
     least = min(cfg.parallel, cfg.side, cfg.photo_tokens)
     check(least > 0, "--parallel, --side, --photo-tokens: at least 1")
-    least = min(cfg.retries, cfg.review, cfg.price_in, cfg.price_out)
-    check(least >= 0, "--retries, --review and the prices: at least 0")
+    least = min(cfg.photos, cfg.retries, cfg.review, cfg.price_in, cfg.price_out)
+    check(least >= 0, "--photos, --retries, --review and the prices: at least 0")
     check(0 < cfg.check < 1 and 0 < cfg.accuracy <= 1, "--check and --accuracy: between 0 and 1")
     check(0 <= cfg.threshold <= 1, "--threshold: between 0 and 1")
     check(cfg.endpoint or not cfg.dry_run, "--dry-run goes with --endpoint")
@@ -148,7 +149,7 @@ def main(cfg: Config) -> dict:
     check_flags(cfg)
     # what cannot be labelled, or was labelled by another teacher, is refused before anything is written
     photos, names = label_files.read_folder(cfg.folder or label_files.fruit_folder(), cfg.classes)
-    photos = label_files.without_duplicates(photos)
+    photos = label_files.some(label_files.without_duplicates(photos), cfg.photos, cfg.seed)
     path = Path(cfg.out) / "labels.jsonl"
     if cfg.fresh:
         path.unlink(missing_ok=True)

@@ -7,7 +7,8 @@ photos have true labels and which are in which half is drawn anew for every seed
 Pseudo-labels are used in three ways: all of them, the surest half, the surest half of each
 pseudo-class (as Noisy Student balances its classes; Xie et al. 2020, arXiv:1911.04252, Sec. 2).
 
-    python vlm/pseudo_label_study.py     # 7 CPU min, 1 after pseudo_label.py: labels are shared
+    python vlm/pseudo_label_study.py                                              # 9 CPU min
+    python vlm/pseudo_label_study.py --labels outputs/pseudo_label/labels.jsonl   # 2, with that one's labels
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Config(pseudo_label.Config):
 
     shares: tuple[float, ...] = (0.0, 0.05, 0.2, 0.5, 1.0)  # of the pool, with true labels
     seeds: int = 20  # draws
-    labels: str = "outputs/pseudo_label/labels.jsonl"  # of the teacher; what lacks is added
+    labels: str = ""  # of the teacher, what lacks is added; empty: labels.jsonl of --out
     out: str = "outputs/pseudo_label_study"
 
 
@@ -138,10 +139,11 @@ def main(cfg: Config) -> dict:
     check(fits, "--seeds: at least 1; --shares: between 0 and 1")
     check(not cfg.folder, "the study is about photos of fruit: leave out --folder")
     folder = run.output(cfg.out, cfg)
-    path = Path(cfg.labels)
+    path = Path(cfg.labels or folder / "labels.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     # photos whose labels are all known, and the teacher's
     photos, names = label_files.read_folder(label_files.fruit_folder(1.0))
+    photos = label_files.some(photos, cfg.photos, cfg.seed)
     rows = pseudo_label.teach(cfg, photos, names, path)
     p, _ = pseudo_label.probabilities(rows, len(names))
     truth = torch.tensor([photo.label for photo in photos])

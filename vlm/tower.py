@@ -2,8 +2,8 @@
 
 A transformer's patches are tokens already; the maps of a convolutional network become tokens, one
 for each place. The layer before the last is read, as in LLaVA: the last one of CLIP is made for a
-single vector. Any vision encoder of transformers will do, by folder or hub id, and by default
-EfficientNet-lite0, whose maps are 49 tokens.
+single vector. Any vision encoder of transformers will do, by folder or hub id; the book's own are in
+book_encoders.py, by default EfficientNet-lite0, whose maps are 49 tokens.
 
 Shapes: pixels (B,3,S,S) -> (B,N,D). A tower may begin with tokens that are no patches (class,
 distilled, registers).
@@ -20,28 +20,13 @@ from torch import nn
 
 from utils import assets, checkpoint, pretrained, run
 from utils.run import UserError, check
+from vlm import book_encoders
+from vlm.book_encoders import EfficientNetMaps
 
 # Of what this file makes of pictures: raise it with any change that moves a feature, or old ones are read
 VERSION = 1
 # Of ImageNet, where a folder names no others
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class EfficientNetMaps(nn.Module):
-    """The last maps of EfficientNet-lite0: (B,3,224,224) -> (B,1280,7,7), of mean 0 and variance 1
-    at every place.
-
-    A transformer's states were normalised on their way, these were not, and some channels are of
-    fifty times the norm.
-    """
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels):
-        maps = self.network.extract_features(pixels)
-        return F.layer_norm(maps.movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
 
 
 class VisionTower(nn.Module):
@@ -64,7 +49,8 @@ class VisionTower(nn.Module):
         side = getattr(config, "image_size", 224)
         self.size = side if isinstance(side, int) else side[0]
         if size and size != self.size:
-            interpolate_positions(network, size)
+            resize: Any = getattr(network, "resize", None)  # of the book's own encoders
+            resize(size) if resize else interpolate_positions(network, size)
             self.size = size
         # normalisation of pixels
         self.mean: tuple[float, ...] = MEAN
@@ -104,7 +90,7 @@ class VisionTower(nn.Module):
     def pixels(self, images):
         """Pictures uint8 (B,3,S,S) -> as the encoder was trained to see them."""
         if isinstance(self.network, EfficientNetMaps):
-            return pretrained.efficientnet_input(images)
+            return pretrained.efficientnet_input(images, self.size)
         mean, std = (
             torch.tensor(x, device=images.device).view(3, 1, 1) for x in (self.mean, self.std)
         )
@@ -204,17 +190,20 @@ def vision_features(vision_tower, images, key=None, batch=4):
 
 
 def load(name, layer=-2, select="patch", size=None, on="cpu"):
-    """Vision tower, frozen: "efficientnet", or a folder or hub id of transformers. Raises UserError
-    if there is none.
+    """Vision tower, frozen: a name of book_encoders.py, such as "efficientnet" or "mae", or a folder or hub
+    id of transformers. Raises UserError if there is none.
 
     EfficientNet has one answer, its last maps: any `layer` but the default is refused.
     """
-    if name == "efficientnet":
-        check(not size or size == 224, "--size: EfficientNet looks at 224 x 224")
-        check(layer == -2, f"--layer {layer}: of EfficientNet the last maps are read; leave it out")
-        return VisionTower(
-            pretrained.frozen(EfficientNetMaps(pretrained.efficientnet(on)), on), layer, select
-        )
+    if book_encoders.is_ours(str(name)):
+        network, normalisation = book_encoders.build(str(name), on)
+        maps = isinstance(network, EfficientNetMaps)
+        refused = f"--layer {layer}: of EfficientNet the last maps are read; leave it out"
+        check(layer == -2 or not maps, refused)
+        tower = VisionTower(pretrained.frozen(network, on), layer, select, size)
+        if normalisation:
+            tower.mean, tower.std = normalisation
+        return tower
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModel
 

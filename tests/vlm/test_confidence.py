@@ -35,6 +35,9 @@ def test_a_reliability_diagram_has_every_sample_in_its_bin():
     rows = confidence.reliability(sure, right)
     assert [row[0] for row in rows] == [2, 1, 2]
     assert rows[0][1:] == pytest.approx((0.075, 0.5)) and rows[2][1:] == pytest.approx((0.975, 1))
+    # too sure here, not sure enough there: that does not cancel out
+    error = confidence.expected_calibration_error(torch.tensor([0.3, 0.9]), torch.tensor([1, 0]))
+    assert error == pytest.approx(0.8)
     # all right and sure: no error; all wrong and sure: one
     ones = torch.ones(4)
     assert confidence.expected_calibration_error(ones, ones > 0) == 0

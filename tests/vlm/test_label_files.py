@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests import fuzz
+from utils import data
 from utils.run import UserError
 from vlm import label_files
 
@@ -153,6 +154,14 @@ def test_a_picture_counts_once_and_keeps_its_label(weather):
     assert [p.name for p in found] == sorted(p.name for p in found)
 
 
+def test_some_photos(weather):
+    photos, _ = label_files.read_folder(weather)
+    assert label_files.some(photos, 0) == photos
+    found = label_files.some(photos, 3, seed=1)
+    assert len(set(found)) == 3 and found == sorted(found) and set(found) < set(photos)
+    assert found != label_files.some(photos, 3, seed=2) or found != label_files.some(photos, 3)
+
+
 def test_tables_have_no_formulas(tmp_path):
     path = tmp_path / "t.csv"
     label_files.write_table(path, ["photo", "label"], [("=1+1.png", "a, b"), ("ü.png", "c")])
@@ -163,6 +172,9 @@ def test_tables_have_no_formulas(tmp_path):
 
 def test_held_out_fruit_has_each_picture_once():
     """The data set's test part holds 661 pictures, each of them twice."""
+    fruit = data.groceries(64)
+    chosen = label_files.distinct_held_out(fruit)
+    assert len(chosen) == 661 and {fruit.split[i] for i in chosen} == {"test"}
     folder = label_files.fruit_folder(0.5)
     photos, names = label_files.read_folder(folder)
     assert len(photos) == len(label_files.without_duplicates(photos)) == 661 and len(names) == 14
