@@ -30,6 +30,7 @@ MEASURE |= {
     "easy_vqa_curriculum",
     "easy_vqa_data",
     "easy_vqa_score",
+    "encoders",
     "engine_study",
     "evaluate",
     "export_compile",
@@ -41,6 +42,7 @@ MEASURE |= {
     "load",
     "loader_study",
     "near_duplicates",
+    "pseudo_label_study",
     "questions",
     "roofline",
     "sparsity_study",
@@ -49,6 +51,7 @@ MEASURE |= {
     "tiles_study",
     "train_trainer",
     "trainer_speed",
+    "two_encoders",
 }
 # a server: its tests are those of its parts
 MEASURE |= {"vlm/demo"}

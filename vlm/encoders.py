@@ -20,6 +20,7 @@ from papers import mae
 from utils import data, figures, run
 from utils.run import check
 from vlm import book_encoders, fruit_photos, probe, tower
+from vlm import data as instruction_data
 from vlm.easy_vqa_score import wilson
 from vlm.label_files import distinct_held_out
 
@@ -80,7 +81,8 @@ def parts(judged):
 
 def photos(size, chosen):
     """Photos of fruit, numbers `chosen`, as a tower of this size sees them: uint8 (n,3,S,S)."""
-    return data.groceries(size).images[chosen]
+    folder = instruction_data.photos()
+    return torch.stack([data.read_image(folder / f"{i:04}.jpg", size) for i in chosen.tolist()])
 
 
 def least_seconds(made, rounds):

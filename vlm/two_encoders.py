@@ -65,7 +65,7 @@ def train(model, features, truths, cfg):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield float(loss)
+        yield loss.item()
 
 
 @torch.no_grad()

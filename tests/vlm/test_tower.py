@@ -203,7 +203,7 @@ def test_a_folder_names_its_own_normalisation(tmp_path):
         (lambda: tower.VisionTower(eyes.tower(), size=30), "multiple of the patch"),
         (lambda: tower.VisionTower(eyes.tower("resnet"), size=64), "multiple of the patch"),
         (lambda: tower.VisionTower(eyes.tower(), [-2, -1]), "one layer"),
-        (lambda: tower.load("efficientnet", size=300), "224"),
+        (lambda: tower.load("efficientnet", size=300), "multiple of 32"),
         (lambda: tower.load("efficientnet", layer=-1), "--layer -1: of EfficientNet the last maps"),
         (lambda: tower.load("no/such-encoder"), "no vision encoder"),
     ],
