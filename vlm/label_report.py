@@ -45,7 +45,10 @@ def draw(path, before, after, right):
     left.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle=":")
     for name, sure in (("as it is", before), ("with temperature", after)):
         rows = confidence.reliability(sure, right)
-        left.plot([row[1] for row in rows], [row[2] for row in rows], "o-", label=name)
+        counts, means, accuracies = zip(*rows)
+        left.plot(means, accuracies, label=name)
+        # the more photos in a bin, the larger its point
+        left.scatter(means, accuracies, [8 + 200 * n / len(right) for n in counts])
     left.set(xlabel="confidence", ylabel="accuracy", title="reliability", ylim=(0, 1.03))
     left.legend(frameon=False, fontsize=8)
     _, coverage, accuracy = confidence.coverage_curve(after, right)

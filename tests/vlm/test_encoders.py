@@ -16,6 +16,8 @@ def test_photos_to_learn_from_and_to_be_judged_by():
     assert {fruit.split[i] for i in learn} == {"train", "val"} and len(learn) == 732
     assert {fruit.split[i] for i in judge} == {"test"} and len(set(judge.tolist())) == 300
     assert len(fruit.fine[judge].unique()) == 14
+    # the data set has each held-out picture twice, the second time 661 later
+    assert max(judge.tolist()) < 675 + 661
     pictures = encoders.photos(64, judge[:3])
     # read again from the file, not resized twice
     assert (pictures.float() - fruit.images[judge[:3]].float()).abs().mean() < 1
@@ -92,6 +94,10 @@ def test_two_encoders_tell_what_neither_tells_alone():
         assert (row["accuracy"] > 0.9) == both, name
         assert row["tokens"] == 49 and row["parameters"] > 100 and row["CPU ms"] > 0
         assert both or 0.3 < row["accuracy"] < 0.7
+    # scored on the held-out pictures: with the wrong answers there, hardly one is right
+    features, truths = maps(100, 1)
+    rows = two_encoders.join_study(cfg, maps(200), (features, [1 - y for y in truths]))
+    assert rows["spatial aggregator"]["accuracy"] < 0.1
 
 
 def test_connectors_read_their_own_encoders():
