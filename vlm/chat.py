@@ -16,6 +16,7 @@ from utils.run import UserError, check
 from utils.text import clean
 from vlm import prompts
 from vlm.generation import photo_embeddings
+from vlm.prompt_sparsity import check_not_read
 from vlm.prompts import IMAGE
 
 
@@ -26,6 +27,7 @@ class Conversation:
     """
 
     def __init__(self, tokenizer, model, max_new_tokens=30, tiles=0, max_prompt=512):
+        check_not_read(model, "a chat")
         self.tokenizer = tokenizer
         self.model = model
         self.max_new_tokens = max_new_tokens

@@ -4,7 +4,8 @@ Linear projection (LLaVA, Liu et al. 2023, arXiv:2304.08485), or an MLP (1.5, ar
 many tokens out as in. Fewer, because every token costs: neighbours concatenated into one (pixel
 unshuffle; MiniGPT-v2, Chen et al. 2023, arXiv:2310.09478; by squares as in Qwen2-VL,
 arXiv:2409.12191), average pooling, bilinear samples, or the perceiver resampler (perceiver.py).
-Before any of them, plug-ins may keep fewer vision features (token_sparsity.py).
+Before any of them, plug-ins may keep fewer vision features (token_sparsity.py); behind it, fewer
+image tokens by the prompt (prompt_sparsity.py).
 
 Shapes: (B,N,D) from the vision tower, N = g x g, row by row -> (B,M,E) for the language model, E
 its hidden size.
@@ -21,6 +22,7 @@ from einops import rearrange
 from torch import nn
 
 from utils.run import UserError, check
+from vlm import prompt_sparsity
 from vlm.perceiver import PerceiverResampler
 from vlm.token_sparsity import PLUGINS, TokenSparsity, grid
 
@@ -92,12 +94,35 @@ class SparseConnector(nn.Module):
         return self.connector(self.sparsity(x))
 
 
+class PromptConnector(nn.Module):
+    """A connector, and the choice among its tokens, which is made where they are merged into a text
+    (prompt_sparsity.choose): (B,N,D) -> (B,M,E), and K of M stay."""
+
+    def __init__(self, connector, by_prompt):
+        super().__init__()
+        self.connector = connector
+        self.by_prompt = by_prompt
+
+    def count(self, n):
+        return self.by_prompt.count(tokens(self.connector, n))
+
+    def forward(self, x):
+        return self.connector(x)
+
+
 def build(name, dim_in, dim_out, sparsity_plugins=(), **options):
     """A connector by its name, behind plug-ins by theirs: (B,N,dim_in) -> (B,M,dim_out).
 
     Raises UserError for a name that there is not, and for a connector that needs a grid of tokens
     behind a plug-in that leaves none.
     """
+    sparsity_plugins, (coarse, keep) = prompt_sparsity.split(sparsity_plugins)
+    if keep:
+        connector = build(name, dim_in, dim_out, sparsity_plugins, **options)
+        needs = coarse and not has_places(connector)
+        check(not needs, f"coarse{coarse} needs a grid of tokens, and {name} leaves none")
+        by_prompt = prompt_sparsity.PromptSparsity(keep, dim_out, coarse)
+        return PromptConnector(connector, by_prompt)
     # the connector behind the plug-ins
     connector = by_name(name, dim_in, dim_out, **options)
     if not sparsity_plugins:
@@ -157,6 +182,8 @@ def tokens(connector: Any, n):
 
 def has_places(connector: Any):
     """Whether tokens stand for places of the image, row by row: not latents, not a subset."""
+    if isinstance(connector, PromptConnector):
+        return False
     if isinstance(connector, SparseConnector):
         return connector.sparsity.leaves_grid and has_places(connector.connector)
     return not isinstance(connector, PerceiverResampler)

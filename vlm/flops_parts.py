@@ -126,10 +126,11 @@ def perceiver(options: dict, tokens: int, dim_in: int, width: int) -> Products:
 
 def connector(config: "VLMConfig", tokens: int, dim_in: int, width: int) -> Products:
     """Of one picture with `tokens` tokens (N,dim_in) -> (M,width). Raises UserError for an unknown name."""
+    from vlm.prompt_sparsity import split
     from vlm.token_sparsity import TokenSparsity
 
     name = config.connector
-    tokens = TokenSparsity(config.sparsity_plugins or ()).count(tokens)
+    tokens = TokenSparsity(split(config.sparsity_plugins or ())[0]).count(tokens)
     if name == "identity":
         return Products(0)
     if name == "perceiver":
@@ -141,7 +142,7 @@ def connector(config: "VLMConfig", tokens: int, dim_in: int, width: int) -> Prod
     depth = 2
     if name.startswith("mlp"):
         depth = int(name.removeprefix("mlp").removesuffix("x_gelu"))
-    out = image_tokens(config, tokens)
+    out = connector_tokens(config, tokens)
     # Joined neighbours: fewer tokens, as many times wider
     if name.startswith("concat"):
         dim_in *= int(name.removeprefix("concat"))
@@ -150,11 +151,20 @@ def connector(config: "VLMConfig", tokens: int, dim_in: int, width: int) -> Prod
 
 
 def image_tokens(config: "VLMConfig", tokens: int) -> int:
-    """M, what a picture of N tokens becomes."""
+    """What a picture of N vision features becomes: image tokens that the language model reads."""
+    from vlm.prompt_sparsity import split
+
+    coarse, keep = split(config.sparsity_plugins or ())[1]
+    return coarse**2 + keep if keep else connector_tokens(config, tokens)
+
+
+def connector_tokens(config: "VLMConfig", tokens: int) -> int:
+    """M, tokens that come out of the connector for N vision features."""
+    from vlm.prompt_sparsity import split
     from vlm.token_sparsity import TokenSparsity
 
     name = config.connector
-    tokens = TokenSparsity(config.sparsity_plugins or ()).count(tokens)
+    tokens = TokenSparsity(split(config.sparsity_plugins or ())[0]).count(tokens)
     if name == "perceiver":
         return config.connector_options()["latents"]
     if name.startswith(("pool", "bilinear")):

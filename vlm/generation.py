@@ -8,6 +8,7 @@ import torch
 from deploy import decode
 from utils.run import check
 from vlm import anyres, prompts
+from vlm.prompt_sparsity import places_for
 from vlm.prompts import IMAGE
 
 
@@ -73,7 +74,7 @@ def answer_and_probability(
     included."""
     # prompt, with as many <image> as the photo has tokens
     seen = photo_embeddings(model, image, tiles)
-    ids = prompt_ids(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
+    ids = prompt_ids(tokenizer, model, prompt, places_for(model, seen)).to(seen.device)
     decode.check_length(model.language, ids.shape[1], max_new_tokens, max_prompt)
     # greedy decoding, up to a token that ends an answer
     new = model.generate(

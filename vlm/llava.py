@@ -31,6 +31,7 @@ from utils import data, run
 from utils.run import check
 from vlm import anyres, chat_terminal, connector, fruit_photos, generation, llava_io, llava_parts
 from vlm.image_tokens import merge
+from vlm.prompt_sparsity import choose, places_for
 from vlm.prompts import IMAGE
 
 WEIGHTS = Path(__file__).parent / "weights" / "llava.safetensors"
@@ -113,13 +114,15 @@ class Llava(nn.Module):
         side = self.vision.size
         return anyres.pack_all(tokens, sizes, side, self.grids, self.newline)[None]
 
-    def embed(self, input_ids, features=None):
-        """Token embeddings of text and photos as one sequence: (B,T,E)."""
+    def embed(self, input_ids, features=None, prompt_of=None):
+        """Token embeddings of text and photos as one sequence: (B,T,E); prompt_of as in prompt_sparsity.choose."""
         # <image> may have no row in the table: any other, which merge overwrites
-        text = self.language.get_input_embeddings()(input_ids.where(input_ids != self.image_id, 0))
+        places = input_ids == self.image_id
+        text = self.language.get_input_embeddings()(input_ids.where(~places, 0))
         if features is None:
             return text
-        return merge(text, features, input_ids == self.image_id)
+        features = choose(self.connector, features, places, text, prompt_of)
+        return merge(text, features, places)
 
     def forward(self, input_ids, pixels=None, features=None, **more):
         """-> the output of the language model; `features`, if given, are those of
@@ -195,8 +198,7 @@ def is_conversation(cfg):
 
 
 def read_photos(cfg, model):
-    """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones of
-    fruit."""
+    """-> photos uint8 (3,H,W), and what they show: the one that is named, or held-out ones."""
     if cfg.image:
         return [chat_terminal.read_picture(cfg.image[0], model, cfg.tiles)], [""]
     fruit = data.groceries(348)
@@ -218,7 +220,7 @@ def main(cfg: Config) -> dict:
         return chat_terminal.start(cfg, tokenizer, model)
     photos, truths = read_photos(cfg, model)
     # is the prompt short enough?
-    tokens = generation.photo_embeddings(model, photos[0], cfg.tiles).shape[1]
+    tokens = places_for(model, generation.photo_embeddings(model, photos[0], cfg.tiles))
     length = generation.prompt_ids(tokenizer, model, cfg.prompt, tokens).shape[1]
     decode.check_length(model.language, length, cfg.max_new_tokens, cfg.max_prompt)
     folder = run.output(cfg.out, cfg)

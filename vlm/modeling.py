@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlm import anyres, connector, llava_parts, tower
+from vlm import anyres, connector, llava_parts, prompts, tower
 from vlm.config import VLMConfig
 from vlm.image_tokens import merge
-from vlm.prompts import IGNORE
+from vlm.prompt_sparsity import choose, prompts_of
 
 
 def vision_network(config):
@@ -121,13 +121,17 @@ class VLM(PreTrainedModel, GenerationMixin):
         weight = next(self.connector.parameters(), features)
         return self.connector(features.to(weight.dtype))
 
-    def embed(self, input_ids, image_features=None):
-        """Text (B,T) and features (P,M,E) -> embeddings (B,T,E): features in the places of <image>, in order."""
+    def embed(self, input_ids, image_features=None, prompt_of=None):
+        """Text (B,T) and features (P,M,E) -> embeddings (B,T,E): features in the places of <image>, in order.
+
+        prompt_of (B,T): as prompt_sparsity.choose takes it.
+        """
         # <image> may have no row in the table: word 0 is looked up, and overwritten
         places = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if image_features is None:
-            image_features = embeds[:0, :0]
+            return merge(embeds, embeds[:0, :0], places)
+        image_features = choose(self.connector, image_features, places, embeds, prompt_of)
         return merge(embeds, image_features, places)
 
     def forward(
@@ -153,7 +157,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             image_features = self.get_image_features(pixel_values, image_sizes)
         # 2. Features among the embeddings of the text
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, image_features)
+            prompt_of = prompts_of(input_ids, attention_mask, labels)
+            inputs_embeds = self.embed(input_ids, image_features, prompt_of)
         # 3. The language model reads on
         outputs = self.language(
             inputs_embeds=inputs_embeds,
@@ -167,7 +172,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             # 4. Each token is predicted from all before it
             logits = outputs.logits[:, :-1].float().flatten(0, 1)
-            loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
+            loss = nn.functional.cross_entropy(
+                logits, labels[:, 1:].flatten(), ignore_index=prompts.IGNORE
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,

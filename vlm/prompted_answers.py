@@ -10,12 +10,13 @@ from utils.run import check
 from vlm import answer_ranking, generation, prompts
 from vlm.fruit_photos import QUESTION
 from vlm.llava import GREEDY
+from vlm.prompt_sparsity import places_for
 
 
 def embed_prompt(tokenizer, model, prompt, seen):
     """Image tokens (B,M,E) of one picture each, as a whole or with its tiles, and a question -> embeddings of
     the prompt (B,T,E)."""
-    ids = generation.prompt_ids(tokenizer, model, prompt, seen.shape[1]).to(seen.device)
+    ids = generation.prompt_ids(tokenizer, model, prompt, places_for(model, seen)).to(seen.device)
     return model.embed(ids.expand(len(seen), -1), seen)
 
 

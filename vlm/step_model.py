@@ -74,7 +74,7 @@ class StepVLM(VLM):
         side = self.vision.size
         return anyres.pack_all(tokens, self.sizes, side, self.grids, self.newline)[None]
 
-    def embed(self, input_ids, image_features=None):
+    def embed(self, input_ids, image_features=None, prompt_of=None):
         # Scattered without counting: a fake tensor has no numbers to look at
         places = input_ids == self.config.image_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))

@@ -50,6 +50,7 @@ from vlm import (
 )
 from vlm.config_file import with_file
 from vlm.lazy_data import Lazy
+from vlm.prompt_sparsity import prompts_of, reads_prompt
 from vlm.prompts import IGNORE
 from vlm.train_config import Config, changed, check_flags, engine_name, with_steps
 from vlm.train_data import InMemory, count_supervised, report_lengths
@@ -89,11 +90,15 @@ class Learner(nn.Module):
         # the backward pass goes through the same layers, and what sees has gradients of zero
         if features is None:
             embeds = model.embed(batch["ids"])
+            if reads_prompt(model.connector):
+                words = embeds.detach()[:1]
+                image_tokens = model.connector.by_prompt(image_tokens, words, words[..., 0] > 0)
             embeds = embeds + 0 * image_tokens.sum().to(embeds.dtype)
             if model.newline is not None:
                 embeds = embeds + 0 * model.newline.sum().to(embeds.dtype)
         else:
-            embeds = model.embed(batch["ids"], image_tokens)
+            about = (batch["ids"], batch["mask"], batch["labels"], batch.get("segments"))
+            embeds = model.embed(batch["ids"], image_tokens, prompts_of(*about))
         # the language model reads on
         states = model.language.base_model(
             inputs_embeds=embeds,

@@ -22,6 +22,7 @@ from deploy import serve
 from utils import data, images, run
 from utils.run import check
 from vlm import generation, llava, prompts
+from vlm.prompt_sparsity import check_not_read
 from vlm.prompts import IMAGE
 from vlm.serve.content import data_url, question
 
@@ -114,6 +115,7 @@ def photo_chat(tokenizer, model):
 def load(cfg: Config):
     """-> tokenizer, language model in float32, further arguments of deploy's Service."""
     tokenizer, model = llava.load(cfg.model, run.device(cfg.device))
+    check_not_read(model, "a server")
     # the connector keeps the precision that it was trained in
     model.language.float()
     eos = prompts.ends(tokenizer, model.language)
