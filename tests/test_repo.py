@@ -46,6 +46,7 @@ MEASURE |= {
     "questions",
     "roofline",
     "sparsity_study",
+    "sparsity_train",
     "step_cost",
     "strategies",
     "tiles_study",
