@@ -36,7 +36,8 @@ def stream_chat(address, messages, key="", visitor="", max_tokens=64):
     import httpx
 
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    headers = {"Authorization": f"Bearer {key}", VISITOR: visitor}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers |= {VISITOR: visitor} if visitor else {}
     try:
         with (
             httpx.Client(timeout=httpx.Timeout(300, connect=5), trust_env=False) as client,

@@ -13,7 +13,7 @@ import signal
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deploy.http_server import bind
 from deploy.serve import KEY
@@ -23,6 +23,7 @@ from utils.text import clean
 from vlm.serve.client import messages_of, stream_chat
 from vlm.serve.content import data_url
 
+THUMBNAIL = 160
 LONGEST = 500  # characters of a question
 SIDE = 896  # pixels of a photo that is sent, at most: the worker looks at its middle square of 448
 WAITING = 16  # questions that wait, of all visitors
@@ -32,7 +33,26 @@ ABOUT = (
     "A vision-language model answers, maybe wrong. The weights of the book were taught fourteen kinds "
     "of fruit and nothing else: they call anything else a fruit, too."
 )
-STYLE = ".note {min-height: 1.5em; font-weight: 600; color: var(--body-text-color-subdued)}"
+STYLE = """
+.note {min-height: 1.5em; font-weight: 600; color: var(--body-text-color-subdued)}
+.talk {display: flex; flex-direction: column-reverse; gap: 10px; height: 430px; padding: 12px; overflow-y: auto;
+    border: 1px solid var(--border-color-primary); border-radius: 8px}
+.talk p {max-width: 75%; margin: 0; padding: 8px 12px; border-radius: 12px; font-size: 1.1em;
+    white-space: pre-wrap; overflow-wrap: anywhere}
+.talk .asked {align-self: flex-end; background: var(--color-accent-soft)}
+.talk .told {align-self: flex-start; background: var(--background-fill-secondary)}
+.talk img {align-self: flex-end; border-radius: 12px}
+"""
+
+
+class Turn(NamedTuple):
+    """A question, the photo that went with it (its file, data URL and thumbnail; "": none), the answer."""
+
+    path: str
+    url: str
+    thumbnail: str
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -50,23 +70,27 @@ class Config:
     out: str = "outputs/vlm_page"
 
 
-def scaled_url(path):
-    """A photo of whatever size -> data URL of at most SIDE x SIDE pixels. Raises UserError for what is none."""
+def scaled_urls(path):
+    """A photo of whatever size -> data URLs of at most SIDE and THUMBNAIL pixels a side. Raises UserError for what is
+    none."""
     photo = images.to_rgb(images.open_image(path))
     photo.thumbnail((SIDE, SIDE))
-    return data_url(photo)
+    small = photo.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_url(photo), data_url(small)
 
 
 def bubbles(turns):
-    """Turns [(path, data URL, question, answer), ...] -> messages as gr.Chatbot shows them."""
-    shown = []
-    for path, _, text, answer in turns:
-        if path:
-            shown.append({"role": "user", "content": {"path": path}})
-        shown.append({"role": "user", "content": text})
-        if answer:
-            shown.append({"role": "assistant", "content": answer})
-    return shown
+    """HTML of a conversation. Only what is written here is a tag, all else is text."""
+    parts = []
+    for turn in turns:
+        if turn.thumbnail:
+            parts.append(f'<img src="{escape(turn.thumbnail)}" alt="the photo">')
+        parts.append(f'<p class="asked">{escape(clean(turn.question))}</p>')
+        if turn.answer:
+            parts.append(f'<p class="told">{escape(clean(turn.answer))}</p>')
+    # the last one first: the box is scrolled to its end
+    return f'<div class="talk" role="log">{"".join(reversed(parts))}</div>'
 
 
 def note(line):
@@ -74,30 +98,38 @@ def note(line):
 
 
 def reply(cfg, key, text, path, turns, visitor):
-    """Yields (line for the visitor, bubbles, turns, text of the box) while an answer comes. A photo goes with the first
-    question about it; an answer that is stopped keeps what was said."""
+    """Yields (line for the visitor, HTML of the conversation, turns, text of the box) while an answer comes.
+
+    A photo goes with the first question about it; an answer that is stopped keeps what was said.
+    """
     text = clean(text or "").strip()
     if not text or len(text) > LONGEST:
         line = f"{len(text)} characters; {LONGEST} are the most." if text else "Type a question."
         yield note(line), bubbles(turns), turns, text
         return
-    seen = {turn[0] for turn in turns}
+    asked = Turn("", "", "", text, "")
     try:
-        url = scaled_url(path) if path and path not in seen else ""
+        if path and path not in {turn.path for turn in turns}:
+            url, thumbnail = scaled_urls(path)
+            asked = asked._replace(path=path, url=url, thumbnail=thumbnail)
+        yield note("Answering ..."), bubbles([*turns, asked]), turns, ""
+        before = [(turn.url, turn.question, turn.answer) for turn in turns]
+        messages = messages_of(before, text, asked.url)
         said = ""
-        asked = (path if url else "", url, text)
-        yield note("Answering ..."), bubbles([*turns, (*asked, "")]), turns, ""
-        before = [(photo, question, answer) for _, photo, question, answer in turns]
-        messages = messages_of(before, text, url)
         for piece in stream_chat(cfg.gateway, messages, key, visitor, cfg.max_tokens):
             said += piece
-            now = [*turns, (*asked, said)]
-            # a turn counts from its first word
+            now = [*turns, asked._replace(answer=said)]
+            # a turn counts from its first word: two questions must not follow each other
             yield note("Answering ..."), bubbles(now), now if said.strip() else turns, ""
-        now = [*turns, (*asked, said or "(nothing)")]
+        now = [*turns, asked._replace(answer=said if said.strip() else "(nothing)")]
         yield note(""), bubbles(now), now, ""
     except UserError as error:
         yield note(f"{error}."), bubbles(turns), turns, text
+
+
+def raw_path(payload: Any) -> Any:
+    """An uploaded file as it is: `scaled_urls` reads it, and says in a line if it is no photo."""
+    return payload.path if payload else None
 
 
 def page(cfg, key=""):
@@ -119,12 +151,11 @@ def page(cfg, key=""):
             with gr.Column(scale=1):
                 label = f"Photo, up to {cfg.upload_mb} MB"
                 photo = gr.Image(type="filepath", sources=["upload"], label=label, elem_id="photo")
+                photo.preprocess = raw_path
                 gr.HTML("<p>Or try the photo of the book:</p>")
                 buttons = [gr.Button(q, size="sm", elem_classes="example") for q in QUESTIONS]
             with gr.Column(scale=2):
-                talk = gr.Chatbot(
-                    label="Conversation", render_markdown=False, height=430, elem_id="talk"
-                )
+                talk = gr.HTML(bubbles([]), elem_id="talk")
                 status = gr.HTML(note(""))
                 hint = f"up to {LONGEST} characters"
                 box = gr.Textbox(label="Question", placeholder=hint, elem_id="question")
@@ -144,7 +175,7 @@ def page(cfg, key=""):
         halt = stop.click(None, cancels=running, queue=False, **quiet)
         halt.then(lambda: note("Stopped."), None, status, queue=False, **quiet)
         fresh = new.click(None, cancels=running, queue=False, **quiet)
-        nothing = (note(""), [], [], None)
+        nothing = (note(""), bubbles([]), [], None)
         fresh.then(lambda: nothing, None, [status, talk, turns, photo], queue=False, **quiet)
     blocks.queue(max_size=WAITING, api_open=False)
     return blocks

@@ -83,19 +83,23 @@ async def ask_workers(gateway, method, path, headers, content=None):
 
 
 async def events(worker, answer):
-    """Yields the bytes of a stream as they come; a worker that dies in the middle becomes an error in it."""
+    """Yields whole events of a stream as they come; a worker that dies in the middle becomes an error in it."""
     import httpx
 
+    held = b""
     try:
         async for piece in answer.aiter_raw():
-            yield piece
+            # an event ends with an empty line; half of one could never be taken back
+            whole, end, held = (held + piece).rpartition(b"\n\n")
+            if end:
+                yield whole + end
+        yield held
     except httpx.HTTPError as error:
         log.warning("worker %s: %s in an answer", worker.url, type(error).__name__)
         worker.healthy = False
         worker.broken += 1
         found = ProtocolError("the worker broke off in the middle of its answer", status=502)
-        # the half of an event before it ends first
-        yield b"\n\n" + event(found.body())
+        yield event(found.body())
 
 
 class PassedStream(StreamingResponse):
