@@ -51,7 +51,7 @@ def places(where):
 
 def targets(node):
     """The names that a statement defines: of a function, a class, or what is assigned to."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     assigned = []
     if isinstance(node, ast.Assign):

@@ -26,6 +26,7 @@ MEASURE |= {
     "constrained",
     "data",
     "decode_study",
+    "demo",
     "draft_study",
     "easy_vqa_curriculum",
     "easy_vqa_data",
@@ -54,8 +55,6 @@ MEASURE |= {
     "trainer_speed",
     "two_encoders",
 }
-# a server: its tests are those of its parts
-MEASURE |= {"vlm/demo"}
 TOPICS = [p for p in SCRIPTS if not {p.stem, f"{p.parent.name}/{p.stem}"} & MEASURE]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/*.ipynb"))
 SOURCES = [
