@@ -63,12 +63,12 @@ def test_the_rate_is_a_sliding_window():
 
 
 def test_requests_go_to_the_least_busy_worker():
-    pool = [FakeWorker("one", pause=0.3), FakeWorker("two", pause=0.3)]
+    pool = [FakeWorker("one", pause=0.6), FakeWorker("two", pause=0.6)]
     with running(pool) as made:
         threads = [threading.Thread(target=stream, args=(made,)) for _ in range(4)]
-        for thread in threads:
+        for count, thread in enumerate(threads, 1):
             thread.start()
-            time.sleep(0.1)
+            assert until(lambda n=count: sum(one.running for one in made.workers) == n)
         assert [one.running for one in made.workers] == [2, 2]
         for thread in threads:
             thread.join()
@@ -136,7 +136,7 @@ def test_words_pass_through_as_they_come():
 
 
 def test_a_client_that_leaves_ends_the_work():
-    for pause, wants_stream in ((0.05, True), (3.0, False)):
+    for pause, wants_stream in ((0.5, True), (3.0, False)):
         one = FakeWorker("one", pause=pause)
         with running([one]) as made:
             if wants_stream:
@@ -149,7 +149,7 @@ def test_a_client_that_leaves_ends_the_work():
                     httpx.post(
                         f"{made.address}/chat/completions", json={"messages": ASK}, timeout=0.5
                     )
-            assert until(lambda: made.workers[0].running == 0, 2)
+            assert until(lambda: made.workers[0].running == 0)
             assert one.sent < len(WORDS)
 
 

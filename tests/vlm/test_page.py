@@ -99,13 +99,13 @@ def test_the_rate_is_that_of_each_visitor(made):
 
 
 def test_an_answer_that_is_stopped_keeps_what_was_said(made):
-    made.worker.pause = 0.1
+    made.worker.pause = 0.5
     steps = page.reply(config(made), "secret", "What?", None, [], "a")
     turns = [next(steps)[2] for _ in range(4)]
     # before its first word a question is no turn: two questions must not follow each other
     assert turns[0] == [] and turns[-1][0].answer == "".join(WORDS[:3])
     steps.close()
-    assert until(lambda: made.workers[0].running == 0, 2) and made.worker.sent < len(WORDS)
+    assert until(lambda: made.workers[0].running == 0) and made.worker.sent < len(WORDS)
 
 
 def test_all_words_are_texts():
