@@ -45,7 +45,7 @@ class Config:
     )  # of the autoencoder; 64 is that of its training
     clip: str = ""  # folder of papers/clip.py; empty: leave it out
     judged: int = 300  # held-out photos
-    rounds: int = 3  # of timing, the least one counts
+    rounds: int = 10  # of timing, the least one counts
     device: str = "auto"
     out: str = "outputs/encoders"
 

@@ -98,20 +98,39 @@ def mean_and_error(values):
 
 
 def summary(found):
-    """Rows of the table: mean and half interval of each way; of the second one its gain over true
-    labels alone, paired by seed."""
+    """Rows of the table: mean and half interval of each way, and of its gain over true labels alone, paired
+    by seed."""
     rows = {}
     for share, by_way in found.items():
-        row = {}
+        name = f"{100 * share:g} % true"
+        rows[name] = {}
+        gains = {}
         for way, values in by_way.items():
-            if values:
-                row[way], row[f"± {way}"] = mean_and_error(values)
-        alone = by_way["true alone"]
-        if alone:
-            gain = np.subtract(by_way["and all"], alone)
-            row["gain of all"], row["± gain of all"] = mean_and_error(gain)
-        rows[f"{100 * share:g} % true"] = row
+            if not values:
+                continue
+            rows[name][way], rows[name][f"± {way}"] = mean_and_error(values)
+            if way != WAYS[0] and by_way[WAYS[0]]:
+                differences = np.subtract(values, by_way[WAYS[0]])
+                gains[way], gains[f"± {way}"] = mean_and_error(differences)
+        if gains:
+            rows[f"{name}, gain"] = gains
     return rows
+
+
+def teacher_scores(p, answers, right):
+    """Of the teacher on all photos, nothing fitted: accuracy, calibration error, its surest half, and what
+    the agreement of all prompts tells."""
+    sure, label = p.max(-1)
+    _, coverage, accuracy = confidence.coverage_curve(sure, right)
+    agreed = confidence.agreement(answers, label) == 1
+    return {
+        "accuracy": probe.share(right),
+        "ECE": confidence.expected_calibration_error(sure, right),
+        "surest half": float(accuracy[coverage >= 0.5][0]),
+        "all prompts agree": probe.share(agreed),
+        "right where they agree": probe.share(right[agreed]),
+        "right where not": probe.share(right[~agreed]),
+    }
 
 
 def draw(path, found, teacher):
@@ -145,17 +164,14 @@ def main(cfg: Config) -> dict:
     photos, names = label_files.read_folder(label_files.fruit_folder(1.0))
     photos = label_files.some(photos, cfg.photos, cfg.seed)
     rows = pseudo_label.teach(cfg, photos, names, path)
-    p, _ = pseudo_label.probabilities(rows, len(names))
+    p, answers = pseudo_label.probabilities(rows, len(names))
     truth = torch.tensor([photo.label for photo in photos])
     teacher = p.argmax(-1) == truth
     x = label_report.features_of(cfg.vision, photos, cfg.device)
     found = curve(cfg, x, p, truth)
     draw(folder / "pseudo_label.png", found, probe.share(teacher))
     run.write_json(folder / "curve.json", found)
-    sure = p.max(-1).values
-    _, coverage, accuracy = confidence.coverage_curve(sure, teacher)
-    half = float(accuracy[coverage >= 0.5][0])
-    metrics = {"photos": len(photos), "teacher": probe.share(teacher), "its surest half": half}
+    metrics = {"photos": len(photos), "teacher": teacher_scores(p, answers, teacher)}
     return run.report(folder, metrics | summary(found))
 
 

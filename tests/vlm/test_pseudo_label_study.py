@@ -92,11 +92,14 @@ def test_intervals():
     low, high = stats.norm.interval(0.95, mean, stats.sem(values))
     assert half == pytest.approx((high - low) / 2, rel=1e-3)
     by_way = dict(zip(study.WAYS, ([0.5, 0.6], [0.6, 0.8], [0.1, 0.1], [0.2, 0.2])))
-    row = study.summary({0.05: by_way})["5 % true"]
-    assert row["true alone"] == pytest.approx(0.55) and row["gain of all"] == pytest.approx(0.15)
+    rows = study.summary({0.05: by_way})
+    assert rows["5 % true"]["true alone"] == pytest.approx(0.55)
+    gain = rows["5 % true, gain"]
+    assert gain["and all"] == pytest.approx(0.15) and "true alone" not in gain
+    assert gain["and the surest half"] == pytest.approx(-0.45)
     # paired: not the spread of both
-    assert row["± gain of all"] == pytest.approx(study.mean_and_error([0.1, 0.2])[1])
-    assert "gain of all" not in study.summary({0.0: by_way | {"true alone": []}})["0 % true"]
+    assert gain["± and all"] == pytest.approx(study.mean_and_error([0.1, 0.2])[1])
+    assert list(study.summary({0.0: by_way | {"true alone": []}})) == ["0 % true"]
 
 
 def test_the_study_shares_labels_and_writes_its_figure(tmp_path, monkeypatch, easy):
@@ -116,7 +119,13 @@ def test_the_study_shares_labels_and_writes_its_figure(tmp_path, monkeypatch, ea
     cfg = study.Config(seeds=2, shares=(0.0, 0.5), labels=labels, out=str(tmp_path / "out"))
     metrics = study.main(cfg)
     assert str(paths[0][0]) == labels and paths[0][0].parent.is_dir()
-    assert metrics["teacher"] == pytest.approx(0.8) and metrics["its surest half"] == 1
+    scores = metrics["teacher"]
+    assert scores["accuracy"] == pytest.approx(0.8) and scores["surest half"] == 1
+    assert (
+        scores["all prompts agree"] == 1 and scores["right where they agree"] == scores["accuracy"]
+    )
+    # 0.95 where it is always right, 0.6 where it never is
+    assert scores["ECE"] == pytest.approx(0.8 * 0.05 + 0.2 * 0.6, abs=0.01)
     assert list(metrics["50 % true"])[:2] == ["true alone", "± true alone"]
     assert (tmp_path / "out/pseudo_label.png").stat().st_size > 5000
 
