@@ -9,7 +9,7 @@ photos with true labels, and the threshold of abstention is chosen there (confid
 The labelled photos fall into three parts: to learn from, to calibrate on, to be judged by. Differences
 from the papers: the student is small and is given no noise, and labels are hard.
 
-    python vlm/pseudo_label.py                                     # photos of fruit: 7 CPU min
+    python vlm/pseudo_label.py                                     # photos of fruit: 8 CPU min
     python vlm/pseudo_label.py --folder weather --prompts "What is the weather?" --endpoint http://127.0.0.1:8001/v1 \\
         --model NAME --dry-run
 

@@ -8,7 +8,7 @@ Pseudo-labels are used in three ways: all of them, the surest half, the surest h
 pseudo-class (as Noisy Student balances its classes; Xie et al. 2020, arXiv:1911.04252, Sec. 2).
 
     python vlm/pseudo_label_study.py                                              # 9 CPU min
-    python vlm/pseudo_label_study.py --labels outputs/pseudo_label/labels.jsonl   # 2, with that one's labels
+    python vlm/pseudo_label_study.py --labels outputs/pseudo_label/labels.jsonl   # 1, with that one's labels
 """
 
 from dataclasses import dataclass

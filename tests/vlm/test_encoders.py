@@ -92,6 +92,7 @@ def test_two_encoders_tell_what_neither_tells_alone():
     for name, row in rows.items():
         both = name in ("channels of both", "spatial aggregator")
         assert (row["accuracy"] > 0.9) == both, name
+        assert row["least"] <= row["accuracy"] <= row["most"]
         assert row["tokens"] == 49 and row["parameters"] > 100 and row["CPU ms"] > 0
         assert both or 0.3 < row["accuracy"] < 0.7
     # scored on the held-out pictures: with the wrong answers there, hardly one is right
