@@ -8,7 +8,7 @@ The encoders do not differ in their kind alone: EfficientNet saw ImageNet's 1.3 
 masked autoencoder 732 photos of fruit without labels.
 
     python papers/clip.py --no-sweep                 # the space of outputs/clip
-    python vlm/encoders.py --clip outputs/clip       # 5 CPU min
+    python vlm/encoders.py --clip outputs/clip       # 3 CPU min
 """
 
 import time

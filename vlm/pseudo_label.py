@@ -218,7 +218,7 @@ def students(cfg, photos, label, kept, truth, learn, judge):
     }
     found = {}
     for name, chosen in arms.items():
-        if len(chosen):
+        if len(chosen) > 1:  # of one photo no feature has a spread
             found[name] = student_accuracy(x, mixed, chosen, truth, judge)
     return found
 

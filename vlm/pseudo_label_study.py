@@ -84,7 +84,7 @@ def curve(cfg, x, p, truth):
             mixed[known] = truth[known]
             for way, chosen in ways(sure, label, rest).items():
                 learn = torch.cat([known, chosen])
-                if len(learn):
+                if len(learn) > 1:  # of one photo no feature has a spread
                     score = pseudo_label.student_accuracy(x, mixed, learn, truth, judge)
                     found[share][way].append(score)
     return found

@@ -4,7 +4,7 @@ Small connectors (spatial_aggregator.py) on the frozen maps of EfficientNet-lite
 the masked autoencoder, 14 x 14 of 112: 49 tokens each, whose mean says which of 14 kinds of fruit a photo
 shows, or colour and shape of a picture of easy-VQA (both must be right). Beside them either encoder alone.
 
-    python vlm/two_encoders.py       # 6 CPU min
+    python vlm/two_encoders.py       # 4 CPU min
 """
 
 import time

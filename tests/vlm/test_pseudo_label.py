@@ -144,6 +144,16 @@ def test_students_learn_from_their_own_photos_and_labels(run_it, monkeypatch):
         assert all((mixed[i] == i % 2) == (i >= 50) for i in range(40, 60))
 
 
+def test_students_without_photos_to_learn_from_are_left_out(run_it):
+    metrics, _ = run_it(set(range(41, 60)), threshold=0.9)
+    assert list(metrics["student"]) == [
+        "true labels",
+        "pseudo-labels",
+        "true and pseudo-labels",
+        "true and kept",
+    ]
+
+
 def test_a_stopped_run_goes_on_and_other_flags_are_refused(run_it):
     seen = []
     run_it(seen=seen)
