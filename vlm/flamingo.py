@@ -14,7 +14,9 @@ time that would need an embedding.
 
     python vlm/flamingo.py                     # 5 minutes on two cores
     python vlm/flamingo.py --pretrained        # weights of the book, no training
-    python vlm/flamingo.py --every 10 --latents 4 --shots 0 1 8
+    python vlm/flamingo.py --every 10 --latents 4 --evaluate_shots 0 1 8
+    python vlm/flamingo.py --image bus.jpg --prompt "<image>the color is"
+    python vlm/flamingo.py --image bus.jpg --prompt "<image>" --shots a.jpg:"a dax" b.jpg:"a wug"
     python vlm/flamingo.py --vision openai/clip-vit-base-patch32 --language gpt2
 """
 
@@ -26,10 +28,19 @@ import torch
 from deploy import decode
 from utils import checkpoint, data, figures, pretrained, run
 from utils.run import check
-from vlm import few_shot, flamingo_figures, fruit_photos, open_flamingo, probe, tower
-from vlm.flamingo_model import Flamingo, load
+from vlm import (
+    few_shot,
+    flamingo_figures,
+    flamingo_generate,
+    fruit_photos,
+    open_flamingo,
+    probe,
+    tower,
+)
+from vlm.flamingo_model import Flamingo, load, written_here
 
 WEIGHTS = Path(__file__).parent / "weights" / "flamingo.safetensors"
+ANSWERS = WEIGHTS.with_name("flamingo_train.safetensors")
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,20 @@ class Config:
     lr: float = 2e-3  # of new layers; the gates' is ten times that
     every: int = 6  # a new layer before every so many-th layer of the language model
     latents: int = 16  # M, vectors that stand for a photo
-    shots: tuple[int, ...] = (0, 2, 4)  # few-shot examples in the prompt
+    evaluate_shots: tuple[int, ...] = (0, 2, 4)  # few-shot examples in the prompt, to be compared
     judged: int = 300  # photos to be judged by; 0: all 1322
     language: str = "smollm2"  # the language model: smollm2, or a folder or hub id
     vision: str = "efficientnet"  # the vision encoder: efficientnet, or a folder or hub id
     layer: int = -2  # of its hidden states, the one that is read; -1 the last
     pretrained: bool = False  # start from the shipped weights and skip the training
-    weights: str = ""  # OpenFlamingo's weights, a file or its folder: loaded, no training
+    # weights that are loaded instead of training: model.safetensors of a run, or OpenFlamingo's file or folder
+    weights: str = ""
+    image: tuple[str, ...] = ()  # pictures to ask about, one for each <image> of the prompt
+    prompt: str = (
+        ""  # generate what follows it, such as "<image>the color is"; with shipped weights
+    )
+    shots: tuple[str, ...] = ()  # in-context examples before the prompt, each PICTURE:TEXT
+    max_new_tokens: int = 20  # the longest answer
     seed: int = 0
     device: str = "auto"
     out: str = "outputs/flamingo"
@@ -60,11 +78,13 @@ class Config:
 def build(cfg, vision_tower, language, tokenizer, shape, on):
     """The model with OpenFlamingo's weights, with shipped ones, or with untrained new layers; the
     tokenizer learns the new tokens."""
-    if cfg.weights:
+    if cfg.weights and not written_here(cfg.weights):
         return open_flamingo.load(cfg.weights, vision_tower, language, tokenizer, on=on)
     new_ids = few_shot.add_words(tokenizer, language)
-    if cfg.pretrained:
-        return load(WEIGHTS, language, new_ids, on)
+    if cfg.weights:
+        return load(cfg.weights, language, new_ids, on)
+    if cfg.pretrained or cfg.prompt:
+        return load(shipped_weights(cfg), language, new_ids, on)
     return Flamingo(language, new_ids, **shape).to(on)
 
 
@@ -75,27 +95,38 @@ def check_flags(cfg):
     check(min(counts) > 0 and cfg.lr > 0, "all numbers must be above 0")
     check(1 <= cfg.shortest <= cfg.longest, "--shortest must be at least 1 and at most --longest")
     check(cfg.judged >= 0 and cfg.every > 0, "--judged must be 0 or more, --every at least 1")
-    check(cfg.shots and min(cfg.shots) >= 0, "--shots takes one number or more, none below 0")
+    check(
+        cfg.evaluate_shots and min(cfg.evaluate_shots) >= 0,
+        "--evaluate_shots takes one number or more, none below 0",
+    )
     if cfg.weights:
         check(not cfg.pretrained, "--weights and --pretrained: one of them at a time")
         shape = (cfg.every, cfg.latents)
         from_file = "--every and --latents are those of the file: leave them out beside --weights"
         check(shape == (Config.every, Config.latents), from_file)
-    if not cfg.pretrained:
+    flamingo_generate.check_flags(cfg)
+    if cfg.weights or not (cfg.pretrained or cfg.prompt):
         return
-    check(WEIGHTS.is_file(), f"there are no weights at {WEIGHTS}: leave out --pretrained")
-    shipped = checkpoint.read(WEIGHTS)[1]
+    # shipped weights: of the same network, before the same models
+    path = shipped_weights(cfg)
+    flag = "--pretrained" if cfg.pretrained else "--prompt, or name --weights"
+    check(path.is_file(), f"there are no weights at {path}: leave out {flag}")
+    shipped = checkpoint.read(path)[1]
     for name, asked in (("every", cfg.every), ("latents", cfg.latents)):
-        has = f"the weights have {shipped[name]}; leave out --{name} or --pretrained"
+        has = f"the weights have {shipped[name]}; leave out --{name} or {flag}"
         check(shipped[name] == asked, f"--{name} {asked}: {has}")
+    learned = "the weights were learned"
     check(
-        cfg.language == "smollm2",
-        "the weights were learned in front of smollm2: leave out --language or --pretrained",
+        cfg.language == "smollm2", f"{learned} in front of smollm2: leave out --language or {flag}"
     )
     check(
-        cfg.vision == "efficientnet",
-        "the weights were learned behind efficientnet: leave out --vision or --pretrained",
+        cfg.vision == "efficientnet", f"{learned} behind efficientnet: leave out --vision or {flag}"
     )
+
+
+def shipped_weights(cfg):
+    """Of vlm/flamingo_train.py to answer a prompt, else those of this script."""
+    return ANSWERS if cfg.prompt else WEIGHTS
 
 
 def main(cfg: Config) -> dict:
@@ -116,12 +147,15 @@ def main(cfg: Config) -> dict:
     shape = {"dim_in": vision_tower.width, "every": cfg.every, "latents": cfg.latents}
     model = build(cfg, vision_tower, language, tokenizer, shape, on)
     start_id = few_shot.start_token(tokenizer)
+    # a prompt: generate what follows it, no more
+    if cfg.prompt:
+        return flamingo_generate.speak(cfg, tokenizer, model.eval(), vision_tower, start_id)
     # photos, and their names as ids
     fruit = data.groceries(vision_tower.size)
     learn, chosen = fruit_photos.split(fruit, cfg.judged, cfg.seed)
     names = [fruit_photos.NAMES[kind] for kind in fruit.fine_names]
     chunks = [few_shot.chunk(tokenizer, name) for name in names]
-    most_chunks = max(cfg.longest, 1 + max(cfg.shots))
+    most_chunks = max(cfg.longest, 1 + max(cfg.evaluate_shots))
     decode.check_length(language, 1 + max(map(len, chunks)) * most_chunks, 0)
     folder = run.output(cfg.out, cfg)
     together = sum(p.numel() for p in model.parameters())
@@ -149,7 +183,7 @@ def main(cfg: Config) -> dict:
     model.eval()
     # few-shot evaluation on held-out photos
     answers = {}
-    for shots in cfg.shots:
+    for shots in cfg.evaluate_shots:
         log_p = few_shot.evaluate(model, heldout, start_id, chunks, features, kinds, shots, cfg, on)
         answers[shots] = log_p
         metrics[f"{shots} examples"] = {
@@ -165,11 +199,11 @@ def main(cfg: Config) -> dict:
     maps = flamingo_figures.image_attention_map(model, shown, start_id).cpu()
     truths = [fruit_photos.name_of(fruit, i) for i in chosen[some]]
     photos = data.groceries(348).images[chosen[some]]
-    log_p = answers[cfg.shots[0]][some]
+    log_p = answers[cfg.evaluate_shots[0]][some]
     flamingo_figures.draw(
         folder / "flamingo.png", torch.stack(gates), photos, maps, names, truths, log_p
     )
-    return run.report(folder, metrics, "python vlm/flamingo.py --shots 0 1 8 --pretrained")
+    return run.report(folder, metrics, "python vlm/flamingo.py --evaluate_shots 0 1 8 --pretrained")
 
 
 if __name__ == "__main__":

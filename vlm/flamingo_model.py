@@ -202,6 +202,17 @@ def name_of_today(name):
     return OLD_NAMES.get(name, name)
 
 
+def written_here(path):
+    """Is it a file of weights that this project wrote? (OpenFlamingo's have no hash in their header.)"""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "sha256" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load(path, language, new_ids, on="cpu"):
     """Weights written by this script, in front of the same language model -> Flamingo, frozen."""
     # weights under their names of today

@@ -561,7 +561,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     out = str(tmp_path / "out")
     language = llamas.folder(tmp_path / "speaker")
     for flags, says in (
-        ({"steps": 0}, "above 0"), ({"shots": (-1,)}, "--shots"), ({"judged": -1}, "--judged"),
+        ({"steps": 0}, "above 0"), ({"evaluate_shots": (-1,)}, "--evaluate_shots"), ({"judged": -1}, "--judged"),
         ({"every": 0}, "--every"), ({"every": 3, "language": language}, "the language model has 2 layers"),
         ({"language": "no/such"}, "no language"), ({"shortest": 6}, "--shortest"), ({"shortest": 0}, "--shortest"),
         ({"pretrained": True, "every": 3}, "--every 3: the weights have 6"),
@@ -573,7 +573,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         ({"pretrained": True, "weights": "x"}, "one of them at a time"),
         ({"weights": "x", "every": 3}, "those of the file"), ({"weights": "x", "latents": 3}, "those of the file"),
         ({"weights": "no/such.pt", "language": language}, "there is no file no/such.pt"),
-        ({"shots": (0, 200), "every": 1, "language": language}, "the model has 128 positions"),
+        ({"evaluate_shots": (0, 200), "every": 1, "language": language}, "the model has 128 positions"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
             flamingo.main(flamingo.Config(**{"out": out} | flags))
@@ -615,7 +615,7 @@ def test_photos_learned_from_and_judged_and_their_names(monkeypatch, tmp_path):
     monkeypatch.setattr(flamingo_figures, "draw", lambda *about: shown.update(draw=about))
     found = flamingo.main(
         flamingo.Config(
-            language="tiny", every=1, shots=(0, 1), steps=1, judged=15, out=str(tmp_path)
+            language="tiny", every=1, evaluate_shots=(0, 1), steps=1, judged=15, out=str(tmp_path)
         )
     )
     said, kinds, chunks = shown["train"]
@@ -662,7 +662,7 @@ def test_the_whole_script_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(flamingo.data, "groceries", lambda size: eyes.shop(24, size))
     language = llamas.folder(tmp_path / "speaker")
     found = flamingo.main(
-        flamingo.Config(steps=2, batch=4, longest=2, every=1, shots=(0, 1), judged=10, language=language,
+        flamingo.Config(steps=2, batch=4, longest=2, every=1, evaluate_shots=(0, 1), judged=10, language=language,
                         out=str(tmp_path / "out"))
     )  # fmt: skip
     assert found["loss"] > 0 and 0 <= found["1 examples"]["14 kinds"] <= 1

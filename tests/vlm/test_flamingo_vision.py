@@ -72,7 +72,7 @@ def test_the_whole_script_with_another_vision_encoder(folders, tmp_path, monkeyp
 
     monkeypatch.setattr(flamingo.data, "groceries", photos)
     cfg = flamingo.Config(
-        steps=2, batch=4, longest=2, every=1, latents=5, shots=(0, 1), judged=10, vision=folders[TOWERS[1]],
+        steps=2, batch=4, longest=2, every=1, latents=5, evaluate_shots=(0, 1), judged=10, vision=folders[TOWERS[1]],
         layer=-1, language=llamas.folder(tmp_path / "speaker"), out=str(tmp_path / "out"),
     )  # fmt: skip
     found = flamingo.main(cfg)
@@ -117,7 +117,7 @@ def test_weights_of_open_flamingo_are_loaded_and_evaluated_without_training(
 
     monkeypatch.setattr(flamingo, "build", build)
     cfg = flamingo.Config(
-        weights=str(tmp_path / "weights"), vision=folders[TOWERS[0]], layer=-1, language=language, shots=(0,),
+        weights=str(tmp_path / "weights"), vision=folders[TOWERS[0]], layer=-1, language=language, evaluate_shots=(0,),
         judged=10, out=str(tmp_path / "out"),
     )  # fmt: skip
     found = flamingo.main(cfg)
