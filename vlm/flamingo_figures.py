@@ -88,3 +88,34 @@ def draw(path, gates, photos, maps, names, truths, log_p):
     ):
         draw_photo(ax, photo, attention, names, truth, score)
     return figures.close(figure, path)
+
+
+def draw_shots(path, rows):
+    """Few-shot accuracy of held-out classes: {(source, names, examples): right (trials,)}, 95 % intervals."""
+    import matplotlib.pyplot as plt
+
+    from vlm.flamingo_episodes import interval
+
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), sharey=True, layout="constrained")
+    styles = {
+        "nonsense": ("tab:blue", "o-", "nonsense names"),
+        "true": ("tab:green", "s-", "true names"),
+        "shuffled names": ("tab:red", "x", "nonsense names, shuffled"),
+        "other pictures": ("tab:orange", "^", "pictures of other classes"),
+    }
+    for ax, source in zip(axes, ("emoji", "fruit")):
+        for shift, (names, (colour, style, label)) in enumerate(styles.items()):
+            points = [
+                (k[2], interval(right)) for k, right in rows.items() if k[:2] == (source, names)
+            ]
+            x = [shots + 0.12 * (shift - 1.5) for shots, _ in points]
+            y = [p["accuracy"] for _, p in points]
+            below = [max(0.0, p["accuracy"] - p["low"]) for _, p in points]
+            above = [max(0.0, p["high"] - p["accuracy"]) for _, p in points]
+            ax.errorbar(x, y, (below, above), fmt=style, color=colour, label=label, capsize=3, ms=5)
+        ax.axhline(0.5, color="gray", lw=0.8, ls=":")
+        ax.set(xlabel="examples in the prompt", ylim=(0.3, 1.03), xticks=(0, 2, 4))
+        ax.set_title(f"{source} of classes never trained on, two ways", fontsize=9)
+    axes[0].set_ylabel("accuracy (95 % interval)")
+    axes[1].legend(fontsize=7, loc="lower right")
+    return figures.close(figure, path)
