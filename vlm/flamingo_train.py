@@ -148,10 +148,12 @@ def main(cfg: Config) -> dict:
         words = flamingo_episodes.nonsense_names(tokenizer)
         clock = run.Clock()
         # first stage: <image> becomes a word
-        space = flamingo_contrastive.WordSpace(language, tokenizer, words)
-        names = space.names(tokenizer, [c.name for c in pictures.of("emoji")])
-        stage = flamingo_contrastive.train(model, pictures, space, names, cfg, on)
-        contrastive = list(run.progress(stage, cfg.contrastive_steps))
+        if cfg.contrastive_steps:
+            space = flamingo_contrastive.WordSpace(language, tokenizer, words)
+            names = space.names(tokenizer, [c.name for c in pictures.of("emoji")])
+            stage = flamingo_contrastive.train(model, pictures, space, names, cfg, on)
+            values = list(run.progress(stage, cfg.contrastive_steps))
+            metrics["contrastive loss"] = float(np.mean(values[-20:]))
         # second stage: chains
         losses = []
         shown = run.bar(train(model, pictures, chunks, start_id, words, cfg, on), cfg.steps)
@@ -161,12 +163,10 @@ def main(cfg: Config) -> dict:
             recent = np.mean(losses[-20:], 0)
             shown.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in recent), refresh=False)
         curves = dict(zip(("episodes", "captions"), zip(*losses)))
-        metrics = {f"loss of {name}": float(np.mean(v[-20:])) for name, v in curves.items()}
+        metrics |= {f"loss of {name}": float(np.mean(v[-20:])) for name, v in curves.items()}
         metrics["train_seconds"] = clock()
         curves = {name: list(values) for name, values in curves.items()}
         figures.curves(folder / "loss.png", curves, "step", "-log p of a name", smooth=10)
-        if contrastive:
-            metrics["contrastive loss"] = float(np.mean(contrastive[-20:]))
         checkpoint.write(folder / "model.safetensors", model.trainable_parameters(), shape)
     model.eval()
     # few-shot accuracy on held-out classes, with controls; similar examples; true sentences
