@@ -37,6 +37,7 @@ MEASURE |= {
     "export_compile",
     "export_tower",
     "flamingo_lora",
+    "flamingo_train",
     "gpu_bench",
     "hallucination",
     "kumaraswamy",
@@ -198,7 +199,7 @@ def test_shipped_weights_are_small_and_have_their_record():
     }
     assert (
         max(p.stat().st_size for p in weights) <= 10e6
-        and sum(p.stat().st_size for p in weights) <= 30e6
+        and sum(p.stat().st_size for p in weights) <= 33e6
     )
     for p in weights:
         record = json.loads(p.with_suffix(".json").read_text())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import run
-from vlm import few_shot, flamingo_data
+from vlm import easy_vqa_score, few_shot, flamingo_data
 
 NAMES = ("", "", "this is a")  # what stands before a name: two of three times nothing
 NEIGHBOURS = 20  # emoji of similar code points look alike: hard negatives
@@ -209,10 +209,7 @@ def evaluate(
 
 
 def interval(right):
-    """Accuracy and its 95 % interval, Wilson's score interval of a binomial (trials,)."""
-    n = len(right)
-    p = float(right.float().mean())
-    z = 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return {"accuracy": p, "low": middle - half, "high": middle + half}
+    """Accuracy of answers, right or wrong (trials,), and its 95 % interval (Wilson's)."""
+    accuracy = float(right.float().mean())
+    low, high = easy_vqa_score.wilson(accuracy, len(right))
+    return {"accuracy": accuracy, "low": low, "high": high}

@@ -10,10 +10,9 @@ Flamingo: Alayrac et al. 2022, arXiv:2204.14198; in-context learning on held-out
 Difference: the paper's chains are web pages, which have no episodes in them.
 Shapes: features (P,49,D), chains as in flamingo_episodes.py.
 
-    python vlm/flamingo_train.py                                          # a short training
-    python vlm/flamingo_train.py --pretrained                             # shipped weights, judged
-    python vlm/flamingo_train.py --contrastive_steps 0                    # without the first stage
-    python vlm/flamingo_train.py --contrastive_steps 200 --steps 400      # the shipped weights
+    python vlm/flamingo_train.py                           # both stages: the shipped weights
+    python vlm/flamingo_train.py --pretrained              # shipped weights, judged
+    python vlm/flamingo_train.py --contrastive_steps 0     # without the first stage
 """
 
 import math
@@ -45,17 +44,17 @@ class Config:
     """Teach a Flamingo to learn names from examples in its prompt, and judge it on classes that it
     never saw."""
 
-    contrastive_steps: int = 100  # of the first stage, without the language model; 0: leave it out
+    contrastive_steps: int = 200  # of the first stage, without the language model; 0: leave it out
     contrastive_batch: int = 192  # emoji a step, two views each
-    steps: int = 60  # of the second stage
-    chains: int = 10  # episodes a step
+    steps: int = 160  # of the second stage
+    chains: int = 8  # episodes a step
     length: int = 8  # pictures in an episode
     ways: int = 4  # classes in an episode, at most; two at least
-    captions: int = 40  # pictures with true sentences a step; 0: episodes only
+    captions: int = 32  # pictures with true sentences a step; 0: episodes only
     views: int = 4  # of each emoji, at least 3
     emoji: int = 0  # so many of those learned from, and of those held out; 0: 1796 and 117
     photos: int = 0  # so many of each kind of fruit; 0: all
-    lr: float = 1e-3  # of new layers; the gates' is five times that, ten times in the first stage
+    lr: float = 1.5e-3  # of new layers; the gates' is five times that, ten times in the first stage
     every: int = 6  # a new layer before every so many-th layer of the language model
     latents: int = 16  # M, vectors that stand for a picture
     trials: int = (
