@@ -65,9 +65,8 @@ class Config:
     # weights that are loaded instead of training: model.safetensors of a run, or OpenFlamingo's file or folder
     weights: str = ""
     image: tuple[str, ...] = ()  # pictures to ask about, one for each <image> of the prompt
-    prompt: str = (
-        ""  # generate what follows it, such as "<image>the color is"; with shipped weights
-    )
+    # generate what follows it, such as "<image>the color is"; with shipped weights, or --weights
+    prompt: str = ""
     shots: tuple[str, ...] = ()  # in-context examples before the prompt, each PICTURE:TEXT
     max_new_tokens: int = 20  # the longest answer
     seed: int = 0

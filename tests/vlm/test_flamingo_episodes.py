@@ -47,6 +47,7 @@ def test_names_of_an_episode_are_drawn_anew_and_are_targets_once_their_class_was
         sources.add(class_of(known, int(photos[0])).source)
     assert targets > 200 and kinds == {"nonsense", "true"} and sources == {"emoji", "fruit"}
     assert max(map(len, names.values())) > 2  # another name in another chain
+    assert len({word for said in names.values() for word in said} & set(words)) > 25
 
 
 def test_ways_are_two_or_more_and_half_of_the_emoji_are_neighbours():
