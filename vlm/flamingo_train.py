@@ -60,6 +60,8 @@ class Config:
     trials: int = (
         200  # questions of each kind to be judged by; half as many with seven names or more
     )
+    # weights of an earlier run to go on from: its model.safetensors; most often with --contrastive_steps 0
+    weights: str = ""
     pretrained: bool = False  # start from the shipped weights and skip the training
     seed: int = 0
     device: str = "auto"
@@ -109,6 +111,7 @@ def check_flags(cfg):
     check(not 0 < cfg.captions < 4, "--captions: 4 or more, or 0")
     check(2 <= cfg.ways <= 7, "--ways: from 2 to 7, the kinds of fruit in training")
     check(cfg.length > cfg.ways, "--length must be more than --ways: else no name is told before")
+    check(not (cfg.weights and cfg.pretrained), "--weights and --pretrained: one of them at a time")
     few = "--emoji: at least 30, --photos: at least 4, or 0 for all"
     check(cfg.emoji == 0 or cfg.emoji >= 30, few)
     check(cfg.photos == 0 or cfg.photos >= 4, few)
@@ -142,7 +145,12 @@ def main(cfg: Config) -> dict:
     if cfg.pretrained:
         model = load(WEIGHTS, language, new_ids, on)
     else:
-        model = Flamingo(language, new_ids, **shape).to(on)
+        if cfg.weights:
+            model = load(cfg.weights, language, new_ids, on)
+            for part in (model.resampler, model.cross, model.new_embeddings):
+                part.requires_grad_(True)
+        else:
+            model = Flamingo(language, new_ids, **shape).to(on)
         pictures = flamingo_data.training_set(vision_tower, cfg)
         words = flamingo_episodes.nonsense_names(tokenizer)
         clock = run.Clock()

@@ -101,7 +101,8 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
         ({"steps": 0}, "above 0"), ({"lr": 0}, "above 0"), ({"contrastive_steps": -1}, "0 or more"),
         ({"captions": 3}, "--captions"), ({"ways": 1}, "--ways"), ({"ways": 8}, "--ways"),
         ({"length": 4}, "more than --ways"), ({"views": 2}, "--views"), ({"emoji": 5}, "--emoji"),
-        ({"photos": 2}, "--photos"), ({"pretrained": True, "every": 3}, "--every 3: the weights have 6"),
+        ({"photos": 2}, "--photos"), ({"pretrained": True, "weights": "x"}, "one of them at a time"),
+        ({"pretrained": True, "every": 3}, "--every 3: the weights have 6"),
         ({"pretrained": True, "latents": 4}, "--latents 4: the weights have 16"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
@@ -172,11 +173,14 @@ def test_the_whole_script_runs_and_its_weights_are_judged(tiny, tmp_path, monkey
     assert all(torch.equal(judged[0][name], tensor) for name, tensor in tensors.items())
     # both stages moved it: the first gate in the first, later ones in the second
     assert all(tensors[f"cross.{i}.gate_attention.alpha"].abs() > 0 for i in range(2))
+    # a second run goes on from these weights, without the first stage
     monkeypatch.setattr(flamingo_train.flamingo_contrastive, "train", None)
-    without = flamingo_train.main(
-        flamingo_train.Config(**tiny | {"contrastive_steps": 0, "captions": 0})
-    )
+    weights = str(tmp_path / "out" / "model.safetensors")
+    more = {"contrastive_steps": 0, "captions": 0, "steps": 1, "lr": 1e-6, "weights": weights}
+    without = flamingo_train.main(flamingo_train.Config(**tiny | more))
     assert "contrastive loss" not in without and "loss of captions" not in without
+    changes = [float((judged[1][name] - tensor).abs().max()) for name, tensor in tensors.items()]
+    assert 0 < max(changes) < 1e-5
 
 
 @pytest.mark.long
