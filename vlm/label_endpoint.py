@@ -9,6 +9,7 @@ when Retry-After says.
 Shapes: P prompts; an answer is the index of a class, -1 for "unsure" and for what is no class.
 """
 
+import http.client
 import json
 import os
 import random
@@ -123,7 +124,7 @@ def post(address, body, retries=5, seconds=120, sleep=time.sleep):
             again = error.code == 429 or error.code >= 500
             check(again, f"{printable(address)} refuses, {reason}")
         # no connection, cut off, half an answer
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = printable(error) or type(error).__name__
         if attempt < retries:
             sleep(seconds_to_wait(about, attempt))

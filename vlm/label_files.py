@@ -105,8 +105,13 @@ def read_labels(path, settings):
 def appending(path, settings):
     """-> function that appends a row as one line, on the disk when it returns.
 
-    Raises UserError if another process appends to the same file."""
-    with path.open("ab") as file:
+    Raises UserError if another process appends to the same file, or it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("ab")
+    except OSError as error:
+        raise run.UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

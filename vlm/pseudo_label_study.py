@@ -159,7 +159,6 @@ def main(cfg: Config) -> dict:
     check(not cfg.folder, "the study is about photos of fruit: leave out --folder")
     folder = run.output(cfg.out, cfg)
     path = Path(cfg.labels or folder / "labels.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     # photos whose labels are all known, and the teacher's
     photos, names = label_files.read_folder(label_files.fruit_folder(1.0))
     photos = label_files.some(photos, cfg.photos, cfg.seed)

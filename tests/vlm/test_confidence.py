@@ -1,5 +1,7 @@
 """vlm/confidence.py: calibration error against torchmetrics, temperature against scipy, coverage, votes."""
 
+from typing import Any
+
 import pytest
 import torch
 from scipy import optimize
@@ -52,7 +54,7 @@ def test_the_temperature_is_the_one_of_scipy_and_undoes_the_scale(answers, parit
         return -float(scaled.gather(1, truth[:, None]).log().mean())
 
     mine = confidence.fit_temperature(p, truth)
-    found = optimize.minimize_scalar(
+    found: Any = optimize.minimize_scalar(
         loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-7}
     )
     parity(

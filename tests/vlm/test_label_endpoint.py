@@ -54,7 +54,8 @@ class Fake:
                 found = {"choices": [message], "usage": usage}
                 content = json.dumps(found if status == 200 else {"error": "no"}).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
+                missing = 9 if answer == "cut off" else 0
+                self.send_header("Content-Length", str(len(content) + missing))
                 if status in (301, 302, 307):
                     self.send_header("Location", f"{outer.address}/elsewhere")
                 if outer.retry_after:
@@ -163,6 +164,10 @@ def test_tries_end(fake):
     with pytest.raises(UserError, match=r"tried 3 times; status 503"):
         label_endpoint.post(fake.address, {}, retries=2, sleep=lambda seconds: None)
     assert len(fake.bodies) == 3
+    # an answer that ends too early, and one that never begins
+    fake.answers = ["cut off", answer("fog")]
+    found = label_endpoint.post(fake.address, {}, retries=1, sleep=lambda seconds: None)
+    assert label_endpoint.read_answer(found, NAMES)[0] == 0
     with pytest.raises(UserError, match="tried 2 times"):
         label_endpoint.post("http://127.0.0.1:1/v1", {}, retries=1, sleep=lambda seconds: None)
 

@@ -127,6 +127,9 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         assert list(label_files.read_labels(path, SETTINGS)) == ["1"]
         with pytest.raises(UserError, match="another run writes"):
             write(path, [])
+    # a place that cannot be written is one line, too
+    with pytest.raises(UserError, match="cannot write"):
+        write(path / "labels.jsonl", [])
 
 
 def test_damaged_labels_are_refused_in_one_line(tmp_path):

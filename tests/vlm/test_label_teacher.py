@@ -54,7 +54,8 @@ def test_a_row_for_each_photo_in_batches(talker, photos, monkeypatch):
     assert [row["sha256"] for row in rows] == [label_files.digest(p.path) for p in photos]
     found = torch.tensor([row["log_p"] for row in rows]).transpose(0, 1)
     paths = [p.path for p in photos]
-    expected = label_teacher.likelihoods(*talker, paths, PROMPTS, NAMES)
+    tokenizer, model = talker
+    expected = label_teacher.likelihoods(tokenizer, model, paths, PROMPTS, NAMES)
     assert torch.allclose(found, expected, atol=0.05)
 
 
