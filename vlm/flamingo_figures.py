@@ -117,5 +117,5 @@ def draw_shots(path, rows):
         ax.set(xlabel="examples in the prompt", ylim=(0.3, 1.03), xticks=(0, 2, 4))
         ax.set_title(f"{source} of classes never trained on, two ways", fontsize=9)
     axes[0].set_ylabel("accuracy (95 % interval)")
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[0].legend(fontsize=7, loc="lower center")
     return figures.close(figure, path)
