@@ -241,7 +241,7 @@ def test_pages_are_short():
 @pytest.mark.parametrize("path", OF_CHAPTERS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_excerpts_are_verbatim(path):
     """A block of Python in a page consists of lines of the chapter's scripts."""
-    lines = {line.strip() for p in path.parent.glob("*.py") for line in p.read_text().splitlines()}
+    lines = {line.strip() for p in path.parent.rglob("*.py") for line in p.read_text().splitlines()}
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
         for line in block.splitlines():
             known = line.strip() in lines | {"", "..."}
@@ -252,7 +252,7 @@ def test_excerpts_are_verbatim(path):
 def words_of(chapter):
     """Every name and every string of the scripts of a chapter."""
     found = set()
-    for path in (ROOT / chapter).glob("*.py"):
+    for path in (ROOT / chapter).rglob("*.py"):
         found.add(path.stem)
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             found |= {
