@@ -15,7 +15,8 @@ from tests import eyes
 from tests.deploy import servers
 from tests.vlm.test_label_files import photo
 from utils.run import UserError
-from vlm import label_endpoint, label_files, llava, pseudo_label, serve
+from vlm import label_endpoint, label_files, llava, pseudo_label
+from vlm.serve import worker
 
 NAMES = ["fog", "Sun"]
 
@@ -236,7 +237,7 @@ def test_cost_is_counted_before_anything_is_sent(fake, folder):
 def test_the_books_own_server_answers_with_a_class(tmp_path, folder, monkeypatch):
     talker = eyes.talker(tmp_path / "talker")
     monkeypatch.setattr(llava, "load", lambda *about: talker)
-    tokenizer, language, about = serve.load(serve.Config(device="cpu"))
+    tokenizer, language, about = worker.load(worker.Config(device="cpu"))
     about |= {"name": "llava", "engine": Engine(language, blocks=200, block_size=8)}
     with servers.running(language, tokenizer, **about) as server:
         cfg = config(server, model="llava", prompts=("What?",), parallel=3)
