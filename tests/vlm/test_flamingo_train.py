@@ -68,13 +68,20 @@ def test_a_step_has_an_episode_batch_and_a_caption_batch_whose_gradients_add_up(
 
 
 def test_chains_see_the_pictures_that_they_name(monkeypatch):
-    _, shown, *_ = steps_of(monkeypatch)
-    known = everything()
-    for ids, _, features in shown:
-        numbers = (features[:, :, 0, 0] * 3000).round().long()
-        for row, photos in zip(ids, numbers):
-            assert int((row == IMAGE).sum()) == len(photos)
-            assert all(any(int(p) in c.pictures for c in known) for p in photos)
+    ids = torch.tensor([[START, IMAGE, 50, END, IMAGE, 51, END]])
+    photos = torch.tensor([[5, 700]])
+    drawn = []
+
+    def episode_batch(random, chunks, start_id, classes, words, count, length, ways):
+        drawn.append((count, length, ways))
+        return ids, (ids >= 50) & (ids < IMAGE), photos
+
+    monkeypatch.setattr(flamingo_episodes, "episode_batch", episode_batch)
+    _, shown, *_ = steps_of(monkeypatch, captions=0, ways=3)
+    assert drawn == [(3, 5, 3)] * 4
+    for read, supervised, features in shown:
+        assert torch.equal((features[:, :, 0, 0] * 3000).round().long(), photos)
+        assert torch.equal(read, ids) and supervised.sum() == 2
 
 
 def test_without_captions_there_are_episodes_only(monkeypatch):
