@@ -147,8 +147,9 @@ def main(cfg: Config) -> dict:
     else:
         if cfg.weights:
             model = load(cfg.weights, language, new_ids, on)
-            for part in (model.resampler, model.cross, model.new_embeddings):
-                part.requires_grad_(True)
+            # what is frozen in a loaded model learns again, all but the language model
+            for name, p in model.named_parameters():
+                p.requires_grad_(not name.startswith("language."))
         else:
             model = Flamingo(language, new_ids, **shape).to(on)
         pictures = flamingo_data.training_set(vision_tower, cfg)

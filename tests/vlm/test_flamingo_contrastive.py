@@ -50,7 +50,9 @@ def test_what_is_trained_is_what_enters_the_language_model_at_image():
     block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     features = torch.randn(2, 4, 16)
     made.states(torch.tensor([[1, IMAGE, 7]] * 2), made.resample(features[:, None]))
-    at_image = flamingo_contrastive.first_layer(made, features, made.new_embeddings.weight[0])
+    at_image = flamingo_contrastive.first_layer(
+        made, features, made.get_parameter("new_embeddings.weight")[0]
+    )
     torch.testing.assert_close(at_image, seen[0][:, 1])
     word = made.language.get_input_embeddings().weight[[7, 7]]
     torch.testing.assert_close(
@@ -142,4 +144,4 @@ def test_new_words_begin_as_the_mean_word_and_the_end_of_a_line():
     pictures = PictureSet(torch.randn(48, 4, 16), classes(count=12, each=4))
     list(flamingo_contrastive.train(made, pictures, space, torch.randn(12, 24), cfg, ON))
     wanted = torch.stack([space.mean, space.newline])
-    torch.testing.assert_close(made.new_embeddings.weight.detach(), wanted)
+    torch.testing.assert_close(made.get_parameter("new_embeddings.weight").detach(), wanted)
