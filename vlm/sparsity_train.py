@@ -111,21 +111,20 @@ def judge(path, folder, fruit, groups, kinds):
 
 
 def draw(path, rows, chance, losses):
-    """Left: accuracy against tokens. Right: loss of the runs, smoothed."""
+    """Left: accuracy with one standard error against tokens. Right: loss of the runs, means of 20 steps."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, row in rows.items():
-        points = left.errorbar(row["tokens"], row["accuracy"], row["standard error"], marker="o")
-        color = points[0].get_color()
-        place = (row["tokens"], row["accuracy"])
-        left.annotate(name, place, (6, 6), textcoords="offset points", fontsize=8, color=color)
-        smooth = np.convolve(losses[name], np.ones(10) / 10, "valid") if losses[name] else []
-        right.plot(smooth, color=color, label=name)
-    left.axhline(chance, color="grey", linestyle="--", linewidth=1)
-    left.set(xlabel="image tokens of a picture", ylabel="accuracy", xlim=(0, 60), ylim=(0, 1))
-    right.set(xlabel="step", ylabel="-log p(token of an answer)")
-    right.legend(frameon=False, fontsize=8)
+        about = {"marker": "o", "capsize": 3, "linestyle": "none", "label": name}
+        left.errorbar(row["tokens"], row["accuracy"], row["standard error"], **about)
+        window = min(20, len(losses[name]))
+        smooth = np.convolve(losses[name], np.ones(window) / window, "valid")
+        right.plot(np.arange(len(smooth)) + window, smooth, label=name)
+    left.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance")
+    left.set(xlabel="image tokens of a picture", ylabel="accuracy", xlim=(0, 60), ylim=(0, 0.8))
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    right.set(xlabel="step", ylabel="-log p(token of an answer)", yscale="log")
     return figures.close(figure, path)
 
 
