@@ -5,7 +5,7 @@ asks about one. EfficientNet sees 448 x 448 pixels, a grid of 14 x 14, of which 
 tokens. Each run is vlm/train.py on the same rows, pictures, seed and number of steps, with other
 `--sparsity_plugins`, and is judged on mosaics of held-out photos by answer likelihood among the kinds of the group.
 
-    python vlm/sparsity_train.py                     # 25 CPU min
+    python vlm/sparsity_train.py                     # 20 CPU min
     python vlm/sparsity_train.py --only "prompt 9" --steps 20
 """
 
