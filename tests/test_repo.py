@@ -46,6 +46,7 @@ MEASURE |= {
     "near_duplicates",
     "pseudo_label_study",
     "questions",
+    "reflow",
     "roofline",
     "sparsity_study",
     "sparsity_train",

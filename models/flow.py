@@ -1,0 +1,229 @@
+"""Flow matching (rectified flow): straight lines from image to noise, and a network that predicts the velocity.
+
+Lipman et al. 2022, arXiv:2210.02747 (L); Liu, Gong & Liu 2022, arXiv:2209.03003 (R). Walk from an image to a noise in a
+straight line, and ask the network at some point of it for the velocity. Its answer is the mean over all lines through
+that point. To sample, start from noise and follow the answers: an ordinary differential equation (ODE), for which a few
+large steps are enough. There is no noise schedule. (E) is Esser et al. 2024, arXiv:2403.03206, Stable Diffusion 3.
+
+Shapes: B images, C channels, H x W pixels. t in [0, 1] is a float tensor (B,): 0 is the image x0, 1 the noise eps, as
+in all of this chapter, in Stable Diffusion 3 and in diffusers. (L) and (R) count the other way round: their t is our
+1 - t, their velocity points from noise to image. The network is asked at 1000 t, the range of ddpm's time steps.
+Differences from the papers: the U-Net, optimizer and EMA of `ddpm.py`; Euler and Heun instead of an adaptive solver.
+
+    python models/flow.py                         # train, sample in 1 to 50 steps, measure
+    python models/flow.py --pretrained            # sample from the shipped weights
+    python models/flow.py --times logit-normal    # more of the times in the middle (E)
+"""
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from models import quality
+from models.batches import batches
+from models.ddim import last
+from models.ddpm import update_ema
+from models.digit_unet import build
+from models.training_state import TrainingState
+from models.vae import learning_rate
+from utils import checkpoint, data, figures, run
+
+WEIGHTS = Path(__file__).parent / "weights" / "flow.safetensors"
+Times = Literal["uniform", "logit-normal"]
+Solver = Literal["euler", "heun"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a flow on MNIST, sample from it in few steps and in many, measure the samples."""
+
+    steps: int = 1100  # training steps
+    batch: int = 64  # images per step
+    lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
+    times: Times = "uniform"  # distribution of the training times
+    channels: tuple[int, ...] = (32, 64)  # widths of the U-Net, one per resolution
+    layers: int = 2  # residual blocks per resolution
+    ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
+    sampling_steps: tuple[int, ...] = (1, 2, 4, 10, 50)  # numbers of solver steps to compare
+    solver: Solver = "euler"  # of the ODE; heun calls the network twice a step
+    samples: int = 512  # digits to sample and measure at each number of steps
+    pretrained: bool = False  # start from the shipped weights and skip the training
+    resume: bool = False  # go on from the last checkpoint in --out, bit for bit
+    save_every: int = 500  # steps between checkpoints
+    seed: int = 0  # same seed, same numbers
+    device: str = "auto"  # cpu, cuda, ...
+    out: str = "outputs/flow"  # where the results go
+
+
+def interpolate(x0, eps, t):
+    """The point at time t of the straight line from image to noise: (B, C, H, W) twice, (B,) -> xt (B, C, H, W)."""
+    t = t[:, None, None, None]
+    return (1 - t) * x0 + t * eps  # (L) Eq. 22, sigma_min = 0
+
+
+def velocity(x0, eps):
+    """dx/dt along that line, the same at all times: (B, C, H, W) twice -> (B, C, H, W). What the network learns."""
+    return eps - x0
+
+
+def draw_times(n, times="uniform", device="cpu"):
+    """Training times in (0, 1): (n,). Logit-normal: the sigmoid of a standard normal, (E) Sec. 3.1.
+
+    The mean over all lines is hardest to guess in the middle; logit-normal times train it more often. Raises UserError
+    for another distribution.
+    """
+    run.check(times in ("uniform", "logit-normal"), f"there is no distribution '{times}' of times")
+    if times == "uniform":
+        return torch.rand(n, device=device)
+    return torch.randn(n, device=device).sigmoid()
+
+
+def predict(model, xt, t):
+    """The network's velocity at times t in [0, 1], (B,) or one for all: (B, C, H, W) -> (B, C, H, W)."""
+    t = torch.as_tensor(t, device=xt.device).expand(len(xt))
+    return model(xt, 1000 * t).float()
+
+
+def loss(model, x0, eps, t):
+    """Conditional flow matching: mean squared error of the velocity, (B, C, H, W) twice, (B,) -> ()."""
+    xt = interpolate(x0, eps, t)
+    return F.mse_loss(predict(model, xt, t), velocity(x0, eps))  # (L) Eq. 23, (R) Eq. 1
+
+
+def euler_step(model, xt, t, t_next):
+    """One step of the ODE along the velocity at its beginning: (B, C, H, W), two floats -> (B, C, H, W)."""
+    return xt + (t_next - t) * predict(model, xt, t)
+
+
+def heun_step(model, xt, t, t_next):
+    """One step along the mean of the velocities at both ends: two calls, and an error of second order."""
+    v = predict(model, xt, t)
+    # where Euler would end, and the velocity there
+    guess = xt + (t_next - t) * v
+    v_next = predict(model, guess, t_next)
+    return xt + (t_next - t) * (v + v_next) / 2
+
+
+@torch.no_grad()
+def sample(model, xt, n, solver="euler"):
+    """From noise xt (B, C, H, W) to images in n equal steps of the ODE, t = 1 to 0; yields every x, the noise first."""
+    step = {"euler": euler_step, "heun": heun_step}[solver]
+    times = torch.linspace(1, 0, n + 1).tolist()
+    yield xt
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        xt = step(model, xt, t, t_next)
+        yield xt
+
+
+def independent_pairs(images, cfg, start, device):
+    """Batches of images (B, 1, 28, 28) in [-1, 1], each with a fresh noise that knows nothing of it; for ever."""
+    for x0 in batches(images, cfg.batch, cfg.seed, start):
+        x0 = x0.to(device)
+        yield x0, torch.randn_like(x0)
+
+
+def train(model, ema, optimizer, pairs, cfg, start=0):
+    """Steps `start` to cfg.steps on pairs (image, noise); yields the loss of each. (R) Algorithm 1."""
+    for i, (x0, eps) in zip(range(start, cfg.steps), pairs):
+        # learning rate of this step: warm-up, then a cosine
+        optimizer.param_groups[0]["lr"] = learning_rate(cfg, i)
+        # a time for each line
+        t = draw_times(len(x0), cfg.times, x0.device)
+        # forward pass and loss, matrix products in bf16
+        with run.autocast(x0.device):
+            value = loss(model, x0, eps, t)
+        # backward pass, long gradients clipped
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        # EMA of the weights; a small decay in the first steps lets it forget its random start
+        decay = min(cfg.ema, (1 + i) / (10 + i))
+        update_ema(ema, model, decay)
+        yield value.item()
+
+
+def load(path, device="cpu"):
+    """Weights written by this script or by `reflow.py` -> (model, config as a dict), ready to sample."""
+    return checkpoint.load_model(path, build, device)
+
+
+def compare_steps(model, eps, counts, solver, scores):
+    """Samples from the same noise eps (B, 1, 28, 28) in each number of steps -> ({n: images}, {n: {score: value}})."""
+    images = {}
+    table = {}
+    for n in counts:
+        with run.autocast(eps.device):
+            chain = run.bar(sample(model, eps, n, solver), n + 1, name=f"{n} steps")
+            images[n] = last(chain).cpu()
+        table[n] = scores(images[n])
+    return images, table
+
+
+def check_config(cfg):
+    """Raises UserError for flags with which nothing can be trained or sampled."""
+    sizes = (cfg.steps, cfg.batch, cfg.layers, cfg.save_every)
+    run.check(min(sizes) > 0, "--steps, --batch, --layers and --save-every must be at least 1")
+    paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
+    run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
+    run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figure shows")
+    counts = cfg.sampling_steps and min(cfg.sampling_steps) > 0
+    run.check(counts, "--sampling-steps must be one or more numbers from 1 on")
+    widths = all(c > 0 and c % 8 == 0 for c in cfg.channels)
+    run.check(widths, "--channels must be multiples of 8, the norm groups")
+
+
+def main(cfg: Config) -> dict:
+    """Train (or load), sample in each number of steps, measure; writes the digits, the scores, the weights."""
+    check_config(cfg)
+    run.seed(cfg.seed)
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
+    clock = run.Clock()
+    metrics = {}
+
+    if cfg.pretrained:
+        model, _ = load(WEIGHTS, device)
+    else:
+        # model, its EMA, optimizer
+        model = build(**asdict(cfg)).to(device)
+        ema = copy.deepcopy(model).requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
+        # all that a resumed run needs to go on bit for bit
+        state = TrainingState(folder, cfg, clock, model=model, ema=ema, optimizer=optimizer)
+        start = len(state.losses)
+
+        # train
+        pairs = independent_pairs(data.mnist("train")[0], cfg, start, device)
+        steps = train(model, ema, optimizer, pairs, cfg, start)
+        for value in run.progress(steps, cfg.steps, start, cfg.save_every, state.save):
+            state.losses.append(value)
+        state.save()
+        metrics["final_loss"] = state.final_loss()
+        metrics["train_seconds"] = state.clock()
+        state.draw_losses("squared error of the velocity")
+
+        # the EMA is what is kept and sampled from
+        checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
+        model = ema.eval()
+
+    # the same noises in each number of steps
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    eps = torch.randn(cfg.samples, 1, 28, 28).to(device)
+    counts = cfg.sampling_steps
+    images, table = compare_steps(model, eps, counts, cfg.solver, quality.scorer(device))
+    metrics |= {f"{n} steps": row for n, row in table.items()}
+
+    # draw
+    figures.grid(folder / "samples.png", images[max(images)][:64])
+    figures.rows(folder / "steps.png", {f"{n} steps": x[:10] for n, x in images.items()})
+    return run.report(folder, metrics, then="python models/reflow.py")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)

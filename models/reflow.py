@@ -1,0 +1,155 @@
+"""Reflow: train a flow again on pairs that its own ODE has made, so that its paths get straight, and one step enough.
+
+Liu, Gong & Liu 2022, arXiv:2209.03003, Sec. 2.2. `flow.py` draws straight lines between images and noises that know
+nothing of each other. Such lines cross; the network can only answer with the mean of those that meet, and the paths
+that follow its answers bend. The ODE pairs every noise with the one image in which it ends. Lines between these pairs
+hardly cross: a network trained on them has straighter paths, and large steps miss less.
+
+Shapes: B or N images, C channels, H x W pixels, n steps of the solver. t = 0 is the image x0, t = 1 the noise eps.
+
+    python models/reflow.py                 # uses the weights of models/flow.py; trains them if there are none
+    python models/reflow.py --pretrained    # uses the shipped weights
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from models import flow, quality
+from models.batches import shuffled
+from models.ddim import last
+from utils import checkpoint, figures, run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Make pairs with a trained flow, train it on them, compare straightness and samples before and after."""
+
+    pairs: int = 4096  # pairs (noise, image) that the trained flow makes
+    pair_steps: int = 20  # Euler steps with which it makes them
+    steps: int = 300  # training steps on the pairs
+    batch: int = 64  # pairs per step
+    lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
+    times: flow.Times = "uniform"  # distribution of the training times
+    ema: float = 0.99  # EMA decay: samples come from an exponential moving average of the weights
+    sampling_steps: tuple[int, ...] = (1, 2, 4, 10, 50)  # numbers of Euler steps to compare
+    samples: int = 256  # digits to sample and measure at each number of steps
+    weights: str = "outputs/flow/model.safetensors"  # what models/flow.py wrote
+    pretrained: bool = False  # use the shipped weights instead
+    seed: int = 0  # same seed, same numbers
+    device: str = "auto"  # cpu, cuda, ...
+    out: str = "outputs/reflow"  # where the results go
+
+
+def couple(model, eps, n, batch=64):
+    """The image in which each noise ends, by n Euler steps: (N, C, H, W) -> (N, C, H, W). The pairs of reflow."""
+    images = []
+    for part in run.bar(eps.split(batch), math.ceil(len(eps) / batch), name="pairs"):
+        with run.autocast(eps.device):
+            images.append(last(flow.sample(model, part, n)))
+    return torch.cat(images)
+
+
+def coupled_pairs(x0, eps, batch, seed=0):
+    """Shuffled batches of the pairs, image and noise still together, for ever: (N, C, H, W) twice -> (B, C, H, W)."""
+    for pick in shuffled(torch.arange(len(x0)), batch, seed):
+        yield x0[pick], eps[pick]
+
+
+@torch.no_grad()
+def straightness(model, eps, n=50):
+    """E |v_t - (x_1 - x_0)|^2 per pixel along the ODE's paths: (B, C, H, W) -> times (n,), values (n,). Sec. 2.2.
+
+    v_t is the velocity on the way, x_1 - x_0 the line from the image at the end to the noise at the start. 0 at all t:
+    the paths are straight, and one Euler step is exact.
+    """
+    with run.autocast(eps.device):
+        path = list(flow.sample(model, eps, n))
+    times = torch.linspace(1, 0, n + 1)
+    # the velocity that each step took, and the straight line
+    line = eps - path[-1]
+    values = []
+    for i in range(n):
+        v = (path[i + 1] - path[i]) / (times[i + 1] - times[i])
+        values.append((v - line).square().mean())
+    return times[:-1], torch.stack(values).cpu()
+
+
+def find_weights(cfg):
+    """The flow to begin with: shipped, or trained before, or trained now."""
+    if cfg.pretrained:
+        return flow.WEIGHTS
+    if not Path(cfg.weights).is_file() and cfg.weights == Config.weights:
+        train = "training them first with models/flow.py; --pretrained takes shipped ones"
+        print(f"no weights at {cfg.weights}: {train}")
+        out = str(Path(cfg.weights).parent)
+        flow.main(replace(flow.Config(), seed=cfg.seed, device=cfg.device, out=out))
+    return cfg.weights
+
+
+def check_config(cfg):
+    """Raises UserError for flags with which nothing can be trained or sampled."""
+    sizes = (cfg.pair_steps, cfg.steps, cfg.batch)
+    run.check(min(sizes) > 0, "--pair-steps, --steps and --batch must be at least 1")
+    run.check(cfg.pairs >= cfg.batch, "--pairs must be at least --batch, one batch of them")
+    paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
+    run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
+    run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figure shows")
+    counts = cfg.sampling_steps and min(cfg.sampling_steps) > 0
+    run.check(counts, "--sampling-steps must be one or more numbers from 1 on")
+
+
+def main(cfg: Config) -> dict:
+    """Pairs, training, and the same noises before and after; writes scores, straightness, digits, the weights."""
+    check_config(cfg)
+    folder = run.output(cfg.out, cfg)
+    device = run.device(cfg.device)
+    before, meta = flow.load(find_weights(cfg), device)
+    run.seed(cfg.seed)
+    clock = run.Clock()
+    metrics = {}
+
+    # the pairs: noises, and the images in which they end
+    eps = torch.randn(cfg.pairs, 1, 28, 28).to(device)
+    x0 = couple(before, eps, cfg.pair_steps)
+    metrics["pair_seconds"] = clock()
+
+    # train a copy on them, with the loss of flow.py
+    clock = run.Clock()
+    model = copy.deepcopy(before).requires_grad_(True).train()
+    after = copy.deepcopy(before)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
+    pairs = coupled_pairs(x0, eps, cfg.batch, cfg.seed)
+    steps = flow.train(model, after, optimizer, pairs, cfg)
+    losses = list(run.progress(steps, cfg.steps))
+    metrics["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
+    metrics["train_seconds"] = clock()
+    checkpoint.write(folder / "model.safetensors", after.state_dict(), meta)
+
+    # other noises, the same for both: straightness, and samples in each number of steps
+    noise = torch.randn(cfg.samples, 1, 28, 28).to(device)
+    scores = quality.scorer(device)
+    curves = {}
+    shown = {}
+    for name, network in (("flow", before), ("reflow", after)):
+        times, values = straightness(network, noise[:64])
+        curves[name] = (times, values)
+        metrics[f"{name}: straightness"] = float(values.mean())
+        images, table = flow.compare_steps(network, noise, cfg.sampling_steps, "euler", scores)
+        metrics |= {f"{name}, {n} steps": row for n, row in table.items()}
+        shown |= {(n, name): x[:10] for n, x in images.items()}
+
+    # draw: straightness by time; each number of steps, before and after
+    label = "mean |v - (noise - image)|^2 per pixel"
+    figures.curves(folder / "straightness.png", curves, "t (0: image, 1: noise)", label)
+    rows = {f"{name}, {n}": shown[n, name] for n in cfg.sampling_steps for name in curves}
+    figures.rows(folder / "steps.png", rows)
+    figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error", smooth=50)
+    return run.report(folder, metrics, then=f"open {folder}/steps.png")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config)
