@@ -74,8 +74,8 @@ def velocity(x0, eps):
 def draw_times(n, times="uniform", device="cpu"):
     """Training times in (0, 1): (n,). Logit-normal: the sigmoid of a standard normal, (E) Sec. 3.1.
 
-    The mean over all lines is hardest to guess in the middle; logit-normal times train it more often. Raises UserError
-    for another distribution.
+    At both ends the best answer is simple, minus the image or the noise minus the mean image; logit-normal times train
+    the middle more often. Raises UserError for another distribution.
     """
     run.check(times in ("uniform", "logit-normal"), f"there is no distribution '{times}' of times")
     if times == "uniform":
