@@ -103,8 +103,10 @@ def euler_step(model, xt, t, t_next):
 def heun_step(model, xt, t, t_next):
     """One step along the mean of the velocities at both ends: two calls, and an error of second order."""
     v = predict(model, xt, t)
-    # where Euler would end, and the velocity there
+    # where Euler would end, and the velocity there; at t = 0 a network knows nothing of the noise, so Euler ends it
     guess = xt + (t_next - t) * v
+    if t_next == 0:
+        return guess
     v_next = predict(model, guess, t_next)
     return xt + (t_next - t) * (v + v_next) / 2
 

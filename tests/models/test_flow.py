@@ -99,18 +99,23 @@ def test_sample(parity):
 
 
 def test_heun_step(parity):
-    """Their last step, to t = 0, is Euler's; the first of three is compared."""
+    """The first step of three, and the last, to t = 0, which is Euler's in both."""
     theirs = scheduler(3, "Heun")
     model = small_unet()
     eps = torch.randn(2, 1, 28, 28)
     x = eps
+    chain = []
     with torch.no_grad():
-        for t in theirs.timesteps[:2]:
+        for t in theirs.timesteps:
             x = theirs.step(model(x, t.expand(2)), t, x).prev_sample
-        first, second = theirs.sigmas[0].item(), theirs.sigmas[1].item()
-        mine = flow.heun_step(model, eps, first, second)
+            chain.append(x)
+        # each of theirs takes two calls, except the last
+        sigmas = theirs.sigmas[0::2].tolist()
+        first = flow.heun_step(model, eps, sigmas[0], sigmas[1])
+        last = flow.heun_step(model, chain[3], sigmas[2], 0.0)
     counterpart = "diffusers.FlowMatchHeunDiscreteScheduler.step"
-    parity("Flow matching", "flow.heun_step", counterpart, mine, x, atol=1e-4)
+    mine, other = [first, last], [chain[1], chain[4]]
+    parity("Flow matching", "flow.heun_step", counterpart, mine, other, atol=1e-4)
 
 
 def test_the_ode_of_a_gaussian_ends_in_its_closed_form(parity):
@@ -168,7 +173,7 @@ def test_the_network_is_asked_at_a_thousand_t():
     assert asked == [1000, 750, 500, 250]
     asked.clear()
     list(flow.sample(model, torch.zeros(1, 1, 2, 2), 2, "heun"))
-    assert asked == [1000, 500, 500, 0]
+    assert asked == [1000, 500, 500]  # the last step, to t = 0, is Euler's
 
 
 def test_pairs_are_digits_and_fresh_noise():
