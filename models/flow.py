@@ -10,7 +10,7 @@ in all of this chapter, in Stable Diffusion 3 and in diffusers. (L) and (R) coun
 1 - t, their velocity points from noise to image. The network is asked at 1000 t, the range of ddpm's time steps.
 Differences from the papers: the U-Net, optimizer and EMA of `ddpm.py`; Euler and Heun instead of an adaptive solver.
 
-    python models/flow.py                         # train, sample in 1 to 50 steps, measure
+    python models/flow.py                         # train, sample in 1 to 50 steps, measure: 3.8 CPU minutes
     python models/flow.py --pretrained            # sample from the shipped weights
     python models/flow.py --times logit-normal    # more of the times in the middle (E)
 """

@@ -7,7 +7,7 @@ hardly cross: a network trained on them has straighter paths, and large steps mi
 
 Shapes: B or N images, C channels, H x W pixels, n steps of the solver. t = 0 is the image x0, t = 1 the noise eps.
 
-    python models/reflow.py                 # uses the weights of models/flow.py; trains them if there are none
+    python models/reflow.py                 # 3.2 CPU minutes; uses the weights of models/flow.py, or trains them first
     python models/reflow.py --pretrained    # uses the shipped weights
 """
 
