@@ -1,5 +1,7 @@
 """vlm/prompt_sparsity.py: top-k by the prompt inside a LLaVA; whose words choose, training, packing, saved models."""
 
+import copy
+
 import pytest
 import torch
 
@@ -209,7 +211,8 @@ def test_a_batch_without_pictures_has_gradients_of_zero():
 @pytest.fixture(scope="module")
 def spoken():
     """A tiny LLaVA with the real tokenizer -> tokenizer, model."""
-    tokenizer = llamas.tokenizer()
+    # a copy: a word is added to it
+    tokenizer = copy.deepcopy(llamas.tokenizer())
     prompts.use_template(tokenizer, "chatml")
     return tokenizer, model(tokenizer=tokenizer).eval()
 
