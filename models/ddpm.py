@@ -11,6 +11,7 @@ under the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672); the paper'
     python models/ddpm.py                                      # train, sample, measure: 5.0 min on two CPU cores
     python models/ddpm.py --pretrained                         # sample from the shipped weights
     python models/ddpm.py --predict eps --schedule linear      # as in the paper
+    python models/ddpm.py --data FOLDER                        # pictures of your own
     python models/ddpm.py --channels 128 256 --batch 256 --steps 40000      # larger, for a GPU
 """
 
@@ -23,13 +24,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from models import quality
+from models import own_images, quality
 from models.batches import batches
 from models.digit_unet import build, check_channels
 from models.prediction_type import Predict, at, target, to_eps
 from models.training_state import TrainingState
 from models.vae import learning_rate
-from utils import checkpoint, data, figures, run
+from utils import checkpoint, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "ddpm.safetensors"
 
@@ -47,6 +48,7 @@ class Config:
     layers: int = 2  # residual blocks per resolution
     ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
     samples: int = 64  # digits to sample and measure
+    data: str = ""  # train on the pictures in this folder, 32 x 32 in colour, instead of digits
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
     save_every: int = 500  # steps between checkpoints
@@ -230,11 +232,9 @@ def main(cfg: Config) -> dict:
         "--lr must be above 0 and finite, --ema in [0, 1)",
     )
     run.check(cfg.samples >= 6, "--samples must be at least 6, as many as the film shows")
-    run.check(
-        all(c > 0 and c % 8 == 0 for c in cfg.channels),
-        "--channels must be multiples of 8, the norm groups",
-    )
     check_channels(cfg.channels)
+    images, _ = own_images.training_set(cfg)
+    shape = tuple(images.shape[1:])
     run.seed(cfg.seed)
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
@@ -247,7 +247,8 @@ def main(cfg: Config) -> dict:
         # model, its EMA, optimizer
         schedule = Schedule(kind=cfg.schedule).to(device)
         predict = cfg.predict
-        model = build(**asdict(cfg)).to(device)
+        meta = asdict(cfg) | {"in_channels": shape[0]}
+        model = build(**meta).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         # all that a resumed run needs to go on bit for bit
@@ -255,7 +256,6 @@ def main(cfg: Config) -> dict:
         start = len(state.losses)
 
         # train
-        images, _ = data.mnist("train")
         steps = train(model, ema, optimizer, schedule, images, cfg, start)
         for value in run.progress(steps, cfg.steps, start, cfg.save_every, state.save):
             state.losses.append(value)
@@ -265,13 +265,13 @@ def main(cfg: Config) -> dict:
         state.draw_losses(f"squared error of {predict}")
 
         # the EMA is what is kept and sampled from
-        checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
+        checkpoint.write(folder / "model.safetensors", ema.state_dict(), meta)
         model = ema.eval()
 
     # sample; of the steps on the way ten images are enough
     clock = run.Clock()
     with run.autocast(device):
-        chain = sample(model, schedule, (cfg.samples, 1, 28, 28), predict)
+        chain = sample(model, schedule, (cfg.samples, *shape), predict)
         chain = run.bar(chain, schedule.steps + 1, name="sample")
         film = [xt[:10].cpu() if i < schedule.steps else xt.cpu() for i, xt in enumerate(chain)]
     digits = film[-1]
@@ -279,7 +279,10 @@ def main(cfg: Config) -> dict:
     # measure
     metrics["sample_seconds"] = clock()
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    metrics |= quality.scorer(device)(digits)
+    if cfg.data:
+        metrics |= own_images.score(folder, images, digits)
+    else:
+        metrics |= quality.scorer(device)(digits)
 
     # draw
     figures.grid(folder / "samples.png", digits[:64])

@@ -117,6 +117,7 @@ class DiT(nn.Module):
     def __init__(self, depth, width, heads, patch, image=28, channels=1, classes=10):
         super().__init__()
         self.patch = patch
+        self.classes = classes
         self.side = image // patch
         self.embed = nn.Linear(channels * patch**2, width)
         # not learned
@@ -168,13 +169,13 @@ def classifier_free_guidance(model, y, guidance_scale):
     The paper guides eps. But eps is a number times v plus a number times xt, and the weights 1 - guidance_scale and
     guidance_scale add up to one: guiding v, as here, is guiding eps.
     """
-    null = torch.full_like(y, model.label.num_embeddings - 1)
+    null = torch.full_like(y, model.classes)
 
     def guided(xt, t):
         if guidance_scale == 1:
-            return model(xt, t, y)
+            return model(xt, t, y=y)
         # both halves in one batch, (2 B, C, H, W): the conditional one and the unconditional one
-        output = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
+        output = model(torch.cat([xt, xt]), torch.cat([t, t]), y=torch.cat([y, null]))
         conditional, unconditional = output.float().chunk(2)
         # from the unconditional answer towards the conditional one, and beyond it
         return unconditional + guidance_scale * (conditional - unconditional)
@@ -185,7 +186,7 @@ def classifier_free_guidance(model, y, guidance_scale):
 def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
     """Steps `start` to cfg.steps of ddpm's Algorithm 1, with labels; yields the loss of each."""
     device = schedule.beta.device
-    null = model.label.num_embeddings - 1
+    null = model.classes
     picks = shuffled(torch.arange(len(images)), cfg.batch, cfg.seed, start)
     for i, pick in zip(range(start, cfg.steps), picks):
         # learning rate of this step: warm-up, then a cosine

@@ -1,39 +1,44 @@
-"""Flow matching (rectified flow): straight lines from image to noise, and a network that predicts the velocity.
+"""Flow matching (rectified flow): straight lines from noise to image, and a network that predicts the velocity.
 
-Lipman et al. 2022, arXiv:2210.02747 (L); Liu, Gong & Liu 2022, arXiv:2209.03003 (R). Walk from an image to a noise in a
+Lipman et al. 2022, arXiv:2210.02747 (L); Liu, Gong & Liu 2022, arXiv:2209.03003 (R). Walk from a noise to an image in a
 straight line, and ask the network at some point of it for the velocity. Its answer is the mean over all lines through
 that point. To sample, start from noise and follow the answers: an ordinary differential equation (ODE), for which a few
 large steps are enough. There is no noise schedule. (E) is Esser et al. 2024, arXiv:2403.03206, Stable Diffusion 3.
 
-Shapes: B images, C channels, H x W pixels. t in [0, 1] is a float tensor (B,): 0 is the image x0, 1 the noise eps, as
-in all of this chapter, in Stable Diffusion 3 and in diffusers. (L) and (R) count the other way round: their t is our
-1 - t, their velocity points from noise to image. The network is asked at 1000 t, the range of ddpm's time steps.
-Differences from the papers: the U-Net, optimizer and EMA of `ddpm.py`; Euler and Heun instead of an adaptive solver.
+Shapes: B images, C channels, H x W pixels. t in [0, 1] is a float tensor (B,): as in both papers 0 is the noise x0 and
+1 the image x1, so the velocity points from noise to image. Elsewhere in this chapter x0 is the image, and Stable
+Diffusion 3 and diffusers count the other way round: their sigma is 1 - t, their velocity minus ours. The network is
+asked at 1000 t, the range of ddpm's time steps.
+Differences from the papers: the U-Net, optimizer and EMA of `ddpm.py`; the network reads the class, and sampling is
+guided (see `dit.py`); logit-normal times (E); Euler and Heun instead of an adaptive solver.
 
-    python models/flow.py                         # train, sample in 1 to 50 steps, measure: 3.8 CPU minutes
-    python models/flow.py --pretrained            # sample from the shipped weights
-    python models/flow.py --times logit-normal    # more of the times in the middle (E)
+    python models/flow.py                                    # train, sample in 1 to 50 steps, measure: 4.1 CPU minutes
+    python models/flow.py --pretrained                       # sample from the shipped weights
+    python models/flow.py --times uniform --dropout 1 --guidance-scale 0    # the papers' times, and no classes
 """
 
 import copy
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 
-from models import quality
-from models.batches import batches
+from models import digit_unet, guidance_study, own_images
+from models.batches import shuffled
 from models.ddim import last
 from models.ddpm import update_ema
-from models.digit_unet import build
+from models.dit import classifier_free_guidance, drop_labels
 from models.training_state import TrainingState
 from models.vae import learning_rate
 from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "flow.safetensors"
+NO_CLASS = 10  # stands for none of the digits 0..9
 Times = Literal["uniform", "logit-normal"]
 Solver = Literal["euler", "heun"]
 
@@ -45,13 +50,17 @@ class Config:
     steps: int = 1100  # training steps
     batch: int = 64  # images per step
     lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
-    times: Times = "uniform"  # distribution of the training times
+    times: Times = "logit-normal"  # distribution of the training times
+    dropout: float = 0.1  # share of labels replaced by "no class", which guidance needs
     channels: tuple[int, ...] = (32, 64)  # widths of the U-Net, one per resolution
     layers: int = 2  # residual blocks per resolution
     ema: float = 0.995  # EMA decay: samples come from an exponential moving average of the weights
     sampling_steps: tuple[int, ...] = (1, 2, 4, 10, 50)  # numbers of solver steps to compare
     solver: Solver = "euler"  # of the ODE; heun calls the network twice a step
+    # classifier-free guidance; 1 is no guidance, 0 ignores the class
+    guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance"])] = 1.5
     samples: int = 512  # digits to sample and measure at each number of steps
+    data: str = ""  # train on the pictures in this folder, 32 x 32 in colour, instead of digits
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
     save_every: int = 500  # steps between checkpoints
@@ -60,22 +69,22 @@ class Config:
     out: str = "outputs/flow"  # where the results go
 
 
-def interpolate(x0, eps, t):
-    """The point at time t of the straight line from image to noise: (B, C, H, W) twice, (B,) -> xt (B, C, H, W)."""
+def interpolate(x0, x1, t):
+    """The point at time t of the straight line from noise to image: (B, C, H, W) twice, (B,) -> xt (B, C, H, W)."""
     t = t[:, None, None, None]
-    return (1 - t) * x0 + t * eps  # (L) Eq. 22, sigma_min = 0
+    return (1 - t) * x0 + t * x1  # (L) Eq. 22, sigma_min = 0
 
 
-def velocity(x0, eps):
+def velocity(x0, x1):
     """dx/dt along that line, the same at all times: (B, C, H, W) twice -> (B, C, H, W). What the network learns."""
-    return eps - x0
+    return x1 - x0
 
 
 def draw_times(n, times="uniform", device="cpu"):
     """Training times in (0, 1): (n,). Logit-normal: the sigmoid of a standard normal, (E) Sec. 3.1.
 
-    At both ends the best answer is simple, minus the image or the noise minus the mean image; logit-normal times train
-    the middle more often. Raises UserError for another distribution.
+    Simple answers are best at both ends, the mean image minus the noise and the image; logit-normal times train the
+    middle more often. Raises UserError for another distribution.
     """
     run.check(times in ("uniform", "logit-normal"), f"there is no distribution '{times}' of times")
     if times == "uniform":
@@ -89,10 +98,10 @@ def predict(model, xt, t):
     return model(xt, 1000 * t).float()
 
 
-def loss(model, x0, eps, t):
+def loss(model, x0, x1, t):
     """Conditional flow matching: mean squared error of the velocity, (B, C, H, W) twice, (B,) -> ()."""
-    xt = interpolate(x0, eps, t)
-    return F.mse_loss(predict(model, xt, t), velocity(x0, eps))  # (L) Eq. 23, (R) Eq. 1
+    xt = interpolate(x0, x1, t)
+    return F.mse_loss(predict(model, xt, t), velocity(x0, x1))  # (L) Eq. 23, (R) Eq. 1
 
 
 def euler_step(model, xt, t, t_next):
@@ -103,42 +112,44 @@ def euler_step(model, xt, t, t_next):
 def heun_step(model, xt, t, t_next):
     """One step along the mean of the velocities at both ends: two calls, and an error of second order."""
     v = predict(model, xt, t)
-    # where Euler would end, and the velocity there; at t = 0 a network knows nothing of the noise, so Euler ends it
+    # where Euler would end, and the velocity there; at t = 1 a network knows nothing of the noise, so Euler ends it
     guess = xt + (t_next - t) * v
-    if t_next == 0:
+    if t_next == 1:
         return guess
     v_next = predict(model, guess, t_next)
     return xt + (t_next - t) * (v + v_next) / 2
 
 
 @torch.no_grad()
-def sample(model, xt, n, solver="euler"):
-    """From noise xt (B, C, H, W) to images in n equal steps of the ODE, t = 1 to 0; yields every x, the noise first."""
+def sample(model, x0, n, solver="euler"):
+    """From noise x0 (B, C, H, W) to images in n equal steps of the ODE, t = 0 to 1; yields every x, the noise first."""
     step = {"euler": euler_step, "heun": heun_step}[solver]
-    times = torch.linspace(1, 0, n + 1).tolist()
+    times = torch.linspace(0, 1, n + 1).tolist()
+    xt = x0
     yield xt
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         xt = step(model, xt, t, t_next)
         yield xt
 
 
-def independent_pairs(images, cfg, start, device):
-    """Batches of images (B, 1, 28, 28) in [-1, 1], each with a fresh noise that knows nothing of it; for ever."""
-    for x0 in batches(images, cfg.batch, cfg.seed, start):
-        x0 = x0.to(device)
-        yield x0, torch.randn_like(x0)
+def independent_pairs(images, labels, cfg, start, device):
+    """Noises, images in [-1, 1] that know nothing of them, (B, 1, 28, 28) each, and their classes (B,); for ever."""
+    for pick in shuffled(torch.arange(len(images)), cfg.batch, cfg.seed, start):
+        x1 = data.to_float(images[pick]).to(device)
+        yield torch.randn_like(x1), x1, labels[pick].to(device)
 
 
 def train(model, ema, optimizer, pairs, cfg, start=0):
-    """Steps `start` to cfg.steps on pairs (image, noise); yields the loss of each. (R) Algorithm 1."""
-    for i, (x0, eps) in zip(range(start, cfg.steps), pairs):
+    """Steps `start` to cfg.steps on (noise, image, class); yields the loss of each. (R) Algorithm 1."""
+    for i, (x0, x1, y) in zip(range(start, cfg.steps), pairs):
         # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, i)
-        # a time for each line
+        # a time for each line; some of the labels become "no class", for guidance
         t = draw_times(len(x0), cfg.times, x0.device)
+        y = drop_labels(y, cfg.dropout, NO_CLASS)
         # forward pass and loss, matrix products in bf16
         with run.autocast(x0.device):
-            value = loss(model, x0, eps, t)
+            value = loss(partial(model, y=y), x0, x1, t)
         # backward pass, long gradients clipped
         optimizer.zero_grad()
         value.backward()
@@ -150,18 +161,23 @@ def train(model, ema, optimizer, pairs, cfg, start=0):
         yield value.item()
 
 
+def build(channels, layers, in_channels=1, **_):
+    """The U-Net of ddpm.py, which reads a class too."""
+    return digit_unet.build(channels, layers, NO_CLASS, in_channels)
+
+
 def load(path, device="cpu"):
     """Weights written by this script or by `reflow.py` -> (model, config as a dict), ready to sample."""
     return checkpoint.load_model(path, build, device)
 
 
-def compare_steps(model, eps, counts, solver, scores):
-    """Samples from the same noise eps (B, 1, 28, 28) in each number of steps -> ({n: images}, {n: {score: value}})."""
+def compare_steps(network, x0, counts, solver, scores):
+    """Samples from the same noise x0 (B, C, H, W) in each number of steps -> ({n: images}, {n: {score: value}})."""
     images = {}
     table = {}
     for n in counts:
-        with run.autocast(eps.device):
-            chain = run.bar(sample(model, eps, n, solver), n + 1, name=f"{n} steps")
+        with run.autocast(x0.device):
+            chain = run.bar(sample(network, x0, n, solver), n + 1, name=f"{n} steps")
             images[n] = last(chain).cpu()
         table[n] = scores(images[n])
     return images, table
@@ -173,16 +189,20 @@ def check_config(cfg):
     run.check(min(sizes) > 0, "--steps, --batch, --layers and --save-every must be at least 1")
     paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
     run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
+    run.check(0 <= cfg.dropout <= 1, "--dropout is a share: it must be in [0, 1]")
+    scale = 0 <= cfg.guidance_scale < math.inf
+    run.check(scale, "--guidance-scale must be finite and not negative")
     run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figure shows")
     counts = cfg.sampling_steps and min(cfg.sampling_steps) > 0
     run.check(counts, "--sampling-steps must be one or more numbers from 1 on")
-    widths = all(c > 0 and c % 8 == 0 for c in cfg.channels)
-    run.check(widths, "--channels must be multiples of 8, the norm groups")
+    digit_unet.check_channels(cfg.channels)
 
 
 def main(cfg: Config) -> dict:
     """Train (or load), sample in each number of steps, measure; writes the digits, the scores, the weights."""
     check_config(cfg)
+    images, labels = own_images.training_set(cfg, NO_CLASS)
+    shape = tuple(images.shape[1:])
     run.seed(cfg.seed)
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
@@ -193,7 +213,8 @@ def main(cfg: Config) -> dict:
         model, _ = load(WEIGHTS, device)
     else:
         # model, its EMA, optimizer
-        model = build(**asdict(cfg)).to(device)
+        meta = asdict(cfg) | {"in_channels": shape[0]}
+        model = build(**meta).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         # all that a resumed run needs to go on bit for bit
@@ -201,7 +222,7 @@ def main(cfg: Config) -> dict:
         start = len(state.losses)
 
         # train
-        pairs = independent_pairs(data.mnist("train")[0], cfg, start, device)
+        pairs = independent_pairs(images, labels, cfg, start, device)
         steps = train(model, ema, optimizer, pairs, cfg, start)
         for value in run.progress(steps, cfg.steps, start, cfg.save_every, state.save):
             state.losses.append(value)
@@ -211,19 +232,24 @@ def main(cfg: Config) -> dict:
         state.draw_losses("squared error of the velocity")
 
         # the EMA is what is kept and sampled from
-        checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
+        checkpoint.write(folder / "model.safetensors", ema.state_dict(), meta)
         model = ema.eval()
 
-    # the same noises in each number of steps
+    # the ten digits in turn, from the same noises in each number of steps
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    eps = torch.randn(cfg.samples, 1, 28, 28).to(device)
-    counts = cfg.sampling_steps
-    images, table = compare_steps(model, eps, counts, cfg.solver, quality.scorer(device))
+    x0 = torch.randn(cfg.samples, *shape).to(device)
+    y = (torch.arange(cfg.samples) % 10).to(device)
+    scores = guidance_study.scorer(y, device)
+    if cfg.data:
+        y = torch.full_like(y, NO_CLASS)
+        scores = partial(own_images.score, folder, images)
+    network = classifier_free_guidance(model, y, cfg.guidance_scale)
+    drawn, table = compare_steps(network, x0, cfg.sampling_steps, cfg.solver, scores)
     metrics |= {f"{n} steps": row for n, row in table.items()}
 
     # draw
-    figures.grid(folder / "samples.png", images[max(images)][:64])
-    figures.rows(folder / "steps.png", {f"{n} steps": x[:10] for n, x in images.items()})
+    figures.grid(folder / "samples.png", drawn[max(drawn)][:64])
+    figures.rows(folder / "steps.png", {f"{n} steps": x[:10] for n, x in drawn.items()})
     return run.report(folder, metrics, then="python models/reflow.py")
 
 

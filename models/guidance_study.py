@@ -10,6 +10,17 @@ def accuracy(classifier, images, y):
     return float((probabilities.argmax(-1) == y).float().mean())
 
 
+def scorer(y, device="cpu"):
+    """A function images (N, 1, 28, 28) -> how many are the digits asked for, y (N,), and the scores of quality.py."""
+    classifier = quality.load(device)
+    judge = quality.scorer(device)
+
+    def scores(images):
+        return {"accuracy": accuracy(classifier, images, y.cpu())} | judge(images)
+
+    return scores
+
+
 def draw(folder, digits, y, scores, best):
     """Four figures: samples at the best scale, the same noises at all of them, two scores over the scale.
 

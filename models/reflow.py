@@ -5,9 +5,9 @@ nothing of each other. Such lines cross; the network can only answer with the me
 that follow its answers bend. The ODE pairs every noise with the one image in which it ends. Lines between these pairs
 hardly cross: a network trained on them has straighter paths, and large steps miss less.
 
-Shapes: B or N images, C channels, H x W pixels, n steps of the solver. t = 0 is the image x0, t = 1 the noise eps.
+Shapes: B or N images, C channels, H x W pixels, n steps of the solver. t = 0 is the noise x0, t = 1 the image x1.
 
-    python models/reflow.py                 # 3.2 CPU minutes; uses the weights of models/flow.py, or trains them first
+    python models/reflow.py                 # 4.6 CPU minutes; uses the weights of models/flow.py, or trains them first
     python models/reflow.py --pretrained    # uses the shipped weights
 """
 
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from models import flow, quality
+from models import flow, guidance_study
 from models.batches import shuffled
 from models.ddim import last
+from models.dit import classifier_free_guidance
 from utils import checkpoint, figures, run
 
 
@@ -33,7 +34,9 @@ class Config:
     steps: int = 300  # training steps on the pairs
     batch: int = 64  # pairs per step
     lr: float = 1e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
-    times: flow.Times = "uniform"  # distribution of the training times
+    times: flow.Times = "logit-normal"  # distribution of the training times
+    dropout: float = 0.0  # share of labels replaced by "no class"; the pairs are guided already
+    guidance_scale: float = 1.5  # classifier-free guidance of the flow that makes the pairs
     ema: float = 0.99  # EMA decay: samples come from an exponential moving average of the weights
     sampling_steps: tuple[int, ...] = (1, 2, 4, 10, 50)  # numbers of Euler steps to compare
     samples: int = 256  # digits to sample and measure at each number of steps
@@ -44,33 +47,38 @@ class Config:
     out: str = "outputs/reflow"  # where the results go
 
 
-def couple(model, eps, n, batch=64):
-    """The image in which each noise ends, by n Euler steps: (N, C, H, W) -> (N, C, H, W). The pairs of reflow."""
+def couple(model, x0, y, n, guidance_scale=1.0, batch=64):
+    """The image in which each noise ends, by n Euler steps: (N, C, H, W), classes (N,) -> (N, C, H, W).
+
+    With guidance the pairs are those of the guided flow: what is trained on them needs no second call for it.
+    """
     images = []
-    for part in run.bar(eps.split(batch), math.ceil(len(eps) / batch), name="pairs"):
-        with run.autocast(eps.device):
-            images.append(last(flow.sample(model, part, n)))
+    parts = zip(x0.split(batch), y.split(batch))
+    for noise, classes in run.bar(parts, math.ceil(len(x0) / batch), name="pairs"):
+        network = classifier_free_guidance(model, classes, guidance_scale)
+        with run.autocast(x0.device):
+            images.append(last(flow.sample(network, noise, n)))
     return torch.cat(images)
 
 
-def coupled_pairs(x0, eps, batch, seed=0):
-    """Shuffled batches of the pairs, image and noise still together, for ever: (N, C, H, W) twice -> (B, C, H, W)."""
+def coupled_pairs(x0, x1, y, batch, seed=0):
+    """Shuffled batches of noises, images and classes, still together, for ever: (N, ...) -> (B, ...) each."""
     for pick in shuffled(torch.arange(len(x0)), batch, seed):
-        yield x0[pick], eps[pick]
+        yield x0[pick], x1[pick], y[pick]
 
 
 @torch.no_grad()
-def straightness(model, eps, n=50):
+def straightness(model, x0, n=50):
     """E |v_t - (x_1 - x_0)|^2 per pixel along the ODE's paths: (B, C, H, W) -> times (n,), values (n,). Sec. 2.2.
 
-    v_t is the velocity on the way, x_1 - x_0 the line from the image at the end to the noise at the start. 0 at all t:
+    v_t is the velocity on the way, x_1 - x_0 the line from the noise at the start to the image at the end. 0 at all t:
     the paths are straight, and one Euler step is exact.
     """
-    with run.autocast(eps.device):
-        path = list(flow.sample(model, eps, n))
-    times = torch.linspace(1, 0, n + 1)
+    with run.autocast(x0.device):
+        path = list(flow.sample(model, x0, n))
+    times = torch.linspace(0, 1, n + 1)
     # the velocity that each step took, and the straight line
-    line = eps - path[-1]
+    line = path[-1] - x0
     values = []
     for i in range(n):
         v = (path[i + 1] - path[i]) / (times[i + 1] - times[i])
@@ -98,6 +106,9 @@ def check_config(cfg):
     paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
     run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figure shows")
+    run.check(0 <= cfg.dropout <= 1, "--dropout is a share: it must be in [0, 1]")
+    scale = 0 <= cfg.guidance_scale < math.inf
+    run.check(scale, "--guidance-scale must be finite and not negative")
     counts = cfg.sampling_steps and min(cfg.sampling_steps) > 0
     run.check(counts, "--sampling-steps must be one or more numbers from 1 on")
 
@@ -108,13 +119,16 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
     before, meta = flow.load(find_weights(cfg), device)
+    digits = "--weights: that flow draws pictures in colour, and this script measures digits"
+    run.check(before.in_channels == 1, digits)
     run.seed(cfg.seed)
     clock = run.Clock()
     metrics = {}
 
     # the pairs: noises, and the images in which they end
-    eps = torch.randn(cfg.pairs, 1, 28, 28).to(device)
-    x0 = couple(before, eps, cfg.pair_steps)
+    x0 = torch.randn(cfg.pairs, 1, 28, 28).to(device)
+    y = (torch.arange(cfg.pairs) % 10).to(device)
+    x1 = couple(before, x0, y, cfg.pair_steps, cfg.guidance_scale)
     metrics["pair_seconds"] = clock()
 
     # train a copy on them, with the loss of flow.py
@@ -122,29 +136,33 @@ def main(cfg: Config) -> dict:
     model = copy.deepcopy(before).requires_grad_(True).train()
     after = copy.deepcopy(before)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
-    pairs = coupled_pairs(x0, eps, cfg.batch, cfg.seed)
+    pairs = coupled_pairs(x0, x1, y, cfg.batch, cfg.seed)
     steps = flow.train(model, after, optimizer, pairs, cfg)
     losses = list(run.progress(steps, cfg.steps))
     metrics["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
     metrics["train_seconds"] = clock()
     checkpoint.write(folder / "model.safetensors", after.state_dict(), meta)
 
-    # other noises, the same for both: straightness, and samples in each number of steps
+    # other noises, the same for both: straightness, and samples in each number of steps; what is
+    # trained on guided pairs is asked once
     noise = torch.randn(cfg.samples, 1, 28, 28).to(device)
-    scores = quality.scorer(device)
     curves = {}
     shown = {}
-    for name, network in (("flow", before), ("reflow", after)):
-        times, values = straightness(network, noise[:64])
+    wanted = (torch.arange(cfg.samples) % 10).to(device)
+    scores = guidance_study.scorer(wanted, device)
+    for name, model, scale in (("flow", before, cfg.guidance_scale), ("reflow", after, 1.0)):
+        first = classifier_free_guidance(model, wanted[:64], scale)
+        times, values = straightness(first, noise[:64])
         curves[name] = (times, values)
         metrics[f"{name}: straightness"] = float(values.mean())
+        network = classifier_free_guidance(model, wanted, scale)
         images, table = flow.compare_steps(network, noise, cfg.sampling_steps, "euler", scores)
         metrics |= {f"{name}, {n} steps": row for n, row in table.items()}
         shown |= {(n, name): x[:10] for n, x in images.items()}
 
     # draw: straightness by time; each number of steps, before and after
-    label = "mean |v - (noise - image)|^2 per pixel"
-    figures.curves(folder / "straightness.png", curves, "t (0: image, 1: noise)", label)
+    label = "mean |v - (image - noise)|^2 per pixel"
+    figures.curves(folder / "straightness.png", curves, "t (0: noise, 1: image)", label)
     rows = {f"{name}, {n}": shown[n, name] for n in cfg.sampling_steps for name in curves}
     figures.rows(folder / "steps.png", rows)
     figures.curves(folder / "loss.png", {"loss": losses}, "step", "squared error", smooth=50)

@@ -1,8 +1,9 @@
 """U-Net, the network that predicts the noise. Ho, Jain & Abbeel 2020, arXiv:2006.11239, App. B.
 
 With text: Rombach et al. 2022, arXiv:2112.10752. A ladder of resolutions: residual blocks go down, every activation is
-remembered, residual blocks go up and read what was remembered. The time step enters every residual block; text, if any,
-enters by cross-attention. There is nothing to run here: `ddpm.py` and `stable_diffuser.py` import it.
+remembered, residual blocks go up and read what was remembered. The time step enters every residual block, and the
+class with it, if there is one; text, if any, enters by cross-attention. There is nothing to run here:
+`ddpm.py`, `flow.py` and `stable_diffuser.py` import it.
 
 Shapes: B images, C channels, H x W pixels, N = H*W positions, L words of text, D features of a word or a time step.
 Modules carry the names of diffusers' UNet2DModel and UNet2DConditionModel: weights move both ways by load_state_dict.
@@ -216,11 +217,16 @@ class UNet(nn.Module):
 
     def __init__(
         self, in_channels=1, channels=(32, 64), layers=2, attention=(False, True),
-        context_dim=None, head_dim=32, groups=8, patch=1,
+        context_dim=None, head_dim=32, groups=8, patch=1, classes=None,
     ):  # fmt: skip
-        """`channels`, `attention`: one entry a resolution, finest first; `layers`: residual blocks each going down."""
+        """`channels`, `attention`: one entry a resolution, finest first; `layers`: residual blocks each going down.
+
+        classes: K; then y (B,) is a class 0..K-1, or K for "no class".
+        """
         super().__init__()
         self.patch = patch
+        self.in_channels = in_channels
+        self.classes = classes
         self.channels = channels
         folded = in_channels * patch**2
         time_dim = 4 * channels[0]
@@ -233,6 +239,7 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(folded, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], time_dim)
+        self.class_embedding = nn.Embedding(classes + 1, time_dim) if classes else None
         self.down_blocks = nn.ModuleList()
         self.up_blocks = nn.ModuleList()
 
@@ -264,9 +271,12 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c)
         self.conv_out = nn.Conv2d(c, folded, 3, padding=1)
 
-    def forward(self, xt, t, context=None, mask=None):
-        """t: integers 0..T-1; context: word features, mask: True where there is a word."""
+    def forward(self, xt, t, context=None, mask=None, y=None):
+        """t: integers 0..T-1; context: word features, mask: True where there is a word; y: classes."""
         time = self.time_embedding(timestep_embedding(t, self.channels[0]))
+        # the class, added to the time step
+        if self.class_embedding is not None:
+            time = time + self.class_embedding(y)
         # pixels folded into channels
         x = F.pixel_unshuffle(xt, self.patch)
         x = self.conv_in(x)

@@ -1,5 +1,7 @@
 """Flow matching: equal to diffusers' flow-matching schedulers; Gaussian flows in closed form."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -24,18 +26,26 @@ def scheduler(n, kind="Euler"):
 
 
 def small_unet():
-    return flow.build((8, 16), 1)
+    """That draws fives."""
+    model = flow.build((8, 16), 1)
+    model.forward = partial(model.forward, y=torch.tensor([5]))
+    return model
+
+
+def their_output(model, xt, timestep):
+    """What their scheduler wants of a network: the velocity from image to noise, at 1000 sigma = 1000 (1 - t)."""
+    return -model(xt, 1000 - timestep)
 
 
 def test_interpolate(parity):
-    """And its slopes: at t = 1 all noise, at t = 1/6 most of it gone."""
+    """And its slopes: at t = 0 all noise, at t = 5/6 most of it gone. Their sigma is 1 - t."""
     theirs = scheduler(6)
     x0 = torch.randn(6, 1, 4, 4).requires_grad_()
-    eps = torch.randn(6, 1, 4, 4).requires_grad_()
-    mine = flow.interpolate(x0, eps, theirs.sigmas[:-1])
-    other = theirs.scale_noise(x0, theirs.timesteps, eps)
-    slopes = torch.autograd.grad(mine.square().sum(), [x0, eps])
-    their_slopes = torch.autograd.grad(other.square().sum(), [x0, eps])
+    x1 = torch.randn(6, 1, 4, 4).requires_grad_()
+    mine = flow.interpolate(x0, x1, 1 - theirs.sigmas[:-1])
+    other = theirs.scale_noise(x1, theirs.timesteps, x0)
+    slopes = torch.autograd.grad(mine.square().sum(), [x0, x1])
+    their_slopes = torch.autograd.grad(other.square().sum(), [x0, x1])
     counterpart = "diffusers.FlowMatchEulerDiscreteScheduler.scale_noise"
     mine, other = [mine, *slopes], [other, *their_slopes]
     parity("Flow matching", "flow.interpolate", counterpart, mine, other)
@@ -43,10 +53,10 @@ def test_interpolate(parity):
 
 def test_velocity_is_the_derivative_of_the_line(parity):
     x0 = torch.randn(3, 1, 4, 4)
-    eps = torch.randn(3, 1, 4, 4)
+    x1 = torch.randn(3, 1, 4, 4)
     t = torch.tensor([0.1, 0.5, 0.9])
-    slope = torch.func.jvp(lambda t: flow.interpolate(x0, eps, t), (t,), (torch.ones(3),))[1]
-    parity("Flow matching", "flow.velocity", "torch.func.jvp", flow.velocity(x0, eps), slope)
+    slope = torch.func.jvp(lambda t: flow.interpolate(x0, x1, t), (t,), (torch.ones(3),))[1]
+    parity("Flow matching", "flow.velocity", "torch.func.jvp", flow.velocity(x0, x1), slope)
 
 
 def test_draw_times(parity):
@@ -68,10 +78,10 @@ def test_loss(parity):
     theirs = scheduler(4)
     model = small_unet()
     x0 = torch.randn(4, 1, 28, 28)
-    eps = torch.randn(4, 1, 28, 28)
-    mine = flow.loss(model, x0, eps, theirs.sigmas[:-1])
-    xt = theirs.scale_noise(x0, theirs.timesteps, eps)
-    other = F.mse_loss(model(xt, theirs.timesteps), eps - x0)
+    x1 = torch.randn(4, 1, 28, 28)
+    mine = flow.loss(model, x0, x1, 1 - theirs.sigmas[:-1])
+    xt = theirs.scale_noise(x1, theirs.timesteps, x0)
+    other = F.mse_loss(their_output(model, xt, theirs.timesteps), x0 - x1)
     slopes = [gradients(model, y) for y in (mine, other)]
     both = [mine, slopes[0]], [other, slopes[1]]
     parity("Flow matching", "flow.loss, gradients", "diffusers scale_noise, timesteps", *both)
@@ -81,38 +91,38 @@ def test_sample(parity):
     """Every x on the way of five Euler steps of a U-Net, and the gradient of one step."""
     theirs = scheduler(5)
     model = small_unet()
-    eps = torch.randn(2, 1, 28, 28)
-    xt = eps
+    x0 = torch.randn(2, 1, 28, 28)
+    xt = x0
     chain = [xt]
     for t in theirs.timesteps:
         with torch.no_grad():
-            xt = theirs.step(model(xt, t.expand(2)), t, xt).prev_sample
+            xt = theirs.step(their_output(model, xt, t.expand(2)), t, xt).prev_sample
         chain.append(xt)
     counterpart = "diffusers.FlowMatchEulerDiscreteScheduler.step"
-    mine = list(flow.sample(model, eps, 5))
+    mine = list(flow.sample(model, x0, 5))
     parity("Flow matching", "flow.sample, Euler", counterpart, mine, chain)
     one = scheduler(5)
     t = one.timesteps[0]
-    other = gradients(model, one.step(model(eps, t.expand(2)), t, eps).prev_sample)
-    mine = gradients(model, flow.euler_step(model, eps, 1.0, 0.8))
+    other = gradients(model, one.step(their_output(model, x0, t.expand(2)), t, x0).prev_sample)
+    mine = gradients(model, flow.euler_step(model, x0, 0.0, 0.2))
     parity("Flow matching", "flow.euler_step, gradients", counterpart, mine, other)
 
 
 def test_heun_step(parity):
-    """The first step of three, and the last, to t = 0, which is Euler's in both."""
+    """The first step of three, and the last, to t = 1, which is Euler's in both."""
     theirs = scheduler(3, "Heun")
     model = small_unet()
-    eps = torch.randn(2, 1, 28, 28)
-    x = eps
+    x0 = torch.randn(2, 1, 28, 28)
+    x = x0
     chain = []
     with torch.no_grad():
         for t in theirs.timesteps:
-            x = theirs.step(model(x, t.expand(2)), t, x).prev_sample
+            x = theirs.step(their_output(model, x, t.expand(2)), t, x).prev_sample
             chain.append(x)
         # each of theirs takes two calls, except the last
-        sigmas = theirs.sigmas[0::2].tolist()
-        first = flow.heun_step(model, eps, sigmas[0], sigmas[1])
-        last = flow.heun_step(model, chain[3], sigmas[2], 0.0)
+        times = (1 - theirs.sigmas[0::2]).tolist()
+        first = flow.heun_step(model, x0, times[0], times[1])
+        last = flow.heun_step(model, chain[3], times[2], 1.0)
     counterpart = "diffusers.FlowMatchHeunDiscreteScheduler.step"
     mine, other = [first, last], [chain[1], chain[4]]
     parity("Flow matching", "flow.heun_step", counterpart, mine, other, atol=1e-4)
@@ -120,10 +130,10 @@ def test_heun_step(parity):
 
 def test_the_ode_of_a_gaussian_ends_in_its_closed_form(parity):
     oracle = Gaussian()
-    eps = torch.randn(50, 1, 2, 2, dtype=torch.float64)
-    path = list(flow.sample(lambda x, t: oracle(x, t).double(), eps, 200, "heun"))
+    x0 = torch.randn(50, 1, 2, 2, dtype=torch.float64)
+    path = list(flow.sample(lambda x, t: oracle(x, t).double(), x0, 200, "heun"))
     mine = [path[i] for i in (0, 50, 100, 200)]
-    other = [oracle.path(eps, t) for t in (1, 0.75, 0.5, 0)]
+    other = [oracle.path(x0, t) for t in (0, 0.25, 0.5, 1)]
     exact = "closed form of a Gaussian flow"
     parity("Flow matching", "flow.sample, Heun", exact, mine, other, atol=1e-4)
 
@@ -132,34 +142,41 @@ def test_the_ode_of_a_gaussian_ends_in_its_closed_form(parity):
 def test_order_of_the_solver(solver, order):
     """Half the step: half the error of Euler, a quarter of Heun's."""
     oracle = Gaussian()
-    eps = torch.linspace(-2, 2, 40).view(10, 1, 2, 2)
+    x0 = torch.linspace(-2, 2, 40).view(10, 1, 2, 2)
     errors = []
     for n in (16, 32):
-        *_, x0 = flow.sample(oracle, eps, n, solver)
-        errors.append(float((x0 - oracle.path(eps, 0)).abs().mean()))
+        *_, x1 = flow.sample(oracle, x0, n, solver)
+        errors.append(float((x1 - oracle.path(x0, 1)).abs().mean()))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 
 
 def test_one_euler_step_gives_the_mean_of_the_data():
-    """At t = 1 nothing is known of the image, so all noises are sent to the mean."""
-    _, x0 = flow.sample(Gaussian(mean=0.5), torch.randn(20, 1, 2, 2), 1)
-    torch.testing.assert_close(x0, torch.full_like(x0, 0.5))
+    """At t = 0 nothing is known of the image, so all noises are sent to the mean."""
+    _, x1 = flow.sample(Gaussian(mean=0.5), torch.randn(20, 1, 2, 2), 1)
+    torch.testing.assert_close(x1, torch.full_like(x1, 0.5))
+
+
+def test_a_constant_velocity_is_followed_from_noise_to_image():
+    x0 = torch.randn(3, 1, 2, 2)
+    for solver in ("euler", "heun"):
+        *_, x1 = flow.sample(lambda xt, t: torch.full_like(xt, 2.0), x0, 4, solver)
+        torch.testing.assert_close(x1, x0 + 2)
 
 
 def test_no_velocity_has_a_smaller_loss_than_the_closed_form():
-    """Its loss is what x_t leaves open of eps - x0; answers that are 10 % off or of the other sign lose more."""
+    """Its loss is what x_t leaves open of x1 - x0; answers that are 10 % off or of the other sign lose more."""
     oracle = Gaussian()
-    x0 = 0.5 + 0.4 * torch.randn(20_000, 1, 2, 2)
-    eps = torch.randn_like(x0)
+    x1 = 0.5 + 0.4 * torch.randn(20_000, 1, 2, 2)
+    x0 = torch.randn_like(x1)
     t = flow.draw_times(len(x0))
-    best = flow.loss(oracle, x0, eps, t)
-    variance = (1 - t) ** 2 * 0.16 + t**2
-    expected = 1.16 - (t - (1 - t) * 0.16) ** 2 / variance
+    best = flow.loss(oracle, x0, x1, t)
+    variance = t**2 * 0.16 + (1 - t) ** 2
+    expected = 1.16 - (t * 0.16 - (1 - t)) ** 2 / variance
     assert best.item() == pytest.approx(expected.mean().item(), rel=0.02)
     for factor in (0.9, 1.1, -1):
-        xt = flow.interpolate(x0, eps, t)
+        xt = flow.interpolate(x0, x1, t)
         answers = factor * oracle(xt, 1000 * t)
-        assert F.mse_loss(answers, flow.velocity(x0, eps)) > best + 0.005
+        assert F.mse_loss(answers, flow.velocity(x0, x1)) > best + 0.005
 
 
 def test_the_network_is_asked_at_a_thousand_t():
@@ -170,19 +187,24 @@ def test_the_network_is_asked_at_a_thousand_t():
         return xt
 
     list(flow.sample(model, torch.zeros(1, 1, 2, 2), 4))
-    assert asked == [1000, 750, 500, 250]
+    assert asked == [0, 250, 500, 750]
     asked.clear()
     list(flow.sample(model, torch.zeros(1, 1, 2, 2), 2, "heun"))
-    assert asked == [1000, 500, 500]  # the last step, to t = 0, is Euler's
+    assert asked == [0, 500, 500]  # the last step, to t = 1, is Euler's
 
 
-def test_pairs_are_digits_and_fresh_noise():
+def test_pairs_are_digits_with_their_classes_and_fresh_noise():
     cfg = flow.Config(batch=64)
-    images = data.mnist("test")[0][:128]
-    pairs = flow.independent_pairs(images, cfg, 0, torch.device("cpu"))
-    (x0, eps), (_, later), (again, newer) = [next(pairs) for _ in range(3)]
-    assert x0.min() == -1 and x0.max() == 1 and x0.shape == eps.shape == (64, 1, 28, 28)
-    assert eps.mean().abs() < 0.02 and eps.std() == pytest.approx(1, abs=0.02)
-    assert not torch.equal(eps, later) and not torch.equal(eps, newer)
-    resumed, _ = next(flow.independent_pairs(images, cfg, 2, torch.device("cpu")))
-    assert torch.equal(resumed, again) and not torch.equal(resumed, x0)
+    images, labels = data.mnist("test")
+    images = images[:128]
+    about = (images, labels[:128], cfg)
+    pairs = flow.independent_pairs(*about, 0, torch.device("cpu"))
+    (x0, x1, y), (later, _, _), (newer, again, _) = [next(pairs) for _ in range(3)]
+    # each image is one of the set, and the class is its own
+    found = (data.to_float(images)[None] == x1[:, None]).flatten(2).all(-1)
+    assert torch.equal(labels[:128][found.float().argmax(1)], y) and found.any(1).all()
+    assert x1.min() == -1 and x1.max() == 1 and x0.shape == x1.shape == (64, 1, 28, 28)
+    assert x0.mean().abs() < 0.02 and x0.std() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(x0, later) and not torch.equal(x0, newer)
+    _, resumed, _ = next(flow.independent_pairs(*about, 2, torch.device("cpu")))
+    assert torch.equal(resumed, again) and not torch.equal(resumed, x1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import flow, quality
+from models import flow, guidance_study
 from tests.models.test_ddpm import OneWeight, command, followed, one_line, part_of, same
 from utils import checkpoint, data, figures
 from utils.run import UserError
@@ -15,14 +15,15 @@ from utils.run import UserError
 SMALL = dict(batch=8, channels=(8, 16), layers=1, samples=10, save_every=2, sampling_steps=(1, 3))
 
 
-def constant_pairs(image=3.0, noise=-2.0):
-    """The same line every time: its velocity is noise - image everywhere."""
+def constant_pairs(noise=3.0, image=-2.0):
+    """The same line every time: its velocity is image - noise everywhere."""
     while True:
-        yield torch.full((4, 1, 4, 4), image), torch.full((4, 1, 4, 4), noise)
+        y = torch.tensor([0, 1, 2, 3])
+        yield torch.full((4, 1, 4, 4), noise), torch.full((4, 1, 4, 4), image), y
 
 
 def test_training_by_hand():
-    """Rate, zeroed gradients, clipping and EMA of every step, towards noise - image = -5."""
+    """Rate, zeroed gradients, clipping and EMA of every step, towards image - noise = -5."""
     cfg = flow.Config(steps=7, lr=40.0, ema=0.25)
 
     def train(model, ema, optimizer):
@@ -36,7 +37,7 @@ def test_training_asks_at_the_times_of_the_flag(times, monkeypatch):
     asked = []
 
     class Listening(OneWeight):
-        def forward(self, xt, t):
+        def forward(self, xt, t, y):
             asked.append(t / 1000)
             return super().forward(xt)
 
@@ -49,6 +50,26 @@ def test_training_asks_at_the_times_of_the_flag(times, monkeypatch):
     assert below == pytest.approx({"uniform": 0.25, "logit-normal": 0.136}[times], abs=0.03)
 
 
+def test_training_hides_labels_behind_no_class(monkeypatch):
+    """The share of the flag becomes the eleventh class; the others stay with their images."""
+    asked = []
+
+    class Listening(OneWeight):
+        def forward(self, xt, t, y):
+            asked.append(y)
+            return super().forward(xt)
+
+    model = Listening()
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters())
+    cfg = flow.Config(steps=300, dropout=0.3)
+    list(flow.train(model, ema, optimizer, constant_pairs(), cfg))
+    y = torch.stack(asked)
+    hidden = y == 10
+    assert hidden.float().mean() == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(y[~hidden], torch.arange(4).expand(300, 4)[~hidden])
+
+
 class Spy:
     """Stands in for what is slow: the sampler, the scores and the figures; notes what they were given."""
 
@@ -59,13 +80,22 @@ class Spy:
         images, labels = data.mnist("test")
         monkeypatch.setattr(data, "mnist", lambda split: (images[:64], labels[:64]))
         monkeypatch.setattr(flow, "sample", self.sample)
-        monkeypatch.setattr(quality, "scorer", lambda device: self.score)
+        monkeypatch.setattr(guidance_study, "scorer", self.scorer)
+        monkeypatch.setattr(flow, "classifier_free_guidance", self.guide)
         for name in ("grid", "curves", "rows"):
             monkeypatch.setattr(figures, name, self.figure)
 
-    def sample(self, model, eps, n, solver="euler"):
-        self.sampled.append((copy.deepcopy(model.state_dict()), eps, n, solver))
-        yield from (torch.full_like(eps, i / n + n) for i in range(n + 1))
+    def guide(self, model, y, scale):
+        self.asked = (y, scale)
+        return model
+
+    def scorer(self, y, device):
+        self.wanted = y
+        return self.score
+
+    def sample(self, model, x0, n, solver="euler"):
+        self.sampled.append((copy.deepcopy(model.state_dict()), x0, n, solver))
+        yield from (torch.full_like(x0, i / n + n) for i in range(n + 1))
 
     def score(self, images):
         self.judged.append(images)
@@ -78,16 +108,19 @@ class Spy:
 def test_main_samples_writes_and_loads_the_ema(monkeypatch, tmp_path):
     """In each number of steps, from the same noises, with the solver of the flag; the last images are judged."""
     spy = Spy(monkeypatch)
-    cfg = flow.Config(steps=3, ema=0.5, solver="heun", out=str(tmp_path), **SMALL)
+    about = dict(ema=0.5, solver="heun", guidance_scale=2.5)
+    cfg = flow.Config(steps=3, out=str(tmp_path), **about, **SMALL)
     metrics = flow.main(cfg)
     state, meta = checkpoint.read(tmp_path / "state.safetensors")
     written = checkpoint.read(tmp_path / "model.safetensors")[0]
     assert same(written, part_of(state, "ema")) and not same(written, part_of(state, "model"))
     assert [(n, solver) for _, _, n, solver in spy.sampled] == [(1, "heun"), (3, "heun")]
-    for weights, eps, _, _ in spy.sampled:
+    for weights, x0, _, _ in spy.sampled:
         assert same(weights, written)
-        assert torch.equal(eps, spy.sampled[0][1]) and eps.shape == (10, 1, 28, 28)
+        assert torch.equal(x0, spy.sampled[0][1]) and x0.shape == (10, 1, 28, 28)
     assert metrics["1 steps"] == {"recognised": 2} and metrics["3 steps"] == {"recognised": 4}
+    assert torch.equal(spy.asked[0], spy.wanted)
+    assert spy.asked[0].tolist() == list(range(10)) and spy.asked[1] == 2.5
     assert [float(x.mean()) for x in spy.judged] == [2, 4]
     assert (spy.drawn["samples.png"] == 4).all() and len(spy.drawn["steps.png"]["1 steps"]) == 10
     assert metrics["final_loss"] == pytest.approx(np.mean(spy.drawn["loss.png"]["loss"]))
@@ -142,6 +175,8 @@ def test_command(tmp_path):
         (["--channels", "8", "8", "8"], "--channels"),
         (["--lr", "inf"], "--lr"),
         (["--ema", "1"], "--ema"),
+        (["--dropout", "1.1"], "--dropout"),
+        (["--guidance-scale", "-1"], "--guidance-scale"),
         (["--samples", "9"], "--samples"),
         (["--sampling-steps", "0"], "--sampling-steps"),
         (["--sampling-steps"], "sampling-steps"),

@@ -5,60 +5,92 @@ import json
 import pytest
 import torch
 
-from models import flow, quality, reflow
+from models import dit, flow, quality, reflow
+from models.ddim import last
 from tests.models.gaussian_flow import Gaussian
 from tests.models.test_ddpm import command, one_line, same
-from utils import checkpoint, figures
+from utils import checkpoint, figures, run
 
 TINY = dict(pairs=16, pair_steps=3, steps=4, batch=8, samples=10, sampling_steps=(1, 3))
 
 
 def test_straightness_of_straight_paths_is_zero():
     """Data that is one point: all lines end there, none cross."""
-    eps = torch.randn(20, 1, 2, 2)
-    times, values = reflow.straightness(Gaussian(mean=0.5, std=1e-6), eps, 8)
-    assert times[0] == 1 and times[-1] == pytest.approx(1 / 8) and len(values) == 8
+    x0 = torch.randn(20, 1, 2, 2)
+    times, values = reflow.straightness(Gaussian(mean=0.5, std=1e-6), x0, 8)
+    assert times[0] == 0 and times[-1] == pytest.approx(7 / 8) and len(values) == 8
     assert values.abs().max() < 1e-3
 
 
 def test_straightness_of_a_gaussian_in_closed_form():
-    """x_t = (1-t) m + sqrt(var_t) eps, so v = -m + var_t' / (2 sqrt(var_t)) eps, and the line is -m + (1 - s) eps."""
+    """x_t = t m + sqrt(var_t) x_0, so v = m + var_t' / (2 sqrt(var_t)) x_0, and the line is m + (s - 1) x_0."""
     std = 0.4
-    eps = torch.randn(400, 1, 4, 4)
-    times, values = reflow.straightness(Gaussian(std=std), eps, 400)
-    root = ((1 - times) ** 2 * std**2 + times**2).sqrt()
-    slope = (times - (1 - times) * std**2) / root
-    expected = (slope - (1 - std)) ** 2 * eps.square().mean()
+    x0 = torch.randn(400, 1, 4, 4)
+    times, values = reflow.straightness(Gaussian(std=std), x0, 400)
+    root = (times**2 * std**2 + (1 - times) ** 2).sqrt()
+    slope = (times * std**2 - (1 - times)) / root
+    expected = (slope - (std - 1)) ** 2 * x0.square().mean()
     torch.testing.assert_close(values, expected, atol=0.01, rtol=0.05)
     assert values.max() > 0.3
 
 
 def test_couple_ends_where_the_ode_ends():
-    eps = torch.randn(10, 1, 2, 2)
-    whole = torch.cat(list(flow.sample(Gaussian(), eps, 7))[-1:])
-    torch.testing.assert_close(reflow.couple(Gaussian(), eps, 7, batch=4), whole)
+    x0 = torch.randn(10, 1, 2, 2)
+    y = torch.arange(10)
+    whole = torch.cat(list(flow.sample(Gaussian(), x0, 7))[-1:])
+    torch.testing.assert_close(reflow.couple(Gaussian(), x0, y, 7, batch=4), whole)
+
+
+def test_couple_guides_each_noise_by_its_class():
+    """The velocity of a class is its number, of none 10: guidance goes from 10 towards it, and beyond."""
+
+    class Numbers:
+        classes = 10
+
+        def __call__(self, xt, t, y):
+            return torch.zeros_like(xt) + y[:, None, None, None]
+
+    x0 = torch.randn(7, 1, 2, 2)
+    y = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    moved = reflow.couple(Numbers(), x0, y, 5, guidance_scale=2.0, batch=3) - x0
+    expected = (10 + 2 * (y - 10)).float()[:, None, None, None].expand_as(x0)
+    torch.testing.assert_close(moved, expected, atol=1e-4, rtol=0)
 
 
 def test_pairs_stay_together():
-    eps = torch.arange(20.0).view(20, 1, 1, 1)
-    pairs = reflow.coupled_pairs(100 + eps, eps, 8)
+    noises = torch.arange(20.0).view(20, 1, 1, 1)
+    pairs = reflow.coupled_pairs(noises, 100 + noises, torch.arange(20), 8)
     seen = []
     for _ in range(2):
-        x0, noise = next(pairs)
-        assert torch.equal(x0, 100 + noise) and len(x0) == 8
-        seen += noise.flatten().tolist()
+        x0, x1, y = next(pairs)
+        assert torch.equal(x1, 100 + x0) and len(x0) == 8
+        assert torch.equal(y, x0.flatten().long())
+        seen += x0.flatten().tolist()
     assert len(set(seen)) == 16 and seen != sorted(seen)
 
 
 def test_reflow_of_a_gaussian_needs_one_step():
-    """The velocity of a trained pair is (1 - s) eps - m, all of it known at t = 1: least squares on pairs finds it."""
-    eps = torch.randn(500, 1, 1, 1)
-    x0 = reflow.couple(Gaussian(mean=0.5, std=0.4), eps, 200, batch=500)
-    design = torch.stack([eps.flatten(), torch.ones(500)], 1)
-    slope, shift = torch.linalg.lstsq(design, flow.velocity(x0, eps).flatten()).solution.tolist()
-    assert slope == pytest.approx(0.6, abs=0.01) and shift == pytest.approx(-0.5, abs=0.01)
-    one = flow.euler_step(lambda x, t: slope * x + shift, eps, 1.0, 0.0)
-    assert float(one.std()) == pytest.approx(0.4 * float(eps.std()), rel=0.05)
+    """The velocity of a trained pair is m - (1 - s) x_0, all of it known at t = 0: least squares on pairs finds it."""
+    x0 = torch.randn(500, 1, 1, 1)
+    y = torch.zeros(500, dtype=torch.long)
+    x1 = reflow.couple(Gaussian(mean=0.5, std=0.4), x0, y, 200, batch=500)
+    design = torch.stack([x0.flatten(), torch.ones(500)], 1)
+    slope, shift = torch.linalg.lstsq(design, flow.velocity(x0, x1).flatten()).solution.tolist()
+    assert slope == pytest.approx(-0.6, abs=0.01) and shift == pytest.approx(0.5, abs=0.01)
+    one = flow.euler_step(lambda x, t: slope * x + shift, x0, 0.0, 1.0)
+    assert float(one.std()) == pytest.approx(0.4 * float(x0.std()), rel=0.05)
+
+
+class Guided:
+    """Classifier-free guidance that can be asked whose it is, of which classes, at which scale."""
+
+    def __init__(self, model, y, scale):
+        self.model = model
+        self.y = y
+        self.scale = scale
+
+    def __call__(self, xt, t):
+        return dit.classifier_free_guidance(self.model, self.y, self.scale)(xt, t)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +120,9 @@ def test_main_trains_on_its_pairs_and_measures_both(trained, monkeypatch, tmp_pa
             noted["train"].append(pair)
             yield pair
 
-    def spied_straightness(network, eps):
-        noted["straight"].append((network.state_dict(), eps))
-        return straightness(network, eps, 3)
+    def spied_straightness(network, x0):
+        noted["straight"].append((network, x0))
+        return straightness(network, x0, 3)
 
     def score(images):
         noted["score"].append(images)
@@ -101,27 +133,35 @@ def test_main_trains_on_its_pairs_and_measures_both(trained, monkeypatch, tmp_pa
 
     monkeypatch.setattr(flow, "train", spied_train)
     monkeypatch.setattr(reflow, "straightness", spied_straightness)
+    monkeypatch.setattr(reflow, "classifier_free_guidance", Guided)
     monkeypatch.setattr(quality, "scorer", lambda device: score)
     for name in ("curves", "rows"):
         monkeypatch.setattr(figures, name, figure)
-    metrics = reflow.main(reflow.Config(weights=str(path), out=str(tmp_path), **TINY))
+    cfg = reflow.Config(weights=str(path), guidance_scale=2.0, out=str(tmp_path), **TINY)
+    metrics = reflow.main(cfg)
 
     # it begins at the flow's weights, and each pair is a noise and where the flow takes it
     assert same(noted["begin"], model.state_dict())
     assert len(noted["train"]) == 4
-    for x0, eps in noted["train"]:
-        expected = reflow.couple(model, eps, 3)
-        torch.testing.assert_close(x0, expected, atol=0.02, rtol=0.02)
+    for x0, x1, y in noted["train"]:
+        expected = reflow.couple(model, x0, y, 3, 2.0)
+        torch.testing.assert_close(x1, expected, atol=0.02, rtol=0.02)
     # the EMA is kept, with the flags of its network
     written, meta = checkpoint.read(tmp_path / "model.safetensors")
     assert same(written, noted["ema"]) and not same(written, noted["raw"])
     assert meta == {"channels": [8, 16], "layers": 1}
     # both are measured from the same noises, which are not those of the training
     (before, first), (after, second) = noted["straight"]
-    assert same(before, model.state_dict()) and same(after, written)
+    assert same(before.model.state_dict(), model.state_dict()) and before.scale == 2
+    assert same(after.model.state_dict(), written) and after.scale == 1
     assert torch.equal(first, second) and len(first) == 10
-    trained_on = torch.cat([eps for _, eps in noted["train"]])
-    assert not any((first[0] == eps).all() for eps in trained_on)
+    assert after.y.tolist() == before.y.tolist() == list(range(10))
+    for network, images in ((before, noted["score"][1]), (after, noted["score"][3])):
+        with run.autocast(torch.device("cpu")):
+            expected = last(flow.sample(network, first, 3))
+        torch.testing.assert_close(images, expected)
+    trained_on = torch.cat([x0 for x0, _, _ in noted["train"]])
+    assert not any((first[0] == x0).all() for x0 in trained_on)
     assert len(noted["score"]) == 4 and noted["score"][0].shape == (10, 1, 28, 28)
     wanted = {"flow, 1", "reflow, 1", "flow, 3", "reflow, 3"}
     assert noted["drawn"]["steps.png"].keys() == wanted
@@ -159,6 +199,8 @@ def test_command(trained, tmp_path):
         (["--pairs", "63"], "--pairs"),
         (["--lr", "nan"], "--lr"),
         (["--ema", "-0.1"], "--ema"),
+        (["--dropout", "-0.1"], "--dropout"),
+        (["--guidance-scale", "nan"], "--guidance-scale"),
         (["--samples", "9"], "--samples"),
         (["--sampling-steps", "0"], "--sampling-steps"),
         (["--weights", "nowhere"], "no checkpoint"),

@@ -23,6 +23,23 @@ def test_unet_equals_diffusers(parity):
     parity("U-Net", "unet.UNet, gradients", "diffusers.UNet2DModel", *both, atol=1e-4)
 
 
+def test_unet_with_classes_equals_diffusers(parity):
+    """Ten classes, and the eleventh for none."""
+    ours = UNet(4, (16, 32), layers=1, attention=(False, True), head_dim=16, classes=10)
+    theirs = UNet2DModel(
+        in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16, num_class_embeds=11,
+    )  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999]), torch.tensor([0, 9, 10])
+    a, b = ours(x, t, y=y), theirs(x, t, class_labels=y).sample
+    parity("U-Net", "unet.UNet with classes", "diffusers.UNet2DModel", a, b)
+    both = gradients(ours, a), gradients(theirs, b)
+    name = "unet.UNet with classes, gradients"
+    parity("U-Net", name, "diffusers.UNet2DModel", *both, atol=1e-4)
+
+
 def test_conditional_unet_equals_diffusers(parity):
     ours = UNet(4, (16, 32), layers=1, attention=(True, True), context_dim=24, head_dim=16)
     theirs = UNet2DConditionModel(
