@@ -33,8 +33,9 @@ ABOUT = (
     "A vision-language model answers, maybe wrong. The weights of the book were taught fourteen kinds "
     "of fruit and nothing else: they call anything else a fruit, too."
 )
+NO_PHOTO = "This answer is about no photo. Upload one, of at most {} MB, and start a new chat."
 STYLE = """
-.note {min-height: 1.5em; font-weight: 600; color: var(--body-text-color-subdued)}
+.note {min-height: 1.5em; overflow-wrap: anywhere; font-weight: 600; color: var(--body-text-color-subdued)}
 .talk {display: flex; flex-direction: column-reverse; gap: 10px; height: 430px; padding: 12px; overflow-y: auto;
     border: 1px solid var(--border-color-primary); border-radius: 8px}
 .talk p {max-width: 75%; margin: 0; padding: 8px 12px; border-radius: 12px; font-size: 1.1em;
@@ -59,9 +60,8 @@ class Turn(NamedTuple):
 class Config:
     """Upload, ask, several turns, on a page."""
 
-    gateway: str = (
-        "http://127.0.0.1:8080/v1"  # or any server of OpenAI's protocol that takes photos
-    )
+    # or any server of OpenAI's protocol that takes photos
+    gateway: str = "http://127.0.0.1:8080/v1"
     host: str = "127.0.0.1"
     port: int = 7860
     max_tokens: int = 64  # of an answer
@@ -73,7 +73,11 @@ class Config:
 def scaled_urls(path):
     """A photo of whatever size -> data URLs of at most SIDE and THUMBNAIL pixels a side. Raises UserError for what is
     none."""
-    photo = images.to_rgb(images.open_image(path))
+    try:
+        photo = images.to_rgb(images.open_image(path))
+    except UserError as error:
+        # a visitor knows the file by its name, not by its place on the server
+        raise UserError(str(error).replace(str(path), Path(path).name)) from None
     photo.thumbnail((SIDE, SIDE))
     small = photo.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -122,7 +126,9 @@ def reply(cfg, key, text, path, turns, visitor):
             # a turn counts from its first word: two questions must not follow each other
             yield note("Answering ..."), bubbles(now), now if said.strip() else turns, ""
         now = [*turns, asked._replace(answer=said if said.strip() else "(nothing)")]
-        yield note(""), bubbles(now), now, ""
+        # an upload that was refused is no photo of the conversation
+        without = "" if any(turn.url for turn in now) else NO_PHOTO.format(cfg.upload_mb)
+        yield note(without), bubbles(now), now, ""
     except UserError as error:
         yield note(f"{error}."), bubbles(turns), turns, text
 
