@@ -42,9 +42,8 @@ class Config:
     """Model workers, gateway and page by one command."""
 
     workers: int = 1  # copies of the model, a process each
-    model: str = (
-        ""  # weights of vlm/train.py, a folder, a hub id of LLaVA; empty: those of the book
-    )
+    # weights of vlm/train.py, a folder, a hub id of LLaVA; empty: those of the book
+    model: str = ""
     int8: bool = False  # linear layers in int8
     int4: bool = False  # int4 for decoding, int8 for prefill
     port: int = 7860  # of the page, on this machine
@@ -164,9 +163,10 @@ def main(cfg: Config) -> dict:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     begin = time.monotonic()
     answer = ""
+    times = {}
     try:
         gateway, page = start_all(cfg, parts)
-        seconds = time.monotonic() - begin
+        times["seconds to start"] = time.monotonic() - begin
         with urllib.request.urlopen(page, timeout=30) as response:
             check(response.status == 200, "the page does not answer")
         if photo:
@@ -178,13 +178,12 @@ def main(cfg: Config) -> dict:
             print(f"open {page} in a browser; Ctrl-C ends it", flush=True)
             watch(parts, cfg.workers)
     except KeyboardInterrupt:
-        seconds = time.monotonic() - begin
         print("ending ...", flush=True)
     finally:
         # a second Ctrl-C must not leave children behind
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         parts.stop()
-    metrics = {"answer": answer, "parts": len(parts.processes), "seconds to start": seconds}
+    metrics = {"answer": answer, "parts": len(parts.processes)} | times
     return run.report(folder, metrics, then="vlm/demo.md")
 
 

@@ -6,7 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -160,6 +163,21 @@ def test_flags_reach_the_parts(monkeypatch):
     assert flags[-3:] == ["--workers", "http://worker-1", "http://worker-2"]
     assert "--trust-visitor" in flags
     assert started["page"][1] == "--port 7 --gateway http://gateway/v1 --max-tokens 9".split()
+
+
+def test_seconds_to_start_end_with_the_start(monkeypatch, tmp_path):
+    def watch(parts, workers):
+        time.sleep(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "watch", watch)
+    monkeypatch.setattr(demo.signal, "signal", lambda *about: None)
+    monkeypatch.setattr(
+        demo.urllib.request, "urlopen", lambda *a, **b: nullcontext(SimpleNamespace(status=200))
+    )
+    monkeypatch.setattr(demo, "start_all", lambda cfg, parts: ("http://g", "http://p"))
+    found = demo.main(demo.Config(port=free_port(), out=str(tmp_path)))
+    assert found["seconds to start"] < 0.5
 
 
 def test_nothing_is_left_to_answer():
