@@ -78,8 +78,9 @@ class Conversation:
         pictures = len(self.waiting)
         if count == 0:
             return f"{IMAGE}\n" * pictures + question
-        fits = f"{count} {IMAGE} in the question, {pictures} pictures that it could show"
-        check(count == pictures, f"{fits}: name a place for each, or none")
+        fits = f"{count} {IMAGE} in the question, {pictures} pictures wait for one"
+        rule = "name a place for each, or none; a picture that was shown needs none"
+        check(count == pictures, f"{fits}: {rule}")
         return question
 
     def prompt(self, question):

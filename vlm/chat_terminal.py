@@ -7,11 +7,13 @@ line, and the next one is read; Ctrl-C stops an answer, not the chat. The conver
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import torch
 
 from deploy import serve
 from utils import data, run
+from utils.images import open_image
 from utils.run import UserError, check
 from utils.text import clean, printable
 from vlm.chat import Conversation
@@ -24,6 +26,12 @@ def read_picture(path, model, tiles=0):
     """A file -> uint8 (3,H,W): as it is if it is cut into tiles, else its middle square. Raises UserError."""
     tiled = tiles > 1 or (tiles == 0 and model.grids)
     return data.read_image(path, 0 if tiled else SIDE)
+
+
+def check_pictures(paths):
+    """Raises UserError for a file that is no picture, before weights are read in vain."""
+    for path in paths:
+        open_image(path)
 
 
 def low_bit(model, name, bits):
@@ -50,6 +58,12 @@ def answer(conversation, question):
     print(f"  ({100 * float(probability):.0f} % sure)", flush=True)
 
 
+def waiting(conversation):
+    """How many pictures the next question will show, in words."""
+    count = len(conversation.waiting)
+    return "1 picture waits" if count == 1 else f"{count} pictures wait"
+
+
 def command(conversation, line):
     """A line that begins with / -> what it did, in words. Raises UserError."""
     name, _, rest = line.partition(" ")
@@ -58,12 +72,13 @@ def command(conversation, line):
         return "cleared; pictures, too"
     if name == "/undo":
         conversation.undo()
-        return f"undone; {len(conversation.waiting)} pictures wait"
+        return f"undone; {waiting(conversation)}"
     if name == "/image":
         check(rest.strip(), "/image PATH: name a file")
-        model = conversation.model
-        conversation.add(read_picture(rest.strip(), model, conversation.tiles))
-        return f"{len(conversation.waiting)} pictures wait for the next question"
+        # a terminal puts quotes around a file that is dropped on it
+        path = Path(rest.strip().strip("'\"")).expanduser()
+        conversation.add(read_picture(path, conversation.model, conversation.tiles))
+        return f"{waiting(conversation)} for the next question"
     raise UserError(f"{printable(name)} is no command; {HELP}")
 
 

@@ -21,7 +21,8 @@ from vlm.prompts import IMAGE
 
 
 def check_flags(cfg):
-    """Raises UserError, one line, for pictures and prompts that do not belong together."""
+    """Raises UserError, one line, for pictures and prompts that do not belong together, and
+    files that are no picture."""
     asked = cfg.image or cfg.shots
     check(
         cfg.prompt or not asked,
@@ -41,6 +42,9 @@ def check_flags(cfg):
             IMAGE not in text,
             f"--shots {shot}: its picture stands before the text, without {IMAGE}",
         )
+    # a file that is no picture is said before the weights are read
+    for path in picture_paths(cfg):
+        open_image(path)
 
 
 def interleaved_ids(tokenizer, start_id, shots, prompt):
@@ -102,11 +106,15 @@ def answer(tokenizer, model, vision_tower, start_id, pictures, prompt, shots=(),
     return decode.pieces(tokens, tokenizer)
 
 
+def picture_paths(cfg):
+    """Files of the examples' pictures, then of the prompt's."""
+    return [*(shot.partition(":")[0] for shot in cfg.shots), *cfg.image]
+
+
 def read_pictures(cfg, size):
     """Pictures of the examples, then of the prompt -> uint8 (J,3,size,size). Raises UserError for a file that
     cannot be read."""
-    paths = [shot.partition(":")[0] for shot in cfg.shots]
-    return torch.stack([data.square(open_image(path), size) for path in [*paths, *cfg.image]])
+    return torch.stack([data.square(open_image(path), size) for path in picture_paths(cfg)])
 
 
 def speak(cfg, tokenizer, model, vision_tower, start_id):

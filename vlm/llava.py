@@ -166,8 +166,7 @@ def assemble(parts):
 
 
 def load(name, on="cpu"):
-    """What `llava_io.load` reads: a file of weights, a folder or a hub id -> tokenizer, Llava,
-    frozen."""
+    """What `llava_io.load` reads: weights, a folder or a hub id -> tokenizer, Llava, frozen."""
     tokenizer, parts = llava_io.load(name, on)
     return tokenizer, assemble(parts).eval().requires_grad_(False)
 
@@ -180,7 +179,7 @@ def sizes(model):
 
 
 def check_flags(cfg):
-    """Raises UserError for flags out of range."""
+    """Raises UserError for flags out of range, and files that are no picture."""
     numbers = cfg.samples > 0 and cfg.max_new_tokens > 0 and cfg.tiles >= 0
     check(numbers, "--samples and the like: at least 1; --tiles: at least 0")
     placed = cfg.image or IMAGE not in cfg.prompt
@@ -190,6 +189,7 @@ def check_flags(cfg):
     check(not there, f"--save {cfg.save} is there already: name another")
     plain = not (cfg.bits or is_conversation(cfg))
     check(plain or not cfg.save, "--save goes with one --image, without --chat and --bits")
+    chat_terminal.check_pictures(cfg.image)
 
 
 def is_conversation(cfg):

@@ -99,7 +99,7 @@ def test_commands(talker, typed, photos, tmp_path, capsys):
         "A?",
         "/undo",
         "B?",
-        f"/image {photos[1]}",
+        f"/image '{photos[1]}'",
         f"C {IMAGE}?",
         "/clear",
         "D?",
@@ -109,7 +109,7 @@ def test_commands(talker, typed, photos, tmp_path, capsys):
     typed(*lines)
     ask(photos[:1], tmp_path, chat=True)
     printed = capsys.readouterr().out
-    assert "undone; 1 pictures wait" in printed and "1 pictures wait for the next" in printed
+    assert "undone; 1 picture waits" in printed and "1 picture waits for the next" in printed
     assert "cleared" in printed and "E?" not in printed
     assert turns(tmp_path) == expected(talker, [], ["D?"])
     typed(*lines[:5])
@@ -242,3 +242,8 @@ def test_4_bits_round_what_lora_learned_away():
     kept = torch.cat([made(rows) for rows in torch.eye(made.in_features).split(8)]).T - before
     both = torch.stack([kept.flatten(), learned.flatten()])
     assert learned.abs().max() > 0 and float(torch.corrcoef(both)[0, 1]) < 0.2
+
+
+def test_pictures_are_read_before_the_weights():
+    with pytest.raises(UserError, match="no/such.png"):
+        llava.check_flags(llava.Config(image=("no/such.png",)))

@@ -238,3 +238,11 @@ def test_bad_prompts_and_pictures_are_refused_in_one_line(speaker, tmp_path, mon
             flamingo.main(flamingo.Config(**{"out": str(out)} | about | asked | flags))
         assert "\n" not in str(error.value)
         assert not list(out.glob("metrics.json"))
+
+
+@pytest.mark.parametrize("flags", [{"image": ("no/such.png",)}, {"shots": ("no/such.png:a",)}])
+def test_pictures_are_read_before_the_weights(flags, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    asked = {"image": (str(tmp_path / "a.png"),), "prompt": "<image>a"} | flags
+    with pytest.raises(UserError, match="no/such.png"):
+        flamingo_generate.check_flags(flamingo.Config(**asked))
