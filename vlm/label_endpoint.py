@@ -1,6 +1,6 @@
 """A teacher behind OpenAI's protocol: one question a photo and prompt, the answer JSON with a name of the class list.
 
-vlm/serve.py, vLLM, llama.cpp or a provider. A key, if the server wants one, is in VLM_ACTION_API_KEY or
+vlm/serve/worker.py, vLLM, llama.cpp or a provider. A key, if the server wants one, is in VLM_ACTION_API_KEY or
 OPENAI_API_KEY, is written nowhere, and is sent over https or to this machine alone; redirects are not
 followed. A photo goes as PNG of at most `side` pixels, without the EXIF data of its file, such as where
 it was taken. Answers 429 and 5xx, and broken connections, are tried again after 1, 2, 4 ... seconds, or

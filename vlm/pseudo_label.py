@@ -154,6 +154,13 @@ def main(cfg: Config) -> dict:
     if cfg.fresh:
         path.unlink(missing_ok=True)
     rows = label_files.read_labels(path, settings_of(cfg, names))
+    truth = torch.tensor([photo.label for photo in photos])
+    split = parts(truth, cfg.check, cfg.seed)
+    # better said before labels are paid for
+    known = "without labelled photos no threshold can be chosen: set --threshold"
+    check(cfg.dry_run or cfg.threshold or len(split[1]), known)
+    if cfg.folder and cfg.prompts == Config.prompts:
+        print("the questions are about fruit: ask about your photos with --prompts")
     folder = run.output(cfg.out, cfg)
     if cfg.dry_run:
         left = lacking(photos, rows)
@@ -162,12 +169,10 @@ def main(cfg: Config) -> dict:
     # labels of all photos: those with a true one say how good the teacher is
     rows = teach(cfg, photos, names, path)
     p, answers = probabilities(rows, len(names))
-    truth = torch.tensor([photo.label for photo in photos])
     found = {"photos": len(photos), "unlabelled": int((truth < 0).sum())}
     if cfg.endpoint:
         used = [sum(row[key] for row in rows) for key in ("tokens_in", "tokens_out")]
         found |= label_endpoint.cost(cfg, *used)
-    split = parts(truth, cfg.check, cfg.seed)
     metrics = finish(cfg, folder, photos, names, p, answers, truth, split)
     return run.report(folder, found | metrics, f"look at {folder}/review.csv")
 
@@ -186,7 +191,6 @@ def finish(cfg, folder, photos, names, p, answers, truth, split):
         sure = confidence.scale(p, metrics["temperature"])
     confident = sure.max(-1).values
     if not threshold:
-        check(len(calibrate), "without labelled photos no threshold can be chosen: set --threshold")
         known = (confident[calibrate], right[calibrate])
         threshold = confidence.choose_threshold(*known, cfg.accuracy)
     kept = confident >= threshold

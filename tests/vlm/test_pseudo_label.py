@@ -177,10 +177,20 @@ def test_a_stopped_run_goes_on_and_other_flags_are_refused(run_it):
 def test_without_true_labels_a_threshold_must_be_named(weather, run_it):
     names = ("fog", "sun")
     flat = weather / "unlabelled"
+    seen = []
     with pytest.raises(UserError, match="set --threshold"):
-        run_it(folder=str(flat), classes=names)
+        run_it(folder=str(flat), classes=names, seen=seen)
+    # before anything is labelled
+    assert not seen
     metrics, out = run_it(folder=str(flat), classes=names, threshold=0.8)
     assert "teacher" not in metrics and len(table(out / "pseudo_labels.csv")) == 20
+
+
+def test_questions_about_fruit_for_a_folder_are_said(run_it, capsys):
+    run_it()
+    assert "--prompts" not in capsys.readouterr().out
+    run_it(prompts=pseudo_label.Config.prompts, fresh=True)
+    assert "ask about your photos with --prompts" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_and_asks_nothing(run_it, monkeypatch):
