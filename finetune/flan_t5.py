@@ -40,9 +40,8 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # the special tokens of T5, number
 class Config:
     """Adapt an encoder-decoder with LoRA; how much memory and time a step takes."""
 
-    model: str = (
-        "random"  # flan-t5-small's shape; or a local folder or hub id of an encoder-decoder
-    )
+    # flan-t5-small's shape; or a local folder or hub id of an encoder-decoder
+    model: str = "random"
     int8: bool = False  # frozen weights in int8 instead of bf16
     backend: Literal["ours", "bitsandbytes"] = "ours"  # who stores and multiplies int8
     compare: bool = False  # bf16, int8 and bitsandbytes' int8 in turn

@@ -32,9 +32,8 @@ class Config:
     """Write the three stages of the curriculum, with their pictures."""
 
     images: int = 0  # the first so many training pictures; 0: all 4000
-    in_words: float = (
-        0.7  # yes/no questions that are asked once more in words, as a fraction of them
-    )
+    # yes/no questions that are asked once more in words, as a fraction of them
+    in_words: float = 0.7
     seed: int = 0  # of the choice of questions
     out: str = "outputs/easy_vqa_curriculum"
 

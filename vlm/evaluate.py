@@ -49,9 +49,8 @@ class Config:
     probe: bool = True  # compare with a linear probe on the same features
     seed: int = 0
     device: str = "auto"
-    benchmark: str = (
-        ""  # pope, vqav2, okvqa, textvqa, aokvqa, scienceqa, coco, folders; see benchmarks.md
-    )
+    # pope, vqav2, okvqa, textvqa, aokvqa, scienceqa, coco, folders; see benchmarks.md
+    benchmark: str = ""
     data: str = ""  # folder of the benchmark as it was published
     split: str = ""  # of it: a part of a file's name, such as val2014
     suffix: str = ""  # line behind each question, such as "Answer with a single word or phrase."

@@ -57,9 +57,8 @@ class Config:
     lr: float = 1.5e-3  # of new layers; the gates' is five times that, ten times in the first stage
     every: int = 6  # a new layer before every so many-th layer of the language model
     latents: int = 16  # M, vectors that stand for a picture
-    trials: int = (
-        200  # questions of each kind to be judged by; half as many with seven names or more
-    )
+    # questions of each kind to be judged by; half as many with seven names or more
+    trials: int = 200
     # weights of an earlier run to go on from: its model.safetensors; most often with --contrastive_steps 0
     weights: str = ""
     pretrained: bool = False  # start from the shipped weights and skip the training

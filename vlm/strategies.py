@@ -40,9 +40,8 @@ class Config:
     seconds: float = 160  # CPU seconds of training of each run
     steps: int = 0  # instead of seconds: as many steps for all
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)  # factors tried first; a single one: no search
-    search_share: float = (
-        1.0  # steps of a run of the search, as a share of those of a run that counts
-    )
+    # steps of a run of the search, as a share of those of a run that counts
+    search_share: float = 1.0
     search_seeds: int = 1  # runs of each rate that is tried
     seeds: int = 3  # runs of each strategy at the rate that was found
     batch: int = 16  # conversations a step
