@@ -108,7 +108,8 @@ def answer(tokenizer, model, vision_tower, start_id, pictures, prompt, shots=(),
 
 def picture_paths(cfg):
     """Files of the examples' pictures, then of the prompt's."""
-    return [*(shot.partition(":")[0] for shot in cfg.shots), *cfg.image]
+    examples = [shot.partition(":")[0] for shot in cfg.shots]
+    return [*examples, *cfg.image]
 
 
 def read_pictures(cfg, size):
