@@ -228,7 +228,11 @@ def report(folder: Path, metrics: dict[str, Any], then: str = "") -> dict[str, A
     same = "the same seed gives the same numbers with as many (OMP_NUM_THREADS)"
     print(f"{'threads':>28}  {made['threads']}: {same}")
     # What was written, and what to run next
-    written = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    # not what an earlier run left there: config.json is the first file of a run
+    config = folder / "config.json"
+    begun = config.stat().st_mtime_ns if config.exists() else 0
+    written = sorted(p.name for p in files if p.stat().st_mtime_ns >= begun)
     print(f"written to {folder}/: {', '.join(written)}")
     if then:
         print(f"next: {then}")

@@ -342,6 +342,16 @@ def test_output_and_report(tmp_path, capsys):
     assert "0.25" in text and "config.json, metrics.json" in text and "next: python x.py" in text
 
 
+def test_report_names_what_this_run_wrote(tmp_path, capsys):
+    (tmp_path / "old.png").write_text("of an earlier run")
+    os.utime(tmp_path / "old.png", (1, 1))
+    folder = run.output(tmp_path, Settings())
+    (folder / "new.png").write_text("of this run")
+    run.report(folder, {})
+    line = [x for x in capsys.readouterr().out.splitlines() if x.startswith("written to")]
+    assert line[0].endswith("config.json, metrics.json, new.png")
+
+
 @pytest.mark.parametrize(
     "flags, code, line",
     [
