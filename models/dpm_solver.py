@@ -1,13 +1,14 @@
 """DPM-Solver++(2M) and Heun's method for a trained diffusion model: the ODE of DDIM, with steps of second order.
 
-DPM-Solver++: Lu et al. 2022, arXiv:2211.01095 (L). Heun: Karras et al. 2022, arXiv:2206.00364 (K, EDM). A noisy image is
-xt = alpha x0 + sigma eps, and DDIM without noise is Euler's method for an ordinary differential equation (ODE). What is known
-exactly in it is solved exactly, and only the network's answer is extrapolated: from the last two answers (2M, one call a step), or
-from both ends of a step (Heun, two calls). Time is lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio.
+DPM-Solver++: Lu et al. 2022, arXiv:2211.01095 (L). Heun: Karras et al. 2022, arXiv:2206.00364 (K, EDM). A noisy image
+is xt = alpha x0 + sigma eps, and DDIM without noise is Euler's method for an ordinary differential equation (ODE). What
+is known exactly in it is solved exactly, and only the network's answer is extrapolated: from the last two answers (2M,
+one call a step), or from both ends of a step (Heun, two calls). Time is lambda = log(alpha / sigma), half the logarithm
+of the signal-to-noise ratio.
 
-Shapes: B images, C channels, H x W pixels, T training steps, n steps. lambda is a float: -5 is nearly all noise, 5 nearly all
-image, infinity the clean image. `denoise(xt, lambda)` is the image that the network sees in xt (data prediction).
-There is nothing to run here: `few_steps.py` compares.
+Shapes: B images, C channels, H x W pixels, T training steps, n steps. lambda is a float: -5 is nearly all noise, 5
+nearly all image, infinity the clean image. `denoise(xt, lambda)` is the image that the network sees in xt (data
+prediction). There is nothing to run here: `few_steps.py` compares.
 """
 
 import math
@@ -34,7 +35,7 @@ def alpha_sigma(lam):
 
 
 def lambda_table(schedule):
-    """lambda_t = log(alpha_t / sigma_t) of every training step, falling: (T,), double precision. (L) Sec. 2.1."""
+    """lambda_t = log(alpha_t / sigma_t) of every training step, falling: (T,), double precision. (L) Sec. 2."""
     return (schedule.sqrt_alpha_bar / schedule.sqrt_one_minus_alpha_bar).log().double().cpu()
 
 
@@ -52,8 +53,8 @@ def noise_levels(schedule, n, grid="time"):
     """n + 1 levels lambda, from noise to the clean image, which is infinity; a list of floats.
 
     time: evenly in t, the trailing steps of ddim.py. log-snr: evenly in lambda. karras: evenly in sigma~^(1/7), with
-    sigma~ = sigma / alpha = e^-lambda, (K) Eq. 5. The last two begin at LAMBDA_MIN or above, and the level that would be
-    last, t = 0, is replaced by the clean image. Raises UserError for another grid.
+    sigma~ = sigma / alpha = e^-lambda, (K) Eq. 5. The last two begin at LAMBDA_MIN or above, and the level that would
+    be last, t = 0, is replaced by the clean image. Raises UserError for another grid.
     """
     run.check(grid in ("time", "log-snr", "karras"), f"there is no grid '{grid}' of noise levels")
     run.check(1 <= n <= schedule.steps, f"cannot take {n} of {schedule.steps} steps")
@@ -97,7 +98,7 @@ def denoiser(model, schedule, predict="eps", clip=True):
 
 
 def first_order_update(xt, x0, lam, lam_next):
-    """DPM-Solver++(1), which is DDIM: exact if the network's x0 does not change on the way. (L) Eq. 9 with k = 1."""
+    """DPM-Solver++(1), which is DDIM: exact if the network's x0 does not change on the way. (L) Sec. 4."""
     alpha_next, sigma_next = alpha_sigma(lam_next)
     _, sigma = alpha_sigma(lam)
     h = lam_next - lam
@@ -114,7 +115,7 @@ def second_order_data(x0, x0_before, h, h_before):
 def multistep(denoise, xt, levels, order=2):
     """DPM-Solver++(2M), one call a step; order 1 is DDIM. Yields every x, the noise first. (L) Algorithm 2.
 
-    The first step is of order 1, for nothing is known before it; the step to the clean image too, for its h is infinite.
+    The first step is of order 1, for nothing is known before it; the step to the clean image, too: its h is infinite.
     """
     yield xt
     x0_before = None

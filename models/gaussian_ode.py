@@ -1,7 +1,7 @@
-"""A diffusion model in closed form: of Gaussian data the denoiser is known, and where its ODE leads. For orders of convergence.
+"""Gaussian data, of which the best denoiser and the paths of its ODE are known: there solvers show their order.
 
 If x0 ~ N(mean, std^2), then xt = alpha x0 + sigma eps is Gaussian, too, and the probability-flow ODE (Song et al. 2020,
-arXiv:2011.13456, Eq. 13) only moves and stretches it. There is nothing to run here: `few_steps.py` draws the errors of the solvers.
+arXiv:2011.13456, Sec. 4.3) only moves and stretches it. There is nothing to run here: `few_steps.py` draws the errors.
 
 Shapes: as in `dpm_solver.py`; lambda = log(alpha / sigma).
 """
@@ -36,7 +36,7 @@ def exact(x_first, first, lam):
 
 
 def convergence(counts=(4, 8, 16, 32, 64, 128), first=-3.0, final=3.0):
-    """Mean absolute error at lambda = final against calls of the network: {solver: (calls, errors)}; even steps in lambda."""
+    """Mean absolute error at lambda = final, in n even steps of lambda from `first`: {solver: (calls, errors)}."""
     x = torch.linspace(-2, 2, 101, dtype=torch.float64)
     target = exact(x, first, final)
     solvers = {
