@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from models import ddim, ddpm, dpm_solver, flow, gaussian_ode, quality
+from models import ddim, ddpm, distill, dpm_solver, flow, gaussian_ode, quality
 from models.ddim import last
+from models.dpm_solver import Grid
 from utils import figures, run
 
 
@@ -29,21 +30,15 @@ class Config:
 
     calls: tuple[int, ...] = (1, 2, 4, 8)  # numbers of network calls to compare
     reference: int = 50  # DDIM steps of the row to compare with
-    grids: tuple[dpm_solver.Grid, ...] = (
-        "time",
-        "karras",
-    )  # noise levels of DPM-Solver++, a row each
-    heun_grid: dpm_solver.Grid = "log-snr"  # noise levels of Heun's method
+    grids: tuple[Grid, ...] = ("time", "karras")  # noise levels of DPM-Solver++, a row each
+    heun_grid: Grid = "log-snr"  # noise levels of Heun's method
+    only: tuple[str, ...] = ()  # labels of the rows to sample, such as DDIM; all without it
     samples: int = 512  # digits of a round, for each sampler and number of calls
     rounds: int = 3  # other noises; the intervals are over rounds
     weights: str = "outputs/ddpm/model.safetensors"  # what models/ddpm.py wrote
     pretrained: bool = False  # use the shipped weights instead
-    students: str = (
-        "outputs/distill"  # where models/distill.py wrote its students; no row without them
-    )
-    reflow: str = (
-        "outputs/reflow/model.safetensors"  # what models/reflow.py wrote; no row without it
-    )
+    student: str = "outputs/distill/model.safetensors"  # what models/distill.py wrote, or no row
+    reflow: str = "outputs/reflow/model.safetensors"  # what models/reflow.py wrote, or no row
     seed: int = 0  # same seed, same numbers
     device: str = "auto"  # cpu, cuda, ...
     out: str = "outputs/few_steps"  # where the results go
@@ -103,9 +98,14 @@ def samplers(cfg, meter, device):
 
         return draw
 
-    def student(noise, calls):
-        learned, schedule, predict = ddpm.load(student_path(cfg, calls), device)
-        return ddim.sample(meter.watch(learned), schedule, noise, calls, predict)
+    def student(path):
+        learned, levels, kind = ddpm.load(path, device)
+        counted = meter.watch(learned)
+
+        def draw(noise, calls):
+            return distill.sample(counted, levels, noise, calls, kind)
+
+        return draw
 
     found = {"DDPM, ancestral": ancestral, "DDIM": deterministic}
     found |= {f"DPM-Solver++(2M), {grid}": dpm(grid) for grid in cfg.grids}
@@ -113,14 +113,11 @@ def samplers(cfg, meter, device):
     found["flow, Euler"] = euler(flow.WEIGHTS)
     if Path(cfg.reflow).is_file():
         found["reflow, Euler"] = euler(cfg.reflow)
-    if any(student_path(cfg, calls).is_file() for calls in cfg.calls):
-        found["student"] = student
-    return found
-
-
-def student_path(cfg, calls):
-    """The student that was distilled for so many steps: each has its own weights."""
-    return Path(cfg.students) / f"student_{calls}.safetensors"
+    if Path(cfg.student).is_file():
+        found["consistency student"] = student(cfg.student)
+    names = ", ".join(f"'{label}'" for label in found)
+    run.check(set(cfg.only) <= set(found), f"--only takes labels of rows: {names}")
+    return {label: draw for label, draw in found.items() if not cfg.only or label in cfg.only}
 
 
 def draw(meter, sampler, noise, calls):
@@ -149,10 +146,8 @@ def table(cfg, device):
     rows = samplers(cfg, meter, device)
     scorer = quality.scorer(device)
     cells = [(label, n) for label in rows for n in cfg.calls]
-    cells = [
-        (label, n) for label, n in cells if label != "student" or student_path(cfg, n).is_file()
-    ]
-    cells.append(("DDIM", cfg.reference))
+    if "DDIM" in rows:
+        cells.append(("DDIM", cfg.reference))
     found = {cell: [] for cell in cells}
     shown = {label: {} for label in rows}
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -161,6 +156,8 @@ def table(cfg, device):
         # new noises at the first cell of a round
         if (label, n) == cells[0]:
             noise = torch.randn(cfg.samples, 1, 28, 28, generator=generator).to(device)
+        # a sampler's own draws do not depend on which rows there are
+        torch.manual_seed(cfg.seed + i + 1)
         images, calls, outside = draw(meter, rows[label], noise, n)
         found[label, n].append(scorer(images) | {"calls": calls, "outside": outside})
         if i == 0:
@@ -175,8 +172,9 @@ def picture_rows(shown, calls, each=4):
     for label, images in shown.items():
         parts = []
         for n in calls:
-            parts += [images[n][:each] if n in images else gap.expand(each, 1, 28, 28), gap]
-        rows[label.replace(", ", "\n").replace("(2M)", "")] = torch.cat(parts[:-1])
+            parts += [images[n][:each], gap]
+        name = label.replace(", ", "\n").replace("(2M)", "").replace("y s", "y\ns")
+        rows[name] = torch.cat(parts[:-1])
     titles = []
     for n in calls:
         titles += [f"{n} call" if n == 1 else f"{n} calls", *[""] * each]
@@ -206,9 +204,9 @@ def main(cfg: Config) -> dict:
     # draw: digits; distances; order of the solvers
     figures.rows(folder / "samples.png", *picture_rows(shown, cfg.calls), scale=0.5)
     curves = {}
-    for label, images in shown.items():
-        counts = [n for n in cfg.calls if n in images]
-        curves[label] = (counts, [metrics[f"{label}, {n} calls"]["frechet"] for n in counts])
+    for label in shown:
+        values = [metrics[f"{label}, {n} calls"]["frechet"] for n in cfg.calls]
+        curves[label] = (cfg.calls, values)
     figures.curves(
         folder / "frechet.png", curves, "calls of the network", "Frechet distance", log="y"
     )

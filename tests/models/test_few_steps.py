@@ -8,11 +8,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from models import ddim, ddpm, dpm_solver, few_steps, flow, quality
+from models import ddim, ddpm, distill, dpm_solver, few_steps, flow, quality
 from tests.models.test_ddpm import command, one_line
 from utils import checkpoint, figures
 
 TINY = dict(samples=10, rounds=2, calls=(1, 4), reference=3, grids=("time", "karras"))
+FILES = {"weights": "ddpm", "student": "student", "reflow": "reflow"}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     cfg = ddpm.Config(channels=(8,), layers=1, predict="x0", schedule="linear")
     torch.manual_seed(3)
-    for name in ("ddpm", "student_1", "flow"):
+    for name in ("ddpm", "student", "flow", "reflow"):
         state = ddpm.build(cfg.channels, cfg.layers).state_dict()
         checkpoint.write(folder / f"{name}.safetensors", state, asdict(cfg))
     return folder
@@ -50,6 +51,12 @@ def spied(weights, monkeypatch, tmp_path):
         yield xt
         yield torch.full_like(xt, n / 10)
 
+    def student_sample(model, schedule, xt, n, predict="eps", clip=True):
+        who(model, xt)
+        notes.append(dict(kind="student", noise=xt, n=n, predict=predict, clip=clip))
+        yield xt
+        yield torch.full_like(xt, n / 10)
+
     def flow_sample(model, xt, n, solver="euler"):
         who(model, xt)
         notes.append(dict(kind="flow", noise=xt, n=n, solver=solver))
@@ -73,14 +80,15 @@ def spied(weights, monkeypatch, tmp_path):
 
     monkeypatch.setattr(ddim, "sample", ddim_sample)
     monkeypatch.setattr(dpm_solver, "sample", dpm_sample)
+    monkeypatch.setattr(distill, "sample", student_sample)
     monkeypatch.setattr(flow, "sample", flow_sample)
     monkeypatch.setattr(type(ddpm.build((8,), 1)), "forward", forward)
     monkeypatch.setattr(quality, "scorer", lambda device: score)
     monkeypatch.setattr(flow, "WEIGHTS", weights / "flow.safetensors")
     for name in ("rows", "curves"):
         monkeypatch.setattr(figures, name, figure)
-    where = dict(weights=str(weights / "ddpm.safetensors"), students=str(weights))
-    metrics = few_steps.main(few_steps.Config(out=str(tmp_path), reflow="no", **where, **TINY))
+    where = {k: str(weights / f"{v}.safetensors") for k, v in FILES.items()}
+    metrics = few_steps.main(few_steps.Config(out=str(tmp_path), **where, **TINY))
     pairs = [(a["network"], b) for a, b in zip(notes[::2], notes[1::2], strict=True)]
     return metrics, pairs, drawn
 
@@ -96,11 +104,12 @@ def test_every_sampler_gets_its_network_noise_and_flags(spied):
         ("ddpm", "dpm++", 1), ("ddpm", "dpm++", 4),
         ("ddpm", "heun", 1), ("ddpm", "heun", 2),
         ("flow", "flow", 1), ("flow", "flow", 4),
-        ("student_1", "ddim", 1),
+        ("reflow", "flow", 1), ("reflow", "flow", 4),
+        ("student", "student", 1), ("student", "student", 4),
         ("ddpm", "ddim", 3),
     ]  # fmt: skip
     notes = [note for _, note in first]
-    assert [note.get("eta") for note in notes[:4]] == [1, 1, 0, 0] and notes[12]["eta"] == 0
+    assert [note.get("eta") for note in notes[:4]] == [1, 1, 0, 0] and notes[-1]["eta"] == 0
     grids = [note.get("grid") for note in notes[4:10]]
     assert grids == ["time", "time", "karras", "karras", "log-snr", "log-snr"]
     assert {note["predict"] for note in notes if "predict" in note} == {"x0"}
@@ -113,8 +122,7 @@ def test_every_sampler_gets_its_network_noise_and_flags(spied):
     assert not torch.equal(second[0], noise) and all(torch.equal(x, second[0]) for x in second)
     # what is judged is the last of the chain
     assert metrics["DDIM, 4 calls"]["recognised"] == pytest.approx(0.4)
-    assert metrics["student, 1 calls"]["recognised"] == pytest.approx(0.1)
-    assert "student, 4 calls" not in metrics and "reflow, Euler, 1 calls" not in metrics
+    assert metrics["consistency student, 1 calls"]["recognised"] == pytest.approx(0.1)
 
 
 def test_intervals_are_over_rounds(spied):
@@ -136,19 +144,30 @@ def test_what_is_drawn(spied):
         "DPM-Solver++\nkarras",
         "Heun",
         "flow\nEuler",
-        "student",
+        "reflow\nEuler",
+        "consistency\nstudent",
     ]
     assert titles == ["1 call", "", "", "", "", "4 calls", "", "", ""]
     assert all(len(x) == 9 for x in rows.values())
     levels = rows["DDIM"].mean((1, 2, 3)).tolist()
     assert levels == pytest.approx([0.1] * 4 + [1] + [0.4] * 4)
-    assert rows["student"].mean((1, 2, 3)).tolist() == pytest.approx([0.1] * 4 + [1] * 5)
     calls, values = drawn["frechet.png"][0]["Heun"]
-    assert calls == [1, 4]
+    assert calls == (1, 4)
     assert values == [metrics[f"Heun, {n} calls"]["frechet"] for n in calls]
     assert metrics["order of DDIM"] == pytest.approx(1, abs=0.05)
     assert metrics["order of DPM-Solver++(2M)"] == pytest.approx(2, abs=0.05)
     assert metrics["order of Heun"] == pytest.approx(2, abs=0.05)
+
+
+def test_only_some_rows_give_what_they_give_beside_the_others(weights, tmp_path):
+    """Noises are those of the round, and a sampler's own draws begin anew in each cell."""
+    where = {k: str(weights / f"{v}.safetensors") for k, v in FILES.items()}
+    found = []
+    for only in (("DDPM, ancestral", "consistency student"), ("consistency student",)):
+        cfg = few_steps.Config(only=only, out=str(tmp_path), **where, **TINY)
+        found.append(few_steps.table(cfg, torch.device("cpu"))[1]["consistency student"])
+    assert found[0].keys() == {1, 4}
+    assert all(torch.equal(found[0][n], found[1][n]) for n in (1, 4))
 
 
 def test_heun_stays_within_its_calls():
@@ -185,7 +204,7 @@ def test_meter_tells_network_and_sampler_apart():
 @pytest.mark.long
 def test_command(weights, tmp_path):
     tiny = "--samples 10 --rounds 2 --calls 1 2 --reference 3".split()
-    where = ["--weights", str(weights / "ddpm.safetensors"), "--students", str(weights)]
+    where = ["--weights", str(weights / "ddpm.safetensors"), "--student", "no", "--reflow", "no"]
     done = command(*where, *tiny, "--out", str(tmp_path), script="few_steps")
     assert done.returncode == 0, done.stderr
     for name in ("samples.png", "frechet.png", "order.png"):
@@ -193,6 +212,7 @@ def test_command(weights, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["Heun, 2 calls"]["calls"] == 1 and metrics["DDIM, 2 calls"]["calls"] == 2
     assert 0 < metrics["outside_the_network"] < 1
+    assert not any(name.startswith(("reflow", "consistency")) for name in metrics)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +228,7 @@ def test_command(weights, tmp_path):
         (["--rounds", "1"], "--rounds"),
         (["--grids", "linear"], "grids"),
         (["--weights", "nowhere"], "no checkpoint"),
+        (["--pretrained", "--only", "ddim"], "--only"),
     ],
 )
 def test_bad_input(args, word, tmp_path, monkeypatch, capsys):
