@@ -33,7 +33,7 @@ class Config:
     grids: tuple[Grid, ...] = ("time", "karras")  # noise levels of DPM-Solver++, a row each
     heun_grid: Grid = "log-snr"  # noise levels of Heun's method
     only: tuple[str, ...] = ()  # labels of the rows to sample, such as DDIM; all without it
-    samples: int = 512  # digits of a round, for each sampler and number of calls
+    samples: int = 256  # digits of a round, for each sampler and number of calls
     rounds: int = 3  # other noises; the intervals are over rounds
     weights: str = "outputs/ddpm/model.safetensors"  # what models/ddpm.py wrote
     pretrained: bool = False  # use the shipped weights instead
