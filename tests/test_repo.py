@@ -27,6 +27,7 @@ MEASURE |= {
     "data",
     "decode_study",
     "demo",
+    "distill",
     "draft_study",
     "easy_vqa_curriculum",
     "easy_vqa_data",

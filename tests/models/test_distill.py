@@ -90,9 +90,11 @@ def test_teacher_step(parity):
     parity(TOPIC, "distill.teacher_step", counterpart, mine, other, atol=1e-4)
 
 
-def test_pseudo_huber(parity):
-    a = torch.randn(5, 1, 28, 28).requires_grad_()
+@pytest.mark.parametrize("apart", [1e-4, 1.0])
+def test_pseudo_huber(parity, apart):
+    """Of images that are far apart, and so near that it is a square: there c counts."""
     b = torch.randn(5, 1, 28, 28)
+    a = (b + apart * torch.randn_like(b)).requires_grad_()
     c = 0.00054 * 28
     mine = distill.pseudo_huber(a, b)
     # torch's smooth function of one number, of the norm: sqrt(d^2 + c^2) - c
