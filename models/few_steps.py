@@ -2,7 +2,8 @@
 
 Nearly all of the time of a sampler is spent in its network, so calls of the network are compared: 1, 2, 4, 8. All
 samplers begin at the same noises; DDPM (ancestral sampling, eta = 1 of DDIM), DDIM, DPM-Solver++ and Heun use the same
-weights, too. The solvers are in `dpm_solver.py`, the student is made by `distill.py`.
+weights, too; flow and reflow are told which digit to draw. The solvers are in `dpm_solver.py`, the student is made by
+`distill.py`.
 
 Shapes: B images, C channels, H x W pixels. Equations and papers: `dpm_solver.py`, `ddim.py`, `flow.py`, `distill.py`.
 
@@ -20,6 +21,7 @@ import torch
 
 from models import ddim, ddpm, distill, dpm_solver, flow, gaussian_ode, quality
 from models.ddim import last
+from models.dit import classifier_free_guidance
 from models.dpm_solver import Grid
 from utils import figures, run
 
@@ -90,11 +92,14 @@ def samplers(cfg, meter, device):
         n = heun_steps(calls)
         return dpm_solver.sample(network, schedule, noise, n, predict, "heun", cfg.heun_grid)
 
-    def euler(path):
-        velocity = meter.watch(flow.load(path, device)[0])
+    def euler(path, guidance_scale):
+        velocity = flow.load(path, device)[0]
 
         def draw(noise, calls):
-            return flow.sample(velocity, noise, calls)
+            # the ten digits in turn; both halves of guidance are one call
+            y = torch.arange(len(noise), device=noise.device) % 10
+            guided = classifier_free_guidance(velocity, y, guidance_scale)
+            return flow.sample(meter.watch(guided), noise, calls)
 
         return draw
 
@@ -110,9 +115,9 @@ def samplers(cfg, meter, device):
     found = {"DDPM, ancestral": ancestral, "DDIM": deterministic}
     found |= {f"DPM-Solver++(2M), {grid}": dpm(grid) for grid in cfg.grids}
     found["Heun"] = heun
-    found["flow, Euler"] = euler(flow.WEIGHTS)
+    found["flow, Euler"] = euler(flow.WEIGHTS, flow.Config.guidance_scale)
     if Path(cfg.reflow).is_file():
-        found["reflow, Euler"] = euler(cfg.reflow)
+        found["reflow, Euler"] = euler(cfg.reflow, 1.0)
     if Path(cfg.student).is_file():
         found["consistency student"] = student(cfg.student)
     names = ", ".join(f"'{label}'" for label in found)

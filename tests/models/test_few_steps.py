@@ -23,7 +23,8 @@ def weights(tmp_path_factory):
     cfg = ddpm.Config(channels=(8,), layers=1, predict="x0", schedule="linear")
     torch.manual_seed(3)
     for name in ("ddpm", "student", "flow", "reflow"):
-        state = ddpm.build(cfg.channels, cfg.layers).state_dict()
+        build = flow.build if "flow" in name else ddpm.build
+        state = build(cfg.channels, cfg.layers).state_dict()
         checkpoint.write(folder / f"{name}.safetensors", state, asdict(cfg))
     return folder
 
@@ -63,12 +64,13 @@ def spied(weights, monkeypatch, tmp_path):
         yield xt
         yield torch.full_like(xt, n / 10)
 
-    def forward(self, xt, t):
-        notes.append({"network": next(k for k, v in states.items() if same(v, self.state_dict()))})
+    def forward(self, xt, t, y=None):
+        name = next(k for k, v in states.items() if same(v, self.state_dict()))
+        notes.append({"network": name, "classes": None if y is None else y.tolist()})
         return xt
 
     def same(a, b):
-        return all(torch.equal(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
     def score(images):
         value = float(images.mean())
@@ -89,6 +91,10 @@ def spied(weights, monkeypatch, tmp_path):
         monkeypatch.setattr(figures, name, figure)
     where = {k: str(weights / f"{v}.safetensors") for k, v in FILES.items()}
     metrics = few_steps.main(few_steps.Config(out=str(tmp_path), **where, **TINY))
+    asked = {note["network"]: note["classes"] for note in notes[::2]}
+    # only flows are told the digit; reflow has its guidance in the weights
+    ten = list(range(10))
+    assert asked == {"ddpm": None, "student": None, "flow": ten + [10] * 10, "reflow": ten}
     pairs = [(a["network"], b) for a, b in zip(notes[::2], notes[1::2], strict=True)]
     return metrics, pairs, drawn
 
