@@ -78,7 +78,9 @@ def build(config: VLMConfig, seed: int = 0) -> tuple[Any, Any]:
         vision.to(language.dtype)  # not all of the model: rotary frequencies stay in fp32
     model = assemble(config, vision, new.to(language.dtype), language, image_token_id)
     shown = image_processor(vision, model.grids)
-    processor = VLMProcessor(shown, tokenizer, image_tokens=model.image_tokens)
+    fixed = connector.joins_tiles(model.connector)
+    about = {"image_tokens": model.image_tokens, "fixed_tokens": fixed}
+    processor = VLMProcessor(shown, tokenizer, **about)
     return model, processor
 
 

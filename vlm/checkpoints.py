@@ -16,6 +16,7 @@ from finetune import llama2_full, llama2_lora
 from training import manifest
 from utils import checkpoint
 from utils.run import UserError, check, same_flags
+from vlm.flags import RESAMPLERS
 from vlm.train_config import changed, engine_name
 
 
@@ -74,7 +75,7 @@ def about(cfg, tokenizer=None):
         "select": model.select,
     }
     # only where they say something
-    if model.connector == "perceiver":
+    if model.connector in RESAMPLERS:
         named["perceiver"] = asdict(model.perceiver)
     if model.sparsity_plugins:
         named["sparsity_plugins"] = list(model.sparsity_plugins)

@@ -12,6 +12,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from vlm import anyres
 from vlm.flags import (
+    RESAMPLERS,
     DataConfig,
     DeepSpeedConfig,
     FSDPConfig,
@@ -87,7 +88,7 @@ def model_flags(*names: Any, **more: Any) -> VLMConfig:
 def configuration(flags: ModelFlags) -> VLMConfig:
     """Flags of a model -> its configuration."""
     given = {field.name: getattr(flags, field.name) for field in fields(flags)}
-    given["perceiver"] = asdict(flags.perceiver) if flags.connector == "perceiver" else None
+    given["perceiver"] = asdict(flags.perceiver) if flags.connector in RESAMPLERS else None
     given["sparsity_plugins"] = list(flags.sparsity_plugins) or None
     given["image_grid_pinpoints"] = [list(size) for size in flags.image_grid_pinpoints] or None
     return VLMConfig(**given)

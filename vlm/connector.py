@@ -3,7 +3,8 @@
 Linear projection (LLaVA, Liu et al. 2023, arXiv:2304.08485), or an MLP (1.5, arXiv:2310.03744): as
 many tokens out as in. Fewer, because every token costs: neighbours concatenated into one (pixel
 unshuffle; MiniGPT-v2, Chen et al. 2023, arXiv:2310.09478; by squares as in Qwen2-VL,
-arXiv:2409.12191), average pooling, bilinear samples, or the perceiver resampler (perceiver.py).
+arXiv:2409.12191), average pooling, bilinear samples, or the perceiver resampler (perceiver.py), of
+a picture or of all its tiles at once (tile_resampler.py).
 Before any of them, plug-ins may keep fewer vision features (token_sparsity.py); behind it, fewer
 image tokens by the prompt (prompt_sparsity.py).
 
@@ -24,6 +25,7 @@ from torch import nn
 from utils.run import UserError, check
 from vlm import prompt_sparsity
 from vlm.perceiver import PerceiverResampler
+from vlm.tile_resampler import TileResampler
 from vlm.token_sparsity import PLUGINS, TokenSparsity, grid
 
 
@@ -119,6 +121,7 @@ def build(name, dim_in, dim_out, sparsity_plugins=(), **options):
     sparsity_plugins, (coarse, keep) = prompt_sparsity.split(sparsity_plugins)
     if keep:
         connector = build(name, dim_in, dim_out, sparsity_plugins, **options)
+        check(not joins_tiles(connector), f"{name} has few tokens already: leave out prompt{keep}")
         needs = coarse and not has_places(connector)
         check(not needs, f"coarse{coarse} needs a grid of tokens, and {name} leaves none")
         by_prompt = prompt_sparsity.PromptSparsity(keep, dim_out, coarse)
@@ -128,6 +131,8 @@ def build(name, dim_in, dim_out, sparsity_plugins=(), **options):
     if not sparsity_plugins:
         return connector
     # neighbours need places: a plug-in that keeps a subset has none left
+    tiled = joins_tiles(connector)
+    check(not tiled, f"{name} reads all features of all tiles: leave out --sparsity_plugins")
     sparsity = TokenSparsity(sparsity_plugins)
     needs_grid = isinstance(connector, (Concat, Pool))
     last = sparsity_plugins[-1]
@@ -141,7 +146,7 @@ def build(name, dim_in, dim_out, sparsity_plugins=(), **options):
 def by_name(name, dim_in, dim_out, **options):
     """A connector by its name, without plug-ins."""
     # a word, or a word with its number
-    known = r"(linear|identity|perceiver)|(mlp)([1-9]\d*)x_gelu|(concat|pool|bilinear)([1-9]\d*)"
+    known = r"(linear|identity|perceiver|tile_perceiver)|(mlp)([1-9]\d*)x_gelu|(concat|pool|bilinear)([1-9]\d*)"
     found = re.fullmatch(known, name)
     # its kind and its number: pool3 -> pool, 3
     kind, number = [g for g in (*found.groups(), "") if g is not None][:2] if found else ("", "")
@@ -169,7 +174,10 @@ def by_name(name, dim_in, dim_out, **options):
     # Flamingo: as many tokens as there are latents
     if kind == "perceiver":
         return PerceiverResampler(dim_in, dim_out, **options)
-    names = "linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver"
+    # over all tiles of a picture
+    if kind == "tile_perceiver":
+        return TileResampler(dim_in, dim_out, **options)
+    names = "linear, mlp2x_gelu, mlpNx_gelu, identity, concatR, poolS, bilinearS, perceiver, tile_perceiver"
     raise UserError(
         f"there is no connector '{name}'; known are {names}, with numbers for N, R and S"
     )
@@ -178,6 +186,11 @@ def by_name(name, dim_in, dim_out, **options):
 def tokens(connector: Any, n):
     """How many tokens come out of n."""
     return connector.count(n) if hasattr(connector, "count") else n
+
+
+def joins_tiles(connector: Any):
+    """Whether it reads all tiles of a picture at once, and so gives as many tokens of any picture."""
+    return isinstance(connector, TileResampler)
 
 
 def has_places(connector: Any):

@@ -27,9 +27,13 @@ RESAMPLER_NAMES = {
 }
 
 
+# Connectors that PerceiverConfig is for: of a picture, of all its tiles
+RESAMPLERS = ("perceiver", "tile_perceiver")
+
+
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """Perceiver resampler, the connector "perceiver". Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.1."""
+    """Perceiver resampler (RESAMPLERS). Alayrac et al. 2022, arXiv:2204.14198, Sec. 2.1."""
 
     depth: int = 2  # layers
     n_latents: int = 16  # learned queries: so many image tokens come out
@@ -69,7 +73,7 @@ class ModelFlags:
     # language model: smollm2, or a folder or hub id
     text_name_or_path: Annotated[str, arg(aliases=["--language", "--text"])] = "smollm2"
     connector: str = "pool3"  # see vlm/connector.py
-    perceiver: PerceiverConfig = PerceiverConfig()  # if the connector is "perceiver"
+    perceiver: PerceiverConfig = PerceiverConfig()  # of perceiver and tile_perceiver
     # fewer tokens before the connector: topk_norm16, random16, pool4, bilinear4
     sparsity_plugins: tuple[str, ...] = ()
     # of the encoder's hidden states
@@ -85,7 +89,7 @@ class ModelFlags:
 
     def connector_options(self) -> dict[str, Any]:
         """What `vlm.connector.build` is given besides names and widths."""
-        perceiver = self.perceiver if self.connector == "perceiver" else None
+        perceiver = self.perceiver if self.connector in RESAMPLERS else None
         return connector_options(perceiver, self.sparsity_plugins)
 
 

@@ -96,9 +96,11 @@ def step(
         check(not everything, "an encoder that is trained has no cached features")
         vision_part = Part(0)
     # 2. The connector always learns
-    joined = flops_parts.connector(config, seen, vision.hidden_size, text.hidden_size)
-    forward = pictures * joined.forward
-    connector_part = Part(forward, pictures * joined.backward(True, everything))
+    read, times = flops_parts.connector_calls(config, seen, tiles)
+    calls = batch * images * times
+    joined = flops_parts.connector(config, read, vision.hidden_size, text.hidden_size)
+    forward = calls * joined.forward
+    connector_part = Part(forward, calls * joined.backward(True, everything))
     # 3. The language model: what comes in has a gradient, that of the connector
     length = images * picture_tokens + text_tokens
     language_part = language(

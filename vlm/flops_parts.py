@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.run import UserError, check
 from vlm import anyres
+from vlm.flags import RESAMPLERS
 
 # for types only: it imports transformers, and --help shall be quick
 if TYPE_CHECKING:
@@ -124,6 +125,11 @@ def perceiver(options: dict, tokens: int, dim_in: int, width: int) -> Products:
     return Products(entry, 0, entry) + layer * options["depth"] + Products(leave)
 
 
+def connector_calls(config: "VLMConfig", tokens: int, tiles: int) -> tuple[int, int]:
+    """-> (features that the connector reads at once, how often) of a picture of so many tiles of N features each."""
+    return (tokens * tiles, 1) if config.connector == "tile_perceiver" else (tokens, tiles)
+
+
 def connector(config: "VLMConfig", tokens: int, dim_in: int, width: int) -> Products:
     """Of one picture with `tokens` tokens (N,dim_in) -> (M,width). Raises UserError for an unknown name."""
     from vlm.prompt_sparsity import split
@@ -133,7 +139,7 @@ def connector(config: "VLMConfig", tokens: int, dim_in: int, width: int) -> Prod
     tokens = TokenSparsity(split(config.sparsity_plugins or ())[0]).count(tokens)
     if name == "identity":
         return Products(0)
-    if name == "perceiver":
+    if name in RESAMPLERS:
         return perceiver(config.connector_options(), tokens, dim_in, width)
     if name == "linear":
         entry = product(tokens, dim_in, width)
@@ -165,7 +171,7 @@ def connector_tokens(config: "VLMConfig", tokens: int) -> int:
 
     name = config.connector
     tokens = TokenSparsity(split(config.sparsity_plugins or ())[0]).count(tokens)
-    if name == "perceiver":
+    if name in RESAMPLERS:
         return config.connector_options()["latents"]
     if name.startswith(("pool", "bilinear")):
         return int(name.removeprefix("pool").removeprefix("bilinear")) ** 2
@@ -189,6 +195,8 @@ def tiles_and_tokens(config: "VLMConfig", tokens: int, size: tuple[int, int]) ->
         return 1, count
     g = round(count**0.5)
     tiles = anyres.count_tiles(size, vision.image_size, grids)
+    if config.connector == "tile_perceiver":
+        return tiles, count
     return tiles, anyres.count_tokens(size, vision.image_size, g, grids)
 
 

@@ -92,7 +92,7 @@ class Llava(nn.Module):
 
     def count_of(self, size):
         """The same for a photo of `size` (H,W), with tiles, if the model has grids for them."""
-        if not self.grids:
+        if not self.grids or connector.joins_tiles(self.connector):
             return self.count
         g = round(self.count**0.5)
         return anyres.count_tokens(size, self.vision.size, g, self.grids)
@@ -105,14 +105,7 @@ class Llava(nn.Module):
         again.
         """
         llava_parts.check_map(self.vision, self.connector)
-        features = self.image_features(pixels)
-        return anyres.pack(features, size, self.vision.size, candidates, self.newline)[None]
-
-    def pack_tiles(self, tokens, sizes):
-        """1.6: tokens (P,M,E) of photos of `sizes` (H,W), of each the whole and its tiles, one photo
-        after the other -> one sequence (1,N',E) of all photos."""
-        side = self.vision.size
-        return anyres.pack_all(tokens, sizes, side, self.grids, self.newline)[None]
+        return llava_parts.tile_tokens(self, self.vision(pixels), [size], candidates)
 
     def embed(self, input_ids, features=None, prompt_of=None):
         """Token embeddings of text and photos as one sequence: (B,T,E); prompt_of as in prompt_sparsity.choose."""

@@ -17,7 +17,8 @@ from utils import checkpoint, pretrained, run
 from utils.run import UserError, check
 from utils.text import printable, read_text
 from vlm import book_encoders, peft_files, tower
-from vlm.flags import PerceiverConfig
+from vlm.connector import joins_tiles
+from vlm.flags import RESAMPLERS, PerceiverConfig
 from vlm.llava_parts import Parts, build, first_line, language_model, merge_lora
 from vlm.llava_transformers import (
     from_pretrained,
@@ -56,7 +57,7 @@ def as_vlm(model, tokenizer):
     name, options = model.connector.built_as
     config = VLMConfig(
         connector=name,
-        perceiver=PerceiverConfig.of(options) if name == "perceiver" else None,
+        perceiver=PerceiverConfig.of(options) if name in RESAMPLERS else None,
         sparsity_plugins=list(options.get("sparsity_plugins", ())) or None,
         image_grid_pinpoints=[list(size) for size in model.grids] or None,
         vision_layer=vision_tower.layer,
@@ -69,7 +70,8 @@ def as_vlm(model, tokenizer):
         vision_tower = copy.deepcopy(vision_tower).to(dtype)
     whole = assemble(config, vision_tower, join, model.language, model.image_id, model.newline)
     shown = image_processor(vision_tower, model.grids)
-    return whole, VLMProcessor(shown, tokenizer, image_tokens=model.count)
+    fixed = joins_tiles(join)
+    return whole, VLMProcessor(shown, tokenizer, image_tokens=model.count, fixed_tokens=fixed)
 
 
 def load(name, on="cpu"):

@@ -58,23 +58,42 @@ def build(
     grids = anyres.grids(vision_tower.size, *tiles)
     if grids:
         check_map(vision_tower, made)
-        newline = nn.Parameter((torch.randn(width) / width**0.5).to(on))
-        parts = parts._replace(newline=newline, grids=tuple(grids))
+        parts = parts._replace(grids=tuple(grids))
+        # a resampler has no rows to end
+        if not connector.joins_tiles(made):
+            newline = nn.Parameter((torch.randn(width) / width**0.5).to(on))
+            parts = parts._replace(newline=newline)
     return parts
 
 
 def check_map(vision_tower, join):
     """Raises UserError for a connector whose tokens have no place, or a tower that keeps others than
-    patches: tiles of such tokens cannot be put together again."""
+    patches: tiles of such tokens cannot be put together again. A resampler of all tiles need not."""
+    tiled = connector.joins_tiles(join)
     check(
-        connector.has_places(join),
-        "tiles are put together by place, and a perceiver's latents have none: leave out --tiles",
+        tiled or connector.has_places(join),
+        "tiles are put together by place, and a perceiver's latents have none: "
+        "leave out --tiles, or take --connector tile_perceiver",
     )
-    count = connector.tokens(join, vision_tower.count)
+    count = vision_tower.count if tiled else connector.tokens(join, vision_tower.count)
     square = round(count**0.5) ** 2 == count
     check(
         square, f"tiles are put together by place, and {count} tokens are no square: --select patch"
     )
+
+
+def tile_tokens(model, features, sizes, candidates):
+    """Vision features (P,N,D) of pictures of `sizes` (H,W), of each the whole and its tiles, one
+    picture after the other -> their image tokens as one sequence (1,N',E): resampled, or through the
+    connector and put together by place."""
+    weight = next(model.connector.parameters(), features)
+    features = features.to(weight.dtype)
+    side = model.vision.size
+    if connector.joins_tiles(model.connector):
+        tokens = model.connector(features, (sizes, side, candidates))  # (B,K,E)
+        return tokens.flatten(0, 1)[None]
+    tokens = model.connector(features)
+    return anyres.pack_all(tokens, sizes, side, candidates, model.newline)[None]
 
 
 def language_model(name, on="cpu"):

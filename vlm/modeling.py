@@ -67,7 +67,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         self.newline: Any = None
         if self.grids:
             llava_parts.check_map(self.vision, self.connector)
-            self.newline = nn.Parameter(torch.randn(width) / width**0.5)
+            if not connector.joins_tiles(self.connector):
+                self.newline = nn.Parameter(torch.randn(width) / width**0.5)
         if config.vision_config is None:
             # EfficientNet's batch statistics suffer in bf16, and it is small
             self._keep_in_fp32_modules_strict = ["vision"]
@@ -111,8 +112,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         shown = []
         for picture, size in zip(pixel_values, sizes):
             shown.append(picture[: anyres.count_tiles(size, side, self.grids)])
-        tokens = self.project(torch.cat(shown))
-        return anyres.pack_all(tokens, sizes, side, self.grids, self.newline)[None]
+        features = self.vision(torch.cat(shown))
+        return llava_parts.tile_tokens(self, features, sizes, self.grids)
 
     def project(self, pixel_values):
         """Pictures or tiles (P,3,S,S) -> their tokens (P,M,E)."""
@@ -213,7 +214,7 @@ def assemble(config, vision, join, language, image_token_id, newline=None):
     model.vision = vision
     model.language = language
     model.connector = join
-    if model.grids:
+    if model.newline is not None:
         width = language.config.hidden_size
         new = torch.randn(width) / width**0.5 if newline is None else newline.detach()
         model.newline = nn.Parameter(new.to(language.dtype))

@@ -71,11 +71,11 @@ class PerceiverLayer(nn.Module):
         )
         self.mlp = SwiGLU(width, mlp_ratio) if use_rmsnorm_swiglu else relu_mlp
 
-    def attention_weights(self, latents, context):
+    def attention_weights(self, latents, context, mask=None):
         """Cross-attention weights (B,heads,M,N), with N + M keys if concat_latents_kv, and values
         (B,heads,N,head_dim).
 
-        The weights of a latent add up to one.
+        The weights of a latent add up to one. mask: bool (B,N), the image tokens to look at.
         """
         latents = self.norm_latents(latents)  # (B,M,H)
         context = self.norm_context(context)  # (B,N,H)
@@ -90,11 +90,16 @@ class PerceiverLayer(nn.Module):
         k = k.repeat_interleave(group, dim=1)  # (B,heads,N,head_dim)
         v = v.repeat_interleave(group, dim=1)  # (B,heads,N,head_dim)
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B,heads,M,N)
+        if mask is not None:
+            # latents among the keys are always seen
+            mask = F.pad(mask, (0, scores.shape[-1] - mask.shape[1]), value=True)
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
         return scores.softmax(-1), v
 
-    def forward(self, latents, context):
+    def forward(self, latents, context, mask=None):
         # cross-attention: latents are the queries, image tokens the keys and values
-        weights, v = self.attention_weights(latents, context)  # (B,heads,M,N), (B,heads,N,head_dim)
+        # (B,heads,M,N), (B,heads,N,head_dim)
+        weights, v = self.attention_weights(latents, context, mask)
         # while training, some of the weights are dropped and the others grow as much
         weights = F.dropout(weights, self.attention_dropout, self.training)
         attended = rearrange(weights @ v, "b h m d -> b m (h d)")
@@ -154,11 +159,14 @@ class PerceiverResampler(nn.Module):
         return len(self.latents)
 
     def forward(self, x):
+        return self.resample(self.input_proj(x))  # (B,N,D) -> (B,N,H) -> (B,M,E)
+
+    def resample(self, context, mask=None):
+        """Keys (B,N,H) -> (B,M,E). mask: bool (B,N), those to look at; None: all."""
         # the same latents for every picture
-        context = self.input_proj(x)  # (B,N,D) -> (B,N,H)
-        latents = self.latents.expand(len(x), -1, -1)  # (M,H) -> (B,M,H)
+        latents = self.latents.expand(len(context), -1, -1)  # (M,H) -> (B,M,H)
         for layer in self.layers:
-            latents = layer(latents, context)  # (B,M,H)
+            latents = layer(latents, context, mask)  # (B,M,H)
         return self.output_proj(self.norm(latents))  # (B,M,H) -> (B,M,E)
 
     @torch.no_grad()

@@ -21,12 +21,18 @@ from vlm.prompts import IMAGE
 
 class VLMProcessor(ProcessorMixin):
     """Image processor and tokenizer of one model; `image_tokens` is M, the tokens <image> of a picture,
-    or of one of its tiles."""
+    or of one of its tiles; with `fixed_tokens` of a picture, however many tiles it has."""
 
     def __init__(
-        self, image_processor=None, tokenizer: Any = None, chat_template=None, image_tokens=1
+        self,
+        image_processor=None,
+        tokenizer: Any = None,
+        chat_template=None,
+        image_tokens=1,
+        fixed_tokens=False,
     ):
         self.image_tokens = image_tokens
+        self.fixed_tokens = fixed_tokens
         self.image_token = IMAGE
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         template = chat_template or tokenizer.chat_template
@@ -63,7 +69,7 @@ class VLMProcessor(ProcessorMixin):
     def count_of(self, size):
         """Tokens <image> of a picture of `size` (H,W)."""
         grids = getattr(self.image_processor, "image_grid_pinpoints", None)
-        if not grids:
+        if not grids or self.fixed_tokens:
             return self.image_tokens
         side = self.image_processor.crop_size["height"]
         g = round(self.image_tokens**0.5)

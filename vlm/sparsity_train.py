@@ -12,6 +12,7 @@ tokens. Each run is vlm/train.py on the same rows, pictures, seed and number of 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,14 +72,12 @@ def write_mosaics(folder, fruit, among, count, random):
     return drawn.groups, drawn.kinds
 
 
-def train_run(cfg, folder, name):
-    """One run of vlm/train.py -> its metrics."""
+def train_run(cfg, folder, name, **parts) -> dict[str, Any]:
+    """One run of vlm/train.py, `parts`: flags of its model -> its metrics, and "out", its folder."""
     flags = changed(
         TrainConfig(),
+        **parts,
         data_path=(str(folder / "learn/chat.json"),),
-        img_size=SIDE,
-        connector="mlp2x_gelu",
-        sparsity_plugins=RUNS[name],
         views=1,
         text_share=0.0,
         steps=cfg.steps,
@@ -87,12 +86,12 @@ def train_run(cfg, folder, name):
         seed=cfg.seed,
         out=str(folder / name.replace(" ", "-").replace(",", "")),
     )
-    return train.main(flags)
+    return train.main(flags) | {"out": flags.out}
 
 
 @torch.no_grad()
 def judge(path, folder, fruit, groups, kinds):
-    """-> accuracy among the kinds of the group, image tokens, CPU seconds of an answer (the median)."""
+    """-> accuracy among the kinds of the group, image tokens of a picture, CPU seconds of an answer (the median)."""
     tokenizer, model = llava.load(path)
     right = 0
     seconds = []
@@ -107,7 +106,7 @@ def judge(path, folder, fruit, groups, kinds):
             log_p = prompted_answers.rank_answers(tokenizer, model, embeds, names, question(group))
         seconds.append(time.process_time() - start)
         right += choices[int(log_p[0].argmax())] == kind
-    return right / len(kinds), model.count, float(np.median(seconds))
+    return right / len(kinds), model.count_of((SIDE, SIDE)), float(np.median(seconds))
 
 
 def draw(path, rows, chance, losses):
@@ -122,7 +121,9 @@ def draw(path, rows, chance, losses):
         smooth = np.convolve(losses[name], np.ones(window) / window, "valid")
         right.plot(np.arange(len(smooth)) + window, smooth, label=name)
     left.axhline(chance, color="grey", linestyle="--", linewidth=1, label="chance")
-    left.set(xlabel="image tokens of a picture", ylabel="accuracy", xlim=(0, 60), ylim=(0, 0.8))
+    most = max(row["tokens"] for row in rows.values())
+    about = {"xlim": (0, 1.2 * most), "ylim": (0, 0.8)}
+    left.set(xlabel="image tokens of a picture", ylabel="accuracy", **about)
     left.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     right.set(xlabel="step", ylabel="-log p(token of an answer)", yscale="log")
     return figures.close(figure, path)
@@ -145,8 +146,9 @@ def main(cfg: Config) -> dict:
     rows = {}
     losses = {}
     for name in cfg.only or RUNS:
-        found = train_run(cfg, folder, name)
-        weights = Path(folder / name.replace(" ", "-").replace(",", "")) / "model.safetensors"
+        parts = {"connector": "mlp2x_gelu", "sparsity_plugins": RUNS[name]}
+        found = train_run(cfg, folder, name, img_size=SIDE, **parts)
+        weights = Path(found["out"]) / "model.safetensors"
         accuracy, tokens, seconds = judge(weights, shown, fruit, groups, kinds)
         losses[name] = found["losses"]
         rows[name] = {

@@ -13,8 +13,9 @@ from torch import nn
 
 from training.memory_model import Linear4bit, LoRALinear
 from utils.run import check
-from vlm import anyres
+from vlm import anyres, llava_parts
 from vlm.config import VLMConfig
+from vlm.connector import joins_tiles
 from vlm.flops import TRAIN_TYPES
 from vlm.flops_parts import TARGETS
 from vlm.modeling import VLM
@@ -68,11 +69,10 @@ class StepVLM(VLM):
 
     def get_image_features(self, pixel_values, image_sizes=None):
         """Tiles of all pictures one after the other, whose sizes are known -> one sequence (1,N,E)."""
-        tokens = self.project(pixel_values)
         if not self.grids:
-            return tokens
-        side = self.vision.size
-        return anyres.pack_all(tokens, self.sizes, side, self.grids, self.newline)[None]
+            return self.project(pixel_values)
+        features = self.vision(pixel_values) if pixel_values.dim() == 4 else pixel_values
+        return llava_parts.tile_tokens(self, features, self.sizes, self.grids)
 
     def embed(self, input_ids, image_features=None, prompt_of=None):
         # Scattered without counting: a fake tensor has no numbers to look at
@@ -177,7 +177,8 @@ def inputs(model: Any, step: Step) -> dict[str, torch.Tensor]:
         side = model.vision.size
         g = round(picture_tokens**0.5)
         tiles = anyres.count_tiles(step.picture, side, model.grids)
-        picture_tokens = anyres.count_tokens(step.picture, side, g, model.grids)
+        if not joins_tiles(model.connector):
+            picture_tokens = anyres.count_tokens(step.picture, side, g, model.grids)
     # Text behind the places of all pictures of a conversation
     seen = step.images * picture_tokens
     ids = torch.ones(step.batch, seen + step.text_tokens, dtype=torch.long)

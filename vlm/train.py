@@ -43,6 +43,7 @@ from vlm import (
     engines,
     llava,
     llava_io,
+    llava_parts,
     metric_loggers,
     packing,
     peft_files,
@@ -83,9 +84,8 @@ class Learner(nn.Module):
         """
         model = self.model
         # image tokens: through the connector, and through the tower, if it learns
-        image_tokens = self.image_tokens(self.stand_in(batch) if features is None else features)
-        if "sizes" in batch:
-            image_tokens = model.pack_tiles(image_tokens, batch["sizes"].tolist())
+        shown = self.stand_in(batch) if features is None else features
+        image_tokens = self.image_tokens(shown, batch.get("sizes"))
         # among the words; without a picture nothing is added to them but a zero, so that on every rank
         # the backward pass goes through the same layers, and what sees has gradients of zero
         if features is None:
@@ -112,10 +112,15 @@ class Learner(nn.Module):
         logits = model.language.get_output_embeddings()(states[:, :-1][supervised])
         return F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
 
-    def image_tokens(self, features):
-        """Vision features or pixels -> image tokens (photos,M,E)."""
+    def image_tokens(self, features, sizes=None):
+        """Vision features or pixels -> image tokens (photos,M,E); of photos with tiles and their sizes
+        (photos,2) one sequence (1,N',E)."""
+        model = self.model
         is_pixels = features.dim() == 4 and features.shape[1] == 3
-        return self.model.image_features(features) if is_pixels else self.model.project(features)
+        seen = model.vision(features) if is_pixels else features
+        if sizes is None:
+            return model.project(seen)
+        return llava_parts.tile_tokens(model, seen, sizes.tolist(), model.grids)
 
     def stand_in(self, batch):
         """A black picture, for a batch without one, so that every rank calls the same layers."""

@@ -14,7 +14,7 @@ from finetune import llama2_lora
 from training.flops import mfu, peak_flops
 from training.ranks import rank_and_world_size
 from utils.run import UserError
-from vlm import flops_parts
+from vlm import anyres, flops_parts
 from vlm.flops_parts import Products, product
 from vlm.train_data import count_supervised
 
@@ -80,30 +80,35 @@ def language_flops(model, rank, lengths, supervised):
     return layers.forward + adapters.forward + logits.forward + backward
 
 
-def vision_flops(model, cfg, pictures):
+def vision_flops(model, cfg, tiles):
     """Forward and backward pass of the connector, and of a tower that learns; features of a frozen one are cached.
 
-    Raises UserError for a tower without a formula: EfficientNet, if it learns.
+    tiles: how many pictures the tower sees of each picture, [1, ...] without tiles. Raises UserError for a tower
+    without a formula: EfficientNet, if it learns.
     """
     width = model.language.config.get_text_config().hidden_size
     tower = model.vision
     trained = learns(tower)
-    joined = flops_parts.connector(cfg.model, tower.count, tower.width, width)
-    total = joined.forward + joined.backward(learns(model.connector), trained)
+    total = 0
+    for count in tiles:
+        read, times = flops_parts.connector_calls(cfg.model, tower.count, count)
+        joined = flops_parts.connector(cfg.model, read, tower.width, width)
+        total += times * (joined.forward + joined.backward(learns(model.connector), trained))
     if trained:
         # EfficientNet has none, and no formula
         config = getattr(tower.network, "config", None)
         encoder, unused = flops_parts.vision_encoder(config, cfg.model.vision_layer)
-        total += encoder.forward + unused + encoder.backward(True, False)
-    return pictures * total
+        total += sum(tiles) * (encoder.forward + unused + encoder.backward(True, False))
+    return total
 
 
-def step_flops(model, cfg, lengths, supervised, pictures):
+def step_flops(model, cfg, lengths, supervised, tiles):
     """FLOPs of forward and backward pass of one part of a step. Raises UserError for a model without a formula.
 
-    model: Llava with its trainable parameters; cfg: flags of train.py, which name the connector.
+    tiles: as in vision_flops; model: Llava with its trainable parameters; cfg: flags of train.py, which name the
+    connector.
     """
-    seen = vision_flops(model, cfg, pictures) if pictures else 0
+    seen = vision_flops(model, cfg, tiles) if tiles else 0
     return seen + language_flops(model, cfg.lora.r, lengths, supervised)
 
 
@@ -120,13 +125,17 @@ class Throughput:
     def add(self, batch, features):
         """Count one part of a step."""
         lengths = sample_lengths(batch)
-        pictures = 0 if features is None else len(features)
+        # pictures for the tower and the connector: one of each, or its whole and its tiles
+        tiles = [1] * (0 if features is None else len(features))
+        if "sizes" in batch:
+            about = (self.model.vision.size, self.model.grids)
+            tiles = [anyres.count_tiles(size, *about) for size in batch["sizes"].tolist()]
         self.tokens += sum(lengths)
         if self.flops is None:
             return
         try:
             supervised = count_supervised(batch)
-            self.flops += step_flops(self.model, self.cfg, lengths, supervised, pictures)
+            self.flops += step_flops(self.model, self.cfg, lengths, supervised, tiles)
         except UserError:
             # no formula for this model: tokens only
             self.flops = None

@@ -45,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "CLIP, pool2, tiles of chosen sizes": {
         "connector": "pool2", "image_grid_pinpoints": [[28, 56], [84, 28]],
     },
+    "CLIP, tile_perceiver": {"connector": "tile_perceiver", "perceiver": PERCEIVER, "tiles": 4},
 }  # fmt: skip
 
 

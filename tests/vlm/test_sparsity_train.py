@@ -93,7 +93,7 @@ def test_the_likeliest_kind_of_the_group_is_the_answer(fruit, tmp_path, monkeypa
     for number in range(3):
         sparsity_train.Image.new("RGB", (448, 448)).save(tmp_path / f"{number:04}.png")
     language = torch.nn.Linear(1, 1)
-    model = SimpleNamespace(language=language, count=9)
+    model = SimpleNamespace(language=language, count_of=lambda size: 9 if size == (448, 448) else 0)
     asked = []
 
     def rank(tokenizer, model, embeds, names, prompt):

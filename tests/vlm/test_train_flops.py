@@ -43,7 +43,7 @@ def test_flops_are_those_that_torch_counts(made, parity, packing):
     cfg, model, source = made
     cfg = changed(cfg, packing=packing, steps=2)
     for ((batch, features),) in source.batches(cfg, 0):
-        pictures = len(features)
+        pictures = [1] * len(features)
         supervised = count_supervised(batch)
         ours = train_flops.step_flops(model, cfg, places(batch), supervised, pictures)
         theirs = counted(model, batch, features)
@@ -80,10 +80,10 @@ def test_a_part_without_pictures_has_no_vision(made):
     cfg, model, source = made
     text = [s for s in source.samples if not s["images"]]
     assert len(text) == 2
-    alone = train_flops.step_flops(model, cfg, [len(text[0]["ids"])], 3, 0)
+    alone = train_flops.step_flops(model, cfg, [len(text[0]["ids"])], 3, [])
     assert alone == train_flops.language_flops(model, 3, [len(text[0]["ids"])], 3)
-    pictures = train_flops.step_flops(model, cfg, [len(text[0]["ids"])], 3, 2) - alone
-    assert pictures == train_flops.vision_flops(model, cfg, 2) > 0
+    pictures = train_flops.step_flops(model, cfg, [len(text[0]["ids"])], 3, [1, 1]) - alone
+    assert pictures == train_flops.vision_flops(model, cfg, [1, 1]) > 0
 
 
 def test_a_run_reports_tokens_a_second_and_mfu(lesson, monkeypatch, capsys):  # noqa: F811

@@ -19,7 +19,7 @@ from transformers import (
 from tests import eyes
 from utils import checkpoint
 from utils.run import UserError
-from vlm import anyres, conversations, generation, llava, llava_io, prompts
+from vlm import anyres, conversations, generation, llava, llava_io, llava_parts, prompts
 from vlm import train as teach
 from vlm.train_config import Config, changed
 
@@ -183,7 +183,7 @@ def test_the_written_folder_is_one_of_transformers(trained, parity):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 37, 3), dtype=np.uint8))
     found = processor(images=image, text="<image> What is it?", return_tensors="pt")
     pixels = found["pixel_values"][0]
-    tokens = model.float().pack_tiles(model.image_features(pixels), [(50, 37)])
+    tokens = llava_parts.tile_tokens(model.float(), model.vision(pixels), [(50, 37)], GRIDS)
     mine = model(found["input_ids"], features=tokens).logits
     parity(
         "LLaVA-1.6, training", "a saved folder, logits", NAME, mine, theirs(**found).logits, 1e-4
