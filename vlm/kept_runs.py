@@ -19,5 +19,6 @@ def row(folder, flags, make, reuse):
         check(kept["flags"] == flags, line)
         return kept["row"]
     found = make()
+    folder.mkdir(parents=True, exist_ok=True)
     run.write_json(path, {"flags": flags, "row": found})
     return found

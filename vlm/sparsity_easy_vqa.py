@@ -1,12 +1,13 @@
 """Accuracy against visual tokens on easy-VQA: LLaVAs with 49 tokens of a picture, pooled to 9 or 1, 9 by the prompt.
 
-A picture shows one coloured shape (Victor Zhou 2019), so that a token of the mean may hold all that is asked for; in
-the mosaics of sparsity_train.py a question is about a quarter. Each model goes through the three stages of
-easy_vqa_curriculum.py with the same rows, pictures, seed and steps, and other `--sparsity_plugins`; it is judged by
-answer likelihood on test questions (easy_vqa_score.py), with Wilson's interval.
+A picture shows one coloured shape (Victor Zhou 2019), so that one token, the mean, may hold all that is asked for; in
+the mosaics of sparsity_train.py a question is about a quarter. Each run is vlm/train.py on the open questions (what
+colour, what shape: open.json of easy_vqa_curriculum.py), with the same rows, pictures, seed and number of steps, and
+other `--sparsity_plugins`. It is judged by answer likelihood among all 13 answers (easy_vqa_score.py), with Wilson's
+interval.
 
-    python vlm/sparsity_easy_vqa.py                     # 35 CPU min
-    python vlm/sparsity_easy_vqa.py --only "pooled to 1" --steps 20 20 20
+    python vlm/sparsity_easy_vqa.py                     # 9 CPU min
+    python vlm/sparsity_easy_vqa.py --only "pooled to 1" --steps 20
     python vlm/sparsity_easy_vqa.py --reuse             # those that are finished are read, not made again
 """
 
@@ -41,9 +42,8 @@ RUNS = {
     "prompt 9": ("prompt9",),
     "pooled to 1": ("pool1",),
 }
-# rows of each stage, conversations a step, rate of the connector: as in configs/easy_vqa_*.yaml
-STAGES = (("captions", 32, 0.003), ("plain", 16, 0.002), ("all", 16, 0.001))
-TEMPLATE = Path(__file__).parent / "configs/short.jinja"
+KINDS = ("colour", "shape")  # of questions
+TEMPLATE = Path(__file__).parent / "configs/short.jinja"  # begins with bos
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Config:
     """Train with each choice of tokens on easy-VQA, and compare accuracy and time."""
 
     images: int = 0  # the first so many training pictures; 0: all 4000
-    steps: tuple[int, int, int] = (80, 120, 200)  # of the stages captions, plain, all
-    count: int = 1000  # test questions, kinds in proportion; 0: all 9673
+    steps: int = 120  # of each run
+    batch: int = 16  # conversations a step
+    count: int = 400  # test questions, kinds in proportion; 0: all
     timed: int = 24  # of them, asked alone: the time of an answer is their median
     only: tuple[str, ...] = ()  # of the runs, those of these names
     reuse: bool = False  # read the runs that are finished in --out
@@ -60,44 +61,36 @@ class Config:
     out: str = "outputs/sparsity_easy_vqa"
 
 
-def folder_of(folder, name):
-    """Where a run of this name is kept."""
-    return folder / name.replace(" ", "-")
+def train_run(cfg, folder, name):
+    """One run of vlm/train.py -> its metrics, and "out", its folder."""
+    flags = changed(
+        TrainConfig(),
+        connector="mlp2x_gelu",
+        sparsity_plugins=RUNS[name],
+        data_path=(str(folder / "rows/open.json"),),
+        image_folder=str(folder / "rows/pictures"),
+        template=str(TEMPLATE),
+        views=1,
+        text_share=0.0,
+        packing=False,
+        steps=cfg.steps,
+        batch_size=cfg.batch,
+        warmup_steps=max(1, cfg.steps // 10),
+        seed=cfg.seed,
+        out=str(folder / name.replace(" ", "-")),
+    )
+    return train.main(flags) | {"out": flags.out}
 
 
-def train_stages(cfg, folder, name):
-    """The three stages of one run, each from the weights of the one before -> weights, CPU seconds."""
-    weights = ""
-    seconds = 0.0
-    for (stage, batch, rate), steps in zip(STAGES, cfg.steps, strict=True):
-        flags = changed(
-            TrainConfig(),
-            data_path=(str(folder / f"rows/{stage}.json"),),
-            image_folder=str(folder / "rows/pictures"),
-            template=str(TEMPLATE),
-            views=1,
-            text_share=0.0,
-            packing=False,
-            steps=steps,
-            batch_size=batch,
-            lr=rate,
-            warmup_steps=min(30, steps // 4),
-            seed=cfg.seed,
-            out=str(folder_of(folder, name) / stage),
-        )
-        # the parts are named once; then they are those of the weights
-        if weights:
-            flags = changed(flags, ckpt_path=weights)
-        else:
-            flags = changed(flags, connector="mlp2x_gelu", sparsity_plugins=RUNS[name])
-        seconds += train.main(flags)["train_cpu_seconds"]
-        weights = str(Path(flags.out) / "model.safetensors")
-    return weights, seconds
+def open_questions(cfg):
+    """Open questions of the test split, kinds in proportion."""
+    asked = [q for q in easy_vqa_data.questions("test") if q.kind in KINDS]
+    return easy_vqa_score.stratified(asked, cfg.count, cfg.seed)
 
 
 @torch.no_grad()
 def seconds_of_an_answer(tokenizer, model, listed, features):
-    """Questions asked one at a time, their answers ranked and one generated -> CPU seconds (the median)."""
+    """Questions asked one at a time, the answers ranked and one generated -> CPU seconds (the median)."""
     seconds = []
     for question, seen in zip(listed, features):
         turn = (f"{prompts.IMAGE}\n{question.text}", None)
@@ -112,7 +105,7 @@ def seconds_of_an_answer(tokenizer, model, listed, features):
 def judge(cfg, weights):
     """-> accuracy with its interval, by kind of question, image tokens, CPU seconds of an answer."""
     tokenizer, model = llava.load(weights)
-    listed = easy_vqa_score.stratified(easy_vqa_data.questions("test"), cfg.count, cfg.seed)
+    listed = open_questions(cfg)
     asked = sorted({question.image for question in listed})
     place = {image: i for i, image in enumerate(asked)}
     features = easy_vqa_baselines.picture_features(model.vision, "test", asked)
@@ -121,7 +114,7 @@ def judge(cfg, weights):
     predicted = [ANSWERS[i] for i in log_p.argmax(-1).tolist()]
     row: dict[str, Any] = easy_vqa_score.accuracies(predicted, listed)
     row["tokens"] = model.count
-    # questions of all kinds: evenly spaced ones
+    # questions of both kinds: evenly spaced ones
     spaced = np.linspace(0, len(listed) - 1, min(cfg.timed, len(listed))).astype(int).tolist()
     some = [listed[i] for i in spaced]
     row["CPU s an answer"] = seconds_of_an_answer(tokenizer, model, some, features[spaced])
@@ -129,61 +122,60 @@ def judge(cfg, weights):
 
 
 def one_run(cfg, folder, name):
-    """Train and judge, or read what was found before -> the row of the run."""
-    flags = {"images": cfg.images, "steps": list(cfg.steps), "count": cfg.count, "seed": cfg.seed}
-
-    def make():
-        weights, seconds = train_stages(cfg, folder, name)
-        return judge(cfg, weights) | {"CPU min of training": seconds / 60}
-
-    return kept_runs.row(folder_of(folder, name), flags, make, cfg.reuse)
+    """Train and judge one run -> its row."""
+    found = train_run(cfg, folder, name)
+    row = judge(cfg, Path(found["out"]) / "model.safetensors")
+    row["CPU min of training"] = found["train_cpu_seconds"] / 60
+    return row | {"loss": found["final_loss"], "losses": found["losses"]}
 
 
-def baselines(cfg):
-    """Accuracy of the two baselines that see no picture."""
-    learned = easy_vqa_data.questions("train")
-    listed = easy_vqa_score.stratified(easy_vqa_data.questions("test"), cfg.count, cfg.seed)
-    found = {
-        "majority class": easy_vqa_baselines.majority_class(learned, listed),
-        "question only": easy_vqa_baselines.question_only(learned, listed),
-    }
-    return {name: easy_vqa_score.accuracies(said, listed) for name, said in found.items()}
-
-
-def draw(path, rows, blind):
-    """Left: accuracy with its 95 % interval against tokens. Right: time of an answer, of training."""
+def draw(path, rows, blind, losses):
+    """Left: accuracy with its 95 % interval against tokens. Right: loss of the runs, means of 10 steps."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for name, row in rows.items():
-        about = {"marker": "o", "linestyle": "none", "label": name}
         around = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
-        left.errorbar(row["tokens"], row["accuracy"], around, capsize=3, **about)
-        right.plot(row["CPU min of training"], row["CPU s an answer"], **about)
-    for style, (name, row) in zip(("--", ":"), blind.items()):
-        left.axhline(row["accuracy"], color="grey", linestyle=style, linewidth=1, label=name)
-    left.set(xlabel="image tokens of a picture", ylabel="accuracy", xlim=(0, 60), ylim=(0.3, 1.02))
+        about = {"marker": "o", "capsize": 3, "linestyle": "none", "label": name}
+        left.errorbar(row["tokens"], row["accuracy"], around, **about)
+        window = min(10, len(losses[name]))
+        smooth = np.convolve(losses[name], np.ones(window) / window, "valid")
+        right.plot(np.arange(len(smooth)) + window, smooth, label=name)
+    left.axhline(blind, color="grey", linestyle="--", linewidth=1, label="question only")
+    left.set(xlabel="image tokens of a picture", ylabel="accuracy", xlim=(0, 60), ylim=(0, 1.05))
     left.legend(frameon=False, fontsize=8, ncols=2, loc="center right")
-    right.set(xlabel="training, CPU min", ylabel="an answer, CPU s", xlim=(0, None), ylim=(0, None))
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.set(xlabel="step", ylabel="-log p(token of an answer)", yscale="log")
     return figures.close(figure, path)
 
 
 def main(cfg: Config) -> dict:
     """Write the rows, train and judge each run; writes the figure."""
-    check(min(*cfg.steps, cfg.timed) > 0, "--steps and --timed: above 0")
+    numbers = (cfg.steps, cfg.batch, cfg.timed)
+    check(min(numbers) > 0, "--steps, --batch, --timed: above 0")
     check(min(cfg.count, cfg.images) >= 0, "--count and --images: 0 or more")
     unknown = [name for name in cfg.only if name not in RUNS]
     check(not unknown, f"--only {', '.join(unknown)}: the runs are {', '.join(RUNS)}")
     folder = run.output(cfg.out, cfg)
     made = easy_vqa_curriculum.Config(cfg.images, seed=cfg.seed, out=str(folder / "rows"))
     easy_vqa_curriculum.main(made)
+    flags = {"images": cfg.images, "count": cfg.count, "seed": cfg.seed}
+    flags |= {"steps": cfg.steps, "batch": cfg.batch}
     rows = {}
+    losses = {}
     for name in cfg.only or RUNS:
-        rows[name] = one_run(cfg, folder, name)
-    blind = baselines(cfg)
-    draw(folder / "runs.png", rows, blind)
-    return run.report(folder, rows | blind, "python vlm/sparsity_train.py")
+
+        def make(name=name):
+            return one_run(cfg, folder, name)
+
+        kept = folder / name.replace(" ", "-")
+        rows[name] = dict(kept_runs.row(kept, flags, make, cfg.reuse))
+        losses[name] = rows[name].pop("losses")
+    # what the words of a question alone give away
+    listed = open_questions(cfg)
+    said = easy_vqa_baselines.question_only(easy_vqa_data.questions("train"), listed)
+    blind = easy_vqa_score.accuracies(said, listed)
+    draw(folder / "runs.png", rows, blind["accuracy"], losses)
+    return run.report(folder, rows | {"question only": blind}, "python vlm/sparsity_train.py")
 
 
 if __name__ == "__main__":
