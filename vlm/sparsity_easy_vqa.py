@@ -51,9 +51,9 @@ class Config:
     """Train with each choice of tokens on easy-VQA, and compare accuracy and time."""
 
     images: int = 0  # the first so many training pictures; 0: all 4000
-    steps: int = 120  # of each run
+    steps: int = 60  # of each run
     batch: int = 16  # conversations a step
-    count: int = 400  # test questions, kinds in proportion; 0: all
+    count: int = 300  # test questions, kinds in proportion; 0: all
     timed: int = 24  # of them, asked alone: the time of an answer is their median
     only: tuple[str, ...] = ()  # of the runs, those of these names
     reuse: bool = False  # read the runs that are finished in --out
@@ -75,6 +75,7 @@ def train_run(cfg, folder, name):
         packing=False,
         steps=cfg.steps,
         batch_size=cfg.batch,
+        lr=0.003,  # of the connector
         warmup_steps=max(1, cfg.steps // 10),
         seed=cfg.seed,
         out=str(folder / name.replace(" ", "-")),
