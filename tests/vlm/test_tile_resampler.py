@@ -119,7 +119,7 @@ def test_tokens_of_a_picture_are_the_same_alone_and_in_a_batch(made):
 
 def test_what_is_seen_is_what_unpad_leaves():
     """Features that are numbered: those of the large map that are left, by number."""
-    for size in ((60, 60), (20, 60), (56, 20), (30, 90)):
+    for size in ((60, 60), (20, 60), (56, 20), (30, 90), (56, 40), (40, 56)):
         shape = rows, columns = anyres.grid_shape(size, 28, GRIDS)
         numbers = torch.arange(16.0 * rows * columns).view(-1, 16, 1)
         whole = torch.full((1, 16, 1), -1.0)
