@@ -144,7 +144,7 @@ def draw(path, rows, blind, losses):
         right.plot(np.arange(len(smooth)) + window, smooth, label=name)
     left.axhline(blind, color="grey", linestyle="--", linewidth=1, label="question only")
     left.set(xlabel="image tokens of a picture", ylabel="accuracy", xlim=(0, 60), ylim=(0, 1.05))
-    left.legend(frameon=False, fontsize=8, ncols=2, loc="center right")
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     right.set(xlabel="step", ylabel="-log p(token of an answer)", yscale="log")
     return figures.close(figure, path)
 
