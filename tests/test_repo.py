@@ -32,6 +32,7 @@ MEASURE |= {
     "easy_vqa_curriculum",
     "easy_vqa_data",
     "easy_vqa_score",
+    "edit_study",
     "encoders",
     "engine_study",
     "evaluate",
