@@ -1,4 +1,4 @@
-"""ControlNet equals diffusers'; before training it is the U-Net exactly; it trains as it should; edges of known pictures."""
+"""ControlNet equals diffusers'; untrained it is the U-Net exactly; what it trains on; edges of known pictures."""
 
 import copy
 
@@ -134,6 +134,14 @@ def test_both_halves_of_guidance_follow_the_same_edges():
     torch.testing.assert_close(twice, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_noisy_steps_are_drawn_more_often():
+    """t = (1 - u^3) T: its mean is 3/4 T, and t < T/2 where u^3 > 1/2."""
+    t = control.cubic_timesteps(ddpm.Schedule(), 20_000, "cpu")
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() == 999
+    assert float(t.float().mean()) == pytest.approx(750, abs=10)
+    assert float((t < 500).float().mean()) == pytest.approx(1 - 0.5 ** (1 / 3), abs=0.02)
+
+
 def test_training_pairs_each_picture_with_its_edges_and_words(monkeypatch):
     """Latents, edges and words all hold the number of their picture; half of the captions are dropped."""
     seen = []
@@ -160,6 +168,7 @@ def test_training_pairs_each_picture_with_its_edges_and_words(monkeypatch):
     schedule = ddpm.Schedule(kind="cosine")
     assert list(control.train(None, net, optimizer, schedule, *learn, cfg)) == [1.0] * 40
     dropped = 0
+    assert torch.cat([t for *_, t in seen]).float().mean() > 650
     for edge_number, z0, w, _ in seen:
         assert torch.equal(edge_number, z0) and len(z0.unique()) == 4
         assert ((w == z0) | (w == -1)).all()

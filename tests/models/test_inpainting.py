@@ -141,6 +141,19 @@ def test_walk_yields_every_move_from_the_noise_on():
     assert asked == [999, 799, 599, 799, 599, 399, 199, 399, 199]
 
 
+def test_the_known_part_has_the_noise_of_the_step_that_was_reached():
+    """Not that of the step before, and not none: a network trained on noise sees edges in a clean part."""
+    schedule = ddpm.Schedule(kind="cosine")
+    z0, noise = torch.full((1, 4, 64, 64), 2.0), torch.randn(1, 4, 64, 64)
+    nothing = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    chain = list(inpainting.inpaint(lambda x, t: x, schedule, z0, nothing, noise, 4, 9, 1, "eps"))
+    for xt, t in zip(chain[1:], (749, 499, 249), strict=False):
+        alpha_bar = schedule.alpha_bar[t]
+        assert float(xt.mean()) == pytest.approx(2 * float(alpha_bar.sqrt()), abs=0.05)
+        assert float(xt.std()) == pytest.approx(float((1 - alpha_bar).sqrt()), abs=0.02)
+    assert torch.equal(chain[-1], z0)
+
+
 class Twins:
     """The best denoiser of two pixels that are equal, each N(0, 1): their mean is what it goes by."""
 
