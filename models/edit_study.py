@@ -4,7 +4,7 @@ Image-to-image: emoji whose names the model knows, each under the name of anothe
 one that was given, and does it show the prompt, at each strength? Inpainting: the right half is redrawn under the
 emoji's own name or without words, of emoji from the training and of held-out ones.
 
-    python models/edit_study.py        # 5 CPU minutes
+    python models/edit_study.py        # 3.3 CPU minutes
 """
 
 from dataclasses import dataclass, replace
