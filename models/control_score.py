@@ -1,7 +1,8 @@
 """Edge agreement of a ControlNet: do pictures drawn under control have the edges asked for, and still show the prompt?
 
-Held-out emoji are drawn under their own names: without control, along their own edges, and along those of another
-emoji. The score is F1 between the edges of what was drawn and those asked for, with a tolerance of one pixel.
+Held-out emoji are drawn under their own names, without control, along their own edges, and along those of another;
+and without a prompt, without control and along their own edges. The score is F1 between the edges of what was drawn and
+those asked for, with a tolerance of one pixel.
 """
 
 import textwrap
@@ -24,14 +25,22 @@ def evaluate(painter, controlled, images, captions, pick, noise, cfg):
     prompts = [captions[i] for i in pick]
     own = canny(true)
     other = own.roll(1, 0)
-    # a network without control, with the own edges, with those of the emoji before
-    ways = {"without control": (own, 0.0), "own edges": (own, cfg.control_scale)}
-    ways["other edges"] = (other, cfg.control_scale)
+    # edges asked for, control scale, whether the name is the prompt
+    ways = {"without control": (own, 0.0, True), "own edges": (own, cfg.control_scale, True)}
+    ways["other edges"] = (other, cfg.control_scale, True)
+    ways["no prompt, without control"] = (own, 0.0, False)
+    ways["no prompt, own edges"] = (own, cfg.control_scale, False)
     features = picture_features(true)
     metrics = {}
     rows = {"true": true, "its edges": lines(own)}
-    for name, (wanted, scale) in ways.items():
-        drawn = draw(painter, controlled(wanted.float(), scale), prompts, noise, cfg)
+    for name, (wanted, scale, named) in ways.items():
+        network = controlled(wanted.float(), scale)
+        if named:
+            drawn = draw(painter, network, prompts, noise, cfg)
+        else:
+            # without words there is nothing to guide towards
+            plain = replace(cfg, guidance_scale=1.0)
+            drawn = draw(painter, network, [""] * len(pick), noise, plain)
         agreement = f1(canny(drawn), wanted)
         similarity = cosine_similarity(picture_features(drawn), features)
         metrics[name] = {

@@ -163,7 +163,7 @@ def test_training_pairs_each_picture_with_its_edges_and_words(monkeypatch):
     empty = (-torch.ones(1, 7, 24), torch.ones(1, 7, dtype=torch.bool))
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), 1.0)
-    cfg = control.Config(steps=40, batch=4, lr=0.5)
+    cfg = control.Config(steps=40, batch=4, lr=0.5, drop_text=0.5)
     learn = (latents, latents[:, :1], words, torch.ones(8, 7, dtype=torch.bool), empty)
     schedule = ddpm.Schedule(kind="cosine")
     assert list(control.train(None, net, optimizer, schedule, *learn, cfg)) == [1.0] * 40

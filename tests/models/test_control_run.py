@@ -20,7 +20,7 @@ class Fake:
 
     def draw(self, painter, network, prompts, noise, cfg):
         wanted, scale = network
-        self.asked.append((wanted, scale, list(prompts), noise))
+        self.asked.append((wanted, scale, list(prompts), noise, cfg.guidance_scale))
         plain = torch.ones(len(prompts), 3, 64, 64)
         return torch.where(wanted > 0, -1.0, plain) if scale else plain
 
@@ -45,13 +45,18 @@ def test_each_way_is_judged_by_the_edges_it_was_given(monkeypatch):
     args = (None, fake.network, images, captions, pick, noise, cfg)
     metrics, rows, titles = control_score.evaluate(*args)
     own = edges.canny(data.to_float(images[pick]))
-    (first, scale, prompts, eps), (second, *_), (third, *_) = fake.asked
+    (first, scale, prompts, eps, _), (second, *_), (third, *_), *_ = fake.asked
     assert scale == 0 and prompts == ["e", "a", "c"] == titles and eps is noise
-    assert [call[1] for call in fake.asked] == [0.0, 0.8, 0.8]
+    assert [call[1] for call in fake.asked] == [0.0, 0.8, 0.8, 0.0, 0.8]
+    # the last two without a prompt, so without guidance
+    assert [call[2] for call in fake.asked] == [prompts] * 3 + [[""] * 3] * 2
+    assert [call[4] for call in fake.asked] == [3.0] * 3 + [1.0] * 2
+    assert torch.equal(fake.asked[4][0], own.float())
     assert torch.equal(first, own.float()) and torch.equal(second, own.float())
     assert torch.equal(third, own.roll(1, 0).float())
     # a plain picture has no edges; one that follows its lines has those asked for
     assert metrics["without control"]["edge_f1"] == 0
+    assert metrics["no prompt, without control"]["edge_f1"] == 0
     assert metrics["own edges"]["edge_f1"] > 0.9 < metrics["other edges"]["edge_f1"]
     chance = float(edges.f1(own.roll(1, 0), own).mean())
     assert metrics["chance_edge_f1"] == pytest.approx(chance) and chance < 0.7
