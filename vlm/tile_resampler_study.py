@@ -5,7 +5,7 @@ about one. An encoder of 224 pixels sees it whole, each photo in 112 pixels, or 
 its 224. Each run is vlm/train.py on the same rows, pictures, seed and steps; the vision features are computed once.
 Judged on mosaics of held-out photos, by answer likelihood among the kinds of the group.
 
-    python vlm/tile_resampler_study.py                     # 14 CPU min
+    python vlm/tile_resampler_study.py                     # 15 CPU min
     python vlm/tile_resampler_study.py --only "tiles resampled to 16" --steps 20
     python vlm/tile_resampler_study.py --reuse             # those that are finished are read, not made again
 """
@@ -38,8 +38,8 @@ class Config:
     """Train with and without tiles, resampled or not, and compare accuracy, tokens and time."""
 
     pictures: int = 400  # to learn from
-    judged: int = 100  # other pictures, of other photos
-    steps: int = 120  # of each run
+    judged: int = 80  # other pictures, of other photos
+    steps: int = 80  # of each run
     batch: int = 16  # conversations a step
     only: tuple[str, ...] = ()  # of the runs, those of these names
     reuse: bool = False  # read the runs that are finished in --out
