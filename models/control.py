@@ -162,8 +162,9 @@ def main(cfg: Config) -> dict:
     scores, rows, titles = evaluate(painter, network, images, captions, pick, noise, cfg)
     shown = {name: pictures[:10] for name, pictures in rows.items()}
     figures.rows(folder / "control.png", shown, titles[:10])
-    weights = f"--weights {folder}/model.safetensors"
-    then = f'open {folder}/control.png; then {weights} --prompt "red heart" --image a.png'
+    weights = cfg.weights or f"{folder}/model.safetensors"
+    again = f'python models/control.py --weights {weights} --prompt "red heart" --image a.png'
+    then = f"open {folder}/control.png; then {again}"
     return run.report(folder, metrics | scores, then)
 
 

@@ -38,7 +38,7 @@ def test_sdedit_equals_img2img_pipeline(parity, strength):
         prompt_embeds=words, negative_prompt_embeds=empty.expand(2, -1, -1), image=z0,
         strength=strength, guidance_scale=3.0, num_inference_steps=10, output_type="latent",
         generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
+    )[0]  # fmt: skip
     noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(3))
     every = torch.ones(2, 7, dtype=torch.bool)
     asked = (words, every, empty, every[:1], 3.0)
