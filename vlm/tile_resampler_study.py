@@ -5,7 +5,7 @@ about one. An encoder of 224 pixels sees it whole, each photo in 112 pixels, or 
 its 224. Each run is vlm/train.py on the same rows, pictures, seed and steps; the vision features are computed once.
 Judged on mosaics of held-out photos, by answer likelihood among the kinds of the group.
 
-    python vlm/tile_resampler_study.py                     # 15 CPU min
+    python vlm/tile_resampler_study.py                     # 12 CPU min
     python vlm/tile_resampler_study.py --only "tiles resampled to 16" --steps 20
     python vlm/tile_resampler_study.py --reuse             # those that are finished are read, not made again
 """
@@ -23,13 +23,12 @@ from vlm.flags import PerceiverConfig
 from vlm.sparsity_study import kinds_of
 from vlm.sparsity_train import SIDE, draw, judge, train_run, write_mosaics
 
-RESAMPLED = {"connector": "tile_perceiver", "perceiver": PerceiverConfig(n_latents=16)}
+K16 = PerceiverConfig(n_latents=16)
 # flags of each run: what stands between encoder and language model
 RUNS: dict[str, dict[str, Any]] = {
     "whole, pooled to 9": {"connector": "pool3"},
     "tiles, each pooled to 9": {"connector": "pool3", "tiles": 4},
-    "whole resampled to 16": RESAMPLED,
-    "tiles resampled to 16": RESAMPLED | {"tiles": 4},
+    "tiles resampled to 16": {"connector": "tile_perceiver", "perceiver": K16, "tiles": 4},
 }
 
 
