@@ -143,8 +143,9 @@ class Painter:
         """-> (N, 3, H, W) in [-1, 1]."""
         device = next(model.parameters()).device
         words, mask = self.text(list(captions))
-        empty = self.text([""])
-        network = classifier_free_guidance(model, words, mask, *empty, self.cfg.guidance_scale)
+        empty, empty_mask = self.text([""])
+        text = (words, mask, empty, empty_mask)
+        network = classifier_free_guidance(model, *text, self.cfg.guidance_scale)
         with run.autocast(device):
             chain = flow.sample(network, noise.to(device), self.cfg.sampling_steps)
             latents = last(run.bar(chain, self.cfg.sampling_steps + 1, name="sample"))

@@ -132,7 +132,7 @@ class JointBlock(nn.Module):
         x = x + gate1 * y
         # feed-forward network of the image
         x = x + gate2 * self.ff["net"](modulate(norm(x), shift2, scale2))
-        if self.last:
+        if self.ff_context is None:
             return x, None
         # the same for the words
         words = words + gate_w1 * seen

@@ -124,7 +124,7 @@ def judge(cfg, weights):
 
 def one_run(cfg, folder, name):
     """Train and judge one run -> its row."""
-    found = train_run(cfg, folder, name)
+    found: dict[str, Any] = train_run(cfg, folder, name)
     row = judge(cfg, Path(found["out"]) / "model.safetensors")
     row["CPU min of training"] = found["train_cpu_seconds"] / 60
     return row | {"loss": found["final_loss"], "losses": found["losses"]}
