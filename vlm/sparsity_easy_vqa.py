@@ -61,7 +61,7 @@ class Config:
     out: str = "outputs/sparsity_easy_vqa"
 
 
-def train_run(cfg, folder, name):
+def train_run(cfg, folder, name) -> dict[str, Any]:
     """One run of vlm/train.py -> its metrics, and "out", its folder."""
     flags = changed(
         TrainConfig(),
