@@ -10,7 +10,7 @@ Differences from the paper: 2.7 M parameters, some minutes on 1726 emoji; edges 
 are dropped in training (half in the paper), because the frozen model knows these pictures by their names and would need
 no edges; noisy steps are trained on more often, as in T2I-Adapter (Mou et al. 2023, arXiv:2302.08453).
 
-    python models/control.py                                             # train, draw, measure: 4 minutes
+    python models/control.py                                             # train, draw, measure: 2.7 CPU minutes
     python models/control.py --weights outputs/control/model.safetensors --prompt "red heart" --image a.png
 """
 
