@@ -64,7 +64,7 @@ def train(unet, control, optimizer, schedule, latents, edges, words, mask, empty
     numbers = torch.arange(len(latents))
     for i, pick in zip(range(cfg.steps), shuffled(numbers, cfg.batch, cfg.seed)):
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
-        # latents and their edges; half of the captions dropped
+        # latents, noisy steps more often; captions dropped
         z0 = latents[pick].to(device)
         t = cubic_timesteps(schedule, cfg.batch, device)
         eps = torch.randn_like(z0)

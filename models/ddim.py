@@ -193,8 +193,7 @@ def main(cfg: Config) -> dict:
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
     model, schedule, predict = ddpm.load(find_weights(cfg), device)
-    digits = "--weights: that network draws pictures in colour, and this script measures digits"
-    run.check(model.in_channels == 1, digits)
+    run.check(model.in_channels == 1, "--weights draws pictures in colour; digits are measured")
     run.seed(cfg.seed)
     judge = quality.scorer(device)
     metrics = {}

@@ -21,7 +21,8 @@ import torch
 
 from models import autoencoder, mascot, stable_diffuser
 from models.ddpm import Schedule
-from models.prompt_alignment import picture_features
+from models.guidance_study import check_guidance_scale
+from models.prompt_alignment import cosine_similarity, mean_and_error, picture_features
 from models.text_encoder import TextEncoder
 from models.unet_lora import add_lora, lora_state
 from utils import checkpoint, data, figures, run
@@ -88,13 +89,8 @@ def train(model, schedule, thing, category, cfg, prior_weight):
 
 
 def similarity(a, b):
-    """Mean cosine of every picture of one set with every one of the other, features (N, F), (M, F)."""
-    return float((a @ b.T).mean())
-
-
-def unchanged(before, after):
-    """Mean cosine of pictures drawn from the same noises before and after: 1 is no change, features (N, F) twice."""
-    return float((before * after).sum(1).mean())
+    """Mean cosine of each picture with all of another set, features (N, F), (M, F) -> (N,)."""
+    return (a @ b.T).mean(1)
 
 
 def draw_all(painter, noise, cfg):
@@ -108,12 +104,17 @@ def draw_all(painter, noise, cfg):
 
 def measure(pictures, before, given):
     """What was learned and what was lost; pictures and before: features by name, given (M, F): those of the thing."""
-    return {
+    values = {
         "thing_similarity": similarity(pictures["thing"], given),
         "category_similarity": similarity(pictures["category"], given),
-        "category_unchanged": unchanged(before["category"], pictures["category"]),
-        "others_unchanged": unchanged(before["others"], pictures["others"]),
+        # with the picture from the same noise before: 1 is no change
+        "category_unchanged": cosine_similarity(before["category"], pictures["category"]),
+        "others_unchanged": cosine_similarity(before["others"], pictures["others"]),
     }
+    row = {}
+    for name, value in values.items():
+        row[name], row[f"{name}_error"] = mean_and_error(value)
+    return row
 
 
 def check_config(cfg):
@@ -126,7 +127,7 @@ def check_config(cfg):
     run.check(weights, "--prior-weights must be one or more numbers, finite and not negative")
     once = len(set(cfg.prior_weights)) == len(cfg.prior_weights)
     run.check(once, "--prior-weights names a number twice")
-    run.check(0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite, not negative")
+    check_guidance_scale(cfg.guidance_scale)
     run.check(cfg.judged >= 6, "--judged must be at least 6, as many as the figure shows")
     named = cfg.thing.strip() and cfg.category.strip()
     run.check(named, "--thing and --category must not be blank: they are the prompts")
@@ -164,7 +165,7 @@ def main(cfg: Config) -> dict:
     pictures = draw_all(painter, noise, cfg)
     before = {name: picture_features(x) for name, x in pictures.items()}
     metrics = {
-        "given_similarity": similarity(given, given),
+        "given_similarity": float(similarity(given, given).mean()),
         "before": measure(before, before, given),
     }
     rows = {"given": data.to_float(images[:6])}

@@ -13,7 +13,6 @@ in pixels.
     python models/edit.py --image a.png --mask m.png --prompt "sun"     # yours; white in the mask: redraw
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,6 +20,7 @@ import torch
 import tyro
 
 from models import autoencoder, ddim, ddpm, stable_diffuser
+from models.guidance_study import check_guidance_scale
 from models.inpainting import (
     denoise,
     inpaint,
@@ -169,11 +169,7 @@ def check_flags(cfg):
     sizes = min(cfg.resamples, cfg.jump_length)
     run.check(sizes > 0, "--resamples and --jump-length must be at least 1")
     run.check(0 <= cfg.eta <= 1, "--eta must be in [0, 1]")
-    run.check(
-        0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite and not negative"
-    )
-    needed = "--negative needs a --guidance-scale above 1: less steers towards it"
-    run.check(cfg.guidance_scale > 1 or not cfg.negative, needed)
+    check_guidance_scale(cfg.guidance_scale, cfg.negative)
     run.check(cfg.mask or not cfg.overlay, "--overlay needs a --mask: it says what is put back")
 
 

@@ -18,7 +18,6 @@ guided (see `dit.py`); logit-normal times (E); Euler and Heun instead of an adap
 """
 
 import copy
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from models.batches import shuffled
 from models.ddim import last
 from models.ddpm import update_ema
 from models.dit import classifier_free_guidance, drop_labels
+from models.flow_flags import check_flow
 from models.training_state import TrainingState
 from models.vae import learning_rate
 from utils import checkpoint, data, figures, run
@@ -183,24 +183,9 @@ def compare_steps(network, x0, counts, solver, scores):
     return images, table
 
 
-def check_config(cfg):
-    """Raises UserError for flags with which nothing can be trained or sampled."""
-    sizes = (cfg.steps, cfg.batch, cfg.layers, cfg.save_every)
-    run.check(min(sizes) > 0, "--steps, --batch, --layers and --save-every must be at least 1")
-    paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
-    run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
-    run.check(0 <= cfg.dropout <= 1, "--dropout is a share: it must be in [0, 1]")
-    scale = 0 <= cfg.guidance_scale < math.inf
-    run.check(scale, "--guidance-scale must be finite and not negative")
-    run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figure shows")
-    counts = cfg.sampling_steps and min(cfg.sampling_steps) > 0
-    run.check(counts, "--sampling-steps must be one or more numbers from 1 on")
-    digit_unet.check_channels(cfg.channels)
-
-
 def main(cfg: Config) -> dict:
     """Train (or load), sample in each number of steps, measure; writes the digits, the scores, the weights."""
-    check_config(cfg)
+    check_flow(cfg)
     images, labels = own_images.training_set(cfg, NO_CLASS)
     shape = tuple(images.shape[1:])
     run.seed(cfg.seed)
@@ -239,11 +224,13 @@ def main(cfg: Config) -> dict:
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     x0 = torch.randn(cfg.samples, *shape).to(device)
     y = (torch.arange(cfg.samples) % 10).to(device)
-    scores = guidance_study.scorer(y, device)
     if cfg.data:
-        y = torch.full_like(y, NO_CLASS)
+        # no classes: nothing to guide towards, and no classifier
+        network = partial(model, y=torch.full_like(y, NO_CLASS))
         scores = partial(own_images.score, folder, images)
-    network = classifier_free_guidance(model, y, cfg.guidance_scale)
+    else:
+        network = classifier_free_guidance(model, y, cfg.guidance_scale)
+        scores = guidance_study.scorer(y, device)
     drawn, table = compare_steps(network, x0, cfg.sampling_steps, cfg.solver, scores)
     metrics |= {f"{n} steps": row for n, row in table.items()}
 

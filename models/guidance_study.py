@@ -1,7 +1,16 @@
 """Guidance scales compared: how often the digit is the class asked for, how far samples are from real digits."""
 
+import math
+
 from models import quality
-from utils import figures
+from utils import figures, run
+
+
+def check_guidance_scale(scale, negative=""):
+    """Raises UserError for what is no scale, or too small a one to steer away from a negative prompt."""
+    run.check(0 <= scale < math.inf, "--guidance-scale must be finite and not negative")
+    needed = "--negative needs a --guidance-scale above 1: less steers towards it"
+    run.check(scale > 1 or not negative, needed)
 
 
 def accuracy(classifier, images, y):

@@ -25,8 +25,15 @@ from models import autoencoder, flow
 from models.batches import shuffled
 from models.ddim import last
 from models.ddpm import update_ema
+from models.guidance_study import check_guidance_scale
 from models.mmdit_network import CrossDiT, MMDiT, forward_gflops
-from models.prompt_alignment import emoji_features, picture_features, retrieval_rank, some
+from models.prompt_alignment import (
+    emoji_features,
+    mean_and_error,
+    picture_features,
+    retrieval_rank,
+    some,
+)
 from models.stable_diffuser import classifier_free_guidance, drop_text
 from models.text_encoder import TextEncoder
 from models.vae import learning_rate
@@ -125,11 +132,6 @@ def losses(model, held, times=8, batch=64):
     return torch.cat(found).cpu()
 
 
-def mean_and_error(values):
-    """Mean of (N,) and its standard error."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
-
-
 class Painter:
     """Turns captions into pictures, with guidance, from noises (N, C, h, w)."""
 
@@ -178,7 +180,7 @@ def check_config(cfg):
     paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
     run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
     run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
-    run.check(0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite, not negative")
+    check_guidance_scale(cfg.guidance_scale)
     run.check(cfg.judged >= 12, "--judged must be at least 12, as many as the figure shows")
 
 
@@ -228,8 +230,7 @@ def main(cfg: Config) -> dict:
         each[name] = losses(ema, held)
         row["held_out_loss"], row["held_out_loss_error"] = mean_and_error(each[name])
         noise = torch.randn(cfg.judged, channels, side, side)
-        about = (images, captions, seen, unseen, noise)
-        scores, pictures = alignment(painter, ema, *about)
+        scores, pictures = alignment(painter, ema, images, captions, seen, unseen, noise)
         rows[f"{name}: seen"] = pictures["seen"][:6]
         rows[f"{name}: held out"] = pictures["held_out"][:6]
         rows[f"{name}: prompts"] = painter.draw(ema, prompts, noise[: len(prompts)])

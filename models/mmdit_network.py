@@ -40,18 +40,6 @@ class AdaLN(nn.Module):
         return self.linear(F.silu(c))[:, None].chunk(self.parts, dim=-1)
 
 
-class Projection(nn.Module):
-    """Two linear layers with SiLU between: the pooled text, (B, E) -> (B, D)."""
-
-    def __init__(self, features, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(features, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class Proj(nn.Module):
     """A linear layer and GELU, under the name that diffusers has for the first half of a feed-forward network."""
 
@@ -180,7 +168,7 @@ class MMDiT(nn.Module):
         self.patch = patch
         self.pos_embed = PatchEmbed(channels, width, patch, side)
         time = TimeEmbedding(256, width)
-        text = Projection(features, width)
+        text = TimeEmbedding(features, width)  # the same two layers
         parts = {"timestep_embedder": time, "text_embedder": text}
         self.time_text_embed = nn.ModuleDict(parts)
         self.context_embedder = nn.Linear(features, width)

@@ -28,14 +28,12 @@ def training_set(cfg, no_class=10):
     return images, torch.full((len(images),), no_class)
 
 
-def nearest(samples, images):
-    """Samples (N, C, H, W), pictures (M, C, H, W), in [-1, 1] -> distance to the nearest (N,), which it is (N,).
+def distances(x, y):
+    """Root mean squared difference of a pixel, of all pairs: (N, C, H, W), (M, C, H, W) in [-1, 1] -> (N, M).
 
-    The distance is the root mean squared difference of a pixel: 0 is a copy, 2 is white and black.
+    0 is a copy, 2 is white and black.
     """
-    pixels = samples[0].numel()
-    distance = torch.cdist(samples.flatten(1), images.flatten(1)) / pixels**0.5
-    return distance.min(1)
+    return torch.cdist(x.flatten(1), y.flatten(1)) / x[0].numel() ** 0.5
 
 
 def score(folder, images, samples):
@@ -45,9 +43,9 @@ def score(folder, images, samples):
     than that is a copy.
     """
     images = data.to_float(images)
-    distance, which = nearest(samples, images)
+    distance, which = distances(samples, images).min(1)
     # each of a hundred pictures against all the others
-    others = torch.cdist(images[:100].flatten(1), images.flatten(1)) / images[0].numel() ** 0.5
+    others = distances(images[:100], images)
     others[torch.arange(len(others)), torch.arange(len(others))] = torch.inf
     rows = {"drawn": samples[:10], "nearest": images[which[:10]]}
     figures.rows(folder / "nearest.png", rows)

@@ -7,6 +7,7 @@ Shapes: N pictures, M emoji, D = 1280 features.
 """
 
 import hashlib
+import math
 import textwrap
 
 import numpy as np
@@ -48,6 +49,11 @@ def retrieval_rank(drawn, features, index):
     similarity = drawn @ features.T
     own = similarity.gather(1, index[:, None])
     return (similarity > own).sum(1)
+
+
+def mean_and_error(values):
+    """Mean of values (N,) and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
 def hue(image):

@@ -22,6 +22,7 @@ from models import flow, guidance_study
 from models.batches import shuffled
 from models.ddim import last
 from models.dit import classifier_free_guidance
+from models.flow_flags import check_reflow
 from utils import checkpoint, figures, run
 
 
@@ -98,24 +99,9 @@ def find_weights(cfg):
     return cfg.weights
 
 
-def check_config(cfg):
-    """Raises UserError for flags with which nothing can be trained or sampled."""
-    sizes = (cfg.pair_steps, cfg.steps, cfg.batch)
-    run.check(min(sizes) > 0, "--pair-steps, --steps and --batch must be at least 1")
-    run.check(cfg.pairs >= cfg.batch, "--pairs must be at least --batch, one batch of them")
-    paces = 0 < cfg.lr < math.inf and 0 <= cfg.ema < 1
-    run.check(paces, "--lr must be above 0 and finite, --ema in [0, 1)")
-    run.check(cfg.samples >= 10, "--samples must be at least 10, as many as the figure shows")
-    run.check(0 <= cfg.dropout <= 1, "--dropout is a share: it must be in [0, 1]")
-    scale = 0 <= cfg.guidance_scale < math.inf
-    run.check(scale, "--guidance-scale must be finite and not negative")
-    counts = cfg.sampling_steps and min(cfg.sampling_steps) > 0
-    run.check(counts, "--sampling-steps must be one or more numbers from 1 on")
-
-
 def main(cfg: Config) -> dict:
     """Pairs, training, and the same noises before and after; writes scores, straightness, digits, the weights."""
-    check_config(cfg)
+    check_reflow(cfg)
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
     before, meta = flow.load(find_weights(cfg), device)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import autoencoder, ddim, ddpm
 from models.batches import shuffled
+from models.guidance_study import check_guidance_scale
 from models.prompt_alignment import evaluate, guidance_rows
 from models.text_encoder import TextEncoder
 from models.training_state import TrainingState
@@ -194,11 +195,7 @@ def check_flags(cfg, world):
     )
     run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
     run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
-    run.check(
-        0 <= cfg.guidance_scale < math.inf, "--guidance-scale must be finite and not negative"
-    )
-    needed = "--negative needs a --guidance-scale above 1: less steers towards it"
-    run.check(cfg.guidance_scale > 1 or not cfg.negative, needed)
+    check_guidance_scale(cfg.guidance_scale, cfg.negative)
     run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
     for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
         blank = words and not words.strip()

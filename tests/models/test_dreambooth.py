@@ -107,16 +107,21 @@ def test_only_lora_learns():
 def test_measures():
     a = torch.tensor([[1.0, 0], [0, 1]])
     b = torch.tensor([[0.0, 1], [0, 1]])
-    assert dreambooth.similarity(a, b) == 0.5 and dreambooth.unchanged(a, b) == 0.5
-    assert dreambooth.unchanged(a, a) == 1 and dreambooth.similarity(a, a) == 0.5
+    assert dreambooth.similarity(a, b).tolist() == [0, 1]
+    assert dreambooth.similarity(a, a[:1]).tolist() == [1, 0]
     features = {"thing": a, "category": b, "others": a}
     before = {"thing": b, "category": b, "others": b}
     row = dreambooth.measure(features, before, a[:1])
+    error = pytest.approx(0.5)  # of 0 and 1: sqrt(1 / 2), over sqrt(2)
     assert row == {
         "thing_similarity": 0.5,
+        "thing_similarity_error": error,
         "category_similarity": 0,
+        "category_similarity_error": 0,
         "category_unchanged": 1,
+        "category_unchanged_error": 0,
         "others_unchanged": 0.5,
+        "others_unchanged_error": error,
     }
 
 

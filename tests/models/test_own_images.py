@@ -40,14 +40,12 @@ def test_training_set_is_digits_or_the_pictures_of_the_folder(folder):
     assert (images[5] == 255).all() and images[6, 0, 0, 0] == 200  # what is clear is white
 
 
-def test_nearest_is_the_smallest_distance_of_a_pixel():
+def test_distance_of_a_pixel():
     images = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
     samples = torch.stack([torch.full((3, 4, 4), value) for value in (0.7, -0.9)])
-    distance, which = own_images.nearest(samples, images)
-    assert which.tolist() == [2, 0]
-    torch.testing.assert_close(distance, torch.tensor([0.3, 0.1]))
-    distance, _ = own_images.nearest(images[:1], images[2:])
-    assert distance.item() == pytest.approx(2)
+    found = own_images.distances(samples, images)
+    torch.testing.assert_close(found, torch.tensor([[1.7, 0.7, 0.3], [0.1, 0.9, 1.9]]))
+    assert own_images.distances(images[:1], images[2:]).item() == pytest.approx(2)
 
 
 def test_score_tells_copies_from_new_pictures(tmp_path, monkeypatch):
