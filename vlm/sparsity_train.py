@@ -129,27 +129,36 @@ def draw(path, rows, chance, losses):
     return figures.close(figure, path)
 
 
-def main(cfg: Config) -> dict:
-    """Write the mosaics, train and judge each run; writes the figure."""
+def prepare(cfg, runs, stream):
+    """Check the flags, write the mosaics; stream: of the random numbers.
+
+    -> folder of the study; fruit, groups and kinds that its mosaics in judged/ ask about; accuracy of a guess. Raises
+    UserError for a number of 0 and for a run in cfg.only that is none of `runs`.
+    """
     numbers = (cfg.pictures, cfg.judged, cfg.steps, cfg.batch)
     check(min(numbers) > 0, "--pictures, --judged, --steps, --batch: above 0")
-    unknown = [name for name in cfg.only if name not in RUNS]
-    check(not unknown, f"--only {', '.join(unknown)}: the runs are {', '.join(RUNS)}")
+    unknown = [name for name in cfg.only if name not in runs]
+    check(not unknown, f"--only {', '.join(unknown)}: the runs are {'; '.join(runs)}")
     folder = run.output(cfg.out, cfg)
     fruit = data.groceries(SIDE // 2)
     learn, heldout = fruit_photos.split(fruit)
-    random = np.random.default_rng([cfg.seed, 15])
+    random = np.random.default_rng([cfg.seed, stream])
     write_mosaics(folder / "learn", fruit, learn, cfg.pictures, random)
-    shown = folder / "judged"
-    groups, kinds = write_mosaics(shown, fruit, heldout, cfg.judged, random)
+    groups, kinds = write_mosaics(folder / "judged", fruit, heldout, cfg.judged, random)
     chance = float(np.mean([1 / len(kinds_of(fruit, g)) for g in groups.tolist()]))
+    return folder, (fruit, groups, kinds), chance
+
+
+def main(cfg: Config) -> dict:
+    """Write the mosaics, train and judge each run; writes the figure."""
+    folder, judged, chance = prepare(cfg, RUNS, 15)
     rows = {}
     losses = {}
     for name in cfg.only or RUNS:
         parts = {"connector": "mlp2x_gelu", "sparsity_plugins": RUNS[name]}
         found = train_run(cfg, folder, name, img_size=SIDE, **parts)
         weights = Path(found["out"]) / "model.safetensors"
-        accuracy, tokens, seconds = judge(weights, shown, fruit, groups, kinds)
+        accuracy, tokens, seconds = judge(weights, folder / "judged", *judged)
         losses[name] = found["losses"]
         rows[name] = {
             "accuracy": accuracy,

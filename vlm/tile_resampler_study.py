@@ -14,14 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from utils import data, run
-from utils.run import check
-from vlm import anyres, fruit_photos, kept_runs
+from utils import run
+from vlm import anyres, kept_runs
 from vlm.flags import PerceiverConfig
-from vlm.sparsity_study import kinds_of
-from vlm.sparsity_train import SIDE, draw, judge, train_run, write_mosaics
+from vlm.sparsity_train import SIDE, draw, judge, prepare, train_run
 
 K16 = PerceiverConfig(n_latents=16)
 # flags of each run: what stands between encoder and language model
@@ -64,28 +60,18 @@ def one_run(cfg, folder, name, judged):
 
 def main(cfg: Config) -> dict:
     """Write the mosaics, train and judge each run; writes the figure."""
-    numbers = (cfg.pictures, cfg.judged, cfg.steps, cfg.batch)
-    check(min(numbers) > 0, "--pictures, --judged, --steps, --batch: above 0")
-    unknown = [name for name in cfg.only if name not in RUNS]
-    check(not unknown, f"--only {', '.join(unknown)}: the runs are {'; '.join(RUNS)}")
-    folder = run.output(cfg.out, cfg)
-    fruit = data.groceries(SIDE // 2)
-    learn, heldout = fruit_photos.split(fruit)
-    random = np.random.default_rng([cfg.seed, 16])
-    write_mosaics(folder / "learn", fruit, learn, cfg.pictures, random)
-    groups, kinds = write_mosaics(folder / "judged", fruit, heldout, cfg.judged, random)
-    flags = dict(zip(("pictures", "judged", "steps", "batch"), numbers)) | {"seed": cfg.seed}
+    folder, judged, chance = prepare(cfg, RUNS, 16)
+    flags = {k: getattr(cfg, k) for k in ("pictures", "judged", "steps", "batch", "seed")}
     rows = {}
     losses = {}
     for name in cfg.only or RUNS:
 
         def make(name=name):
-            return one_run(cfg, folder, name, (fruit, groups, kinds))
+            return one_run(cfg, folder, name, judged)
 
         kept = folder / name.replace(" ", "-").replace(",", "")
         rows[name] = dict(kept_runs.row(kept, flags, make, cfg.reuse))
         losses[name] = rows[name].pop("losses")
-    chance = float(np.mean([1 / len(kinds_of(fruit, g)) for g in groups.tolist()]))
     draw(folder / "runs.png", rows, chance, losses)
     # what tiles would cost if none of their tokens were pooled
     side = SIDE // 2

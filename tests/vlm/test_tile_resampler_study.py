@@ -30,8 +30,8 @@ def studied(fruit, tmp_path, monkeypatch):  # noqa: F811
     split = torch.arange(12), torch.arange(12)
     monkeypatch.setattr(sparsity_train.train, "main", lambda cfg: runs.append(cfg) or dict(FOUND))
     monkeypatch.setattr(tile_resampler_study, "judge", judge)
-    monkeypatch.setattr(tile_resampler_study.data, "groceries", lambda side: fruit)
-    monkeypatch.setattr(tile_resampler_study.fruit_photos, "split", lambda fruit: split)
+    monkeypatch.setattr(sparsity_train.data, "groceries", lambda side: fruit)
+    monkeypatch.setattr(sparsity_train.fruit_photos, "split", lambda fruit: split)
     flags = {"pictures": 3, "judged": 4, "steps": 8, "batch": 2, "out": str(tmp_path / "out")}
     return tile_resampler_study.Config(**flags), runs, judged
 
