@@ -68,6 +68,7 @@ def test_scripts_train_on_a_folder(script, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ddpm, "sample", slow_sampler)
     trained = []
     note_training(script, monkeypatch, trained)
+    monkeypatch.setattr(flow, "sample", asked_for_no_class(flow.sample))
     more = {"sampling_steps": (1, 2)} if script is flow else {}
     out = tmp_path / "out"
     metrics = script.main(script.Config(data=str(folder), out=str(out), **SMALL, **more))
@@ -85,6 +86,16 @@ def slow_sampler(model, schedule, shape, predict):
     xt = torch.randn(shape)
     model(xt, torch.zeros(len(xt)))
     yield from (xt for _ in range(schedule.steps + 1))
+
+
+def asked_for_no_class(sample):
+    """The sampler of flow.py, if its network is asked once, for no class."""
+
+    def checked(network, *about):
+        assert (network.keywords["y"] == flow.NO_CLASS).all()
+        yield from sample(network, *about)
+
+    return checked
 
 
 def note_training(script, monkeypatch, trained):
