@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.unet import timestep_embedding
+from models.unet import condition
 
 
 def zero_conv(channels):
@@ -60,6 +60,7 @@ class ControlNet(nn.Module):
         # the trainable copy
         self.conv_in = copy.deepcopy(unet.conv_in)
         self.time_embedding = copy.deepcopy(unet.time_embedding)
+        self.text_embedding = copy.deepcopy(unet.text_embedding)
         self.down_blocks = copy.deepcopy(unet.down_blocks)
         self.mid_block = copy.deepcopy(unet.mid_block)
         # a zero convolution for each activation that the decoder half reads
@@ -72,7 +73,7 @@ class ControlNet(nn.Module):
 
     def forward(self, xt, t, context, mask, edges):
         """xt (B, D, h, w), edges (B, 1, H, W) -> residuals of the way down (a list), and of the middle."""
-        time = self.time_embedding(timestep_embedding(t, self.channels[0]))
+        time = condition(self, t, context, mask)
         x = self.conv_in(F.pixel_unshuffle(xt, self.patch))
         # the edges join the latents
         x = x + self.controlnet_cond_embedding(edges)
@@ -102,7 +103,7 @@ def controlled(unet, control, edges, scale=1.0):
         down, middle = control(xt, t, context, mask, both)
         # the encoder half, which learns nothing
         with torch.no_grad():
-            time = unet.time_embedding(timestep_embedding(t, unet.channels[0]))
+            time = condition(unet, t, context, mask)
             x = unet.conv_in(F.pixel_unshuffle(xt, unet.patch))
             memory = [x]
             for stage in unet.down_blocks:

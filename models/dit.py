@@ -33,7 +33,8 @@ from models import ddim, ddpm, quality
 from models.batches import shuffled
 from models.guidance_study import accuracy, draw
 from models.training_state import TrainingState
-from models.unet import Attention, TimeEmbedding, timestep_embedding
+from models.unet import TimeEmbedding, timestep_embedding
+from models.unet_attention import Attention
 from utils import checkpoint, data, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "dit.safetensors"

@@ -8,7 +8,8 @@ Shapes: B images, H x W pixels, D latent channels, h x w latents.
 import torch.nn.functional as F
 from torch import nn
 
-from models.unet import AttentionBlock, Stage
+from models.unet import Stage
+from models.unet_attention import AttentionBlock
 
 
 class Encoder(nn.Module):

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.dit import modulate, position_embedding
-from models.unet import Attention, TimeEmbedding, timestep_embedding
+from models.unet import TimeEmbedding, timestep_embedding
+from models.unet_attention import Attention, mean_word
 
 
 def norm(x):
@@ -214,14 +215,6 @@ class CrossDiT(MMDiT):
     """The same with cross-attention to words that stay what they are."""
 
     block = CrossBlock
-
-
-def mean_word(words, mask=None):
-    """Mean of the words that are no padding: (B, L, E), (B, L) -> (B, E)."""
-    if mask is None:
-        return words.mean(1)
-    weight = mask[..., None].to(words)
-    return (words * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def forward_gflops(model, channels, side, words=16, features=384):

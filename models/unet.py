@@ -2,20 +2,23 @@
 
 With text: Rombach et al. 2022, arXiv:2112.10752. A ladder of resolutions: residual blocks go down, every activation is
 remembered, residual blocks go up and read what was remembered. The time step enters every residual block, and the
-class with it, if there is one; text, if any, enters by cross-attention. There is nothing to run here:
-`ddpm.py`, `flow.py` and `stable_diffuser.py` import it.
+class with it, if there is one; text, if any, enters by cross-attention (`unet_attention.py`). There is nothing to run
+here: `ddpm.py`, `flow.py` and `stable_diffuser.py` import it.
 
-Shapes: B images, C channels, H x W pixels, N = H*W positions, L words of text, D features of a word or a time step.
+Shapes: B images, C channels, H x W pixels, L words of text, D features of a word or a time step.
 Modules carry the names of diffusers' UNet2DModel and UNet2DConditionModel: weights move both ways by load_state_dict.
-Differences from Ho et al.: pixels may be folded into channels first (`patch`), which is four times cheaper at patch=2.
+Differences from Ho et al.: pixels may be folded into channels first (`patch`), which is four times cheaper at patch=2;
+the mean of the words may be added to the time step (`pooled_text`), as in SDXL (Podell et al. 2023, arXiv:2307.01952).
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
+
+from models.unet_attention import AttentionBlock, CrossAttentionBlock, mean_word
+from utils import run
 
 
 def timestep_embedding(t, dim):
@@ -61,101 +64,6 @@ class ResBlock(nn.Module):
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         return h + x
-
-
-class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V in heads of `head_dim`: (B, N, C), (B, L, D) -> (B, N, C). Vaswani 2017, Eq. 1."""
-
-    def __init__(self, channels, head_dim=32, context_dim=None, bias=False):
-        super().__init__()
-        self.heads = max(channels // head_dim, 1)
-        self.to_q = nn.Linear(channels, channels, bias)
-        self.to_k = nn.Linear(context_dim or channels, channels, bias)
-        self.to_v = nn.Linear(context_dim or channels, channels, bias)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x, context=None, mask=None):
-        """Cross-attention to `context`, self-attention without it. mask: (B, L), True where there is a word."""
-        context = x if context is None else context
-        # queries, keys, values, each cut into heads
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        k = rearrange(self.to_k(context), "b n (h d) -> b h n d", h=self.heads)
-        v = rearrange(self.to_v(context), "b n (h d) -> b h n d", h=self.heads)
-        # attention weights; padding gets none
-        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        if mask is not None:
-            score = score.masked_fill(~mask[:, None, None, :], -torch.inf)
-        # weighted sum of the values, heads side by side
-        y = score.softmax(dim=-1) @ v
-        return self.to_out[0](rearrange(y, "b h n d -> b n (h d)"))
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention of all positions: x + attention(norm(x)). (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels, head_dim=32, groups=8, eps=1e-5):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
-        attention = Attention(channels, head_dim, bias=True)
-        # its parts, without a level in between: diffusers' names
-        self.heads = attention.heads
-        self.to_q = attention.to_q
-        self.to_k = attention.to_k
-        self.to_v = attention.to_v
-        self.to_out = attention.to_out
-
-    def forward(self, x, context=None, mask=None):
-        y = Attention.forward(self, rearrange(self.group_norm(x), "b c h w -> b (h w) c"))
-        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[2])
-
-
-class GEGLU(nn.Module):
-    """a * gelu(b), where a and b are the halves of one linear map. Shazeer 2020, arXiv:2002.05202."""
-
-    def __init__(self, channels, hidden):
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, x):
-        a, b = self.proj(x).chunk(2, dim=-1)
-        return a * F.gelu(b)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to words, feed-forward network. (B, N, C), (B, L, D) -> (B, N, C)."""
-
-    def __init__(self, channels, head_dim, context_dim):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.norm3 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, head_dim)
-        self.attn2 = Attention(channels, head_dim, context_dim)
-        # in diffusers the identity is a dropout
-        widened = GEGLU(channels, 4 * channels)
-        net = nn.Sequential(widened, nn.Identity(), nn.Linear(4 * channels, channels))
-        self.ff = nn.ModuleDict({"net": net})
-
-    def forward(self, x, context, mask):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context, mask)
-        return x + self.ff["net"](self.norm3(x))
-
-
-class CrossAttentionBlock(nn.Module):
-    """A transformer block between two 1x1 convolutions: (B, C, H, W), (B, L, D) -> (B, C, H, W). Rombach, Sec. 3.3."""
-
-    def __init__(self, channels, head_dim, context_dim, groups=8):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, head_dim, context_dim)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x, context, mask):
-        y = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        y = self.transformer_blocks[0](y, context, mask)
-        return x + self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):
@@ -212,18 +120,30 @@ class Stage(nn.Module):
         return x, outputs
 
 
+def condition(model, t, context=None, mask=None):
+    """What the residual blocks read: the time step, and the mean of the words if `model` wants it. (B,) -> (B, D)."""
+    time = model.time_embedding(timestep_embedding(t, model.channels[0]))
+    # the pooled text, added to the time step: SDXL, Sec. 2.1
+    if model.text_embedding is not None:
+        time = time + model.text_embedding(mean_word(context, mask))
+    return time
+
+
 class UNet(nn.Module):
     """Predict the noise (or the image, or v) in xt: (B, C, H, W), (B,) [, (B, L, D), (B, L)] -> (B, C, H, W)."""
 
     def __init__(
         self, in_channels=1, channels=(32, 64), layers=2, attention=(False, True),
         context_dim=None, head_dim=32, groups=8, patch=1, classes=None,
+        pooled_text=False,
     ):  # fmt: skip
         """`channels`, `attention`: one entry a resolution, finest first; `layers`: residual blocks each going down.
 
-        classes: K; then y (B,) is a class 0..K-1, or K for "no class".
+        classes: K; then y (B,) is a class 0..K-1, or K for "no class". pooled_text: the mean of the words, too, is
+        added to the time step, by a linear layer that starts at zero. Raises UserError if there are no words.
         """
         super().__init__()
+        run.check(context_dim or not pooled_text, "pooled_text needs a context_dim: words to pool")
         self.patch = patch
         self.in_channels = in_channels
         self.classes = classes
@@ -271,9 +191,16 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c)
         self.conv_out = nn.Conv2d(c, folded, 3, padding=1)
 
+        # pooled text, last: the seed gives all other weights what it gives them without it
+        self.text_embedding = None
+        if pooled_text:
+            self.text_embedding = nn.Linear(context_dim, time_dim)
+            nn.init.zeros_(self.text_embedding.weight)
+            nn.init.zeros_(self.text_embedding.bias)
+
     def forward(self, xt, t, context=None, mask=None, y=None):
         """t: integers 0..T-1; context: word features, mask: True where there is a word; y: classes."""
-        time = self.time_embedding(timestep_embedding(t, self.channels[0]))
+        time = condition(self, t, context, mask)
         # the class, added to the time step
         if self.class_embedding is not None:
             time = time + self.class_embedding(y)

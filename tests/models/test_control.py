@@ -68,6 +68,23 @@ def test_an_untrained_control_is_the_unet_exactly():
         assert torch.equal(found, unet(xt, t, words, mask))
 
 
+def test_control_of_a_unet_with_pooled_text():
+    """The frozen half and the copy both read the pooled text."""
+    unet = UNet(4, (16, 32), 1, (True, True), context_dim=24, head_dim=16, pooled_text=True).eval()
+    torch.nn.init.normal_(unet.text_embedding.weight)
+    net = controlnet.ControlNet(unet)
+    xt, t, words, mask, edge_map = question()
+    network = controlnet.controlled(unet, net, edge_map)
+    assert torch.equal(network(xt, t, words, mask), unet(xt, t, words, mask))
+    # another projection in the copy alone: once its last layers are open, the answer changes
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = network(xt, t, words, mask)
+    torch.nn.init.zeros_(net.text_embedding.weight)
+    assert (network(xt, t, words, mask) - before).abs().max() > 1e-3
+    assert not torch.equal(unet.text_embedding.weight, net.text_embedding.weight)
+
+
 def test_zero_convolutions_learn_at_once_and_the_rest_a_step_later():
     """Eq. 6: the gradient of a zero convolution's weight is not zero, that of what stands before it is."""
     unet = UNet(4, (16, 32), 1, (True, True), context_dim=24, head_dim=16).eval()
