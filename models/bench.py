@@ -4,9 +4,10 @@ A training step (forward, backward, AdamW) of unet.UNet against diffusers.UNet2D
 and does the same work (the counter misses 3 % of its, in a fused attention), and against denoising-diffusion-pytorch's
 Unet at the nearest size. That package pulls in torchvision, which does not load beside the CPU build of torch, so it is
 measured only where someone ran `pip install --no-deps denoising-diffusion-pytorch`; the helpers that it imports and a
-bare Unet does not use are stubbed.
+bare Unet does not use are stubbed. Then the profile of our step: which operators take the time, and what it would be
+with fused AdamW, fused attention or channels last.
 
-    python models/bench.py    # about 1.5 min on one CPU core, with both libraries
+    python models/bench.py    # about 2 min on one CPU core, with both libraries
 """
 
 import importlib
@@ -20,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import ddim, ddpm
+from models.step_profile import by_kind, flop_shares, time_shares, variants
 from models.unet import UNet
 from utils import run
 
@@ -87,9 +89,9 @@ def seconds(action):
     return time.process_time() - start
 
 
-def training_step(model, x, t, bf16):
-    """A function that makes one step."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+def training_step(model, x, t, bf16, **flags):
+    """A function that makes one step; flags: of AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, **flags)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -112,13 +114,12 @@ def interleaved(actions, rounds, name="bench"):
     return list(zip(*times))
 
 
-def matmul_rate(bf16, n=1024):
-    """FLOP/s of this machine, one thread, in a product of n x n matrices."""
+def matrix_product(bf16, n=1024):
+    """A function that multiplies two n x n matrices, and its FLOPs."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     a = torch.randn(n, n, dtype=dtype)
     b = torch.randn(n, n, dtype=dtype)
-    time_of_one = statistics.median(seconds(lambda: a @ b) for _ in range(9))
-    return 2 * n**3 / time_of_one
+    return lambda: a @ b, 2 * n**3
 
 
 def main(cfg: Config) -> dict:
@@ -153,15 +154,42 @@ def main(cfg: Config) -> dict:
         # time of a training step
         for kind, bf16 in (("fp32", False), ("bf16", True)):
             steps = [training_step(m, x, t, bf16) for m in (model, other)]
-            mine, theirs = interleaved(steps, cfg.rounds, f"{name}, {kind}")
+            product, product_flops = matrix_product(bf16)
+            actions = [*steps, product]
+            mine, theirs, products = interleaved(actions, cfg.rounds, f"{name}, {kind}")
+            rates = [(flops / a) / (product_flops / p) for a, p in zip(mine, products)]
             metrics[f"{name}: {kind} step"] = {
                 "times_faster": statistics.median(b / a for a, b in zip(mine, theirs)),
                 "ms": 1e3 * statistics.median(mine),
                 "their_ms": 1e3 * statistics.median(theirs),
-                "share_of_matmul_rate": flops / statistics.median(mine) / matmul_rate(bf16),
+                "share_of_matmul_rate": statistics.median(rates),
             }
+            if name == "diffusers":
+                share = metrics[f"{name}: {kind} step"]["share_of_matmul_rate"]
+                metrics |= profile_of_step(cfg, model, x, t, kind, share)
     metrics["sampler overhead"] = sampler_overhead(cfg)
     return run.report(folder, metrics)
+
+
+def profile_of_step(cfg, model, x, t, kind, share_of_rate):
+    """Rows of our step, fp32 or bf16: what each kind of operator takes, and how much faster each variant is."""
+    bf16 = kind == "bf16"
+    times = time_shares(training_step(model, x, t, bf16), cfg.rounds)
+    flops = flop_shares(lambda: output(model, x, t).mean())
+    rows = by_kind(times, flops, share_of_rate)
+    metrics = {f"{kind}, {name}": row for name, row in rows.items()}
+    # variants of the step, interleaved
+    steps = {
+        name: training_step(other, images, t, bf16, **flags)
+        for name, (other, images, flags) in variants(model, x).items()
+    }
+    taken = interleaved(list(steps.values()), cfg.rounds, f"variants, {kind}")
+    first, *others = taken
+    metrics[f"{kind}, times faster"] = {
+        name: statistics.median(a / b for a, b in zip(first, of_other))
+        for name, of_other in zip(list(steps)[1:], others)
+    }
+    return metrics
 
 
 def sampler_overhead(cfg, n=20):

@@ -47,7 +47,51 @@ def test_command(tmp_path):
             step["times_faster"] == pytest.approx(step["their_ms"] / step["ms"])
             and step["share_of_matmul_rate"] > 0
         )
+        # the profile of the step: its kinds of operators, the slowest first, and its variants
+        rows = {k: v for k, v in metrics.items() if k.startswith(f"{kind}, ") and "time" in v}
+        times = [row["time"] for row in rows.values()]
+        assert sum(times) == pytest.approx(1) and times == sorted(times, reverse=True)
+        assert sum(row.get("FLOPs", 0) for row in rows.values()) == pytest.approx(1)
+        convolution = rows[f"{kind}, convolution"]
+        assert convolution["share_of_matmul_rate"] == pytest.approx(
+            step["share_of_matmul_rate"] * convolution["FLOPs"] / convolution["time"]
+        )
+        faster = metrics[f"{kind}, times faster"]
+        assert list(faster) == ["fused AdamW", "fused attention", "channels last"]
+        assert min(faster.values()) > 0
     assert "sampler overhead" in metrics
+
+
+def test_profile_of_step_measures_each_variant(monkeypatch):
+    """Types, flags and order reach what is measured; a variant that takes half the time is twice as fast."""
+    made = []
+    monkeypatch.setattr(bench, "time_shares", lambda step, steps: {"convolution": 1.0})
+    monkeypatch.setattr(bench, "flop_shares", lambda loss: {"convolution": 1.0})
+
+    def training_step(model, x, t, bf16, **flags):
+        made.append((bf16, flags, x.is_contiguous(memory_format=torch.channels_last)))
+        return len(made)
+
+    seconds = {2: 4.0, 3: 2.0, 4: 8.0, 5: 1.0}  # the first step made is the one profiled
+    monkeypatch.setattr(bench, "training_step", training_step)
+    monkeypatch.setattr(
+        bench, "interleaved", lambda steps, rounds, name: [[seconds[s]] * rounds for s in steps]
+    )
+    model, image = bench.ours(**SHAPE, size=14)
+    about = model, torch.randn(2, *image), torch.tensor([1, 2])
+    metrics = bench.profile_of_step(bench.Config(rounds=3), *about, "bf16", 0.5)
+    faster = {"fused AdamW": 2.0, "fused attention": 0.5, "channels last": 4.0}
+    assert metrics["bf16, times faster"] == faster
+    assert metrics["bf16, convolution"]["share_of_matmul_rate"] == 0.5
+    assert all(bf16 for bf16, _, _ in made)
+    assert [flags for _, flags, _ in made] == [{}, {}, {"fused": True}, {}, {}]
+    assert [last for _, _, last in made] == [False, False, False, False, True]
+
+
+def test_matrix_product():
+    product, flops = bench.matrix_product(bf16=True, n=16)
+    y = product()
+    assert y.shape == (16, 16) and y.dtype == torch.bfloat16 and flops == 2 * 16**3
 
 
 def test_bad_input():
