@@ -5,7 +5,9 @@ and the class steer every block through its normalisation (adaLN-Zero). Training
 Sampling asks twice, with the class and without, and goes further in the direction in which the class points:
 classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598). Section and figure numbers are Peebles & Xie's.
 
-Shapes: B images, C channels, H x W pixels, patches of P x P pixels, N = (H/P)(W/P) tokens, D width, K classes.
+The network is in `dit_network.py`.
+
+Shapes: B images, C channels, H x W pixels, K classes.
 y (B,) are classes 0..K-1, and K stands for "no class". t is an integer tensor (B,) whose 0 is the paper's t = 1.
 Differences from the paper: pixels instead of an autoencoder's latents (`stable_diffuser.py` has those); v under the
 cosine schedule as in `ddpm.py`, and no learned variance; 50 DDIM steps instead of 250 DDPM steps; the learning rate
@@ -14,6 +16,7 @@ rises and falls.
     python models/dit.py                                  # train, sample, measure: 4.4 min on two CPU cores
     python models/dit.py --pretrained                     # sample from the shipped weights
     python models/dit.py --pretrained --guidance-scale 0 1 8    # 0 ignores the class, 1 is plain, above 1 exaggerates
+    python models/dit.py --data FOLDER                    # pictures of your own, without classes
     python models/dit.py --size S --patch 2 --batch 256 --lr 1e-4 --ema 0.9999 --steps 100000   # DiT-S/2, for a GPU
 """
 
@@ -26,16 +29,13 @@ from typing import Annotated
 
 import torch
 import tyro
-from einops import rearrange
-from torch import nn
 
-from models import ddim, ddpm, quality
+from models import ddim, ddpm, own_images, quality
 from models.batches import shuffled
+from models.dit_network import DiT
 from models.guidance_study import accuracy, draw
 from models.training_state import TrainingState
-from models.unet import TimeEmbedding, timestep_embedding
-from models.unet_attention import Attention
-from utils import checkpoint, data, run
+from utils import checkpoint, data, figures, run
 
 WEIGHTS = Path(__file__).parent / "weights" / "dit.safetensors"
 SIZES = {  # blocks, width D, heads: Table 1, and one small enough for a laptop
@@ -63,100 +63,13 @@ class Config:
     # classifier-free guidance scales to compare; 1 is no guidance
     guidance_scale: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--guidance"])] = SCALES
     samples: int = 100  # digits to sample and measure at each guidance scale
+    data: str = ""  # train on the pictures in this folder, 32 x 32 in colour, instead of digits
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
     save_every: int = 500  # steps between checkpoints
     seed: int = 0  # same seed, same numbers
     device: str = "auto"  # cpu, cuda, ...
     out: str = "outputs/dit"  # where the results go
-
-
-def position_embedding(dim, size):
-    """Position embedding: sines and cosines of the column and the row of a token, (size * size, dim). Sec. 3.2."""
-    run.check(dim % 4 == 0, f"a width of {dim} is no multiple of 4: sines, cosines, columns, rows")
-    frequency = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(size)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # (size, dim / 2)
-    # column first, as in MAE
-    column = line.repeat(size, 1)
-    row = line.repeat_interleave(size, 0)
-    return torch.cat([column, row], dim=-1)
-
-
-def modulate(x, shift, scale):
-    """What adaLN does to normalised tokens: (B, N, D), (B, 1, D), (B, 1, D) -> (B, N, D). Zeros change nothing."""
-    return x * (1 + scale) + shift
-
-
-class Block(nn.Module):
-    """A transformer block steered by the condition: (B, N, D), (B, D) -> (B, N, D). Fig. 3, adaLN-Zero."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(width, width // heads, bias=True)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
-        )
-        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x, c):
-        # adaLN-Zero: beta, gamma, alpha of attention and MLP, all from the condition
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=-1)
-        # attention
-        y = modulate(self.norm1(x), shift1, scale1)
-        x = x + gate1 * self.attention(y)
-        # feed-forward network
-        y = modulate(self.norm2(x), shift2, scale2)
-        return x + gate2 * self.mlp(y)
-
-
-class DiT(nn.Module):
-    """(B, C, H, W), time steps (B,), classes (B,), of which the last is "no class" -> (B, C, H, W). Fig. 3."""
-
-    def __init__(self, depth, width, heads, patch, image=28, channels=1, classes=10):
-        super().__init__()
-        self.patch = patch
-        self.classes = classes
-        self.side = image // patch
-        self.embed = nn.Linear(channels * patch**2, width)
-        # not learned
-        self.register_buffer("position", position_embedding(width, self.side), persistent=False)
-        self.time = TimeEmbedding(256, width)
-        self.label = nn.Embedding(classes + 1, width)
-        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.head = nn.Linear(width, channels * patch**2)
-        self.initialise()
-
-    def initialise(self):
-        """As the authors' code: zero gates make a block the identity, a zero head the output zero. Sec. 3.2."""
-        # linear layers, then the embeddings of class and time step
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        for layer in (self.label, self.time.linear_1, self.time.linear_2):
-            nn.init.normal_(layer.weight, std=0.02)
-        # shifts, scales and gates, and the head
-        adaln = [m.adaln[1] for m in self.modules() if isinstance(m, (Block, DiT))]
-        for linear in (*adaln, self.head):
-            nn.init.zeros_(linear.weight)
-
-    def forward(self, x, t, y):
-        # "patchify", Fig. 4
-        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        x = self.embed(x) + self.position  # (B, N, D)
-        # the condition: time step and class
-        c = self.time(timestep_embedding(t, 256)) + self.label(y)  # (B, D)
-        for block in self.blocks:
-            x = block(x, c)
-        # "linear and reshape": tokens to pixels
-        shift, scale = self.adaln(c)[:, None].chunk(2, dim=-1)
-        x = self.head(modulate(self.norm(x), shift, scale))  # (B, N, P P C)
-        p = self.patch
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=p, q=p)
 
 
 def drop_labels(y, share, null):
@@ -209,23 +122,62 @@ def train(model, ema, optimizer, schedule, images, labels, cfg, start=0):
         yield value.item()
 
 
-def check_network(size, patch):
-    """Raises UserError if there is no such network for digits."""
+def check_network(size, patch, side=28):
+    """Raises UserError if there is no such network for images of side x side pixels."""
     run.check(size in SIZES, f"there is no --size {size}; there are: {', '.join(SIZES)}")
-    divides = patch > 0 and 28 % patch == 0
-    run.check(divides, f"--patch {patch} does not divide 28 pixels; use 2, 4, 7 or 14")
+    *fitting, last = [str(p) for p in range(2, side) if side % p == 0]
+    wanted = f"use {', '.join(fitting)} or {last}"
+    divides = patch > 0 and side % patch == 0
+    run.check(divides, f"--patch {patch} does not divide {side} pixels; {wanted}")
 
 
-def build(size, patch, **_):
-    """The network of this chapter, for digits."""
-    check_network(size, patch)
-    return DiT(*SIZES[size], patch)
+def build(size, patch, in_channels=1, side=28, **_):
+    """The network of this chapter, for digits, or for pictures of other channels and another side."""
+    check_network(size, patch, side)
+    return DiT(*SIZES[size], patch, side, in_channels)
 
 
 def load(path, device="cpu"):
     """Weights written by this script -> (model, schedule, config as a dict), ready to sample."""
     model, meta = checkpoint.load_model(path, build, device)
     return model, ddpm.Schedule(kind="cosine").to(device), meta
+
+
+def draw_samples(network, schedule, noise, about):
+    """Samples (B, C, H, W), on the CPU, from the noise in 50 steps of DDIM; about: words for the progress bar."""
+    with run.autocast(noise.device):
+        chain = ddim.sample(network, schedule, noise, 50, "v")
+        return ddim.last(run.bar(chain, 51, name=f"sample{about}")).cpu()
+
+
+def compare_guidance(model, schedule, noise, scales, folder):
+    """Every digit in turn, at each guidance scale from the same noise; draws all, returns the scores as metrics."""
+    device = noise.device
+    classifier = quality.load(device)
+    judge = quality.scorer(device)
+    y = torch.arange(len(noise)) % 10
+    digits = {}
+    scores = {}
+    for scale in scales:
+        network = classifier_free_guidance(model, y.to(device), scale)
+        digits[scale] = draw_samples(network, schedule, noise, f", guidance {scale:g}")
+        right = accuracy(classifier, digits[scale], y)
+        error = quality.standard_error(right, len(noise))
+        scores[scale] = {"accuracy": right, "accuracy_error": error} | judge(digits[scale])
+
+    # the best scale has the smallest Frechet distance
+    best = min(scores, key=lambda scale: scores[scale]["frechet"])
+    draw(folder, digits, y, scores, best)
+    metrics = {f"guidance {s:g}: {k}": v for s, row in scores.items() for k, v in row.items()}
+    return metrics | {"best_guidance": best}
+
+
+def draw_without_class(model, schedule, noise, images, folder):
+    """Samples of a network that knows no classes; draws them, returns how near they are to the training pictures."""
+    no_class = torch.full((len(noise),), model.classes, device=noise.device)
+    samples = draw_samples(partial(model, y=no_class), schedule, noise, "")
+    figures.grid(folder / "samples.png", samples[:64])
+    return own_images.score(folder, images, samples)
 
 
 def main(cfg: Config) -> dict:
@@ -239,7 +191,9 @@ def main(cfg: Config) -> dict:
     finite = all(0 <= scale < math.inf for scale in cfg.guidance_scale)
     needed = "--guidance-scale takes one or more scales, finite and not negative"
     run.check(cfg.guidance_scale and finite, needed)
-    check_network(cfg.size, cfg.patch)
+    check_network(cfg.size, cfg.patch, own_images.SIDE if cfg.data else 28)
+    images, labels = own_images.training_set(cfg)
+    shape = tuple(images.shape[1:])
     run.seed(cfg.seed)
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
@@ -251,7 +205,8 @@ def main(cfg: Config) -> dict:
     else:
         # model, its EMA, optimizer without weight decay: Sec. 4
         schedule = ddpm.Schedule(kind="cosine").to(device)
-        model = build(**asdict(cfg)).to(device)
+        meta = asdict(cfg) | {"in_channels": shape[0], "side": shape[-1]}
+        model = build(**meta).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)
         # all that a resumed run needs to go on bit for bit
@@ -259,7 +214,7 @@ def main(cfg: Config) -> dict:
         start = len(state.losses)
 
         # train
-        steps = train(model, ema, optimizer, schedule, *data.mnist("train"), cfg, start)
+        steps = train(model, ema, optimizer, schedule, images, labels, cfg, start)
         for value in run.progress(steps, cfg.steps, start, cfg.save_every, state.save):
             state.losses.append(value)
         state.save()
@@ -268,34 +223,21 @@ def main(cfg: Config) -> dict:
         state.draw_losses("squared error of v")
 
         # the EMA is what is kept and sampled from
-        checkpoint.write(folder / "model.safetensors", ema.state_dict(), asdict(cfg))
+        checkpoint.write(folder / "model.safetensors", ema.state_dict(), meta)
         model = ema.eval()
 
-    # sample every digit and measure, at each guidance scale from the same noise
+    # sample and measure: every digit at each guidance scale, or pictures without a class
     clock = run.Clock()
-    classifier = quality.load(device)
-    judge = quality.scorer(device)
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
-    y = torch.arange(cfg.samples) % 10
-    noise = torch.randn(cfg.samples, 1, 28, 28)
-    digits = {}
-    scores = {}
-    for scale in cfg.guidance_scale:
-        with run.autocast(device):
-            network = classifier_free_guidance(model, y.to(device), scale)
-            chain = ddim.sample(network, schedule, noise.to(device), 50, "v")
-            digits[scale] = ddim.last(run.bar(chain, 51, name=f"sample, guidance {scale:g}")).cpu()
-        right = accuracy(classifier, digits[scale], y)
-        error = quality.standard_error(right, cfg.samples)
-        scores[scale] = {"accuracy": right, "accuracy_error": error} | judge(digits[scale])
-        metrics |= {f"guidance {scale:g}: {k}": v for k, v in scores[scale].items()}
-
-    # the best scale has the smallest Frechet distance
-    best = min(scores, key=lambda scale: scores[scale]["frechet"])
-    metrics["best_guidance"] = best
+    noise = torch.randn(cfg.samples, *shape).to(device)
+    if cfg.data:
+        metrics |= draw_without_class(model, schedule, noise, images, folder)
+        show = folder / "nearest.png"
+    else:
+        metrics |= compare_guidance(model, schedule, noise, cfg.guidance_scale, folder)
+        show = folder / "guidance.png"
     metrics["sample_seconds"] = clock()
-    draw(folder, digits, y, scores, best)
-    return run.report(folder, metrics, then=f"open {folder}/guidance.png")
+    return run.report(folder, metrics, then=f"open {show}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from utils import figures
 
 
 def latent_grid(model, n=20):
-    """n x n images (n^2, 1, 28, 28) of a 2-d latent space, in steps of equal probability (inverse CDF). Fig. 4."""
+    """n x n images (n^2, C, H, W) of a 2-d latent space, in steps of equal probability (inverse CDF). Fig. 4."""
     steps = torch.special.ndtri((torch.arange(n) + 0.5) / n)
     # z_1 to the right, z_2 upwards, as in the scatter plots
     z = torch.cartesian_prod(steps.flip(0), steps).flip(1)
@@ -15,7 +15,7 @@ def latent_grid(model, n=20):
 
 
 def interpolate(model, a, b, n=10):
-    """n images on the straight line between the codes of a and b, (1, 28, 28) each -> (n, 1, 28, 28)."""
+    """n images on the straight line between the codes of a and b, (C, H, W) each -> (n, C, H, W)."""
     mu, _ = model.encode(torch.stack([a, b]).to(next(model.parameters()).device))
     weight = torch.linspace(0, 1, n, device=mu.device)[:, None]
     return paint(model, mu[:1].lerp(mu[1:], weight))
@@ -24,7 +24,8 @@ def interpolate(model, a, b, n=10):
 def draw(folder, cfg, curves, models, codes, samples, test, labels):
     """Every figure of a run of vae.py; all dictionaries have the names of the variants as keys.
 
-    codes, samples: of each model, (N, D) and (N, 1, 28, 28); test, labels: the digits that the codes are of.
+    codes, samples: of each model, (N, D) and (N, C, H, W); test: the images that the codes are of; labels: their
+    classes, or None.
     """
     first = f"{cfg.latents[0]}-d"
     best = f"{cfg.latents[-1]}-d"
@@ -33,12 +34,13 @@ def draw(folder, cfg, curves, models, codes, samples, test, labels):
     if cfg.latents[0] == 2:
         draw_map(folder, cfg, models[first])
     draw_interpolations(folder, models[best], best, test, labels)
-    draw_clouds(folder, first, codes, samples, labels)
+    if labels is not None:
+        draw_clouds(folder, first, codes, samples, labels)
     draw_curves(folder, curves)
 
 
 def draw_reconstructions(folder, models, codes, test):
-    """Ten test digits, and what each model makes of their codes."""
+    """Ten images, and what each model makes of their codes."""
     rows = {"original": test[:10]}
     for name, model in models.items():
         rows[name] = paint(model, codes[name][:10])
@@ -48,7 +50,7 @@ def draw_reconstructions(folder, models, codes, test):
 def draw_map(folder, cfg, model):
     """The grid of a two-dimensional latent space, before the training and after it."""
     # a weave too faint to see, alike at every point
-    grey = latent_grid(VAE(2, cfg.channels, cfg.hidden), n=8)
+    grey = latent_grid(VAE(2, cfg.channels, cfg.hidden, model.image), n=8)
     low, high = grey.aminmax()
     before = f"before training, contrast x {2 / (high - low):.0f}"
     maps = {
@@ -58,15 +60,24 @@ def draw_map(folder, cfg, model):
     figures.panels(folder / "map.png", [maps], size=5)
 
 
+def pairs(test, labels):
+    """{"3 to 8": (image, image), ...} to interpolate between: digits, or neighbours where there are no classes."""
+    if labels is None:
+        four = range(0, min(len(test), 8) - 1, 2)
+        return {f"{i + 1} to {i + 2}": (test[i], test[i + 1]) for i in four}
+    chosen = {}
+    for i, j in ((3, 8), (4, 9), (0, 6), (1, 7)):
+        chosen[f"{i} to {j}"] = (test[labels == i][1], test[labels == j][1])
+    return chosen
+
+
 def draw_interpolations(folder, model, name, test, labels):
-    """From one digit to another, on a line between their pixels and on one between their codes."""
+    """From one image to another, on a line between their pixels and on one between their codes."""
     rows = {}
     weight = torch.linspace(0, 1, 10)[:, None, None, None]
-    for i, j in ((3, 8), (4, 9), (0, 6), (1, 7)):
-        a = test[labels == i][1]
-        b = test[labels == j][1]
-        rows[f"{i} to {j}, pixels"] = a.lerp(b, weight)
-        rows[f"{i} to {j}, {name}"] = interpolate(model, a, b)
+    for names, (a, b) in pairs(test, labels).items():
+        rows[f"{names}, pixels"] = a.lerp(b, weight)
+        rows[f"{names}, {name}"] = interpolate(model, a, b)
     figures.rows(folder / "interpolation.png", rows)
 
 

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.dit import modulate, position_embedding
+from models.dit_network import modulate, position_embedding
 from models.unet import TimeEmbedding, timestep_embedding
 from models.unet_attention import Attention, mean_word
 

@@ -21,7 +21,7 @@ def training_set(cfg, no_class=10):
     if not cfg.data:
         return data.mnist("train")
     shipped = "the shipped weights draw digits: leave out --pretrained to train on --data"
-    run.check(not cfg.pretrained, shipped)
+    run.check(not getattr(cfg, "pretrained", False), shipped)
     images = data.image_folder(cfg.data, SIDE)
     few = f"{cfg.data} has {len(images)} images, less than a batch: --batch {len(images)} or less"
     run.check(len(images) >= max(cfg.batch, 2), few)

@@ -7,13 +7,14 @@ to where the normal never goes, and samples show few kinds of digits. Without th
 samples look as good, but put the noise back and no image returns, so the bound is lost. Equation numbers are the
 paper's.
 
-Shapes: B images, D latent dimensions; images are (B, 1, 28, 28) in [-1, 1].
+Shapes: B images, D latent dimensions; images are (B, C, H, W) in [-1, 1], digits (B, 1, 28, 28).
 The likelihood is Bernoulli (App. C.1): a pixel is a coin, its grey the chance of white. The cross-entropy with a grey
 target is the mean over all tosses, so the bound is one for MNIST binarised at random. Pictures show chances, no tosses.
 Differences from the paper: convolutions, not one hidden layer; Adam, not Adagrad; one z an image is the paper's L = 1.
 
     python models/vae.py                              # four models, pictures, numbers: 2.0 min on two CPU cores
     python models/vae.py --latents 2 --no-ablations   # the map alone
+    python models/vae.py --data FOLDER                # pictures of your own, in colour
     python models/vae.py --latents 2 64 --channels 64 128 --hidden 512 --batch 512 --steps 20000   # larger, for a GPU
 """
 
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import quality
+from models import own_images, quality
 from models.latent_figures import draw
 from models.vae_network import VAE, paint
 from utils import checkpoint, data, run
@@ -44,6 +45,7 @@ class Config:
     channels: tuple[int, int] = (16, 32)  # widths at 14 x 14 and at 7 x 7 pixels
     hidden: int = 256  # width of the linear layer between convolutions and latents
     samples: int = 2000  # digits to sample from the prior and measure, for each model
+    data: str = ""  # train on the pictures in this folder, 32 x 32 in colour, instead of digits
     resume: bool = False  # go on from the last checkpoints in --out, bit for bit
     save_every: int = 500  # steps between checkpoints
     seed: int = 0  # same seed, same numbers
@@ -62,7 +64,7 @@ def kl_divergence(mu, logvar):
 
 
 def reconstruction(logits, x):
-    """-log p(x | z) in nats: (B, 1, H, W) log odds of white, images (B, 1, H, W) in [-1, 1] -> (B,)."""
+    """-log p(x | z) in nats: (B, C, H, W) log odds of white, images (B, C, H, W) in [-1, 1] -> (B,)."""
     run.check(
         x.min() >= -1 and x.max() <= 1, "images must be in [-1, 1]; data.to_float makes them so"
     )
@@ -72,7 +74,7 @@ def reconstruction(logits, x):
 
 
 def loss(model, x, beta=1.0, noise=True):
-    """The negative bound in nats per image, and its parts: (B, 1, 28, 28) -> (loss, reconstruction, kl), each ().
+    """The negative bound in nats per image, and its parts: (B, C, H, W) -> (loss, reconstruction, kl), each ().
 
     `beta` other than 1 gives no bound (0: no KL term); without `noise` the code is a point, mu.
     """
@@ -130,7 +132,7 @@ def train(model, optimizer, images, cfg, curves, variant):
 def fit(name, variant, images, cfg, folder, device):
     """Train one variant from the seed, or go on from its checkpoint -> model, curves."""
     run.seed(cfg.seed)
-    model = VAE(variant.latent, cfg.channels, cfg.hidden).to(device)
+    model = VAE(variant.latent, cfg.channels, cfg.hidden, images.shape[1:]).to(device)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr)
     curves = {"reconstruction": [], "kl": []}
     # all that a resumed run needs to go on bit for bit
@@ -155,7 +157,7 @@ def load(path, device="cpu"):
     tensors, meta = checkpoint.read(path)
     try:
         models = {
-            name: VAE(latent, meta["channels"], meta["hidden"])
+            name: VAE(latent, meta["channels"], meta["hidden"], meta.get("image", (1, 28, 28)))
             for name, latent in meta["latent"].items()
         }
         together = nn.ModuleDict(models).to(device).eval().requires_grad_(False)
@@ -169,7 +171,7 @@ def load(path, device="cpu"):
 
 @torch.no_grad()
 def measure(model, images):
-    """Images (N, 1, 28, 28) in [-1, 1] -> the bound on their log-likelihood, in nats per image; codes (N, D)."""
+    """Images (N, C, H, W) in [-1, 1] -> the bound on their log-likelihood, in nats per image; codes (N, D)."""
     device = next(model.parameters()).device
     parts = [x.to(device) for x in images.split(500)]
     # the bound and its parts, with noise; the last batch may be a smaller one
@@ -181,12 +183,12 @@ def measure(model, images):
 
 
 def sample(model, n):
-    """n images from the prior, (n, 1, 28, 28) in [-1, 1]: draw z ~ N(0, 1), decode."""
+    """n images from the prior, (n, C, H, W) in [-1, 1]: draw z ~ N(0, 1), decode."""
     return paint(model, torch.randn(n, model.latent))
 
 
 def main(cfg: Config) -> dict:
-    """Train every variant, measure on the test digits, and draw."""
+    """Train every variant, measure on the test digits, or on those of --data that it was trained on, and draw."""
     sizes = (cfg.steps, cfg.batch, cfg.hidden, *cfg.channels)
     run.check(min(sizes) > 0, "--steps, --batch, --hidden and --channels must be at least 1")
     run.check(cfg.save_every >= 0, "--save-every must not be negative; 0 saves at the end only")
@@ -194,31 +196,38 @@ def main(cfg: Config) -> dict:
     run.check(cfg.samples >= 64, "--samples must be at least 64, as many as the figures show")
     two = cfg.latents and min(cfg.latents) > 1
     run.check(two, "--latents must be numbers from 2 on: a map has two axes")
+    images, _ = own_images.training_set(cfg)
     folder = run.output(cfg.out, cfg)
     device = run.device(cfg.device)
     clock = run.Clock()
 
     # train every variant
-    images, _ = data.mnist("train")
     models = {}
     curves = {}
     for name, variant in variants(cfg).items():
         models[name], curves[name] = fit(name, variant, images, cfg, folder, device)
     metrics = {"train_seconds": clock()}
     meta = asdict(cfg) | {"latent": {name: model.latent for name, model in models.items()}}
+    meta["image"] = tuple(images.shape[1:])
     checkpoint.write(folder / "model.safetensors", nn.ModuleDict(models).state_dict(), meta)
 
-    # measure: the bound on test digits, the score of samples from the prior
+    # measure: the bound, the score of samples from the prior
     run.seed(cfg.seed)
-    test, labels = data.mnist("test")
+    test, labels = (images, None) if cfg.data else data.mnist("test")
     test = data.to_float(test)
-    judge = quality.scorer(device)
+    judge = None if cfg.data else quality.scorer(device)
     codes = {}
     samples = {}
     for name, model in run.bar(models.items(), len(models), name="measure"):
         result, codes[name] = measure(model, test)
         samples[name] = sample(model, cfg.samples)
-        metrics |= {f"{name}: {k}": v for k, v in (result | judge(samples[name])).items()}
+        if judge:
+            result |= judge(samples[name])
+        metrics |= {f"{name}: {k}": v for k, v in result.items()}
+
+    # no classifier knows pictures of one's own; are the samples copies of them?
+    if cfg.data:
+        metrics |= own_images.score(folder, images, samples[f"{cfg.latents[-1]}-d"])
 
     # draw
     draw(folder, cfg, curves, models, codes, samples, test, labels)

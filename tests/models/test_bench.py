@@ -88,6 +88,25 @@ def test_profile_of_step_measures_each_variant(monkeypatch):
     assert [last for _, _, last in made] == [False, False, False, False, True]
 
 
+def test_share_of_the_matrix_product_rate(monkeypatch):
+    """FLOPs per second of the step over those of a product that took its turn in the same rounds."""
+    times = [[1.0, 4.0], [2.0, 4.0], [0.5, 0.5]]  # ours, theirs, the product
+    monkeypatch.setattr(bench, "interleaved", lambda actions, rounds, name: times)
+    monkeypatch.setattr(bench, "profile_of_step", lambda *about: {"share": about[-1]})
+    monkeypatch.setattr(bench, "sampler_overhead", lambda cfg: 0.0)
+    monkeypatch.setattr(bench, "lucidrains_unet", lambda **sizes: None)
+    monkeypatch.setattr(bench.run, "report", lambda folder, metrics: metrics)
+    monkeypatch.setattr(bench.run, "output", lambda *about: None)
+    threads = torch.get_num_threads()
+    metrics = bench.main(bench.Config(rounds=2, batch=2))
+    torch.set_num_threads(threads)
+    step = metrics["diffusers: fp32 step"]
+    flops = 1e9 * metrics["diffusers: size"]["GFLOP"]
+    shares = [flops / mine / (2 * 1024**3 / 0.5) for mine in (1.0, 4.0)]
+    assert step["share_of_matmul_rate"] == pytest.approx(sum(shares) / 2) == metrics["share"]
+    assert step["times_faster"] == pytest.approx(1.5) and step["ms"] == 2500
+
+
 def test_matrix_product():
     product, flops = bench.matrix_product(bf16=True, n=16)
     y = product()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ddim, ddpm, dit, guidance_study, quality
+from models import ddim, ddpm, dit, dit_network, guidance_study, quality
 from tests.conftest import gradients
 from tests.models.test_ddpm import (
     OneWeight,
@@ -37,7 +37,7 @@ BLOCK = {  # ours -> diffusers', inside a block
 
 def random_dit(**changes):
     """A tiny DiT all of whose weights are random: the zeros of the initialisation would hide most of it."""
-    model = dit.DiT(**TINY | changes)
+    model = dit_network.DiT(**TINY | changes)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
@@ -108,7 +108,7 @@ def test_equals_diffusers(parity):
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     mine, other = ours(x, t, y), theirs(x, t, y).sample
     assert other.std() > 0.1
-    parity("DiT", "dit.DiT", "diffusers.DiTTransformer2DModel", mine, other, atol=1e-4)
+    parity("DiT", "dit_network.DiT", "diffusers.DiTTransformer2DModel", mine, other, atol=1e-4)
     mine, other = gradients(ours, mine), gradients(theirs, other)
     names = names_of_theirs(TINY["depth"])  # gradients of their copies of one weight add up
     other = {name: sum(other[n] for n in ns).view_as(mine[name]) for name, ns in names.items()}
@@ -121,7 +121,14 @@ def test_equals_diffusers(parity):
             unit = other[name.replace("bias", "weight")].abs().max()
             assert other[name].abs().max() < 1e-5 * unit
         mine[name], other[name] = mine[name] / unit, other[name] / unit
-    parity("DiT", "dit.DiT, gradients", "diffusers.DiTTransformer2DModel", mine, other, atol=2e-5)
+    parity(
+        "DiT",
+        "dit_network.DiT, gradients",
+        "diffusers.DiTTransformer2DModel",
+        mine,
+        other,
+        atol=2e-5,
+    )
 
 
 def test_time_embedding_is_all_that_differs_from_diffusers():
@@ -141,15 +148,22 @@ def test_position_embedding_equals_diffusers(parity, dim, size):
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
     ours, theirs = (
-        dit.position_embedding(dim, size),
+        dit_network.position_embedding(dim, size),
         get_2d_sincos_pos_embed(dim, size, base_size=size).float(),
     )
-    parity("DiT", "dit.position_embedding", "diffusers get_2d_sincos_pos_embed", ours, theirs, 1e-6)
+    parity(
+        "DiT",
+        "dit_network.position_embedding",
+        "diffusers get_2d_sincos_pos_embed",
+        ours,
+        theirs,
+        1e-6,
+    )
 
 
 def test_position_embedding_refuses_a_width_that_is_no_multiple_of_four():
     with pytest.raises(UserError, match="30"):
-        dit.position_embedding(30, 4)
+        dit_network.position_embedding(30, 4)
 
 
 TABLE_4 = [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)]
@@ -163,7 +177,7 @@ def test_size_of_the_paper(size, millions, gflops):
     """
     depth, width, heads = dit.SIZES[size]
     with torch.device("meta"):
-        model = dit.DiT(depth, width, heads, 2, image=32, channels=4, classes=1000)
+        model = dit_network.DiT(depth, width, heads, 2, image=32, channels=4, classes=1000)
         variance = torch.nn.Linear(width, 2 * 2 * 4)
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long))
@@ -180,7 +194,7 @@ def test_default_is_small():
 
 
 def test_blocks_are_the_identity_and_the_output_is_zero_at_first():
-    model = dit.DiT(**TINY)
+    model = dit_network.DiT(**TINY)
     x, t, y = inputs()
     tokens, condition = torch.randn(4, 16, 32), torch.randn(4, 32)
     for block in model.blocks:
@@ -190,7 +204,7 @@ def test_blocks_are_the_identity_and_the_output_is_zero_at_first():
 
 def test_output_lies_where_its_patch_lies():
     """Blocks that do nothing do not mix tokens: a change of one patch must change the output there and nowhere else."""
-    model = dit.DiT(**TINY)
+    model = dit_network.DiT(**TINY)
     torch.nn.init.normal_(model.head.weight)
     x, t, y = inputs()
     other = x.clone()
@@ -362,11 +376,11 @@ def test_learns_digits_and_their_names():
     images, labels = data.mnist("test")
     pick = (labels < 2).nonzero()[:64, 0]
     images, labels = images[pick], labels[pick]
-    model, schedule = dit.DiT(2, 64, 2, 4), ddpm.Schedule(kind="cosine")
+    model, schedule = dit_network.DiT(2, 64, 2, 4), ddpm.Schedule(kind="cosine")
     cfg = dit.Config(steps=120, batch=32, lr=5e-3)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0)
     nothing = model.label.weight[10].clone()
-    ema = dit.DiT(2, 64, 2, 4).requires_grad_(False)
+    ema = dit_network.DiT(2, 64, 2, 4).requires_grad_(False)
 
     @torch.no_grad()
     def loss(y):  # the same noise every time
@@ -470,7 +484,7 @@ def test_bad_flags_give_one_line(flags, word, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("damage", ["bit", "cut", "other"])
 def test_damaged_checkpoint_gives_one_line_and_stays(damage, tmp_path, monkeypatch, capsys):
     state = tmp_path / "state.safetensors"
-    model = dit.DiT(1, 32, 2, 4)
+    model = dit_network.DiT(1, 32, 2, 4)
     checkpoint.save_state(
         state, model=model, ema=model, optimizer=torch.optim.AdamW(model.parameters()), losses=[1.0]
     )

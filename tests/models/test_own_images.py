@@ -7,12 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from models import ddim, ddpm, flow, own_images, reflow
+from models import ddim, ddpm, dit, flow, latent_figures, own_images, quality, reflow, vae
 from tests.models.test_ddpm import one_line
 from utils import checkpoint, data, figures
 from utils.run import UserError
 
-SMALL = dict(steps=2, batch=4, channels=(8, 16), layers=1, samples=10)
+UNET = dict(steps=2, batch=4, channels=(8, 16), layers=1, samples=10)
+SMALL = {
+    ddpm: UNET,
+    flow: UNET | {"sampling_steps": (1, 2)},
+    dit: dict(steps=2, batch=4, patch=8, samples=10),
+    vae: dict(steps=2, batch=4, channels=(4, 8), hidden=16, latents=(2, 3), samples=64),
+}
 
 
 @pytest.fixture
@@ -62,23 +68,108 @@ def test_score_tells_copies_from_new_pictures(tmp_path, monkeypatch):
     assert new["nearest_training"] == pytest.approx(new["between_training"], rel=0.1)
 
 
-@pytest.mark.parametrize("script", [ddpm, flow])
+@pytest.mark.parametrize("script", [ddpm, flow, dit])
 def test_scripts_train_on_a_folder(script, folder, tmp_path, monkeypatch):
     """Three channels of 32 x 32, without classes and without the scores of digits; the weights know it."""
     monkeypatch.setattr(ddpm, "sample", slow_sampler)
     trained = []
     note_training(script, monkeypatch, trained)
     monkeypatch.setattr(flow, "sample", asked_for_no_class(flow.sample))
-    more = {"sampling_steps": (1, 2)} if script is flow else {}
+    monkeypatch.setattr(ddim, "sample", asked_for_no_class(ddim.sample))
+    monkeypatch.setitem(dit.SIZES, "tiny", (1, 32, 2))
+    scored = note_scores(monkeypatch)
     out = tmp_path / "out"
-    metrics = script.main(script.Config(data=str(folder), out=str(out), **SMALL, **more))
+    metrics = script.main(script.Config(data=str(folder), out=str(out), **SMALL[script]))
     text = json.dumps(metrics)
     assert "nearest_training" in text and "recognised" not in text
     assert (out / "nearest.png").stat().st_size > 0
     assert all(x.shape[1:] == (3, 32, 32) for x in trained) and len(trained) > 0
+    assert all(images.shape == (7, 3, 32, 32) for images, _ in scored)
+    assert all(samples.shape == (10, 3, 32, 32) for _, samples in scored)
     model = script.load(out / "model.safetensors")[0]
-    assert model.in_channels == 3
+    assert next(model.parameters()).shape[1] in (12, 3 * 8 * 8)  # folded pixels, or a patch
     assert np.array(Image.open(out / "samples.png")).ndim == 3
+
+
+def note_scores(monkeypatch):
+    """Note pictures and samples that are compared -> [(pictures, samples), ...]."""
+    scored = []
+    score = own_images.score
+
+    def noted(folder, images, samples):
+        scored.append((images, samples))
+        return score(folder, images, samples)
+
+    monkeypatch.setattr(own_images, "score", noted)
+    return scored
+
+
+def test_vae_trains_on_a_folder(folder, tmp_path, monkeypatch):
+    """Three channels of 32 x 32; measured on the pictures trained on; no classifier, no figure of classes."""
+    drawn, measured = [], []
+    real, measure = vae.draw, vae.measure
+    monkeypatch.setattr(vae, "draw", lambda *about: drawn.append(about) or real(*about))
+    monkeypatch.setattr(vae, "measure", lambda model, x: measured.append(x) or measure(model, x))
+    monkeypatch.setattr(quality, "scorer", lambda device: pytest.fail("scored as digits"))
+    scored = note_scores(monkeypatch)
+    maps = []
+    panels = figures.panels
+    monkeypatch.setattr(
+        figures, "panels", lambda path, rows, **kw: maps.append(rows) or panels(path, rows, **kw)
+    )
+    out = tmp_path / "out"
+    metrics = vae.main(vae.Config(data=str(folder), out=str(out), **SMALL[vae]))
+    names = ["2-d", "3-d", "no noise", "no KL"]
+    assert all(f"{name}: elbo" in metrics for name in names)
+    assert "nearest_training" in metrics and "recognised" not in json.dumps(metrics)
+    images = own_images.training_set(vae.Config(data=str(folder), batch=4))[0]
+    assert all(torch.equal(x, data.to_float(images)) for x in measured) and len(measured) == 4
+    # the last of --latents is compared with the pictures
+    samples = drawn[0][5]
+    assert torch.equal(scored[0][0], images) and torch.equal(scored[0][1], samples["3-d"])
+    assert samples["3-d"].shape == (64, 3, 32, 32)
+    # both maps are of such pictures, before the training, too
+    assert [x.shape[1:] for x in maps[0][0].values()] == [(3, 32, 32)] * 2
+    files = {path.name for path in out.glob("*.png")}
+    shown = {"samples.png", "nearest.png", "map.png", "reconstructions.png", "interpolation.png"}
+    assert files == shown | {"loss.png", "kl.png", "reconstruction.png"}
+    loaded = vae.load(out / "model.safetensors")
+    assert all(model.image == (3, 32, 32) for model in loaded.values())
+    torch.manual_seed(0)
+    again = vae.sample(loaded["3-d"], 2)
+    torch.manual_seed(0)
+    assert torch.equal(again, vae.sample(drawn[0][3]["3-d"], 2))
+
+
+def test_pairs_to_interpolate_between():
+    images, labels = torch.arange(40.0).view(40, 1, 1, 1), torch.arange(40) % 10
+    digits = latent_figures.pairs(images, labels)
+    # the second of each digit
+    assert {name: (float(a), float(b)) for name, (a, b) in digits.items()} == {
+        "3 to 8": (13, 18), "4 to 9": (14, 19), "0 to 6": (10, 16), "1 to 7": (11, 17),
+    }  # fmt: skip
+    own = latent_figures.pairs(images, None)
+    assert {name: (float(a), float(b)) for name, (a, b) in own.items()} == {
+        "1 to 2": (0, 1), "3 to 4": (2, 3), "5 to 6": (4, 5), "7 to 8": (6, 7),
+    }  # fmt: skip
+    assert list(latent_figures.pairs(images[:3], None)) == ["1 to 2"]
+
+
+def test_vae_of_another_shape_reads_no_digits():
+    model = vae.VAE(3, (4, 8), 16, (3, 32, 32))
+    mu, _ = model.encode(torch.zeros(2, 3, 32, 32))
+    assert model.decode(mu).shape == (2, 3, 32, 32)
+    with pytest.raises(UserError, match=r"\(B, 3, 32, 32\)"):
+        model.encode(torch.zeros(2, 1, 28, 28))
+
+
+def test_patch_must_divide_own_pictures(folder, tmp_path, monkeypatch, capsys):
+    args = ["--data", str(folder), "--batch", "4", "--patch", "7", "--out", str(tmp_path / "x")]
+    assert "does not divide 32 pixels; use 2, 4, 8 or 16" in one_line(
+        dit, args, monkeypatch, capsys
+    )
+    with pytest.raises(UserError, match="divide 28 pixels; use 2, 4, 7 or 14"):
+        dit.check_network("tiny", 8)
 
 
 def slow_sampler(model, schedule, shape, predict):
@@ -89,7 +180,7 @@ def slow_sampler(model, schedule, shape, predict):
 
 
 def asked_for_no_class(sample):
-    """The sampler of flow.py, if its network is asked once, for no class."""
+    """A sampler, if its network is asked for no class."""
 
     def checked(network, *about):
         assert (network.keywords["y"] == flow.NO_CLASS).all()
@@ -100,15 +191,16 @@ def asked_for_no_class(sample):
 
 def note_training(script, monkeypatch, trained):
     """Note the images that the loss is asked about."""
-    real = script.loss
+    script_of_loss = flow if script is flow else ddpm  # whose loss dit.py takes, too
+    real = script_of_loss.loss
 
     def loss(model, *about):
-        trained.append(about[1])  # ddpm: of (schedule, x0, ...); flow: of (x0, x1, t)
-        if script is flow:
+        trained.append(about[1])  # ddpm, dit: of (schedule, x0, ...); flow: of (x0, x1, t)
+        if script is not ddpm:
             assert (model.keywords["y"] == flow.NO_CLASS).all()
         return real(model, *about)
 
-    monkeypatch.setattr(script, "loss", loss)
+    monkeypatch.setattr(script_of_loss, "loss", loss)
 
 
 def test_ddim_refuses_weights_of_colour_pictures(tmp_path):
@@ -127,14 +219,13 @@ def test_reflow_refuses_weights_of_colour_pictures(tmp_path):
         reflow.main(reflow.Config(weights=str(path), out=str(tmp_path / "out")))
 
 
-@pytest.mark.parametrize("script", [ddpm, flow])
+@pytest.mark.parametrize("script", [ddpm, flow, dit, vae])
 @pytest.mark.parametrize(
     "args, word",
     [
         (["--data", "nowhere"], "not a folder"),
         (["--data", "EMPTY"], "no images"),
         (["--data", "FOLDER", "--batch", "8"], "--batch 7 or less"),
-        (["--data", "FOLDER", "--batch", "4", "--pretrained"], "--pretrained"),
     ],
 )
 def test_bad_input(script, args, word, folder, tmp_path, monkeypatch, capsys):
@@ -142,4 +233,13 @@ def test_bad_input(script, args, word, folder, tmp_path, monkeypatch, capsys):
     names = {"FOLDER": str(folder), "EMPTY": str(tmp_path / "empty")}
     args = [names.get(arg, arg) for arg in args]
     assert word in one_line(script, [*args, "--out", str(tmp_path / "x")], monkeypatch, capsys)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("script", [ddpm, flow, dit])  # those with shipped weights
+def test_shipped_weights_are_no_start_for_own_pictures(
+    script, folder, tmp_path, monkeypatch, capsys
+):
+    args = f"--data {folder} --batch 4 --pretrained --out {tmp_path / 'x'}".split()
+    assert "--pretrained" in one_line(script, args, monkeypatch, capsys)
     assert not (tmp_path / "x").exists()
