@@ -1,70 +1,85 @@
-"""Profile of a training step: shares of its time and of its FLOPs by kind of operator, and variants of the step.
+"""Profile of a training step: shares of its CPU time and of its FLOPs by kind of operator, and variants of the step.
 
-torch.profiler notes every operator with the time that it spent in itself, and who called it. An operator counts under
-the kind of its own name or, if that says nothing, of its caller; what the optimizer calls is the optimizer's.
-There is nothing to run here: `bench.py` prints it.
+A TorchDispatchMode is handed every operator that reaches the kernels, forward and backward, and times it. It reads
+the CPU time of the thread, which torch.profiler does not: where another program takes its turn, the profiler's clock
+runs on, and long operators look longer than they are. There is nothing to run here: `bench.py` prints it.
 """
 
 import copy
+import time
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.unet_attention import AttentionBlock
 
-# parts of the names of operators, in lower case; the first kind that has one is taken ("bmm" before "mm")
 KINDS = {
-    "optimizer": ("optimizer.",),
-    "convolution": ("convolution",),
-    "attention": ("bmm", "softmax", "div"),
-    "linear layers": ("mm", "linear"),
-    "GroupNorm, SiLU": ("group_norm", "groupnorm", "silu"),
-    "copies, casts, upsampling": ("copy", "clone", "aten::cat", "catbackward", "upsample"),
-    "additions": ("aten::add", "aten::sum", "addbackward"),
+    "convolution": ("convolution", "convolution_backward"),
+    "attention": ("bmm", "_softmax", "_softmax_backward_data", "div"),
+    "linear layers": ("mm", "addmm"),
+    "GroupNorm, SiLU": ("native_group_norm", "native_group_norm_backward", "silu", "silu_backward"),
+    "copies, casts": ("clone", "copy_", "_to_copy", "cat"),
+    "upsampling": ("upsample_nearest2d", "upsample_nearest2d_backward"),
+    "additions": ("add", "add_", "sum"),
 }
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+OPTIMIZER = "optimizer"
+OTHER = "other"  # smaller operators, and what lies between operators: Python, autograd
 
 
-def kind_of_name(name):
-    """Kind of an operator by its name alone, or None."""
-    for kind, parts in KINDS.items():
-        if any(part in name.lower() for part in parts):
-            return kind
-    return None
+class OperatorTimer(TorchDispatchMode):
+    """Seconds of CPU time of the operators called under it, by kind; what the optimizer calls is the optimizer's."""
 
+    def __init__(self):
+        super().__init__()
+        self.seconds = dict.fromkeys([*KINDS, OPTIMIZER, OTHER], 0.0)
+        self.in_optimizer = False
 
-def kind_of(event):
-    """Kind of an event of the profiler: the optimizer's, or the innermost one that a name says."""
-    kinds = []
-    while event is not None:
-        kinds.append(kind_of_name(event.name))
-        event = event.cpu_parent
-    if "optimizer" in kinds:
-        return "optimizer"
-    return next((kind for kind in kinds if kind), "other")
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.thread_time()
+        result = func(*args, **(kwargs or {}))
+        seconds = time.thread_time() - start
+        kind = KIND_OF.get(func.overloadpacket.__name__, OTHER)
+        self.seconds[OPTIMIZER if self.in_optimizer else kind] += seconds
+        return result
+
+    def __enter__(self):
+        before = register_optimizer_step_pre_hook(lambda *_: setattr(self, "in_optimizer", True))
+        after = register_optimizer_step_post_hook(lambda *_: setattr(self, "in_optimizer", False))
+        self.hooks = before, after
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
 
 
 def time_shares(step, steps=12):
-    """Shares of the time of `step`, a function that makes a training step -> {kind: share}; they add up to 1.
+    """Shares of the CPU time of `step`, a function that makes a training step -> {kind: share}; they add up to 1.
 
-    The shortest of several steps: the profiler's clock also runs while another program has the processor.
+    Timing costs time between the operators, so the whole is that of steps without it; `other` is what remains.
     """
-    from torch.profiler import ProfilerActivity, profile
-
     step()
-    times = {kind: [] for kind in [*KINDS, "other"]}
+    whole = 0.0
+    timer = OperatorTimer()
     for _ in range(steps):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.thread_time()
+        step()
+        whole += time.thread_time() - start
+        with timer:
             step()
-        spent = dict.fromkeys(times, 0.0)
-        for event in profiler.events() or ():
-            spent[kind_of(event)] += event.self_cpu_time_total
-        for kind, time in spent.items():
-            times[kind].append(time)
-    shortest = {kind: min(values) for kind, values in times.items()}
-    return {kind: time / sum(shortest.values()) for kind, time in shortest.items()}
+    shares = {kind: seconds / whole for kind, seconds in timer.seconds.items()}
+    shares[OTHER] = 1 - sum(share for kind, share in shares.items() if kind != OTHER)
+    return shares
 
 
 def flop_shares(loss):
@@ -73,7 +88,7 @@ def flop_shares(loss):
         loss().backward()
     shares = {}
     for operator, flops in counter.get_flop_counts()["Global"].items():
-        kind = kind_of_name(str(operator))
+        kind = KIND_OF[operator.__name__]
         shares[kind] = shares.get(kind, 0) + flops / counter.get_total_flops()
     return shares
 
@@ -84,10 +99,10 @@ def by_kind(times, flops, share_of_rate):
     share_of_rate: of the whole step. Kinds without FLOPs have no rate.
     """
     rows = {}
-    for kind, time in sorted(times.items(), key=lambda item: -item[1]):
-        rows[kind] = {"time": time}
+    for kind, share in sorted(times.items(), key=lambda item: -item[1]):
+        rows[kind] = {"time": share}
         if kind in flops:
-            rate = share_of_rate * flops[kind] / time
+            rate = share_of_rate * flops[kind] / share
             rows[kind] |= {"FLOPs": flops[kind], "share_of_matmul_rate": rate}
     return rows
 
