@@ -7,7 +7,7 @@ measured only where someone ran `pip install --no-deps denoising-diffusion-pytor
 bare Unet does not use are stubbed. Then the profile of our step: which operators take the time, and what it would be
 with fused AdamW, fused attention or channels last.
 
-    python models/bench.py    # about 2 min on one CPU core, with both libraries
+    python models/bench.py    # about 2 CPU minutes, with both libraries
 """
 
 import importlib
