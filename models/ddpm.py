@@ -74,16 +74,18 @@ class Schedule:
     """The noise schedule: every coefficient of the forward process and of its posterior, each a table (T,). Sec. 2.
 
     Index 0 is t = 1. All are computed in double precision, and what is divided or rooted later stays in it: in single,
-    1 - 0.9999 leaves three digits. Raises UserError for another kind.
+    1 - 0.9999 leaves three digits. beta: these (T,) instead of a kind. Raises UserError for another kind.
     """
 
-    def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02, kind="linear"):
+    def __init__(self, steps=1000, beta_start=1e-4, beta_end=0.02, kind="linear", beta=None):
         run.check(
             kind in ("linear", "cosine"),
             f"there is no schedule '{kind}'; there are linear and cosine",
         )
-        self.steps = steps
-        beta = linear_beta(steps, beta_start, beta_end) if kind == "linear" else cosine_beta(steps)
+        if beta is None:
+            linear = kind == "linear"
+            beta = linear_beta(steps, beta_start, beta_end) if linear else cosine_beta(steps)
+        self.steps = len(beta)
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)
         # Of t - 1; before the first step it is 1

@@ -51,3 +51,15 @@ def to_eps(schedule, xt, t, output, predict="eps"):
         return (xt - sqrt_alpha_bar * output) / sqrt_one_minus_alpha_bar  # Eq. 4, solved for eps
     # v-prediction: v and xt are two linear equations for x0 and eps
     return sqrt_alpha_bar * output + sqrt_one_minus_alpha_bar * xt
+
+
+def to_x0(schedule, xt, t, output, predict="eps"):
+    """The image that the network's output stands for. v needs no division, so alpha_bar may be 0 (Lin et al. 2023)."""
+    check_prediction_type(predict)
+    if predict == "x0":
+        return output
+    sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
+    sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
+    if predict == "eps":
+        return (xt - sqrt_one_minus_alpha_bar * output) / sqrt_alpha_bar  # Eq. 4, solved for x0
+    return sqrt_alpha_bar * xt - sqrt_one_minus_alpha_bar * output
