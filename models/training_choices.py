@@ -7,12 +7,16 @@ measures what they are worth.
 Shapes: B images, C channels, H x W pixels, T steps of noise; t is an integer tensor (B,).
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
 from models import ddpm
 from models.prediction_type import check_prediction_type, target
 from utils import run
+
+Times = Literal["uniform", "logit-normal"]
 
 
 def snr(schedule):

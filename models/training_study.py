@@ -41,7 +41,7 @@ RECIPES = {
     "v, scaled linear": ("v", "scaled-linear", "uniform", False),
     "v, scaled linear to zero SNR": ("v", "zero-snr", "uniform", False),
 }
-DECAYS = (0.0, 0.95, 0.99, 0.995)  # of ordinary EMAs; 0 is the weights themselves
+DECAYS = (0.0, 0.9, 0.97, 0.995)  # of ordinary EMAs; 0 is the weights themselves
 
 
 @dataclass(frozen=True)

@@ -270,3 +270,12 @@ def test_command(tmp_path):
     assert metrics["brightness_of_real"] == pytest.approx(-0.74, abs=0.01)
     for name in ("samples.png", "ema.png", "metrics.json"):
         assert (tmp_path / name).is_file()
+
+
+def test_seed_sets_the_weights_and_what_follows():
+    draws = []
+    for seed in (0, 1, 0):
+        model = training_study.new_model(seed, "cpu")
+        draws.append((model.conv_in.weight.detach(), torch.rand(3)))
+    assert draws[0][0].equal(draws[2][0]) and draws[0][1].equal(draws[2][1])
+    assert not draws[0][0].equal(draws[1][0]) and not draws[0][1].equal(draws[1][1])
