@@ -17,7 +17,6 @@ schedule (see ddpm.py).
 """
 
 import copy
-import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import autoencoder, ddim, ddpm
 from models.batches import shuffled
-from models.guidance_study import check_guidance_scale
 from models.prompt_alignment import evaluate, guidance_rows
+from models.stable_diffuser_flags import check_flags, latent_shape
+from models.text_augmentation import augment_text, draw_augmentation
 from models.text_encoder import TextEncoder
+from models.training_choices import Times, draw_timesteps
 from models.training_state import TrainingState
 from models.unet import UNet
 from utils import checkpoint, data, figures, run
@@ -54,7 +55,12 @@ class Config:
     batch: int = 32  # images per step, all processes together
     lr: float = 2e-3  # peak learning rate: 100 steps of warm-up, then a cosine to zero
     channels: tuple[int, ...] = (64, 128)  # widths of the U-Net, one per resolution
+    times: Times = "logit-normal"  # distribution of the training time steps
     drop_text: float = 0.1  # share of captions replaced by the empty one, for guidance
+    text_noise: float = 0.5  # strength of the noise on the words, in their standard deviations
+    word_dropout: float = 0.1  # share of words hidden from the network
+    ema: float = 0.998  # EMA decay: pictures come from an exponential moving average of the weights
+    pooled_text: bool = True  # the mean of the words, too, is added to the time step
     autoencoder: str = ""  # weights written by models/autoencoder.py; empty: the shipped ones
     pretrained: bool = False  # start from the shipped weights and skip the training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
@@ -113,15 +119,19 @@ def train(
     """
     device = schedule.beta.device
     numbers = torch.arange(len(latents))
+    std = words[mask].std()
     for i, pick in zip(range(start, cfg.steps), shuffled(numbers, cfg.batch, cfg.seed, start)):
         # learning rate of this step: warm-up, then a cosine
         optimizer.param_groups[0]["lr"] = ddpm.learning_rate(cfg, i)
         # all that is random, drawn for the whole batch: time steps, noise, which captions are dropped for guidance
-        t = torch.randint(schedule.steps, (cfg.batch,))
+        t = draw_timesteps(cfg.batch, schedule.steps, cfg.times)
         eps = torch.randn(cfg.batch, *latents.shape[1:])
         dropped = torch.rand(cfg.batch) < cfg.drop_text
+        # text augmentation: the captions a little different every time
+        noise, lost = draw_augmentation(words[pick], std, cfg.text_noise, cfg.word_dropout)
+        w, m = augment_text(words[pick], mask[pick], noise, lost)
         # the part of this process
-        batch = (latents[pick], words[pick], mask[pick], t, eps, dropped)
+        batch = (latents[pick], w, m, t, eps, dropped)
         z0, w, m, t, eps, dropped = (x[rank::world].to(device) for x in batch)
         w, m = drop_text(w, m, *empty, dropped=dropped)
         # forward pass and loss, matrix products in bf16
@@ -133,7 +143,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         # EMA of the weights; a small decay in the first steps lets it forget its random start
-        decay = min(0.998, (1 + i) / (10 + i))
+        decay = min(cfg.ema, (1 + i) / (10 + i))
         ddpm.update_ema(ema, model, decay)
         yield value.item()
 
@@ -150,9 +160,11 @@ def processes(device):
     return 0, 1
 
 
-def build(channels, latent, **_):
+def build(channels, latent, pooled_text=False, **_):
     """The U-Net of this chapter: latents folded 2 x 2, cross-attention at every resolution."""
-    return UNet(latent, channels, 1, [True] * len(channels), context_dim=384, patch=2)
+    attention = [True] * len(channels)
+    words = dict(context_dim=384, pooled_text=pooled_text)
+    return UNet(latent, channels, 1, attention, patch=2, **words)
 
 
 def load(path, device="cpu"):
@@ -180,38 +192,6 @@ class Painter:
             chain = sample(*network, noise.to(device), *text, *empty, guidance_scale, n)
             z0 = ddim.last(run.bar(chain, n + 1, name="sample")).float()
         return autoencoder.decode_all(self.decoder, z0 / self.scale)
-
-
-def check_flags(cfg, world):
-    """Raises UserError for flags that make no sense, alone or together, on `world` processes."""
-    sizes = (cfg.steps, cfg.batch, cfg.sampling_steps)
-    run.check(min(sizes) > 0, "--steps, --batch and --sampling-steps must be at least 1")
-    most = "--sampling-steps: the schedule has 1000 steps and no more"
-    run.check(cfg.sampling_steps <= 1000, most)
-    run.check(0 < cfg.lr < math.inf, "--lr must be above 0 and finite")
-    run.check(
-        not (cfg.pretrained and cfg.autoencoder),
-        "the shipped weights belong to the shipped --autoencoder",
-    )
-    run.check(cfg.batch % world == 0, f"--batch {cfg.batch} cannot be shared by {world} processes")
-    run.check(0 <= cfg.drop_text <= 1, "--drop-text is a share: it must be in [0, 1]")
-    check_guidance_scale(cfg.guidance_scale, cfg.negative)
-    run.check(cfg.prompt or not cfg.negative, "--negative needs a --prompt")
-    for flag, words in (("--prompt", cfg.prompt), ("--negative", cfg.negative)):
-        blank = words and not words.strip()
-        run.check(not blank, f"{flag} is blank: name what to draw, or leave it out")
-    multiples = all(c > 0 and c % 32 == 0 for c in cfg.channels)
-    run.check(cfg.channels and multiples, "--channels must be multiples of 32")
-
-
-def latent_shape(coder, channels, device):
-    """(D, h, w) of the latents of a picture. Raises UserError if the U-Net cannot halve them so often."""
-    mean, _ = coder.encode(torch.zeros(1, 3, 64, 64, device=device))
-    shape = tuple(mean.shape[1:])
-    halvings = len(channels) - 1
-    halved = f"--channels: latents of {shape[1]} x {shape[2]}, folded 2 x 2, cannot be halved {halvings} times"
-    run.check(shape[1] % 2 ** len(channels) == 0, halved)
-    return shape
 
 
 def main(cfg: Config) -> dict:
@@ -243,7 +223,7 @@ def main(cfg: Config) -> dict:
         words, mask = text([c for c, h in zip(captions, held_out) if not h])
         learn = (latents, words.cpu(), mask.cpu(), text([""]))
         # model, its EMA, optimizer, and all that a resumed run needs to go on bit for bit
-        model = build(cfg.channels, shape[0]).to(device)
+        model = build(cfg.channels, shape[0], cfg.pooled_text).to(device)
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0.01)
         state = TrainingState(folder, cfg, clock, model=model, ema=ema, optimizer=optimizer)
