@@ -187,7 +187,8 @@ def test_pictures_keep_their_captions_and_hidden_ones_lose_their_mask():
 
     model.forward = forward
     latents = numbers.float()[:, None, None, None].expand(-1, 4, 2, 2)
-    cfg = stable_diffuser.Config(steps=100, batch=6, drop_text=0.5)
+    plain = dict(text_noise=0.0, word_dropout=0.0)
+    cfg = stable_diffuser.Config(steps=100, batch=6, drop_text=0.5, **plain)
     rest = (
         OneWeight().requires_grad_(False),
         torch.optim.SGD(model.parameters()),
@@ -324,7 +325,8 @@ def asked(rank, world, drop=0.0, steps=3):
     """Which captions the steps of one process learn from: [[numbers] of each step]."""
     model, n = Recorder(), 12
     words = torch.arange(n).float()[:, None, None].expand(n, 7, 24)
-    cfg = stable_diffuser.Config(steps=steps, batch=4, drop_text=drop)
+    plain = dict(text_noise=0.0, word_dropout=0.0)
+    cfg = stable_diffuser.Config(steps=steps, batch=4, drop_text=drop, **plain)
     torch.manual_seed(0)
     every = torch.ones(n, 7, dtype=torch.bool)
     empty = torch.full((1, 7, 24), -1.0), every[:1]
@@ -523,6 +525,10 @@ def test_gradients_of_two_halves_are_those_of_the_whole():
         (["--steps", "0"], "--steps"),
         (["--channels", "40"], "--channels"),
         (["--drop-text", "2"], "--drop-text"),
+        (["--word-dropout", "-0.1"], "--word-dropout"),
+        (["--text-noise", "nan"], "--text-noise"),
+        (["--text-noise", "-1"], "--text-noise"),
+        (["--ema", "1"], "--ema"),
         (["--sampling-steps", "2000"], "--sampling-steps"),
         (["--pretrained", "--autoencoder", "other"], "--autoencoder"),
         (["--negative", "x"], "--prompt"),
