@@ -80,10 +80,12 @@ def sample(model, schedule, xt, n, predict):
         # the image and the noise that the network sees, the image kept in its range
         x0 = to_x0(schedule, xt, t, output, predict).clamp(-1, 1)
         if before < 0:
-            return x0
-        eps = to_eps(schedule, xt, t, output, predict)
-        # the same image with less of that noise
-        xt = ddpm.add_noise(schedule, x0, torch.full_like(t, before), eps)
+            xt = x0
+        else:
+            # the same image with less of that noise
+            eps = to_eps(schedule, xt, t, output, predict)
+            xt = ddpm.add_noise(schedule, x0, torch.full_like(t, before), eps)
+    return xt
 
 
 def train(model, averages, schedule, images, recipe, cfg, seed, constant=False):
