@@ -1,7 +1,8 @@
 """Prompt alignment of text to image: does a picture show its prompt? Measured in features of EfficientNet-lite0.
 
 Three questions. A caption of the training: is its emoji, among all, the nearest to the picture (retrieval)? A held-out
-caption: is the picture nearer to its emoji than to another one's? A colour and a thing: has the picture that colour?
+caption: the same, and is the picture nearer to its emoji than to another one's? A colour and a thing: has the picture
+that colour?
 
 Shapes: N pictures, M emoji, D = 1280 features.
 """
@@ -98,8 +99,9 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
     features = emoji_features(images)
     ranks = retrieval_rank(picture_features(drawn), features, seen)
 
-    # held-out captions: is the picture nearer to its emoji than to that of the next caption?
+    # held-out captions: is it among the nearest; and nearer to the picture than the emoji of the next caption?
     new_features = picture_features(new)
+    new_ranks = retrieval_rank(new_features, features, unseen)
     similarity = cosine_similarity(new_features, features[unseen])
     random_similarity = cosine_similarity(new_features, features[unseen.roll(1)])
 
@@ -111,6 +113,8 @@ def evaluate(painter, images, captions, held_out, shape, cfg, count=100):
     metrics = {
         "seen_top1": float((ranks == 0).float().mean()),
         "seen_top10": float((ranks < 10).float().mean()),
+        "held_out_top1": float((new_ranks == 0).float().mean()),
+        "held_out_top10": float((new_ranks < 10).float().mean()),
         "chance_top1": 1 / len(images),
         "chance_top10": 10 / len(images),
         "held_out_similarity": float(similarity.mean()),

@@ -402,6 +402,7 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
         Knows(), images, captions, held_out, (4, 16, 16), stable_diffuser.Config(), 6
     )
     assert scores["seen_top1"] == scores["seen_top10"] == scores["colours_right"] == 1
+    assert scores["held_out_top1"] == scores["held_out_top10"] == 1
     assert scores["held_out_similarity"] > 0.99 > scores["random_similarity"]
     assert (
         scores["held_out_closer_than_random"] == 1 and len(pictures["colours.png"][0]["heart"]) == 4
@@ -414,6 +415,23 @@ def test_evaluate_finds_pictures_that_are_what_they_should_be():
         assert torch.equal(rows["true"], data.to_float(images[numbers]))
         assert all(held_out[i] == (name == "held_out.png") for i in numbers)
         assert max(len(line) for title in titles for line in title.splitlines()) <= 12
+
+
+def test_held_out_captions_are_judged_by_their_own_pictures():
+    """A painter that knows the emoji of the training and paints the rest black: nothing held out is found."""
+    images, captions, _ = data.emoji(64)
+    images, captions = images[:24], captions[:24]
+    held_out = [i % 4 == 0 for i in range(24)]
+    known = {c: data.to_float(x[None])[0] for c, x, h in zip(captions, images, held_out) if not h}
+
+    class Knows:
+        def draw(self, prompts, *_):
+            return torch.stack([known.get(p, torch.full((3, 64, 64), -1.0)) for p in prompts])
+
+    cfg = stable_diffuser.Config()
+    scores, _ = prompt_alignment.evaluate(Knows(), images, captions, held_out, (4, 16, 16), cfg, 6)
+    assert scores["seen_top1"] == 1
+    assert scores["held_out_top1"] < 0.5
 
 
 def test_features_of_other_pictures_are_not_taken_from_the_cache(monkeypatch, tmp_path):
