@@ -1,0 +1,177 @@
+"""Preference pairs: two continuations of the beginning of a tweet, written by the model itself and
+ranked by a reward that anyone can check.
+
+The reward is VADER's compound score of the continuation alone, -1 to 1 (Hutto & Gilbert 2014,
+ICWSM): a rule of a few hundred lines, so nobody has to guess what a judge meant. Pairs of the
+model's own samples are what Rafailov et al. 2023 (arXiv:2305.18290, Sec. 6) call on-policy: the
+reference model is the one that wrote them. Beginnings are those of real tweets, dealt to training,
+validation and test by the hash of sentiment_data.py.
+
+Shapes: B rows a batch, L tokens. A row is a prompt and a completion; padding is on the left, so
+that all rows end together and generation goes on from there.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from finetune import sentiment, sentiment_data
+from utils import assets, data
+from utils.text import plain
+
+BEGINNING = 5  # words of a tweet that are given
+SHORTEST = 9  # words that a tweet must have, so that something is left to write
+PATTERN = "<|im_start|>user\nContinue this tweet: {text}<|im_end|>\n<|im_start|>assistant\n{text}"
+
+
+class Answers(NamedTuple):
+    """What the model wrote to one prompt."""
+
+    prompt: str
+    rest: str  # what the author of the tweet went on with
+    completions: list  # tuples of tokens, the end token with them
+    rewards: list  # of each completion
+
+
+class Pair(NamedTuple):
+    """Two completions of one prompt."""
+
+    prompt: str
+    chosen: tuple  # tokens of the completion with the higher reward
+    rejected: tuple
+    margin: float  # how much higher that reward is
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn, for pairs and for scores alike."""
+
+    samples: int = 4  # completions of each prompt
+    min_new_tokens: int = 4  # none ends before
+    max_new_tokens: int = 24  # a longer one is cut
+    temperature: float = 0.8  # of sampling
+
+
+def beginnings(part):
+    """The first words of the tweets of a part (train, valid, test), and what its author went on with
+    -> [(beginning, rest)].
+    """
+    rows = {}
+    for text, _ in data.tweets():
+        words = text.split()
+        if len(words) >= SHORTEST and sentiment_data.part(text) == part:
+            rows[" ".join(words[:BEGINNING])] = " " + " ".join(words[BEGINNING:])
+    # in the order of the hash, which is no order of the data set
+    return sorted(rows.items(), key=lambda row: sentiment_data.hash_fraction(row[0] + row[1]))
+
+
+def prompt(tokenizer, beginning):
+    """The question to the assistant, whose answer begins with the beginning."""
+    return PATTERN.replace("{text}", plain(beginning, tokenizer))
+
+
+def choose(logits, temperature, generator):
+    """One token from each row of logits (B, V) -> (B,): the place where the cumulative probability
+    passes a uniform number.
+    """
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    passed = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    # a sum of 49,152 rounded numbers need not end at 1
+    place = torch.searchsorted(cumulative, passed * cumulative[:, -1:])
+    return place.squeeze(-1).clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, sampling, seed, size=32):
+    """Completions of each prompt -> [[tuple of tokens] * samples], up to and with the end token if
+    there is one.
+
+    A prompt is read once for all its completions. The same seed gives the same completions of the
+    same list.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = [tokenizer(text)["input_ids"] for text in prompts]
+    end = tokenizer.eos_token_id
+    n = sampling.samples
+    written = [[] for _ in rows]
+    for pick, ids, mask in sentiment.batches(rows, size, end):
+        # read the prompts; then as many copies of what is remembered of each as it has completions
+        mask = mask.to(model.device).long()
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        about = {"use_cache": True, "logits_to_keep": 1}
+        output = model(ids.to(model.device), attention_mask=mask, position_ids=position, **about)
+        output.cache.batch_repeat_interleave(n)
+        logits = output.logits[:, -1].repeat_interleave(n, 0)
+        mask = mask.repeat_interleave(n, 0)
+        position = position[:, -1:].repeat_interleave(n, 0)
+        # write, token by token
+        new = []
+        for i in range(sampling.max_new_tokens):
+            if i < sampling.min_new_tokens:
+                logits[:, end] = -torch.inf
+            token = choose(logits, sampling.temperature, generator)
+            new.append(token)
+            mask = torch.cat([mask, torch.ones_like(token)[:, None]], 1)
+            position = position + 1
+            about |= {"attention_mask": mask, "position_ids": position, "cache": output.cache}
+            output = model(token[:, None], **about)
+            logits = output.logits[:, -1]
+        # what stands behind an end token is nothing
+        for j, row in enumerate(torch.stack(new, 1).tolist()):
+            stop = row.index(end) + 1 if end in row else len(row)
+            written[pick[j // n]].append(tuple(row[:stop]))
+    return written
+
+
+def rewards(tokenizer, completions):
+    """VADER's compound score of each completion, -1 to 1; special tokens are left out."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    rules = SentimentIntensityAnalyzer()
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
+    return [rules.polarity_scores(text)["compound"] for text in texts]
+
+
+def answer(model, tokenizer, rows, sampling, seed):
+    """Write and rate completions: rows [(beginning, rest)] -> [Answers]."""
+    prompts = [prompt(tokenizer, beginning) for beginning, _ in rows]
+    written = sample(model, tokenizer, prompts, sampling, seed)
+    return [
+        Answers(text, rest, completions, rewards(tokenizer, completions))
+        for text, (_, rest), completions in zip(prompts, rows, written)
+    ]
+
+
+def rank(answers, least):
+    """Best against worst: [Answers] -> [Pair]; prompts whose rewards differ by less than `least` are
+    left out.
+    """
+    pairs = []
+    for text, _, completions, scores in answers:
+        best = max(range(len(scores)), key=scores.__getitem__)
+        worst = min(range(len(scores)), key=scores.__getitem__)
+        margin = scores[best] - scores[worst]
+        if margin >= least and best != worst:
+            pairs.append(Pair(text, completions[best], completions[worst], margin))
+    return pairs
+
+
+def cached_answers(name, model, tokenizer, part, count, sampling, seed):
+    """`answer` for the first `count` beginnings of a part, kept beside the asset if the model is the
+    asset's -> [Answers].
+    """
+
+    def make():
+        return {}, answer(model, tokenizer, beginnings(part)[:count], sampling, seed)
+
+    if name != "smollm2":
+        return make()[1]
+    # the number of threads decides in which order numbers are added up, and so what is sampled
+    arguments = (part, count, sampling, seed, torch.get_num_threads())
+    key = json.dumps([repr(arguments), PATTERN, BEGINNING, SHORTEST])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    _, rows = data.cached(assets.fetch("smollm2") / f"answers-{digest}.safetensors", make)
+    return [Answers(p, rest, [tuple(c) for c in written], r) for p, rest, written, r in rows]
