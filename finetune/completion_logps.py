@@ -9,6 +9,7 @@ Shapes: B rows, L tokens, V words of the vocabulary. Padding is on the left.
 
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from finetune import sentiment
@@ -46,6 +47,15 @@ def pairs_to_batch(tokenizer, pairs):
     chosen = [(pair.prompt, pair.chosen) for pair in pairs]
     rejected = [(pair.prompt, pair.rejected) for pair in pairs]
     return rows_to_batch(tokenizer, chosen + rejected)
+
+
+def draw(tokenizer, pairs, cfg, i):
+    """The batch of step i, the same in every run with this seed: each pair once before any is used
+    again.
+    """
+    epoch, place = divmod(i * cfg.batch, len(pairs) - len(pairs) % cfg.batch)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(pairs))
+    return pairs_to_batch(tokenizer, [pairs[j] for j in order[place : place + cfg.batch]])
 
 
 def logps(model, ids, mask, completion):

@@ -21,44 +21,27 @@ Differences from the paper: LoRA instead of all weights, AdamW instead of RMSpro
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 
 from finetune import adapters, llama2_full, llama2_lora, peft_io, preference_data, preference_scores
-from finetune.completion_logps import logps, pairs_to_batch, reference
+from finetune.completion_logps import draw, logps, reference
 from finetune.lora_inject import inject
 from finetune.preference_losses import Kind, implicit_reward, loss
-from utils import checkpoint, figures, pretrained, run
+from utils import checkpoint, figures, run
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # where LoRA goes
 
 
 @dataclass(frozen=True)
-class Config(preference_data.Sampling):
+class Config(preference_data.Training):
     """Tune a language model on preference pairs and compare it with itself before."""
 
-    model: str = (
-        "smollm2"  # smollm2, a local folder, or a hub id; with a chat template like SmolLM2's
-    )
     kind: Kind = "sigmoid"  # the loss: sigmoid is DPO
     beta: float = 0.1  # how much a log-ratio counts; IPO's tau, ORPO's weight
     gamma: float = 0.5  # SimPO's target margin
     smoothing: float = 0.1  # cDPO: the fraction of labels taken to be wrong
-    prompts: int = 400  # beginnings of tweets that pairs are made from
-    least: float = 0.3  # pairs differ by at least so much reward
-    held_out: int = 200  # beginnings of other tweets, for all scores
-    split: Literal["test", "valid"] = "test"  # whose they are; settings are chosen on valid
-    steps: int = 60  # training steps
-    batch: int = 8  # pairs a step
-    lr: float = 5e-4  # peak learning rate
-    rank: int = 8  # r of LoRA; alpha is twice that
-    dropout: float = 0.0  # dropout rate of an update's inputs in training
-    resume: bool = False  # go on from the last checkpoint in --out, bit for bit
-    save_every: int = 0  # steps between checkpoints; 0: none are written
-    seed: int = 0  # same seed, same numbers
-    device: str = "auto"  # cpu, cuda, ...
     out: str = "outputs/dpo"  # where the results go
 
 
@@ -79,15 +62,6 @@ def objective(model, cfg, history, ids, mask, completion):
     history["rejected"].append(float(lost.mean()))
     history["accuracy"].append(float((won > lost).float().mean()))
     return each.mean()
-
-
-def draw(tokenizer, pairs, cfg, i):
-    """The batch of step i, the same in every run with this seed: each pair once before any is used
-    again.
-    """
-    epoch, place = divmod(i * cfg.batch, len(pairs) - len(pairs) % cfg.batch)
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(pairs))
-    return pairs_to_batch(tokenizer, [pairs[j] for j in order[place : place + cfg.batch]])
 
 
 def train(cfg, folder, device, model, tokenizer, pairs):
@@ -121,33 +95,9 @@ def train(cfg, folder, device, model, tokenizer, pairs):
 
 def check_flags(cfg):
     """Raises UserError for flags that make no sense."""
-    least = min(cfg.prompts, cfg.held_out, cfg.steps, cfg.batch)
-    run.check(least > 0, "--prompts, --held-out, --steps and --batch start at 1")
-    run.check(min(cfg.lr, cfg.beta) > 0, "--lr and --beta must be above 0")
+    preference_data.check_flags(cfg)
+    run.check(cfg.beta > 0, "--beta must be above 0")
     run.check(0 <= cfg.smoothing < 0.5, "--smoothing must be at least 0 and below 0.5")
-    run.check(cfg.samples > 1, "--samples must be 2 or more: a pair has two sides")
-    few = 0 < cfg.min_new_tokens <= cfg.max_new_tokens
-    run.check(few, "--min-new-tokens must be 1 or more, and --max-new-tokens not less")
-    run.check(cfg.temperature > 0 and cfg.least > 0, "--temperature and --least must be above 0")
-
-
-def load(cfg, device):
-    """-> tokenizer, model, pairs to learn from, answers to the held-out prompts."""
-    smollm2 = cfg.model == "smollm2"
-    load_model = pretrained.smollm2 if smollm2 else partial(pretrained.language_model, cfg.model)
-    tokenizer, model = load_model(device)
-    sampling = preference_data.Sampling(
-        cfg.samples, cfg.min_new_tokens, cfg.max_new_tokens, cfg.temperature
-    )
-    about = (cfg.model, model, tokenizer)
-    written = preference_data.cached_answers(*about, "train", cfg.prompts, sampling, cfg.seed)
-    pairs = preference_data.rank(written, cfg.least)
-    enough = f"--prompts {cfg.prompts} gave {len(pairs)} pairs, and a batch has {cfg.batch}"
-    run.check(len(pairs) >= cfg.batch, f"{enough}: more prompts, or a smaller --least")
-    held_out = preference_data.cached_answers(
-        *about, cfg.split, cfg.held_out, sampling, cfg.seed + 1
-    )
-    return tokenizer, model, pairs, held_out
 
 
 def draw_rewards(path, history, beta):
@@ -162,7 +112,7 @@ def main(cfg: Config) -> dict:
     """Make the pairs, train on them, compare the policy with the reference; keep the adapter."""
     check_flags(cfg)
     device = run.device(cfg.device)
-    tokenizer, model, pairs, held_out = load(cfg, device)
+    tokenizer, model, pairs, held_out = preference_data.load(cfg, device)
     folder = run.output(cfg.out, cfg)
     run.seed(cfg.seed)
     # the policy: the model with adapters, which begin as nothing

@@ -14,12 +14,13 @@ that all rows end together and generation goes on from there.
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 
 from finetune import sentiment, sentiment_data
-from utils import assets, data
+from utils import assets, data, pretrained, run
 from utils.text import plain
 
 BEGINNING = 5  # words of a tweet that are given
@@ -53,6 +54,26 @@ class Sampling:
     min_new_tokens: int = 4  # none ends before
     max_new_tokens: int = 24  # a longer one is cut
     temperature: float = 0.8  # of sampling
+
+
+@dataclass(frozen=True)
+class Training(Sampling):
+    """The flags that all who learn from pairs share, after those of sampling."""
+
+    model: str = "smollm2"  # smollm2, a local folder, or a hub id
+    prompts: int = 400  # beginnings of tweets that pairs are made from
+    least: float = 0.3  # pairs differ by at least so much reward
+    held_out: int = 200  # beginnings of other tweets, for all scores
+    split: Literal["test", "valid"] = "test"  # whose they are; settings are chosen on valid
+    steps: int = 60  # training steps
+    batch: int = 8  # pairs a step
+    lr: float = 5e-4  # peak learning rate
+    rank: int = 8  # r of LoRA; alpha is twice that
+    dropout: float = 0.0  # dropout rate of an update's inputs in training
+    resume: bool = False  # go on from the last checkpoint in --out, bit for bit
+    save_every: int = 0  # steps between checkpoints; 0: none are written
+    seed: int = 0  # same seed, same numbers
+    device: str = "auto"  # cpu, cuda, ...
 
 
 def beginnings(part):
@@ -175,3 +196,29 @@ def cached_answers(name, model, tokenizer, part, count, sampling, seed):
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     _, rows = data.cached(assets.fetch("smollm2") / f"answers-{digest}.safetensors", make)
     return [Answers(p, rest, [tuple(c) for c in written], r) for p, rest, written, r in rows]
+
+
+def check_flags(cfg):
+    """Raises UserError for flags that make no sense."""
+    least = min(cfg.prompts, cfg.held_out, cfg.steps, cfg.batch)
+    run.check(least > 0, "--prompts, --held-out, --steps and --batch start at 1")
+    run.check(cfg.lr > 0, "--lr must be above 0")
+    run.check(cfg.samples > 1, "--samples must be 2 or more: a pair has two sides")
+    few = 0 < cfg.min_new_tokens <= cfg.max_new_tokens
+    run.check(few, "--min-new-tokens must be 1 or more, and --max-new-tokens not less")
+    run.check(cfg.temperature > 0 and cfg.least > 0, "--temperature and --least must be above 0")
+
+
+def load(cfg, device):
+    """-> tokenizer, model, pairs to learn from, answers to the held-out prompts."""
+    smollm2 = cfg.model == "smollm2"
+    load_model = pretrained.smollm2 if smollm2 else partial(pretrained.language_model, cfg.model)
+    tokenizer, model = load_model(device)
+    sampling = Sampling(cfg.samples, cfg.min_new_tokens, cfg.max_new_tokens, cfg.temperature)
+    about = (cfg.model, model, tokenizer)
+    written = cached_answers(*about, "train", cfg.prompts, sampling, cfg.seed)
+    pairs = rank(written, cfg.least)
+    enough = f"--prompts {cfg.prompts} gave {len(pairs)} pairs, and a batch has {cfg.batch}"
+    run.check(len(pairs) >= cfg.batch, f"{enough}: more prompts, or a smaller --least")
+    held_out = cached_answers(*about, cfg.split, cfg.held_out, sampling, cfg.seed + 1)
+    return tokenizer, model, pairs, held_out

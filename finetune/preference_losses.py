@@ -103,10 +103,10 @@ def loss(
     run.check(beta > 0, "beta must be above 0")
     # without a reference: means over the tokens
     if kind in PER_TOKEN:
-        lengths = tokens or ()
-        run.check(lengths, f"{kind} divides by the tokens of a completion: pass them")
-        chosen = policy_chosen / lengths[0]
-        rejected = policy_rejected / lengths[1]
+        if tokens is None:
+            raise run.UserError(f"{kind} divides by the tokens of a completion: pass them")
+        chosen = policy_chosen / tokens[0]
+        rejected = policy_rejected / tokens[1]
         if kind == "simpo":
             return simpo(chosen, rejected, beta, gamma)
         return orpo(chosen, rejected, beta) if kind == "orpo" else -chosen

@@ -47,7 +47,7 @@ def direct(model, prompt, completion):
 def test_the_sum_is_over_the_completion_alone():
     """No prompt, no padding; the end token counts."""
     model, _ = policy()
-    batch = dpo.pairs_to_batch(tokenizer(), PAIRS)
+    batch = completion_logps.pairs_to_batch(tokenizer(), PAIRS)
     found = dpo.logps(model, *batch)
     rows = [(p.prompt, p.chosen) for p in PAIRS] + [(p.prompt, p.rejected) for p in PAIRS]
     alone = torch.stack([direct(model, *row) for row in rows])
@@ -70,7 +70,7 @@ def test_the_reference_is_the_untouched_model():
     """Adapters off, dropout off, no gradient; afterwards all of it is back, after an error, too."""
     model, base = policy(dropout=0.5)
     model.train()
-    batch = dpo.pairs_to_batch(tokenizer(), PAIRS)
+    batch = completion_logps.pairs_to_batch(tokenizer(), PAIRS)
     adapted = {name: model.get_submodule(name) for name in lora_inject.names(model)}
     with dpo.reference(model) as frozen:
         assert not lora_inject.names(frozen) and not frozen.training
@@ -92,7 +92,7 @@ def test_the_objective_is_the_loss_of_policy_and_reference(kind):
     model, base = policy()
     cfg = dpo.Config(kind=kind, beta=0.3, gamma=0.2)
     seen = history()
-    found = dpo.objective(model, cfg, seen, *dpo.pairs_to_batch(tokenizer(), PAIRS))
+    found = dpo.objective(model, cfg, seen, *completion_logps.pairs_to_batch(tokenizer(), PAIRS))
     # from log-probabilities of each row alone
     sides = {}
     for name, network in {"policy": model, "reference": base}.items():
@@ -149,7 +149,7 @@ def test_a_step_equals_one_of_trl(tmp_path, parity):
         rows.append((tokenizer().decode(ids[:first]), tuple(torch.tensor(ids)[counted].tolist())))
     assert len({len(row[1]) for row in rows}) > 1 and all(row[1][-1] == 2 for row in rows)
     pairs = [Pair(a[0], a[1], b[1], 1.0) for a, b in zip(rows[:3], rows[3:])]
-    batch = dpo.pairs_to_batch(tokenizer(), pairs)
+    batch = completion_logps.pairs_to_batch(tokenizer(), pairs)
     mine = dpo.objective(model, dpo.Config(beta=0.3), history(), *batch)
     parity("DPO", "dpo.objective", "trl DPOTrainer.compute_loss", mine, theirs)
     a = gradients(model, mine)
@@ -226,7 +226,7 @@ def test_resume_is_bit_exact(place, tmp_path, monkeypatch):
 
 def test_every_pair_is_drawn_once_before_any_is_again(monkeypatch):
     cfg = dpo.Config(batch=3, seed=1)
-    monkeypatch.setattr(dpo, "pairs_to_batch", lambda tokenizer, pairs: pairs)
+    monkeypatch.setattr(completion_logps, "pairs_to_batch", lambda tokenizer, pairs: pairs)
     pairs = list(range(10))
     first = [x for i in range(3) for x in dpo.draw(None, pairs, cfg, i)]
     assert len(set(first)) == 9
@@ -257,7 +257,7 @@ def test_bad_flags_are_refused_before_anything_is_written(
 
 
 def test_padding_is_on_the_left_and_masked():
-    ids, mask, completion = dpo.pairs_to_batch(tokenizer(), PAIRS)
+    ids, mask, completion = completion_logps.pairs_to_batch(tokenizer(), PAIRS)
     assert mask[:, -1].all() and not mask.all()
     assert (completion & ~mask).sum() == 0
     assert sentiment.IGNORE not in ids.tolist()
