@@ -61,13 +61,13 @@ class Training(Sampling):
     """The flags that all who learn from pairs share, after those of sampling."""
 
     model: str = "smollm2"  # smollm2, a local folder, or a hub id
-    prompts: int = 400  # beginnings of tweets that pairs are made from
+    prompts: int = 200  # beginnings of tweets that pairs are made from
     least: float = 0.3  # pairs differ by at least so much reward
-    held_out: int = 200  # beginnings of other tweets, for all scores
+    held_out: int = 128  # beginnings of other tweets, for all scores
     split: Literal["test", "valid"] = "test"  # whose they are; settings are chosen on valid
-    steps: int = 60  # training steps
-    batch: int = 8  # pairs a step
-    lr: float = 5e-4  # peak learning rate
+    steps: int = 40  # training steps
+    batch: int = 4  # pairs a step
+    lr: float = 1e-3  # peak learning rate
     rank: int = 8  # r of LoRA; alpha is twice that
     dropout: float = 0.0  # dropout rate of an update's inputs in training
     resume: bool = False  # go on from the last checkpoint in --out, bit for bit
