@@ -73,9 +73,8 @@ def test_the_reward_is_read_at_the_last_token(parity):
     about = {"attention_mask": mask.long(), "position_ids": position}
     mine = made(ids, mask)
     other = theirs(input_ids=ids, **about).logits.squeeze(-1)
-    parity(
-        "Reward model", "reward_model.RewardModel", "LlamaForSequenceClassification", mine, other
-    )
+    name = "LlamaForSequenceClassification"
+    parity("Reward model", "reward_model.RewardModel", name, mine, other)
     a = {f"model.{k.removeprefix('language.model.')}": g for k, g in gradients(made, mine).items()}
     a["score.weight"] = a.pop("model.head.weight")
     other = theirs(input_ids=ids, **about).logits.squeeze(-1)
