@@ -80,11 +80,15 @@ def beginnings(part):
     """The first words of the tweets of a part (train, valid, test), and what its author went on with
     -> [(beginning, rest)].
     """
-    rows = {}
+    found = {}
     for text, _ in data.tweets():
         words = text.split()
-        if len(words) >= SHORTEST and sentiment_data.part(text) == part:
-            rows[" ".join(words[:BEGINNING])] = " " + " ".join(words[BEGINNING:])
+        if len(words) >= SHORTEST:
+            beginning = " ".join(words[:BEGINNING])
+            rest = " " + " ".join(words[BEGINNING:])
+            found.setdefault(beginning, {})[sentiment_data.part(text)] = rest
+    # a beginning that tweets of two parts share is in neither
+    rows = {text: rests[part] for text, rests in found.items() if set(rests) == {part}}
     # in the order of the hash, which is no order of the data set
     return sorted(rows.items(), key=lambda row: sentiment_data.hash_fraction(row[0] + row[1]))
 

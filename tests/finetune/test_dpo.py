@@ -8,41 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import completion_logps, dpo, llama2_full, lora_inject, preference_data, sentiment
-from finetune.preference_data import Answers, Pair
+from finetune import completion_logps, dpo, llama2_full, lora_inject, sentiment
+from finetune.preference_data import Pair
 from tests.conftest import gradients
 from tests.llamas import folder, tiny, tokenizer
+from tests.preferences import PAIRS, direct, fake, policy
 from utils import run
-
-PAIRS = [
-    Pair("I hope you", (220, 330, 2), (440, 550, 660, 2), 0.5),
-    Pair("Also, thank goodness for walkthroughs of", (77, 88, 99, 111), (123, 2), 0.9),
-    Pair("Hooray", (500, 600, 2), (700, 2), 0.4),
-]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return folder(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def policy(dropout=0.0):
-    """A tiny Llama with the real vocabulary and adapters that have moved; and the same without any."""
-    words = len(tokenizer())
-    model = tiny(vocabulary=words)
-    lora_inject.inject(model, ("q_proj", "v_proj"), 3, 6.0, dropout)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.3)
-    return model, tiny(vocabulary=words)
-
-
-def direct(model, prompt, completion):
-    """log p(completion | prompt) of one row alone, token by token, nothing padded."""
-    before = tokenizer()(prompt)["input_ids"]
-    ids = torch.tensor([before + list(completion)])
-    log_p = model(ids).logits[0].log_softmax(-1)
-    return sum(log_p[len(before) + j - 1, token] for j, token in enumerate(completion))
 
 
 def test_the_sum_is_over_the_completion_alone():
@@ -99,7 +75,7 @@ def test_the_objective_is_the_loss_of_policy_and_reference(kind):
     for name, network in {"policy": model, "reference": base}.items():
         for side in ("chosen", "rejected"):
             rows = [direct(network, p.prompt, getattr(p, side)) for p in PAIRS]
-            sides[f"{name} {side}"] = torch.stack(rows).detach()
+            sides[f"{name} {side}"] = torch.stack(rows)
     tokens = [torch.tensor([len(getattr(p, s)) for p in PAIRS]) for s in ("chosen", "rejected")]
     each = dpo.loss(*sides.values(), beta=0.3, kind=kind, tokens=tokens, gamma=0.2)
     torch.testing.assert_close(found, each.mean(), atol=1e-4, rtol=1e-4)
@@ -156,25 +132,6 @@ def test_a_step_equals_one_of_trl(tmp_path, parity):
     a = gradients(model, mine)
     b = {key(name): g for name, g in gradients(trainer.model, theirs).items()}
     parity("DPO", "dpo.objective, gradients", "trl DPOTrainer.compute_loss", a, b, atol=1e-5)
-
-
-def fake(monkeypatch):
-    """Answers without a model that can write: the reward is how many tokens are even."""
-
-    def answers(name, model, tokenizer, part, count, sampling, seed):
-        draw = torch.Generator().manual_seed(seed)
-        made = []
-        for i in range(count):
-            written = torch.randint(10, 90, (sampling.samples, 6), generator=draw).tolist()
-            rewards = [sum(t % 2 == 0 for t in row) / 6 for row in written]
-            made.append(Answers(f"{part} {i} goes\non", " and on", written, rewards))
-        return made
-
-    def rewards(tokenizer, completions):
-        return [sum(t % 2 == 0 for t in row) / max(1, len(row)) for row in completions]
-
-    monkeypatch.setattr(preference_data, "cached_answers", answers)
-    monkeypatch.setattr(preference_data, "rewards", rewards)
 
 
 def config(place, out, **kw):

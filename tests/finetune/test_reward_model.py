@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from finetune import preference_data, reward_model
 from finetune.completion_logps import pairs_to_batch
 from tests.conftest import gradients
-from tests.finetune.test_dpo import PAIRS, fake
 from tests.llamas import folder, tiny, tokenizer
+from tests.preferences import PAIRS, fake
 from utils import run
 
 
