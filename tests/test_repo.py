@@ -28,6 +28,7 @@ MEASURE |= {
     "decode_study",
     "demo",
     "distill",
+    "dpo_study",
     "draft_study",
     "easy_vqa_curriculum",
     "easy_vqa_data",
