@@ -96,7 +96,7 @@ def calibration(margins, bins):
     margins = np.asarray(margins, dtype=float)
     # how sure the model is of its own answer, from 1/2 to 1, and whether that is the right one
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    right = margins > 0
+    right = (np.sign(margins) + 1) / 2
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows = []
     for k in range(bins):

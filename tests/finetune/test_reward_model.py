@@ -101,6 +101,8 @@ def test_calibration_of_a_model_that_is_as_sure_as_it_is_right():
     assert rows == [pytest.approx((0.8, 0.8, 100))] and error == pytest.approx(0)
     rows, error = reward_model.calibration(margins / sure * math.log(99), 5)
     assert error == pytest.approx(0.19) and rows[0][0] == pytest.approx(0.99)
+    # two equal rewards: undecided, and right half of the time
+    assert reward_model.calibration([0.0], 5) == ([(0.5, 0.5, 1)], 0.0)
     # confident answers in one bin, doubtful ones in another
     rows, _ = reward_model.calibration([0.1, -0.1, 3.0, 4.0], 5)
     assert [row[2] for row in rows] == [2, 2] and [row[1] for row in rows] == [0.5, 1.0]
