@@ -47,6 +47,8 @@ def test_the_reference_is_the_untouched_model():
     """Adapters off, dropout off, no gradient; afterwards all of it is back, after an error, too."""
     model, base = policy(dropout=0.5)
     model.train()
+    # a weight that is trained besides the adapters
+    model.model.norm.weight.requires_grad_(True)
     batch = completion_logps.pairs_to_batch(tokenizer(), PAIRS)
     adapted = {name: model.get_submodule(name) for name in lora_inject.names(model)}
     with dpo.reference(model) as frozen:
