@@ -42,7 +42,7 @@ def completion_logps(model, tokenizer, rows, size=16):
         pick = order[k : k + size]
         batch = rows_to_batch(tokenizer, [rows[i] for i in pick])
         found[pick] = logps(model, *(x.to(model.device) for x in batch)).cpu()
-    return found.numpy()
+    return found.double().numpy()
 
 
 def before_and_after(model, tokenizer, rows):

@@ -182,6 +182,8 @@ def test_scores_of_a_policy_that_is_the_reference_and_of_one_that_is_not(tmp_pat
     for name, network in {"before": base, "after": made}.items():
         nll = -sum(float(direct(network, p.prompt, rest)) for p in PAIRS) / (3 * len(rest))
         assert found["text loss"][name] == pytest.approx(nll, abs=1e-4)
+        # a number in metrics.json, not a text
+        assert isinstance(found["log p(chosen)"][name], float)
         chosen = np.mean([float(direct(network, p.prompt, p.chosen)) for p in PAIRS])
         assert found["log p(chosen)"][name] == pytest.approx(chosen, abs=1e-3)
     ratios = []
