@@ -122,12 +122,11 @@ def evaluate(model, tokenizer, answers, cfg):
         "text loss": {"before": loss_before, "after": loss_after},
         "text perplexity": {"before": math.exp(loss_before), "after": math.exp(loss_after)},
     }
-    # a longer text has more to find for a word list: prompts where both are as long
-    alike = np.array([len(a) == len(b) for a, b in zip(mine, theirs)])
-    if alike.any():
-        metrics["win rate at equal length"] = mean_interval(won[alike]) | {
-            "prompts": int(alike.sum())
-        }
+    # a longer text has more to find for a word list: prompts where both were cut at the same length
+    end = tokenizer.eos_token_id
+    cut = np.array([end not in (*a, *b) for a, b in zip(mine, theirs)])
+    if cut.any():
+        metrics["win rate at equal length"] = mean_interval(won[cut]) | {"prompts": int(cut.sum())}
     pairs = preference_data.rank(answers, cfg.least)
     if pairs:
         metrics |= pair_scores(model, tokenizer, pairs)

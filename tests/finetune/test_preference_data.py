@@ -172,9 +172,9 @@ def test_scores_of_a_policy_that_is_the_reference_and_of_one_that_is_not(tmp_pat
     # the policy writes, once, with another seed; a win, a tie, a loss
     assert seen == [(made, 1, 9)]
     assert found["win rate"]["mean"] == 0.5 and found["win rate"]["ties"] == pytest.approx(1 / 3)
-    # both wrote three tokens to the third prompt: a loss
+    # nobody ended the second text: a tie
     equal = found["win rate at equal length"]
-    assert (equal["mean"], equal["prompts"]) == (0.0, 1)
+    assert (equal["mean"], equal["prompts"]) == (0.5, 1)
     assert found["reward"] == {"before": pytest.approx(0.9), "after": pytest.approx(2.2 / 3)}
     assert found["tokens"] == {"before": pytest.approx(10 / 3), "after": pytest.approx(3.0)}
     # from log-probabilities of each row alone
