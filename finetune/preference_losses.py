@@ -55,7 +55,7 @@ def ipo(h, tau):
 
 
 def hinge(h, beta):
-    """Hinge on the same margin (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, Eq. 1, with DPO's
+    """Hinge on the same margin (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, with DPO's
     reward): nothing to gain beyond beta h = 1.
     """
     return F.relu(1 - beta * h)
