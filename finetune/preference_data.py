@@ -3,8 +3,8 @@ ranked by a reward that anyone can check.
 
 The reward is VADER's compound score of the continuation alone, -1 to 1 (Hutto & Gilbert 2014,
 ICWSM): a rule of a few hundred lines, so nobody has to guess what a judge meant. Pairs of the
-model's own samples are on-policy: the reference model is the one that wrote them. Beginnings are those of real tweets, dealt to training,
-validation and test by the hash of sentiment_data.py.
+model's own samples are on-policy: the reference model is the one that wrote them. Beginnings are
+those of real tweets, dealt to training, validation and test by the hash of sentiment_data.py.
 
 Shapes: B rows a batch, L tokens. A row is a prompt and a completion; padding is on the left, so
 that all rows end together and generation goes on from there.
