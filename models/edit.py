@@ -54,9 +54,7 @@ class Config:
     source: str = "red heart"  # name of the emoji that is changed, if there is no --image
     image: str = ""  # a picture of your own: its middle square, 64 x 64, on white where transparent
     mask: str = ""  # what is redrawn: a picture, white there; or left, right, top, bottom, middle
-    strength: float = (
-        0.7  # image-to-image: share of the steps that are taken; 0: the picture, 1: new
-    )
+    strength: float = 0.9  # image-to-image: share of the steps taken; 0: the picture, 1: new
     negative: str = ""  # steer away from this
     # classifier-free guidance scale; 1: the prompt as it is, more: the prompt exaggerated
     guidance_scale: Annotated[float, tyro.conf.arg(aliases=["--guidance"])] = 3.0

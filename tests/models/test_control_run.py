@@ -143,7 +143,7 @@ def test_main_trains_on_what_is_not_held_out_and_keeps_it(run_main, tmp_path):
     _, pick, noise = run_main["evaluate"]
     assert sorted(pick.tolist()) == [0, 1, 2] and noise.shape == (3, 4, 16, 16)
     assert run_main["network"] is net and run_main["evaluate"][0][2] == 0.3
-    assert metrics["final_loss"] == 0.5 and metrics["parameters"] == 2670768
+    assert metrics["final_loss"] == 0.5 and metrics["parameters"] == 2769328
     path = tmp_path / "a" / "model.safetensors"
     assert same(checkpoint.read(path)[0], net.state_dict())
 
