@@ -237,7 +237,7 @@ def main(cfg: Config) -> dict:
             values = [table[f"sigma_rel {width:g}"]["frechet"] for width in cfg.widths]
             curves[label] = (cfg.widths, values)
         label = "width of the average, sigma_rel"
-        figures.curves(folder / "ema.png", curves, label, "Frechet distance", log="y")
+        figures.curves(folder / "ema.png", curves, label, "Frechet distance")
     return run.report(folder, metrics, then=f"open {folder}/samples.png")
 
 
