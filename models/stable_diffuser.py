@@ -57,8 +57,10 @@ class Config:
     channels: tuple[int, ...] = (64, 128)  # widths of the U-Net, one per resolution
     times: Times = "logit-normal"  # distribution of the training time steps
     drop_text: float = 0.1  # share of captions replaced by the empty one, for guidance
-    text_noise: float = 0.5  # strength of the noise on the words, in their standard deviations
-    word_dropout: float = 0.1  # share of words hidden from the network
+    text_noise: float = (
+        0.0  # strength of the noise on the words, in their deviations; long runs: 0.5
+    )
+    word_dropout: float = 0.0  # share of words hidden from the network; long runs: 0.1
     ema: float = 0.998  # EMA decay: pictures come from an exponential moving average of the weights
     pooled_text: bool = True  # the mean of the words, too, is added to the time step
     autoencoder: str = ""  # weights written by models/autoencoder.py; empty: the shipped ones
