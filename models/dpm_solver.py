@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 
+from models import prediction_type
 from models.ddim import timesteps
-from models.prediction_type import check_prediction_type
 from utils import run
 
 Grid = Literal["time", "log-snr", "karras"]
@@ -76,13 +76,8 @@ def noise_levels(schedule, n, grid="time"):
 
 def data_prediction(xt, lam, output, predict="eps"):
     """The clean image that the network's output stands for: (B, C, H, W) twice -> (B, C, H, W)."""
-    check_prediction_type(predict)
     alpha, sigma = alpha_sigma(lam)
-    if predict == "x0":
-        return output
-    if predict == "eps":
-        return (xt - sigma * output) / alpha
-    return alpha * xt - sigma * output  # v = alpha eps - sigma x0
+    return prediction_type.data_prediction(xt, alpha, sigma, output, predict)
 
 
 def denoiser(model, schedule, predict="eps", clip=True):

@@ -53,13 +53,21 @@ def to_eps(schedule, xt, t, output, predict="eps"):
     return sqrt_alpha_bar * output + sqrt_one_minus_alpha_bar * xt
 
 
-def to_x0(schedule, xt, t, output, predict="eps"):
-    """The image that the network's output stands for. v needs no division, so alpha_bar may be 0 (Lin et al. 2023)."""
+def data_prediction(xt, alpha, sigma, output, predict="eps"):
+    """The image that the network's output stands for, if xt = alpha x0 + sigma eps.
+
+    v needs no division, so alpha may be 0: the last step of a schedule with zero terminal SNR (Lin et al. 2023).
+    """
     check_prediction_type(predict)
     if predict == "x0":
         return output
+    if predict == "eps":
+        return (xt - sigma * output) / alpha
+    return alpha * xt - sigma * output  # v = alpha eps - sigma x0
+
+
+def to_x0(schedule, xt, t, output, predict="eps"):
+    """`data_prediction` at the steps t (B,) of a schedule."""
     sqrt_alpha_bar = at(schedule.sqrt_alpha_bar, t)
     sqrt_one_minus_alpha_bar = at(schedule.sqrt_one_minus_alpha_bar, t)
-    if predict == "eps":
-        return (xt - sqrt_one_minus_alpha_bar * output) / sqrt_alpha_bar  # Eq. 4, solved for x0
-    return sqrt_alpha_bar * xt - sqrt_one_minus_alpha_bar * output
+    return data_prediction(xt, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, output, predict)
